@@ -1,0 +1,225 @@
+"""Data sets of training samples: one prefix in Megatron's order, or a weighted blend of several."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron.data.blend import BlendOrder, blend_order, parse_blend
+from megatron.data.indexed import IndexedDataset, read_meta
+from megatron.data.order import default_cache_folders, load_or_build_maps, plan_order
+
+_HEADROOM = 1.005  # Megatron asks each data set of a blend for this much more than its share
+
+
+class GPTDataset:
+    """Samples of ``seq_length + 1`` tokens cut from one data set, in Megatron's order (see megatron/data/order.py).
+
+    Attributes:
+        num_samples: samples asked for; ``len()`` may be larger, because maps cover whole epochs.
+        tokens_per_epoch: tokens of the data set, each counted once.
+        num_epochs: passes over the data that ``num_samples`` samples make.
+        text_bytes_per_token: bytes of the original text per token; None when PREFIX.meta.json is absent.
+        plan: epochs and parts of the order.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        num_samples: int | None,
+        seq_length: int,
+        seed: int,
+        name: str = "train",
+        cache_path: str | None = None,
+    ) -> None:
+        """Open PREFIX.bin/.idx and load or build its index maps.
+
+        Args:
+            prefix: common part of PREFIX.bin and PREFIX.idx.
+            num_samples: samples needed; None for one epoch.
+            seq_length: tokens per sample without the one of overlap.
+            seed: seed of the order.
+            name: what the samples are for; only part of the cache folder's name.
+            cache_path: folder of cached index maps; default: index-cache/ beside the data, or a temporary folder.
+
+        Raises:
+            ValueError: the files are missing or damaged, or too short (see IndexedDataset and plan_order).
+        """
+        self.documents = IndexedDataset(prefix)
+        self.seq_length = seq_length
+        self.name = name
+        self.tokens_per_epoch = self.documents.num_tokens
+        try:
+            self.plan = plan_order(
+                tokens_per_epoch=self.tokens_per_epoch, num_samples=num_samples, seq_length=seq_length, seed=seed
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.documents.prefix}: {error}") from None
+        self.num_samples = self.plan.total_samples if num_samples is None else num_samples
+        self.num_epochs = self.num_samples * seq_length / self.tokens_per_epoch
+        self.text_bytes_per_token = text_bytes_per_token(self.documents.prefix)
+        folders = [Path(cache_path).expanduser()] if cache_path else []
+        folders += default_cache_folders(self.documents.prefix)
+        label = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
+        self.maps = load_or_build_maps(self.documents.sizes, self.plan, name=label, folders=folders)
+
+    def __len__(self) -> int:
+        """Return the number of samples that exist, at least ``num_samples``."""
+        return self.plan.total_samples
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return sample ``index`` of the shuffled stream, int64 [seq_length + 1].
+
+        Raises:
+            IndexError: the index is negative or not below ``len()``.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        row = int(self.maps.sample_order[index])
+        (first, begin), (last, end) = self.maps.sample_starts[row : row + 2].tolist()
+        document = self.maps.document_order
+        if first == last:
+            return self.documents.get(int(document[first]), begin, end + 1 - begin).astype(np.int64)
+        parts = [self.documents.get(int(document[first]), begin)]
+        parts += [self.documents.get(int(document[place])) for place in range(first + 1, last)]
+        parts.append(self.documents.get(int(document[last]), 0, end + 1))
+        return np.concatenate(parts).astype(np.int64)
+
+
+class BlendedDataset:
+    """Several data sets mixed by weight; sample i is the next unread sample of the one that lags most behind its share.
+
+    Attributes:
+        datasets: the parts.
+        weights: normalised, they add up to one.
+        num_samples, tokens_per_epoch, num_epochs, text_bytes_per_token: as in GPTDataset, over all parts together.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        datasets: Sequence[GPTDataset],
+        num_samples: int | None = None,
+        *,
+        order: BlendOrder | None = None,
+    ) -> None:
+        """Mix ``num_samples`` samples; None reads every sample of every part once, part after part.
+
+        ``order`` is the result of ``blend_order`` for these arguments, where the caller has it already.
+
+        Raises:
+            ValueError: weights and data sets do not match, or a data set has too few samples.
+        """
+        if len(weights) != len(datasets) or not datasets or min(weights, default=0.0) <= 0:
+            raise ValueError(
+                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets; each data set needs one positive "
+                "weight; pass as many weights as data sets"
+            )
+        self.datasets = list(datasets)
+        self.weights = [weight / sum(weights) for weight in weights]
+        if order is None:
+            if num_samples is None:
+                choices = np.repeat(np.arange(len(datasets)), [len(dataset) for dataset in datasets])
+            else:
+                choices = blend_order(weights, num_samples)
+            order = BlendOrder(choices, len(datasets))
+        self.order = order
+        for dataset, needed in zip(self.datasets, self.order.counts):
+            if needed > len(dataset):
+                raise ValueError(
+                    f"{dataset.documents.prefix} has {len(dataset)} samples; the blend needs {needed} of it; "
+                    "build it with more samples"
+                )
+        self.num_samples = len(self.order)
+        self.tokens_per_epoch = sum(dataset.tokens_per_epoch for dataset in self.datasets)
+        self.num_epochs = self.num_samples * self.datasets[0].seq_length / self.tokens_per_epoch
+        rates = [dataset.text_bytes_per_token for dataset in self.datasets]
+        known = [rate for rate in rates if rate is not None]
+        drawn = self.order.counts / max(1, len(self.order))
+        self.text_bytes_per_token = float(np.dot(drawn, known)) if len(known) == len(rates) else None
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return sample ``index``, int64 [seq_length + 1]. Raises IndexError outside 0 … len()-1."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        dataset, place = self.order[index]
+        return self.datasets[dataset][place]
+
+
+def build_dataset(
+    paths: Sequence[str],
+    *,
+    num_samples: int | None,
+    seq_length: int,
+    seed: int,
+    name: str,
+    cache_path: str | None = None,
+) -> GPTDataset | BlendedDataset:
+    """Build the data set that a data path names. Safe in many processes at once; uses no collectives.
+
+    Args:
+        paths: one prefix, or a blend as parse_blend reads it. One prefix with a weight is that prefix.
+        num_samples: samples needed; None for every sample once (in a blend: of every part, whatever its weight).
+        seq_length, seed, name, cache_path: as in GPTDataset; all parts of a blend share them.
+
+    Raises:
+        ValueError: a wrong blend, or missing, damaged or too short data.
+    """
+    pairs = parse_blend(paths)
+    if len(pairs) == 1:
+        return GPTDataset(pairs[0][1], num_samples, seq_length, seed, name, cache_path)
+    weights = [weight for weight, _ in pairs]
+    needed: list[int | None] = [None] * len(pairs)
+    order: BlendOrder | None = None
+    if num_samples is not None:
+        order = BlendOrder(blend_order(weights, num_samples), len(pairs))
+        shares = [math.ceil(num_samples * (weight / sum(weights)) * _HEADROOM) for weight in weights]
+        needed = [max(1, share, int(count)) for share, count in zip(shares, order.counts)]
+    datasets = [
+        GPTDataset(prefix, samples, seq_length, seed, name, cache_path) for (_, prefix), samples in zip(pairs, needed)
+    ]
+    return BlendedDataset(weights, datasets, num_samples, order=order)
+
+
+def describe(dataset: GPTDataset | BlendedDataset) -> str:
+    """Return lines for a person: tokens per epoch, samples and epochs, of the whole and of the parts of a blend."""
+    parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+    lines = [
+        f"{parts[0].name} data: {dataset.tokens_per_epoch:,} tokens per epoch, {dataset.num_samples:,} samples of "
+        f"{parts[0].seq_length:,} tokens = {dataset.num_epochs:.2f} epochs"
+    ]
+    if isinstance(dataset, BlendedDataset):
+        for part, weight, samples in zip(parts, dataset.weights, dataset.order.counts):
+            epochs = samples * part.seq_length / part.tokens_per_epoch
+            lines.append(
+                f"  {part.documents.prefix}: weight {weight:.4f}, {part.tokens_per_epoch:,} tokens per epoch, "
+                f"{samples:,} samples = {epochs:.2f} epochs"
+            )
+    return "\n".join(lines)
+
+
+def count_unique_tokens(paths: Sequence[str]) -> int:
+    """Return the tokens of a data path, every prefix counted once; builds no index maps.
+
+    Raises:
+        ValueError: a wrong blend, or missing or damaged data.
+    """
+    return sum(IndexedDataset(prefix).num_tokens for prefix in {prefix for _, prefix in parse_blend(paths)})
+
+
+def text_bytes_per_token(prefix: str) -> float | None:
+    """Return the bytes of original text per token (EOD tokens count, with 0 bytes), or None when not recorded."""
+    meta = read_meta(prefix)
+    if not meta or not meta.get("tokens") or meta.get("text_bytes") is None:
+        return None
+    return float(meta["text_bytes"]) / float(meta["tokens"])

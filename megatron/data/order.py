@@ -1,0 +1,245 @@
+"""The order in which a data set is read: Megatron's, bit for bit, without loops over samples.
+
+All epochs of documents are shuffled together into one stream of tokens; sample k is the ``seq_length + 1`` tokens from
+``k * seq_length`` on (neighbours share one token); then the samples are shuffled. When less than 80 % of the last epoch is
+needed, that epoch is kept apart: its documents and samples are shuffled among themselves and come last, so that
+training over E.1 epochs does not read some documents E+1 times before others E times.
+
+The maps are cached in a folder named by a hash of everything they depend on. The folder is built under a temporary name
+and renamed: any number of processes may build at once, each sees a complete folder or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+_FORMAT = 1
+_STALE_SECONDS = 24 * 3600
+_CHUNK = 1 << 22  # documents per step of the boundary search: bounds its memory
+
+
+@dataclass(frozen=True)
+class OrderPlan:
+    """All that the order depends on, apart from the document sizes.
+
+    Attributes:
+        seed: seed of the shuffles.
+        seq_length: tokens per sample, without the one of overlap.
+        tokens_per_epoch: tokens of all documents.
+        num_epochs: epochs that the maps cover.
+        first_part_samples: samples that are shuffled together first; the rest, from the last epoch, come after them.
+        total_samples: samples that the maps hold.
+    """
+
+    seed: int
+    seq_length: int
+    tokens_per_epoch: int
+    num_epochs: int
+    first_part_samples: int
+    total_samples: int
+
+    @property
+    def separate_last_epoch(self) -> bool:
+        """Whether the last epoch is shuffled apart."""
+        return self.first_part_samples < self.total_samples
+
+
+def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: int, seed: int) -> OrderPlan:
+    """Return how many epochs ``num_samples`` samples need and whether the last one is kept apart.
+
+    ``num_samples=None`` means one epoch, every sample once.
+
+    Raises:
+        ValueError: a non-positive size, or one epoch is asked for and is shorter than one sample.
+    """
+    if seq_length < 1 or (num_samples is not None and num_samples < 1):
+        raise ValueError(f"{num_samples} samples of {seq_length} tokens; both must be at least 1; raise them")
+    if tokens_per_epoch < 1:
+        raise ValueError("the data set has no tokens; training needs at least one; check the input of the preprocessing")
+
+    def samples_in(num_epochs: int) -> int:
+        return (num_epochs * tokens_per_epoch - 1) // seq_length
+
+    if num_samples is None:
+        num_epochs, separate = 1, False
+        if samples_in(1) < 1:
+            raise ValueError(
+                f"the data set has {tokens_per_epoch} tokens and the sequence length is {seq_length}; reading all of it once "
+                "needs one more token than the sequence length; use more data or a smaller --seq-length"
+            )
+    else:
+        num_epochs = -(-(num_samples * seq_length + 1) // tokens_per_epoch)
+        from_last = num_samples - samples_in(num_epochs - 1) if num_epochs > 1 else 0
+        separate = num_epochs > 1 and from_last < int(0.80 * samples_in(1))
+    total = samples_in(num_epochs)
+    first = samples_in(num_epochs - 1) if separate else total
+    return OrderPlan(seed, seq_length, tokens_per_epoch, num_epochs, first, total)
+
+
+def build_document_order(num_documents: int, plan: OrderPlan, rng: np.random.RandomState) -> np.ndarray:
+    """Return the document of each place in the stream, int32 [num_epochs * num_documents]."""
+    together = plan.num_epochs - int(plan.separate_last_epoch)
+    order = np.tile(np.arange(num_documents, dtype=np.int32), plan.num_epochs)
+    rng.shuffle(order[: together * num_documents])
+    if plan.separate_last_epoch:
+        rng.shuffle(order[together * num_documents :])
+    return order
+
+
+def build_sample_starts(sizes: np.ndarray, document_order: np.ndarray, plan: OrderPlan) -> np.ndarray:
+    """Return where samples start, int64 [total_samples + 1, 2]: place in ``document_order`` and token offset there.
+
+    Sample k reads from row k up to and including the token of row k+1. A token's place is found by binary search in the
+    running sum of document sizes, one chunk of documents after the other.
+    """
+    starts = np.zeros((plan.total_samples + 1, 2), dtype=np.int64)
+    row, tokens_before = 1, 0  # row 0 is the start of the stream, also when the first document is empty
+    for begin in range(0, len(document_order), _CHUNK):
+        ends = tokens_before + np.cumsum(sizes[document_order[begin : begin + _CHUNK]], dtype=np.int64)
+        stop = min(plan.total_samples + 1, -(-int(ends[-1]) // plan.seq_length))  # rows k with k * seq_length < ends[-1]
+        if stop > row:
+            positions = np.arange(row, stop, dtype=np.int64) * plan.seq_length
+            place = np.searchsorted(ends, positions, side="right")
+            before = np.concatenate([[tokens_before], ends])
+            starts[row:stop, 0] = begin + place
+            starts[row:stop, 1] = positions - before[place]
+            row = stop
+        tokens_before = int(ends[-1])
+    return starts
+
+
+def build_sample_order(plan: OrderPlan, rng: np.random.RandomState) -> np.ndarray:
+    """Return the order of samples, uint32 [total_samples] (int64 where uint32 is too small)."""
+    dtype = np.uint32 if plan.total_samples < np.iinfo(np.uint32).max - 1 else np.int64
+    order = np.arange(plan.total_samples, dtype=dtype)
+    rng.shuffle(order[: plan.first_part_samples])
+    if plan.separate_last_epoch:
+        rng.shuffle(order[plan.first_part_samples :])
+    return order
+
+
+@dataclass(frozen=True)
+class IndexMaps:
+    """The three maps of one order; see the functions that build them for shapes.
+
+    Attributes:
+        document_order: int32, document of each place in the stream (Megatron: doc_idx).
+        sample_starts: int64 [n + 1, 2] (Megatron: sample_idx).
+        sample_order: uint32 [n] (Megatron: shuffle_idx).
+    """
+
+    document_order: np.ndarray
+    sample_starts: np.ndarray
+    sample_order: np.ndarray
+
+
+def build_maps(sizes: np.ndarray, plan: OrderPlan) -> IndexMaps:
+    """Build all three maps. The random stream is Megatron's: document shuffles first, then sample shuffles."""
+    rng = np.random.RandomState(plan.seed)
+    document_order = build_document_order(len(sizes), plan, rng)
+    sample_starts = build_sample_starts(sizes, document_order, plan)
+    return IndexMaps(document_order, sample_starts, build_sample_order(plan, rng))
+
+
+def load_or_build_maps(sizes: np.ndarray, plan: OrderPlan, *, name: str, folders: list[Path]) -> IndexMaps:
+    """Return the maps, memory-mapped from the first cache folder that has them or can be written.
+
+    Args:
+        sizes: tokens per document, int32 [documents].
+        plan: the rest of what the maps depend on.
+        name: first part of the folder's name, for people who look at the cache.
+        folders: cache folders in order of preference. When none can be written, the maps stay in memory.
+    """
+    key = f"{name}-{_hash(sizes, plan)}"
+    for folder in folders:
+        maps = _load(folder / key, plan)
+        if maps is not None:
+            return maps
+    built: IndexMaps | None = None
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _one_builder(folder / f"{key}.lock"):
+                if (maps := _load(folder / key, plan)) is None:  # another process was faster
+                    built = built or build_maps(sizes, plan)
+                    _store(folder / key, built, plan)
+                    maps = _load(folder / key, plan)
+            if maps is not None:
+                return maps
+        except OSError as error:
+            warnings.warn(f"cannot cache index maps in {folder} ({error}); trying elsewhere", stacklevel=2)
+    return built or build_maps(sizes, plan)
+
+
+def default_cache_folders(prefix: str) -> list[Path]:
+    """Return the cache folders of a data set: beside the data, else one of this user's in the temporary folder."""
+    temporary = Path(tempfile.gettempdir()) / f"megatron-index-cache-{os.getuid()}"
+    return [Path(prefix).resolve().parent / "index-cache", temporary]
+
+
+def _hash(sizes: np.ndarray, plan: OrderPlan) -> str:
+    digest = hashlib.blake2b(json.dumps([_FORMAT, asdict(plan)]).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(sizes, np.int32))
+    return digest.hexdigest()
+
+
+def _load(folder: Path, plan: OrderPlan) -> IndexMaps | None:
+    """Return the maps of one cache folder; None when it is absent or damaged (it is then moved away)."""
+    if not folder.is_dir():
+        return None
+    try:
+        found = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in IndexMaps.__dataclass_fields__]
+        if len(found[1]) == plan.total_samples + 1 and len(found[2]) == plan.total_samples:
+            return IndexMaps(*found)
+        problem = "wrong lengths"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error)
+    warnings.warn(f"damaged index cache {folder} ({problem}); building it again", stacklevel=2)
+    with contextlib.suppress(OSError):
+        aside = tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent)
+        os.rename(folder, aside)  # onto an empty folder: atomic, and only one process wins
+        shutil.rmtree(aside, ignore_errors=True)
+    return None
+
+
+def _store(folder: Path, maps: IndexMaps, plan: OrderPlan) -> None:
+    for old in folder.parent.glob(f"{folder.name}.*.tmp"):  # of builders that were killed
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private; another user of the data may read the cache
+        for part in IndexMaps.__dataclass_fields__:
+            with (temporary / f"{part}.npy").open("wb") as file:
+                np.save(file, getattr(maps, part))
+                file.flush()
+                os.fsync(file.fileno())
+        (temporary / "plan.json").write_text(json.dumps(asdict(plan)) + "\n", encoding="utf-8")
+        os.rename(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.is_dir():  # otherwise another process, on a file system without locks, was faster
+            raise
+
+
+@contextlib.contextmanager
+def _one_builder(lock: Path) -> Iterator[None]:
+    """Let the processes of one machine build a map once. Only saves work: correctness rests on the rename."""
+    with lock.open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: every process builds
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
