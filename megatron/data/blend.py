@@ -27,7 +27,9 @@ def read_data_path_file(path: str | Path) -> list[str]:
     try:
         lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the data path file {path} ({error}); it must be a text file; check the path") from error
+        raise ValueError(
+            f"cannot read the data path file {path} ({error}); it must be a text file; check the path"
+        ) from error
     try:
         if len(lines) == 1:
             return shlex.split(lines[0])
@@ -35,14 +37,15 @@ def read_data_path_file(path: str | Path) -> list[str]:
     except ValueError as error:
         problem = str(error).lower()
     raise ValueError(
-        f'data path file {path}: {problem}; it must hold one line of quoted pairs; write for example "0.3 path/a" "0.7 path/b"'
+        f"data path file {path}: {problem}; it must hold one line of quoted pairs; write for example "
+        '"0.3 path/a" "0.7 path/b"'
     )
 
 
 def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
     """Return (weight, prefix) pairs, weights as written.
 
-    Accepted: one prefix; ``WEIGHT PREFIX WEIGHT PREFIX …`` as separate items; ``"WEIGHT PREFIX"`` pairs as one item each.
+    Accepted: one prefix; ``WEIGHT PREFIX WEIGHT PREFIX …`` as separate items; ``"WEIGHT PREFIX"``, one item a pair.
 
     Raises:
         ValueError: anything else, or a weight that is not a positive number.
@@ -63,7 +66,9 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
         )
     bad = [prefix for weight, prefix in pairs if not (weight or 0.0) > 0 or weight == float("inf")]
     if bad:
-        raise ValueError(f"weight of {bad[0]} in {' '.join(items)!r}; weights must be positive; drop the data set or raise it")
+        raise ValueError(
+            f"weight of {bad[0]} in {' '.join(items)!r}; weights must be positive; drop it or raise its weight"
+        )
     return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
 
 
@@ -79,14 +84,14 @@ def blend_order(weights: Sequence[float], num_samples: int) -> np.ndarray:
     """Return the data set of each sample, uint8 (or uint16) [num_samples], by Megatron's rule of the largest deficit.
 
     Sample n goes to the data set whose count lags most behind its share: the first d with the largest
-    ``weights[d] * max(n, 1) - count[d]`` in float64. That is a recurrence over samples; it runs here in numpy, 1e8 samples in
-    seconds and exactly:
+    ``weights[d] * max(n, 1) - count[d]`` in float64. That is a recurrence over samples; it runs here in numpy, exactly,
+    1e8 samples in seconds:
 
     * the samples are cut into lanes that all advance together, one numpy step per place in the lane;
     * a lane starts from the counts that rounding the shares gives. They may differ by one from the true counts, but two
       runs of the rule from different counts soon meet (their squared distance never grows) and then stay equal;
-    * a lane whose start was not the true end of the lane before it runs again from there, until all fit. What is returned
-      is therefore the result of the recurrence, whatever the starting guess was worth.
+    * a lane whose start was not the true end of the lane before it runs again from there, until all fit. What is
+      returned is therefore the result of the recurrence, whatever the starting guess was worth.
 
     Args:
         weights: positive; they are normalised here.
@@ -119,7 +124,7 @@ def _rounded_shares(share: np.ndarray, totals: np.ndarray) -> np.ndarray:
 def _run_lanes(
     share: np.ndarray, counts: np.ndarray, begins: np.ndarray, length: int, *, dtype: type[np.generic]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Apply the rule ``length`` times in each lane. Returns choices [lanes, length] and final counts [datasets, lanes]."""
+    """Apply the rule ``length`` times in each lane; return choices [lanes, length] and end counts [datasets, lanes]."""
     counts = counts.copy()
     lanes = np.arange(len(begins))
     picks = np.empty((length, len(begins)), dtype=dtype)
@@ -156,5 +161,5 @@ class BlendOrder:
     def __getitem__(self, index: int) -> tuple[int, int]:
         dataset = int(self._choices[index])
         block = index // _BLOCK
-        within = np.count_nonzero(self._choices[block * _BLOCK : index] == dataset)
+        within = int(np.count_nonzero(self._choices[block * _BLOCK : index] == dataset))
         return dataset, int(self._before[block, dataset]) + within

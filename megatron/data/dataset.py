@@ -117,8 +117,8 @@ class BlendedDataset:
         """
         if len(weights) != len(datasets) or not datasets or min(weights, default=0.0) <= 0:
             raise ValueError(
-                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets; each data set needs one positive "
-                "weight; pass as many weights as data sets"
+                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets; each data set needs one "
+                "positive weight; pass as many weights as data sets"
             )
         self.datasets = list(datasets)
         self.weights = [weight / sum(weights) for weight in weights]

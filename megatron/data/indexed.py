@@ -1,4 +1,4 @@
-"""Megatron's memory-mapped token files (``MMIDIDX`` version 1): PREFIX.bin holds tokens, PREFIX.idx says where documents lie.
+"""Megatron's memory-mapped token files, ``MMIDIDX`` version 1: PREFIX.bin holds tokens, PREFIX.idx where documents lie.
 
 PREFIX.idx, little-endian: magic ``MMIDIDX\\0\\0``, version uint64 = 1, token dtype code uint8, number of sequences
 n uint64, length m of the document list uint64, sizes int32 [n] (tokens), pointers int64 [n] (bytes into PREFIX.bin),
@@ -81,8 +81,8 @@ class IndexedDataset:
         for suffix in (".idx", ".bin"):
             if not os.path.isfile(self.prefix + suffix):
                 raise ValueError(
-                    f"no data at {self.prefix}: {self.prefix + suffix} does not exist; a data path is the common part of "
-                    "PREFIX.bin and PREFIX.idx; check the path or make the data with tools/preprocess_data.py"
+                    f"no data at {self.prefix}: {self.prefix + suffix} does not exist; a data path is the common part "
+                    "of PREFIX.bin and PREFIX.idx; check the path or make the data with tools/preprocess_data.py"
                 )
         self._read_index(Path(self.prefix + ".idx"))
         self._map_tokens(Path(self.prefix + ".bin"))
@@ -101,8 +101,8 @@ class IndexedDataset:
         _, version, code, count, doc_count = HEADER.unpack(head)
         if version != 1 or code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
             raise ValueError(
-                f"{path} has version {version} and dtype code {code}; only version 1 with integer tokens (codes 1-5, 8) "
-                "can be read; make the data again with tools/preprocess_data.py"
+                f"{path} has version {version} and dtype code {code}; only version 1 with integer tokens (codes 1-5 "
+                "and 8) can be read; make the data again with tools/preprocess_data.py"
             )
         expected = HEADER.size + 12 * count + 8 * doc_count
         if found not in (expected, expected + count):  # Megatron-Core appends one mode byte per sequence to some files
@@ -155,8 +155,8 @@ class IndexedDataset:
 def _truncated(path: Path, expected: int, found: int) -> str:
     return (
         f"{path} has {found} bytes; its index says {expected} bytes, so it is "
-        f"{'truncated' if found < expected else 'of another data set'}; copy PREFIX.bin and PREFIX.idx again, both from "
-        "one data set, or make them again with tools/preprocess_data.py"
+        f"{'truncated' if found < expected else 'of another data set'}; copy PREFIX.bin and PREFIX.idx again, both "
+        "from one data set, or make them again with tools/preprocess_data.py"
     )
 
 
@@ -210,9 +210,10 @@ class IndexedDatasetWriter:
         limits = np.iinfo(self.dtype)
         if tokens.dtype != self.dtype and len(tokens) and (tokens.min() < limits.min or tokens.max() > limits.max):
             raise ValueError(
-                f"token ids {tokens.min()} to {tokens.max()}; {self.dtype} holds {limits.min} to {limits.max}; use int32"
+                f"token ids {tokens.min()} to {tokens.max()}; {self.dtype} holds {limits.min} to {limits.max}; "
+                "use int32"
             )
-        self._bin.write(np.ascontiguousarray(tokens, self.dtype))
+        self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._sizes.append(sizes.astype(np.int32))
         self.num_documents += len(sizes)
         self.num_tokens += len(tokens)
@@ -246,9 +247,9 @@ class IndexedDatasetWriter:
         sizes = np.concatenate(self._sizes) if self._sizes else np.zeros(0, np.int32)
         ends = np.cumsum(sizes, dtype=np.int64) * self.dtype.itemsize
         file.write(HEADER.pack(MAGIC, 1, _CODES[self.dtype], len(sizes), len(sizes) + 1))
-        file.write(np.ascontiguousarray(sizes))
-        file.write(np.concatenate([np.zeros(1, np.int64), ends])[: len(sizes)])
-        file.write(np.arange(len(sizes) + 1, dtype=np.int64))
+        file.write(sizes.data)
+        file.write(np.concatenate([np.zeros(1, np.int64), ends])[: len(sizes)].data)
+        file.write(np.arange(len(sizes) + 1, dtype=np.int64).data)
 
     def abort(self) -> None:
         """Remove everything written so far."""
@@ -260,7 +261,9 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bin.closed:
             return
         if kind is None:

@@ -1,8 +1,8 @@
 """The order in which a data set is read: Megatron's, bit for bit, without loops over samples.
 
 All epochs of documents are shuffled together into one stream of tokens; sample k is the ``seq_length + 1`` tokens from
-``k * seq_length`` on (neighbours share one token); then the samples are shuffled. When less than 80 % of the last epoch is
-needed, that epoch is kept apart: its documents and samples are shuffled among themselves and come last, so that
+``k * seq_length`` on (neighbours share one token); then the samples are shuffled. When less than 80 % of the last epoch
+is needed, that epoch is kept apart: its documents and samples are shuffled among themselves and come last, so that
 training over E.1 epochs does not read some documents E+1 times before others E times.
 
 The maps are cached in a folder named by a hash of everything they depend on. The folder is built under a temporary name
@@ -68,7 +68,7 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
     if seq_length < 1 or (num_samples is not None and num_samples < 1):
         raise ValueError(f"{num_samples} samples of {seq_length} tokens; both must be at least 1; raise them")
     if tokens_per_epoch < 1:
-        raise ValueError("the data set has no tokens; training needs at least one; check the input of the preprocessing")
+        raise ValueError("the data set has no tokens; it needs at least one; check the input of the preprocessing")
 
     def samples_in(num_epochs: int) -> int:
         return (num_epochs * tokens_per_epoch - 1) // seq_length
@@ -77,8 +77,8 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
         num_epochs, separate = 1, False
         if samples_in(1) < 1:
             raise ValueError(
-                f"the data set has {tokens_per_epoch} tokens and the sequence length is {seq_length}; reading all of it once "
-                "needs one more token than the sequence length; use more data or a smaller --seq-length"
+                f"the data set has {tokens_per_epoch} tokens and the sequence length is {seq_length}; reading all of "
+                "it once needs at least one more token than the sequence length; use more data or a smaller --seq-length"
             )
     else:
         num_epochs = -(-(num_samples * seq_length + 1) // tokens_per_epoch)
@@ -109,7 +109,8 @@ def build_sample_starts(sizes: np.ndarray, document_order: np.ndarray, plan: Ord
     row, tokens_before = 1, 0  # row 0 is the start of the stream, also when the first document is empty
     for begin in range(0, len(document_order), _CHUNK):
         ends = tokens_before + np.cumsum(sizes[document_order[begin : begin + _CHUNK]], dtype=np.int64)
-        stop = min(plan.total_samples + 1, -(-int(ends[-1]) // plan.seq_length))  # rows k with k * seq_length < ends[-1]
+        # The rows k that lie in this chunk: k * seq_length < ends[-1].
+        stop = min(plan.total_samples + 1, -(-int(ends[-1]) // plan.seq_length))
         if stop > row:
             positions = np.arange(row, stop, dtype=np.int64) * plan.seq_length
             place = np.searchsorted(ends, positions, side="right")
@@ -192,7 +193,7 @@ def default_cache_folders(prefix: str) -> list[Path]:
 
 def _hash(sizes: np.ndarray, plan: OrderPlan) -> str:
     digest = hashlib.blake2b(json.dumps([_FORMAT, asdict(plan)]).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(sizes, np.int32))
+    digest.update(np.ascontiguousarray(sizes, np.int32).data)
     return digest.hexdigest()
 
 

@@ -1,0 +1,225 @@
+"""The kinds of tokenizers; megatron/data/tokenizer.py chooses between them.
+
+Text is encoded as it is: no special token is added, and text that spells one (``<|endoftext|>`` in a document) is
+encoded as ordinary text, so that a document cannot forge an end of document.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GPT2_EOD = "<|endoftext|>"
+_EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_MASK_NAMES = ("<|mask|>", "<mask>", "[MASK]", "<|mdm_mask|>")
+
+
+class FastTokenizer:
+    """A tokenizer of the ``tokenizers`` library: GPT-2 BPE from two files, or a tokenizer.json."""
+
+    def __init__(self, backend: Any, spec: dict[str, Any], *, eod: str | None, mask: str | None) -> None:
+        """Wrap ``backend`` (tokenizers.Tokenizer); ``eod`` and ``mask`` are token strings of its vocabulary."""
+        backend.no_truncation()  # a tokenizer.json may ask for both; they would silently change the data
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._spec = spec
+        self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
+        self.eod_id: int | None = backend.token_to_id(eod) if eod else None
+        self.mask_id: int | None = backend.token_to_id(mask) if mask else None
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def spec(self) -> dict[str, Any]:
+        return dict(self._spec)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model`` file."""
+
+    def __init__(self, model: str) -> None:
+        """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
+        processor = _import("sentencepiece").SentencePieceProcessor()
+        try:
+            processor.Load(str(_existing(model, "--tokenizer-model")))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{model} ({error}); it must be a SentencePiece model; check --tokenizer-model") from error
+        self._processor = processor
+        self._model = model
+        self.name = f"SentencePieceTokenizer({Path(model).name})"
+        self.vocab_size = int(processor.vocab_size())
+        self.eod_id: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
+        ids = [processor.piece_to_id(piece) for piece in _MASK_NAMES]
+        self.mask_id: int | None = next((i for i in ids if i != processor.unk_id()), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, out_type=int)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), out_type=int)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def spec(self) -> dict[str, Any]:
+        return {"type": "SentencePieceTokenizer", "model": self._model}
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: ids 0-255 are bytes, 256 is the end of a document. Needs no files."""
+
+    name = "ByteTokenizer"
+    vocab_size = 257
+    eod_id: int | None = 256
+    mask_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    def spec(self) -> dict[str, Any]:
+        return {"type": "ByteTokenizer"}
+
+
+class NullTokenizer:
+    """For text that is token ids already, separated by spaces. Knows only the size of the vocabulary."""
+
+    eod_id: int | None = None
+    mask_id: int | None = None
+
+    def __init__(self, vocab_size: int) -> None:
+        """Accept ids below ``vocab_size``."""
+        self.vocab_size = vocab_size
+        self.name = f"NullTokenizer({vocab_size})"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the numbers in ``text``. Raises ValueError for words that are not ids of the vocabulary."""
+        words = text.split()
+        bad = next((word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)), None)
+        if bad is not None:
+            raise ValueError(
+                f"{bad!r} is no token id; NullTokenizer reads ids 0 to {self.vocab_size - 1} separated by spaces; "
+                "choose another --tokenizer-type for text"
+            )
+        return [int(word) for word in words]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def spec(self) -> dict[str, Any]:
+        return {"type": "NullTokenizer", "vocab_size": self.vocab_size}
+
+
+def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
+    """Return GPT-2's byte-level BPE from vocab.json (encoder.json) and merges.txt (vocab.bpe).
+
+    Raises:
+        ValueError: a file is missing or is not what it should be.
+    """
+    tokenizers = _import("tokenizers")
+    for path, flag in ((vocab_file, "--vocab-file"), (merge_file, "--merge-file")):
+        _existing(path, flag)
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
+    except Exception as error:
+        raise ValueError(
+            f"cannot read a BPE from {vocab_file} and {merge_file} ({error}); they must be GPT-2's vocab.json and "
+            "merges.txt; check --vocab-file and --merge-file"
+        ) from error
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
+    return FastTokenizer(backend, spec, eod=GPT2_EOD, mask=None)
+
+
+def hf_tokenizer(model: str) -> FastTokenizer:
+    """Return a Hugging Face tokenizer.
+
+    Args:
+        model: a folder with tokenizer.json, such a file itself, or a name on the hub (downloaded or from its cache).
+
+    Raises:
+        ValueError: it cannot be found, or has no tokenizer.json.
+    """
+    tokenizers = _import("tokenizers")
+    path = Path(model).expanduser()
+    if path.is_file():
+        files = {"tokenizer.json": path}
+    elif path.is_dir():
+        files = {file.name: file for file in path.glob("*.json")}
+    else:
+        files = _hub_files(model)
+    if "tokenizer.json" not in files:
+        raise ValueError(
+            f"no tokenizer.json in {model}; a Hugging Face tokenizer needs one; for a SentencePiece .model file use "
+            "--tokenizer-type SentencePieceTokenizer, for vocab.json and merges.txt use --vocab-file and --merge-file"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
+    except Exception as error:
+        raise ValueError(
+            f"{files['tokenizer.json']} ({error}); it must be a tokenizer.json of the tokenizers library; "
+            "check --tokenizer-model"
+        ) from error
+    named: dict[str, str] = {}
+    for config in ("special_tokens_map.json", "tokenizer_config.json"):
+        if config in files:
+            for key, value in json.loads(files[config].read_text(encoding="utf-8")).items():
+                if key in ("eos_token", "mask_token") and value:
+                    named[key] = value["content"] if isinstance(value, dict) else value
+    vocab = backend.get_vocab(with_added_tokens=True)
+    eod = named.get("eos_token") or next((name for name in _EOD_NAMES if name in vocab), None)
+    mask = named.get("mask_token") or next((name for name in _MASK_NAMES if name in vocab), None)
+    return FastTokenizer(backend, {"type": "HFTokenizer", "model": model}, eod=eod, mask=mask)
+
+
+def _hub_files(name: str) -> dict[str, Path]:
+    hub = _import("huggingface_hub")
+    files: dict[str, Path] = {}
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            files[file] = Path(hub.hf_hub_download(name, file))
+        except Exception as error:
+            # Only tokenizer.json is needed; "local" means that the hub was not reached and the cache has nothing.
+            absent = isinstance(error, hub.errors.EntryNotFoundError)
+            if files or (absent and not isinstance(error, hub.errors.LocalEntryNotFoundError)):
+                continue
+            raise ValueError(
+                f"tokenizer {name}: no such file or folder, and the hub gave {type(error).__name__}; --tokenizer-model "
+                "is a folder, a tokenizer.json or a hub name; check it and the network (or HF_HOME, the cache)"
+            ) from error
+    return files
+
+
+def _existing(path: str, flag: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ValueError(f"{flag} {path} does not exist; it must be a readable file; check the path")
+    return found
+
+
+def _import(module: str) -> Any:
+    """Import an optional library when it is needed: reading pre-tokenised data needs none of them."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{module} is not installed; this tokenizer needs it; run pip install {module}") from error
