@@ -55,6 +55,11 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "pad the vocabulary to a multiple of this times the tensor-parallel size", unit="TOKENS"
     )
+    padded_vocab_size: int | None = option(
+        None,
+        "rows of the embedding matrix; default: the vocabulary, padded (a loaded checkpoint's own size wins)",
+        unit="TOKENS",
+    )
     normalization: str = option("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
     layernorm_epsilon: float = option(1e-5, "epsilon of the normalisation layers")
     swiglu: bool = option(True, "SwiGLU feed-forward; --no-swiglu gives GELU")
@@ -82,7 +87,9 @@ class ObjectiveConfig:
     independent_t: bool = option(
         False, "draw the diffusion time of every sample independently instead of stratified over the global batch"
     )
-    ar_ratio: float = option(0.0, "MDM: probability that a sequence masks its last tokens instead of random ones", unit="P")
+    ar_ratio: float = option(
+        0.0, "MDM: probability that a sequence masks its last tokens instead of random ones", unit="P"
+    )
     low_noise_start: bool = option(False, "MDM: scale the diffusion time down in the first iterations")
     low_noise_iter: int = option(0, "MDM: iterations with scaled time", unit="ITERS")
     low_noise_ratio: float = option(1.0, "MDM: factor on the time in those iterations, in (0, 1]", unit="RATIO")
@@ -100,7 +107,9 @@ class ObjectiveConfig:
 class DataConfig:
     """Where the tokens come from. Paths are Megatron prefixes: PREFIX.bin and PREFIX.idx."""
 
-    train_data_path: list[str] = option([], "training prefix, or a blend: WEIGHT PREFIX [WEIGHT PREFIX ...]", unit="PATH")
+    train_data_path: list[str] = option(
+        [], "training prefix, or a blend: WEIGHT PREFIX [WEIGHT PREFIX ...]", unit="PATH"
+    )
     valid_data_path: list[str] = option([], "validation prefix or blend", unit="PATH")
     train_data_path_file: str | None = option(
         None, 'file holding one line: "WEIGHT PREFIX" for training, several quoted pairs blend', unit="FILE"
@@ -110,7 +119,9 @@ class DataConfig:
     data_cache_path: str | None = option(
         None, "folder of cached index maps; default: index-cache/ beside the data, or a temporary folder", unit="DIR"
     )
-    num_workers: int = option(2, "data loader processes per rank; 0 prepares batches in the training process", unit="PROCESSES")
+    num_workers: int = option(
+        2, "data loader processes per rank; 0 prepares batches in the training process", unit="PROCESSES"
+    )
     tokenizer_type: str | None = option(
         None,
         "tokenizer family; default: GPT2BPETokenizer with --vocab-file, HFTokenizer with --tokenizer-model, "
@@ -131,11 +142,15 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its schedule. Schedules count samples, so that they do not depend on the layout."""
 
-    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed", choices=("adam", "fusedadam"))
+    optimizer: str = option(
+        "adam", "adam: torch AdamW (fused); fusedadam: apex, where installed", choices=("adam", "fusedadam")
+    )
     lr: float = option(2e-4, "peak learning rate")
     min_lr: float = option(0.0, "final learning rate")
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
-    lr_decay_samples: int | None = option(None, "samples over which the rate decays; default: all training samples", unit="SAMPLES")
+    lr_decay_samples: int | None = option(
+        None, "samples over which the rate decays; default: all training samples", unit="SAMPLES"
+    )
     lr_warmup_samples: int = option(0, "samples of linear warm-up", unit="SAMPLES")
     lr_warmup_fraction: float | None = option(None, "warm-up as a fraction of the decay samples", unit="FRACTION")
     weight_decay: float = option(0.01, "decoupled weight decay of matrices; one-dimensional tensors have none")
@@ -159,11 +174,17 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(
         1, "pipeline stages", flags=("--pipeline-model-parallel-size", "--pp-size"), unit="STAGES"
     )
-    no_pipeline_parallel: bool = option(False, "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)")
-    zero_stage: int = option(1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory", unit="STAGE")
+    no_pipeline_parallel: bool = option(
+        False, "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)"
+    )
+    zero_stage: int = option(
+        1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory", unit="STAGE"
+    )
     deepspeed: bool = option(False, "accepted for existing scripts: DeepSpeed is always the engine")
     deepspeed_config: str | None = option(
-        None, "JSON of further DeepSpeed settings; one that contradicts a flag is refused", unit="FILE",
+        None,
+        "JSON of further DeepSpeed settings; one that contradicts a flag is refused",
+        unit="FILE",
         flags=("--deepspeed_config", "--deepspeed-config"),
     )
     recompute_activations: bool = option(
@@ -180,24 +201,40 @@ class RunConfig:
     """Length, batch, precision, logging, validation and checkpoints."""
 
     micro_batch_size: int = option(1, "samples per forward pass and data-parallel rank", unit="SAMPLES")
-    global_batch_size: int | None = option(None, "samples per step over all ranks; default: micro batch x data-parallel size", unit="SAMPLES")
+    global_batch_size: int | None = option(
+        None, "samples per step over all ranks; default: micro batch x data-parallel size", unit="SAMPLES"
+    )
     train_samples: int | None = option(None, "length of training", unit="SAMPLES")
     train_iters: int | None = option(None, "length of training, instead of --train-samples", unit="ITERS")
     train_epochs: float | None = option(None, "length of training, instead of --train-samples", unit="EPOCHS")
     seed: int = option(1234, "seed of weights, data order, dropout and mask noise")
     bf16: bool = option(False, "bfloat16 weights with an fp32 master copy; default: fp32")
-    save: str | None = option(None, "run directory: run.json, metrics.jsonl and checkpoints; default: runs/..., no checkpoints", unit="DIR")
-    load: str | None = option(None, "run directory or checkpoint to continue from; an empty one starts fresh", unit="DIR")
-    load_tag: str | None = option(None, "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG")
+    save: str | None = option(
+        None, "run directory: run.json, metrics.jsonl and checkpoints; default: runs/..., no checkpoints", unit="DIR"
+    )
+    load: str | None = option(
+        None, "run directory or checkpoint to continue from; an empty one starts fresh", unit="DIR"
+    )
+    load_tag: str | None = option(
+        None, "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG"
+    )
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS")
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT")
     finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer")
     no_load_optim: bool = option(False, "do not load optimizer state", flags=("--no-load-optim",))
-    no_load_rng: bool = option(False, "draw fresh dropout and mask noise after loading instead of continuing the stream", flags=("--no-load-rng",))
+    no_load_rng: bool = option(
+        False,
+        "draw fresh dropout and mask noise after loading instead of continuing the stream",
+        flags=("--no-load-rng",),
+    )
     log_interval: int = option(10, "steps between progress lines", unit="ITERS")
     eval_interval: int | None = option(None, "steps between validations; default: only at the end", unit="ITERS")
-    eval_iters: str = option("10", "validation steps of one global batch each, or 'full' for the whole set", unit="ITERS|full")
-    num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", flags=("--num-mc",), unit="DRAWS")
+    eval_iters: str = option(
+        "10", "validation steps of one global batch each, or 'full' for the whole set", unit="ITERS|full"
+    )
+    num_mc: int = option(
+        1, "noise draws per validation sample (objectives whose loss is a bound)", flags=("--num-mc",), unit="DRAWS"
+    )
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES")
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")
@@ -206,7 +243,9 @@ class RunConfig:
     log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard")
     log_batch_size_to_tensorboard: bool = option(False, "also write the global batch size to TensorBoard")
     log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard")
-    wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)", unit="NAME")
+    wandb_project: str | None = option(
+        None, "log to this Weights & Biases project (offline without a login)", unit="NAME"
+    )
     wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME")
     wandb_group: str | None = option(None, "group of the W&B run", unit="NAME")
     wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR")

@@ -1,0 +1,112 @@
+"""Self-attention over tensor-parallel heads, on PyTorch's fused kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.config.schema import ModelConfig
+from megatron.model.mask import AttentionMask, Causal, Full
+from megatron.model.rotary import RotaryEmbedding, apply_rotary
+from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
+
+
+class SelfAttention(nn.Module):
+    """Multi-head or grouped-query attention. Rows of the fused projection are [Q; K; V], heads are split over ranks.
+
+    ``kv_channels · heads`` need not equal the hidden size. The softmax scale is 1/√kv_channels.
+    """
+
+    def __init__(self, config: ModelConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        assert config.hidden_size and config.num_attention_heads and config.num_query_groups and config.kv_channels
+        assert config.num_layers
+        tp_size = factory.context.tp_size
+        self.tp_size = tp_size
+        self.head_size = config.kv_channels
+        self.num_heads = config.num_attention_heads // tp_size
+        self.num_groups = config.num_query_groups // tp_size
+        self.dropout = config.attention_dropout
+        bias, std = not config.disable_bias_linear, config.init_method_std
+        query_size = config.num_attention_heads * config.kv_channels
+        key_size = config.num_query_groups * config.kv_channels
+        self.query_key_value = ColumnParallelLinear(
+            factory.child("query_key_value"),
+            in_size=config.hidden_size,
+            blocks=(query_size, key_size, key_size),
+            std=std,
+            bias=bias,
+        )
+        self.dense = RowParallelLinear(
+            factory.child("dense"),
+            in_size=query_size,
+            out_size=config.hidden_size,
+            std=std / math.sqrt(2 * config.num_layers),
+            bias=bias,
+        )
+        self.rotary = None
+        if config.use_rotary_position_embeddings:
+            # One more row than the context: an order over seq + 1 tokens has a position for the last label.
+            length = config.seq_length + 1
+            self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=config.rotary_base)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        mask: AttentionMask,
+        position_ids: torch.Tensor | None = None,
+        sample_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend: [batch, seq, hidden] → [batch, seq, hidden].
+
+        Args:
+            hidden: normalised input.
+            mask: which keys a query sees.
+            position_ids: [batch, seq] when tokens are out of order, else None.
+            sample_ids: [batch], needed by masks that differ between samples.
+        """
+        batch, seq, _ = hidden.shape
+        heads = self.query_key_value(hidden).view(batch, seq, self.num_heads + 2 * self.num_groups, self.head_size)
+        query, key, value = heads.transpose(1, 2).split((self.num_heads, self.num_groups, self.num_groups), dim=1)
+        if self.rotary is not None:
+            cos, sin = self.rotary(seq, position_ids)
+            query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        context = self._attend(query, key, value, mask, sample_ids)
+        return self.dense(context.transpose(1, 2).reshape(batch, seq, self.num_heads * self.head_size))
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: AttentionMask,
+        sample_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """softmax(QKᵀ/√d)V: [batch, heads, seq, channels]. Causal and full attention make no [seq, seq] tensor."""
+        allowed = None
+        if not isinstance(mask, Causal | Full):
+            assert sample_ids is not None, f"{mask} needs the sample ids"
+            allowed = mask.allowed(sample_ids, query.shape[2])
+        dropout = self.dropout if self.training else 0.0
+        arguments = {
+            "attn_mask": allowed,
+            "dropout_p": dropout,
+            "is_causal": isinstance(mask, Causal),
+            "enable_gqa": self.num_groups != self.num_heads,
+        }
+        if dropout == 0.0 or self.tp_size == 1:
+            return F.scaled_dot_product_attention(query, key, value, **arguments)
+        return self._attend_with_own_dropout(query, key, value, arguments)
+
+    def _attend_with_own_dropout(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict
+    ) -> torch.Tensor:
+        """Heads are split over ranks, so each rank must drop other probabilities than its peers do, while the random
+        stream that the ranks share (dropout of whole activations) must advance alike on all of them."""
+        seed = int(torch.randint(2**62, ()))  # host-side stream: the same on all ranks, restored on recomputation
+        with torch.random.fork_rng(devices=[query.device] if query.is_cuda else []):
+            torch.manual_seed(seed + self.query_key_value.context.tp_rank)
+            return F.scaled_dot_product_attention(query, key, value, **arguments)

@@ -1,0 +1,46 @@
+"""Feed-forward layer: SwiGLU (Shazeer, arXiv 2002.05202) or GELU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.config.schema import ModelConfig
+from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
+
+
+class MLP(nn.Module):
+    """``W₂ (silu(gate) · up)`` with the rows of the first matrix [gate; up], or ``W₂ gelu(W₁ x)``."""
+
+    def __init__(self, config: ModelConfig, factory: ParameterFactory) -> None:
+        super().__init__()
+        assert config.hidden_size and config.ffn_hidden_size and config.num_layers
+        bias, std = not config.disable_bias_linear, config.init_method_std
+        self.swiglu = config.swiglu
+        self.dense_h_to_4h = ColumnParallelLinear(
+            factory.child("dense_h_to_4h"),
+            in_size=config.hidden_size,
+            blocks=(config.ffn_hidden_size,) * (2 if config.swiglu else 1),
+            std=std,
+            bias=bias,
+        )
+        self.dense_4h_to_h = RowParallelLinear(
+            factory.child("dense_4h_to_h"),
+            in_size=config.ffn_hidden_size,
+            out_size=config.hidden_size,
+            std=std / math.sqrt(2 * config.num_layers),
+            bias=bias,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, hidden] → [batch, seq, hidden]."""
+        x = self.dense_h_to_4h(x)
+        if self.swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x)
+        return self.dense_4h_to_h(x)

@@ -1,0 +1,45 @@
+"""Autoregressive modelling with random attention masking (an ablation of arXiv 2507.15857)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron.config.schema import Config
+from megatron.model.mask import AttentionMask, RandomKeyDrop
+from megatron.objectives.ar import Autoregressive
+from megatron.objectives.base import ModelBatch
+
+
+@dataclass(frozen=True)
+class MaskedAttentionAR:
+    """Next-token prediction under :class:`megatron.model.mask.RandomKeyDrop`.
+
+    Attributes:
+        attention_mask: the random mask; a function of the sample ids that travel with the batch.
+    """
+
+    attention_mask: AttentionMask
+    label: str = "NLL (exact)"
+    loss_fraction: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Config) -> MaskedAttentionAR:
+        """Build from a resolved configuration."""
+        return cls(attention_mask=RandomKeyDrop(ratio=config.objective.randmask_ratio, seed=config.run.seed))
+
+    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
+        """As plain AR, with explicit positions so that the sample ids reach every stage."""
+        labels = tokens[:, 1:].contiguous()
+        return ModelBatch.build(
+            input_ids=tokens[:, :-1].contiguous(),
+            labels=labels,
+            loss_weights=torch.ones(labels.shape, dtype=torch.float32),
+            sample_ids=sample_ids,
+            position_ids=torch.arange(labels.shape[1]).expand(labels.shape).contiguous(),
+        )
+
+    def for_eval(self, draw: int = 0, num_draws: int = 1) -> Autoregressive:
+        """Plain causal attention."""
+        return Autoregressive()

@@ -1,0 +1,65 @@
+"""How one tensor is split over tensor-parallel ranks: the one description that initialisation, checkpoints,
+resharding and export share."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Split of a tensor of ``full_shape`` along ``dim``.
+
+    A tensor may be several matrices stacked along ``dim`` (query, key and value; gate and up). ``blocks`` holds their
+    lengths; each is split on its own, so that a rank's shard is again a stack of the same matrices.
+
+    Attributes:
+        full_shape: shape of the whole tensor.
+        dim: axis of the split, or None for a tensor that every rank holds whole.
+        blocks: lengths along ``dim`` of the stacked matrices; they add up to ``full_shape[dim]``.
+    """
+
+    full_shape: tuple[int, ...]
+    dim: int | None = None
+    blocks: tuple[int, ...] = ()
+
+    def local_shape(self, tp_size: int) -> tuple[int, ...]:
+        """Shape of one rank's shard."""
+        if self.dim is None:
+            return self.full_shape
+        shape = list(self.full_shape)
+        shape[self.dim] //= tp_size
+        return tuple(shape)
+
+    def shard(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """The part of ``full`` that ``tp_rank`` of ``tp_size`` holds."""
+        if tuple(full.shape) != self.full_shape:
+            raise ValueError(f"tensor has shape {tuple(full.shape)}; this model expects {self.full_shape}")
+        if self.dim is None or tp_size == 1:
+            return full
+        parts = [block.chunk(tp_size, self.dim)[tp_rank] for block in full.split(self.blocks, self.dim)]
+        return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0].contiguous()
+
+    def combine(self, shards: list[torch.Tensor]) -> torch.Tensor:
+        """The whole tensor from the shards of all ranks, in rank order. The inverse of :meth:`shard`."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        local_blocks = [block // len(shards) for block in self.blocks]
+        pieces = [shard.split(local_blocks, self.dim) for shard in shards]
+        return torch.cat([piece[i] for i in range(len(local_blocks)) for piece in pieces], self.dim)
+
+
+def named_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for one named tensor: independent of layout, of build order and of the other tensors."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def initial_shard(spec: ShardSpec, *, name: str, std: float, seed: int, tp_rank: int, tp_size: int) -> torch.Tensor:
+    """This rank's part of an N(0, std) tensor that is generated whole, so that every layout starts equal (fp32)."""
+    generator = torch.Generator().manual_seed(named_seed(seed, name))
+    full = torch.empty(spec.full_shape).normal_(0.0, std, generator=generator)
+    return spec.shard(full, tp_rank, tp_size).clone()

@@ -1,0 +1,150 @@
+"""Tensor-parallel layers (Shoeybi et al., arXiv 1909.08053): column, row and vocabulary parallel.
+
+A column-parallel layer keeps its output split, a row-parallel one adds up the partial products, so one attention or
+feed-forward block costs one all-reduce in the forward and one in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import ShardSpec, initial_shard
+
+
+@dataclass(frozen=True)
+class ParameterFactory:
+    """Makes named parameters: sliced for this rank, seeded by name.
+
+    Attributes:
+        context: this process.
+        seed: seed of the run.
+        prefix: canonical name of the owning layer, such as ``layers.3.mlp``.
+    """
+
+    context: ParallelContext
+    seed: int
+    prefix: str = ""
+
+    def child(self, name: str) -> ParameterFactory:
+        """The factory of a sub-module."""
+        return ParameterFactory(self.context, self.seed, f"{self.prefix}.{name}" if self.prefix else name)
+
+    def normal(self, name: str, spec: ShardSpec, std: float) -> nn.Parameter:
+        """A parameter drawn from N(0, std)."""
+        full_name = f"{self.prefix}.{name}" if self.prefix else name
+        tp_rank, tp_size = self.context.tp_rank, self.context.tp_size
+        data = initial_shard(spec, name=full_name, std=std, seed=self.seed, tp_rank=tp_rank, tp_size=tp_size)
+        return self._parameter(full_name, spec, data)
+
+    def constant(self, name: str, spec: ShardSpec, value: float) -> nn.Parameter:
+        """A parameter filled with ``value``."""
+        full_name = f"{self.prefix}.{name}" if self.prefix else name
+        return self._parameter(full_name, spec, torch.full(spec.local_shape(self.context.tp_size), value))
+
+    def _parameter(self, name: str, spec: ShardSpec, data: torch.Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(data)
+        parameter.canonical_name = name  # type: ignore[attr-defined]
+        parameter.shard_spec = spec  # type: ignore[attr-defined]
+        # DeepSpeed counts the squared gradient of a replicated tensor once, of a split one on every rank.
+        parameter.tensor_model_parallel = spec.dim is not None and self.context.tp_size > 1  # type: ignore[attr-defined]
+        return parameter
+
+
+class _CopyToTensorParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFromTensorParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def copy_to_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """Identity forward, all-reduce of the gradient backward (the ``f`` of arXiv 1909.08053)."""
+    return _CopyToTensorParallel.apply(x, context.tp_group) if context.tp_size > 1 else x
+
+
+def reduce_from_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """All-reduce forward, identity backward (the ``g`` of arXiv 1909.08053)."""
+    return _ReduceFromTensorParallel.apply(x, context.tp_group) if context.tp_size > 1 else x
+
+
+class ColumnParallelLinear(nn.Module):
+    """``y = x Wᵀ + b`` with the output channels split over ranks: [..., in] → [..., out / tp]."""
+
+    def __init__(
+        self, factory: ParameterFactory, *, in_size: int, blocks: Sequence[int], std: float, bias: bool
+    ) -> None:
+        super().__init__()
+        self.context = factory.context
+        out_size = sum(blocks)
+        self.weight = factory.normal("weight", ShardSpec((out_size, in_size), 0, tuple(blocks)), std)
+        self.bias = factory.constant("bias", ShardSpec((out_size,), 0, tuple(blocks)), 0.0) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(copy_to_tensor_parallel(x, self.context), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """``y = x Wᵀ + b`` with the input channels split over ranks: [..., in / tp] → [..., out], summed over ranks."""
+
+    def __init__(self, factory: ParameterFactory, *, in_size: int, out_size: int, std: float, bias: bool) -> None:
+        super().__init__()
+        self.context = factory.context
+        self.weight = factory.normal("weight", ShardSpec((out_size, in_size), 1, (in_size,)), std)
+        self.bias = factory.constant("bias", ShardSpec((out_size,)), 0.0) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = reduce_from_tensor_parallel(F.linear(x, self.weight), self.context)
+        # The bias is whole on every rank: added once, after the sum.
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding with the vocabulary split over ranks: ids [batch, seq] → [batch, seq, hidden]."""
+
+    def __init__(self, factory: ParameterFactory, *, vocab_size: int, hidden_size: int, std: float) -> None:
+        super().__init__()
+        self.context = factory.context
+        self.weight = factory.normal("weight", ShardSpec((vocab_size, hidden_size), 0, (vocab_size,)), std)
+        self.rows = vocab_size // self.context.tp_size
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.context.tp_size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.context.tp_rank * self.rows
+        is_elsewhere = (local < 0) | (local >= self.rows)
+        rows = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
+        return reduce_from_tensor_parallel(rows.masked_fill(is_elsewhere.unsqueeze(-1), 0.0), self.context)
+
+
+def gather_last_dim(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    """Concatenate shards along the last axis (inference only: no gradient)."""
+    if context.tp_size == 1:
+        return x
+    shards = [torch.empty_like(x) for _ in range(context.tp_size)]
+    dist.all_gather(shards, x.contiguous(), group=context.tp_group)
+    return torch.cat(shards, dim=-1)

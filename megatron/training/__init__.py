@@ -1,0 +1,1 @@
+"""The training program: wiring, engine, loop, optimizer, checkpoints, metrics, validation."""

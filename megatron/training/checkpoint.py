@@ -1,0 +1,400 @@
+"""Checkpoints that belong to no layout.
+
+Every rank writes what it holds: flat ranges of its tensor-parallel shards of weights (fp32 masters) and optimizer
+moments, under their canonical names, in one safetensors file. A reader puts any tensor, or any range of any shard,
+together again, so a run saved with one tensor/pipeline/data/ZeRO layout continues in any other. Nothing is unpickled.
+
+    RUN/global_step100/shard-00000.safetensors   keys "kind/name/tp_rank-tp_size/start", flat fp32
+    RUN/global_step100/manifest.json             step, samples, config, tensors, files with sizes and checksums
+    RUN/latest                                   text: global_step100
+
+A tag is written under another name and renamed when its manifest is complete; ``latest`` moves last. An interrupted
+save therefore leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron.config import config_from_dict, config_to_dict
+from megatron.config.schema import Config
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import ShardSpec
+
+FORMAT = 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A flat range of one tensor-parallel shard, as one rank holds it.
+
+    Attributes:
+        kind: "weight", "exp_avg" or "exp_avg_sq".
+        name: canonical name of the tensor.
+        tp_rank, tp_size: which shard.
+        start: first element of the range in the flattened shard.
+        data: [n] fp32; saving reads it, loading writes it.
+    """
+
+    kind: str
+    name: str
+    tp_rank: int
+    tp_size: int
+    start: int
+    data: torch.Tensor
+
+    @property
+    def key(self) -> str:
+        """Name inside the file."""
+        return f"{self.kind}/{self.name}/{self.tp_rank}-{self.tp_size}/{self.start}"
+
+
+def write_checkpoint(
+    run_dir: Path,
+    *,
+    fragments: Iterable[Fragment],
+    specs: Mapping[str, ShardSpec],
+    state: dict[str, Any],
+    context: ParallelContext,
+) -> Path:
+    """Write one tag; a collective call.
+
+    Args:
+        run_dir: folder of the run.
+        fragments: what this rank holds and no other rank writes.
+        specs: shape and split of this rank's tensors.
+        state: ``step``, ``consumed_samples``, ``optimizer_steps``, ``config`` (a Config) and anything else for JSON.
+        context: this process.
+
+    Returns:
+        The folder of the tag.
+
+    Raises:
+        OSError: on every rank, if any rank could not write; the tag does not exist then, older ones are untouched.
+    """
+    tag = run_dir / f"global_step{state['step']}"
+    scratch = run_dir / f"{tag.name}.saving"
+    error, written = _attempt(lambda: _write_shard(scratch, fragments, context))
+    reports = context.gather_objects((error, written, dict(specs)))
+    failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
+    if failure is None and context.is_first_rank:
+        tensors = {name: spec for report in reports for name, spec in report[2].items()}
+        files = {report[1]["name"]: {k: report[1][k] for k in ("bytes", "sha256")} for report in reports}
+        failure, _ = _attempt(lambda: _publish(run_dir, scratch, tag, _manifest(state, tensors, files)))
+    failure = context.gather_objects(failure)[0]
+    if failure is not None:
+        if context.is_first_rank:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {tag} could not be written ({failure}); saving needs a writable folder with room for 12 bytes per "
+            "parameter; free space or change --save; earlier checkpoints are complete and untouched"
+        )
+    return tag
+
+
+def _attempt(action: Any) -> tuple[str | None, Any]:
+    """Run; an error of the operating system comes back as text, because other ranks must hear of it."""
+    try:
+        return None, action()
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own RuntimeError
+        return f"{type(error).__name__}: {error}", None
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            return f"{type(error).__name__}: {error}", None
+        raise
+
+
+def _write_shard(scratch: Path, fragments: Iterable[Fragment], context: ParallelContext) -> dict[str, Any]:
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = scratch / f"shard-{context.rank:05d}.safetensors"
+    tensors = {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments}
+    save_file(tensors, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_checksum(path)}
+
+
+def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:
+    described = {
+        name: {"shape": list(spec.full_shape), "dim": spec.dim, "blocks": list(spec.blocks)}
+        for name, spec in sorted(tensors.items())
+    }
+    config: Config = state["config"]
+    return {"format": FORMAT, **state, "config": config_to_dict(config), "tensors": described, "files": files}
+
+
+def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) -> None:
+    for path in scratch.iterdir():  # shards of an earlier, interrupted save with more ranks
+        if path.name not in manifest["files"]:
+            path.unlink()
+    write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1))
+    if tag.exists():
+        shutil.rmtree(tag)
+    scratch.rename(tag)
+    write_atomically(run_dir / "latest", tag.name)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file in one step, so that a reader sees the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, torch.Tensor], *, step: int = 0) -> Path:
+    """Write a weights-only checkpoint from whole tensors under their canonical names (conversions end here).
+
+    Raises:
+        ValueError: names or shapes are not those of the model in ``config``.
+        OSError: the folder cannot be written.
+    """
+    from megatron.model import Full, GPTModel
+
+    with torch.device("meta"):
+        parameters = dict(GPTModel(config.model, mask=Full()).named_parameters())
+    specs = {p.canonical_name: p.shard_spec for p in parameters.values()}  # type: ignore[attr-defined]
+    if missing := sorted(set(specs) - set(tensors)):
+        raise ValueError(f"tensors {missing} are missing; the model has them; check the source and its configuration")
+    if extra := sorted(set(tensors) - set(specs)):
+        raise ValueError(
+            f"tensors {extra} are not part of the model; nothing is dropped silently; check the configuration"
+        )
+    for name, spec in specs.items():
+        if tuple(tensors[name].shape) != spec.full_shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}; the model has {spec.full_shape}; check the sizes"
+            )
+    fragments = [Fragment("weight", name, 0, 1, 0, tensors[name].reshape(-1)) for name in specs]
+    state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
+    return write_checkpoint(Path(run_dir), fragments=fragments, specs=specs, state=state, context=ParallelContext())
+
+
+class CheckpointReader:
+    """Reads tensors, or ranges of shards, of one tag. Files are mapped, so a rank reads only what it asks for."""
+
+    def __init__(self, tag: Path) -> None:
+        """Args:
+        tag: folder with a manifest.
+
+        Raises:
+            ValueError: no manifest, or one of another format.
+        """
+        self.path = Path(tag)
+        self.manifest = read_manifest(self.path)
+        self.config: Config = config_from_dict(self.manifest["config"])
+        self.specs = {
+            name: ShardSpec(tuple(t["shape"]), t["dim"], tuple(t["blocks"]))
+            for name, t in self.manifest["tensors"].items()
+        }
+        self._files: dict[str, Any] = {}
+        self._index: dict[tuple[str, str, int], list[tuple[int, str, str]]] = {}
+        self._tp_sizes: dict[tuple[str, str], int] = {}
+        self._read_headers()
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all tensors."""
+        return list(self.specs)
+
+    def has(self, kind: str) -> bool:
+        """Whether the checkpoint holds this kind for every tensor (weights only, for instance, has no moments)."""
+        return all((kind, name) in self._tp_sizes for name in self.specs)
+
+    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """A whole tensor, fp32, on the CPU.
+
+        Raises:
+            ValueError: the checkpoint does not hold it.
+        """
+        spec, tp_size = self._spec(name), self._tp_size(name, kind)
+        shape = spec.local_shape(tp_size)
+        numel = int(torch.Size(shape).numel())
+        ranks = range(tp_size if spec.dim is not None else 1)
+        shards = [self._flat(kind, name, rank, 0, numel).view(shape) for rank in ranks]
+        return spec.combine(shards)
+
+    def read(self, fragment: Fragment) -> None:
+        """Fill ``fragment.data`` from the checkpoint, whatever layout wrote it."""
+        spec, numel = self._spec(fragment.name), fragment.data.numel()
+        saved_tp_size = self._tp_size(fragment.name, fragment.kind)
+        if spec.dim is None or saved_tp_size == fragment.tp_size:
+            rank = 0 if spec.dim is None else fragment.tp_rank
+            values = self._flat(fragment.kind, fragment.name, rank, fragment.start, numel)
+        else:
+            shard = spec.shard(self.tensor(fragment.name, fragment.kind), fragment.tp_rank, fragment.tp_size)
+            values = shard.reshape(-1)[fragment.start : fragment.start + numel]
+        fragment.data.copy_(values)
+
+    def _spec(self, name: str) -> ShardSpec:
+        if name not in self.specs:
+            raise ValueError(
+                f"checkpoint {self.path} has no tensor {name}; it was saved from another architecture; "
+                "load it with the model flags in its manifest.json"
+            )
+        return self.specs[name]
+
+    def _tp_size(self, name: str, kind: str) -> int:
+        if (kind, name) not in self._tp_sizes:
+            raise ValueError(
+                f"checkpoint {self.path} has no {kind} of {name}; it holds weights only or is incomplete; "
+                "pass --no-load-optim or --finetune to start with a fresh optimizer"
+            )
+        return self._tp_sizes[kind, name]
+
+    def _read_headers(self) -> None:
+        for file_name in self.manifest["files"]:
+            file = safe_open(self.path / file_name, framework="pt")
+            self._files[file_name] = file
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                kind, name, layout, start = key.rsplit("/", 3)
+                tp_rank, tp_size = (int(part) for part in layout.split("-"))
+                self._tp_sizes[kind, name] = tp_size
+                self._index.setdefault((kind, name, tp_rank), []).append((int(start), file_name, key))
+        for fragments in self._index.values():
+            fragments.sort()
+
+    def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> torch.Tensor:
+        """Elements start … start + numel − 1 of one flattened shard."""
+        result = torch.empty(numel)
+        filled = 0
+        for first, file_name, key in self._index.get((kind, name, tp_rank), []):
+            saved = self._files[file_name].get_slice(key)
+            length = saved.get_shape()[0]
+            low, high = max(start, first), min(start + numel, first + length)
+            if low < high:
+                result[low - start : high - start] = saved[low - first : high - first]
+                filled += high - low
+        if filled != numel:
+            raise ValueError(
+                f"checkpoint {self.path}: {kind} of {name} has {filled} of {numel} elements; a shard is missing; "
+                "load another tag with --load-tag"
+            )
+        return result
+
+
+def read_manifest(tag: Path) -> dict[str, Any]:
+    """The manifest of a tag.
+
+    Raises:
+        ValueError: it is absent, unreadable or of another format.
+    """
+    path = tag / MANIFEST
+    if not path.is_file():
+        kind = "a DeepSpeed checkpoint" if list(tag.glob("mp_rank_*")) else "no checkpoint of this project"
+        raise ValueError(
+            f"{tag} has no {MANIFEST} ({kind}); a checkpoint is complete only with its manifest; "
+            "convert others with tools/convert_checkpoint.py, or choose another --load"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it must be JSON; choose another --load-tag") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}; update the project")
+    return manifest
+
+
+def checkpoint_tags(run_dir: Path) -> list[Path]:
+    """Folders of complete tags, newest step first."""
+    tags = [path for path in run_dir.glob("global_step*") if (path / MANIFEST).is_file() and _step_of(path) is not None]
+    return sorted(tags, key=lambda path: _step_of(path) or 0, reverse=True)
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"global_step(\d+)", path.name)
+    return int(match.group(1)) if match else None
+
+
+def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
+    """Complaints about the files of a tag.
+
+    Args:
+        tag: folder with a manifest.
+        part, parts: check every ``parts``-th file from ``part`` on, to share the work between ranks.
+        checksums: read the files; otherwise only their sizes are compared.
+    """
+    files = sorted(read_manifest(tag)["files"].items())
+    for name, expected in files[part::parts]:
+        path = tag / name
+        if not path.is_file():
+            yield f"{name} is missing"
+        elif path.stat().st_size != expected["bytes"]:
+            yield f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        elif checksums and file_checksum(path) != expected["sha256"]:
+            yield f"{name} fails its checksum"
+
+
+def find_checkpoint(load: Path, tag: str | None = None, *, checksums: bool = True) -> tuple[Path | None, list[str]]:
+    """The checkpoint that ``--load`` and ``--load-tag`` mean.
+
+    Args:
+        load: folder of a run, or of one tag.
+        tag: name of a tag, or "latest"; default: the newest one that verifies.
+        checksums: verify contents, not only sizes.
+
+    Returns:
+        The folder of the tag, or None where the run has no checkpoint yet; and what was skipped and why.
+
+    Raises:
+        ValueError: the tag asked for is absent or damaged, or every checkpoint is.
+    """
+    if (load / MANIFEST).is_file():
+        candidates = [load]
+    elif tag is not None:
+        name = (load / "latest").read_text().strip() if tag == "latest" and (load / "latest").is_file() else tag
+        read_manifest(load / name)
+        candidates = [load / name]
+    else:
+        candidates = checkpoint_tags(load)
+        if not candidates and (load / "latest").is_file():
+            read_manifest(load / (load / "latest").read_text().strip())  # says what kind of checkpoint it is
+    skipped = []
+    for candidate in candidates:
+        complaints = list(damaged_files(candidate, checksums=checksums))
+        if not complaints:
+            return candidate, skipped
+        skipped.append(f"{candidate.name}: {'; '.join(complaints)}")
+    if skipped:
+        raise ValueError(
+            f"no checkpoint in {load} can be used ({' | '.join(skipped)}); files must match their manifest; "
+            "restore them or choose another --load"
+        )
+    return None, skipped
+
+
+def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> None:
+    """Delete all but the newest ``keep_last`` tags and those of the steps in ``keep``."""
+    for tag in checkpoint_tags(run_dir)[keep_last:]:
+        if _step_of(tag) not in keep:
+            (tag / MANIFEST).unlink()  # first, so that a half-deleted tag is no checkpoint
+            shutil.rmtree(tag)
