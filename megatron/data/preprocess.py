@@ -163,7 +163,7 @@ def preprocess(
 ) -> Summary:
     """Encode all sources into data sets called OUTPUT_KEY_document; on any error none of them appears.
 
-    When malformed rows exceed ``max_errors``, the rest of the input is only parsed, so that the error names all of them.
+    When malformed rows exceed ``max_errors``, the rest of the input is only parsed: the error then names all of them.
 
     Raises:
         ValueError: ``append_eod`` without an end-of-document id; nothing to write; unreadable input.
