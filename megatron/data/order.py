@@ -77,8 +77,8 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
         num_epochs, separate = 1, False
         if samples_in(1) < 1:
             raise ValueError(
-                f"the data set has {tokens_per_epoch} tokens and the sequence length is {seq_length}; reading all of "
-                "it once needs at least one more token than the sequence length; use more data or a smaller --seq-length"
+                f"the data set has {tokens_per_epoch} tokens and seq_length is {seq_length}; one pass needs at least "
+                "one token more than that; use more data or a smaller --seq-length"
             )
     else:
         num_epochs = -(-(num_samples * seq_length + 1) // tokens_per_epoch)

@@ -166,6 +166,8 @@ def hf_tokenizer(model: str) -> FastTokenizer:
         files = {"tokenizer.json": path}
     elif path.is_dir():
         files = {file.name: file for file in path.glob("*.json")}
+    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"--tokenizer-model {model} does not exist; a path must be a folder or a file; check the path")
     else:
         files = _hub_files(model)
     if "tokenizer.json" not in files:

@@ -1,0 +1,211 @@
+"""Input of the preprocessing: JSONL (also gzipped), plain text, parquet and saved ``datasets`` folders, in batches.
+
+A reader yields batches of rows without looking into them: parsing is the workers' part. It names every row by file and
+line, so that a wrong one can be reported.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("jsonl", "text", "parquet", "datasets")
+_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
+_BATCH_ROWS = 2048
+_BATCH_BYTES = 1 << 19
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, or a saved ``datasets`` folder."""
+
+    path: Path
+    format: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one input.
+
+    Attributes:
+        source: path of the input, for reports.
+        unit: what ``first`` counts: line, row or document.
+        first: number of the first row, from 1.
+        rows: raw JSON lines (bytes), raw texts (bytes), or (parquet, datasets) rows as dictionaries of the keys.
+        bytes_read: bytes of the file behind these rows, for the progress bar (0 where unknown).
+    """
+
+    source: str
+    unit: str
+    first: int
+    rows: Sequence[bytes] | Sequence[dict[str, Any]]
+    bytes_read: int
+
+
+def find_sources(inputs: Sequence[str], format: str | None = None) -> list[Source]:
+    """Return the inputs in order; folders and glob patterns stand for the files in them, sorted by name.
+
+    Args:
+        inputs: files, folders (of files, or saved by ``datasets``) or patterns.
+        format: one of FORMATS; None decides by file name.
+
+    Raises:
+        ValueError: nothing matches, or a file's name does not tell its format.
+    """
+    sources: list[Source] = []
+    for text in inputs:
+        path = Path(os.path.expanduser(text))
+        if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+            sources.append(_saved_dataset(path))
+            continue
+        if path.is_dir():
+            paths = [file for file in sorted(path.rglob("*")) if file.is_file() and (format or _format_of(file))]
+        else:
+            paths = (
+                [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            )
+        if not paths:
+            raise ValueError(
+                f"--input {text}: nothing to read there; it must be a file, a folder or a pattern; check it"
+            )
+        for file in paths:
+            kind = format or _format_of(file)
+            if kind is None:
+                raise ValueError(
+                    f"--input {file}: its name does not tell the format; known are {', '.join(_SUFFIXES)} (and .gz); "
+                    f"add --input-format {'|'.join(FORMATS)}"
+                )
+            sources.append(Source(file, kind))
+    return sources
+
+
+def _format_of(path: Path) -> str | None:
+    return _SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+
+
+def _saved_dataset(path: Path) -> Source:
+    if (path / "dataset_dict.json").is_file():
+        try:
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        except (ValueError, KeyError, TypeError):
+            splits = ["train"]
+        raise ValueError(
+            f"--input {path} holds the splits {', '.join(splits)}; one data set is made of one split; "
+            f"choose one, for example --input {path / splits[0]}"
+        )
+    return Source(path, "datasets")
+
+
+def total_bytes(sources: Sequence[Source]) -> int | None:
+    """Return the bytes that the readers will report; None when some input cannot tell."""
+    if any(source.format in ("parquet", "datasets") or source.path.suffix == ".gz" for source in sources):
+        return None
+    return sum(source.path.stat().st_size for source in sources)
+
+
+def read_batches(source: Source, keys: Sequence[str], *, text_split: str = "file") -> Iterator[Batch]:
+    """Yield the rows of one input.
+
+    Args:
+        source: the input.
+        keys: columns to read from parquet and datasets.
+        text_split: for plain text, ``file`` (a file is a document) or ``blank-line`` (blocks between blank lines are).
+
+    Raises:
+        ValueError: a column is missing or a library is not installed.
+        OSError: the file cannot be read.
+    """
+    if source.format in ("jsonl", "text"):
+        rows = _lines(source.path) if source.format == "jsonl" else _texts(source.path, text_split)
+        unit = "line" if source.format == "jsonl" else "document"
+        yield from _batched(rows, str(source.path), unit)
+    else:
+        first = 1
+        tables = _parquet(source.path, keys) if source.format == "parquet" else _datasets(source.path, keys)
+        for records in tables:
+            yield Batch(str(source.path), "row", first, records, 0)
+            first += len(records)
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with _open(path) as file:
+        yield from file
+
+
+def _texts(path: Path, text_split: str) -> Iterator[bytes]:
+    with _open(path) as file:
+        if text_split == "file":
+            yield file.read()
+            return
+        block: list[bytes] = []
+        for line in file:
+            if line.strip():
+                block.append(line)
+            elif block:
+                yield b"".join(block)
+                block = []
+        if block:
+            yield b"".join(block)
+
+
+def _batched(rows: Iterator[bytes], source: str, unit: str) -> Iterator[Batch]:
+    """Group rows by number and by size: long documents must not make one worker's batch a hundred times another's."""
+    batch: list[bytes] = []
+    first, size = 1, 0
+    for row in rows:
+        batch.append(row)
+        size += len(row)
+        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield Batch(source, unit, first, batch, size)
+            first += len(batch)
+            batch, size = [], 0
+    if batch:
+        yield Batch(source, unit, first, batch, size)
+
+
+def _parquet(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("pyarrow is not installed; parquet input needs it; run pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} ({error}); it must be a parquet file; check --input and --input-format") from error
+    with file:
+        _check_columns(path, file.schema_arrow.names, keys)
+        for part in file.iter_batches(batch_size=_BATCH_ROWS // 4, columns=list(keys)):
+            yield part.to_pylist()
+
+
+def _datasets(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("datasets is not installed; this input needs it; run pip install datasets") from error
+    data = datasets.load_from_disk(str(path))
+    _check_columns(path, data.column_names, keys)
+    data = data.select_columns(list(keys))
+    step = _BATCH_ROWS // 4
+    for start in range(0, len(data), step):
+        columns = data[start : start + step]
+        yield [dict(zip(keys, row)) for row in zip(*(columns[key] for key in keys))]
+
+
+def _check_columns(path: Path, columns: Sequence[str], keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in columns]
+    if missing:
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns)}, not {missing[0]}; --json-keys names columns; choose of them"
+        )

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Train a small byte-level BPE on text and save it as a tokenizer folder for --tokenizer-model.
+
+tools/train_tokenizer.py --input train.jsonl --vocab-size 2048 --output tokenizer/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.data.bpe_training import train_bpe
+from megatron.data.preprocess import parse_row
+from megatron.data.readers import FORMATS, Source, find_sources, read_batches
+
+
+def texts(sources: list[Source], key: str) -> Iterator[str]:
+    """Yield the texts of all sources. Raises ValueError at a malformed row."""
+    for source in sources:
+        for batch in read_batches(source, [key]):
+            for number, raw in enumerate(batch.rows, start=batch.first):
+                try:
+                    row = parse_row(raw, batch.unit, [key])
+                except ValueError as error:
+                    raise ValueError(f"{batch.source}, {batch.unit} {number}: {error}") from error
+                if row is not None:
+                    yield row[0]
+
+
+def main() -> int:
+    """Train and save; errors become one message and exit status 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
+    parser.add_argument("--input-format", choices=FORMATS, help="default: by file name")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    parser.add_argument("--vocab-size", type=int, default=2048, metavar="TOKENS", help="ids to make (default: 2048)")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder to save; replaced if it exists"
+    )
+    args = parser.parse_args()
+    try:
+        sources = find_sources(args.input, args.input_format)
+        tokenizer = train_bpe(texts(sources, args.json_key), vocab_size=args.vocab_size, folder=args.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.output}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
