@@ -52,12 +52,12 @@ def parse(argv: Sequence[str] | None = None, *, objective: str = "ar", prog: str
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown_flag_message(parser, unknown))
-    sections = {
-        section.name: section.default_factory(  # type: ignore[misc]
-            **{field.name: getattr(namespace, field.name) for field in dataclasses.fields(section.default_factory)}  # type: ignore[arg-type]
+    sections = {}
+    for section in dataclasses.fields(Config):
+        cls: Any = section.default_factory
+        sections[section.name] = cls(
+            **{field.name: getattr(namespace, field.name) for field in dataclasses.fields(cls)}
         )
-        for section in dataclasses.fields(Config)
-    }
     config = Config(**sections)
     name = objective_name(config, objective)
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, objective=name))
@@ -115,7 +115,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     kebab = "--" + field.name.replace("_", "-")
     spellings = list(meta["flags"] or (kebab,))
     is_list = field.default is dataclasses.MISSING
-    default = field.default_factory() if is_list else field.default  # type: ignore[misc]
+    factory: Any = field.default_factory
+    default = factory() if is_list else field.default
     base, is_optional = _base_type(hint)
     note = "" if default is None or default == [] or base is bool else f" (default: {default})"
     arguments: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ class SelfAttention(nn.Module):
             assert sample_ids is not None, f"{mask} needs the sample ids"
             allowed = mask.allowed(sample_ids, query.shape[2])
         dropout = self.dropout if self.training else 0.0
-        arguments = {
+        arguments: dict[str, Any] = {
             "attn_mask": allowed,
             "dropout_p": dropout,
             "is_causal": isinstance(mask, Causal),

@@ -93,12 +93,12 @@ class GPTModel(nn.Module):
         self.config = config
         self.context = context or ParallelContext()
         described = build_layers(config, self.context, mask=mask, seed=seed, recompute=recompute)
-        self.embedding = described[0].build()
+        self.embedding: Any = described[0].build()
         self.layers = nn.ModuleList(layer.build() for layer in described[1:-2])
         self.final_layernorm = described[-2].build()
         self.lm_head = None if described[-1].tied_to else described[-1].build()
         for name, parameter in self.named_parameters():
-            assert canonical_name(name) == parameter.canonical_name, (name, parameter.canonical_name)
+            assert canonical_name(name) == getattr(parameter, "canonical_name"), name  # noqa: B009
 
     def forward(self, batch: ModelBatch, *, reduction: str = "mean") -> torch.Tensor:
         """Loss of a micro-batch.
@@ -147,7 +147,7 @@ class GPTModel(nn.Module):
         hidden, weight = self.head(self.hidden_states(input_ids, position_ids, sample_ids))
         return gather_last_dim(hidden @ weight.t(), self.context)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """This rank's tensors under their canonical names."""
         state = super().state_dict(*args, **kwargs)
         return {canonical_name(name): tensor for name, tensor in state.items()}

@@ -94,9 +94,14 @@ class Objective(Protocol):
         loss_fraction: expected share of positions in the loss (for FLOP counts).
     """
 
-    attention_mask: AttentionMask
-    label: str
-    loss_fraction: float
+    @property
+    def attention_mask(self) -> AttentionMask: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def loss_fraction(self) -> float: ...
 
     def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
         """Make a batch.

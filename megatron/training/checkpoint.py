@@ -378,7 +378,7 @@ def find_checkpoint(load: Path, tag: str | None = None, *, checksums: bool = Tru
         candidates = checkpoint_tags(load)
         if not candidates and (load / "latest").is_file():
             read_manifest(load / (load / "latest").read_text().strip())  # says what kind of checkpoint it is
-    skipped = []
+    skipped: list[str] = []
     for candidate in candidates:
         complaints = list(damaged_files(candidate, checksums=checksums))
         if not complaints:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 
 import torch
@@ -124,6 +126,7 @@ class Engine:
         tensor. Call inside :meth:`evaluating`.
         """
         if self.is_pipeline:
+            self.deepspeed.total_loss = None  # it would add these vectors to the scalar of the last training step
             losses = self.deepspeed.eval_batch(
                 _pipeline_batches(data), reduce_output=None, bcast_loss=False, num_micro_batches=num_micro_batches
             )
@@ -212,13 +215,14 @@ def _build_module(config: Config, objective: Objective, context: ParallelContext
 
     layers = build_layers(config.model, context, **options)
     topology = PipeModelDataParallelTopology(num_pp=context.pp_size, num_mp=context.tp_size, num_dp=context.dp_size)
-    return PipelineModule(
-        layers=[_pipeline_spec(layer) for layer in layers],
-        topology=topology,
-        loss_fn=_PipelineLoss(weighted_loss, context),
-        partition_method="type:TransformerBlock",
-        activation_checkpoint_interval=0,  # blocks recompute themselves
-    )
+    with redirect_stdout(StringIO()):  # it prints its partition
+        return PipelineModule(
+            layers=[_pipeline_spec(layer) for layer in layers],
+            topology=topology,
+            loss_fn=_PipelineLoss(weighted_loss, context),
+            partition_method="type:TransformerBlock",
+            activation_checkpoint_interval=0,  # blocks recompute themselves
+        )
 
 
 def _pipeline_spec(layer: Layer) -> Any:
@@ -290,7 +294,8 @@ def _free_port() -> int:
 def _quieten_deepspeed() -> None:
     """Leave warnings and errors; DeepSpeed's information lines bury the progress of a run."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed broadcasts tied weights, which are leaves, once at start-up; torch warns about their gradient.
+    warnings.filterwarnings("ignore", message="c10d::broadcast_")
     import deepspeed  # noqa: F401  (its import resets the level)
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -134,7 +134,8 @@ class _Program:
         if load is None:
             return None
         if tag is not None or (Path(load) / MANIFEST).is_file():
-            candidates = [found] if (found := find_checkpoint(Path(load), tag, checksums=False)[0]) else []
+            named = find_checkpoint(Path(load), tag, checksums=False)[0]
+            candidates = [] if named is None else [named]
         else:
             candidates = checkpoint_tags(Path(load))
         complaints: list[str] = []
@@ -315,6 +316,7 @@ class _Program:
         model, run = config.model, config.run
         name = model.model or "custom"
         precision = "bf16" if run.bf16 else "fp32"
+        zero_note = " (runs as 1)" if config.parallel.zero_stage == 0 else ""
         layout = f"tp {context.tp_size} x pp {context.pp_size} x dp {context.dp_size}"
         self.progress.print(
             f"{config.objective.objective} ({self.objective.label}) | model {name}: {parameters:,} parameters, "
@@ -322,7 +324,7 @@ class _Program:
             f"{self.resolved.vocab_size} (padded {model.padded_vocab_size})"
         )
         self.progress.print(
-            f"{layout} on {context.device.type}, ZeRO {config.parallel.zero_stage}{' (runs as 1)' * (config.parallel.zero_stage == 0)}, "
+            f"{layout} on {context.device.type}, ZeRO {config.parallel.zero_stage}{zero_note}, "
             f"{precision} | global batch {run.global_batch_size} = micro {run.micro_batch_size} x dp {context.dp_size} x "
             f"{self.engine.num_micro_batches} accumulated | run directory {self.resolved.run_dir}"
         )
