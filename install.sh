@@ -65,12 +65,13 @@ find_environment() {
 }
 
 make_environment() {
-  local candidate python=""
-  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10; do
-    if [ -n "$candidate" ] && supported "$candidate"; then python="$candidate"; break; fi
+  local candidate python="" candidates=(python3 python3.13 python3.12 python3.11 python3.10)
+  if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    if supported "$candidate"; then python="$candidate"; break; fi
   done
-  [ -n "$python" ] || die "$(python3 --version 2>&1 || echo 'no python3 found')" "this project runs on Python 3.10 to 3.13" \
-    "install one of these, or run: PYTHON=/path/to/python3.12 bash install.sh"
+  [ -n "$python" ] || die "${candidates[0]} is $("${candidates[0]}" --version 2>/dev/null || echo "not there")" \
+    "this project runs on Python 3.10 to 3.13" "install one of these, or run: PYTHON=/path/to/python3.12 bash install.sh"
   say "making $REPO/.venv with $("$python" --version)"
   "$python" -m venv --clear "$REPO/.venv" || { rm -rf "$REPO/.venv"; die "$python -m venv failed" \
     "a virtual environment needs Python's venv module" "on Debian or Ubuntu run: apt-get install python3-venv"; }

@@ -1,6 +1,6 @@
 """Package metadata. ``install.sh`` reads the two tables below too, so that versions are written once.
 
-Programs run from a checkout (``python pretrain_gpt.py``); installing the package makes ``import megatron`` work elsewhere.
+Programs run from a checkout (``python pretrain_gpt.py``); installing makes ``import megatron`` work elsewhere too.
 """
 
 from __future__ import annotations

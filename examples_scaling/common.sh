@@ -21,11 +21,12 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 # Optimiser: the recipe of arXiv 2507.15857.
 : "${LR:=2e-4}" "${MIN_LR:=2e-5}" "${WARMUP_FRACTION:=0.01}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1234}"
 : "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
-# Layout: processes per node, nodes, and how one model is split over them.
+# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them.
 GPUS="$(gpu_count)"
-: "${GPUS_PER_NODE:=$((GPUS > 0 ? GPUS : 1))}" "${NNODES:=1}" "${NODE_RANK:=0}" "${MASTER_ADDR:=localhost}"
-: "${MASTER_PORT:=29500}" "${HOSTFILE:=}" "${LAUNCHER:=auto}"
-: "${TP_SIZE:=1}" "${PP_SIZE:=1}" "${ZERO_STAGE:=1}" "${BF16:=$((GPUS > 0 ? 1 : 0))}"
+: "${HOSTFILE:=}" "${BF16:=$([ -z "$HOSTFILE" ] && [ "$GPUS" = 0 ] && echo 0 || echo 1)}"   # fp32 on a machine without GPU
+: "${GPUS_PER_NODE:=$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)}" "${NNODES:=1}" "${NODE_RANK:=0}"
+: "${MASTER_ADDR:=localhost}" "${MASTER_PORT:=29500}" "${LAUNCHER:=auto}"
+: "${TP_SIZE:=1}" "${PP_SIZE:=1}" "${ZERO_STAGE:=1}"
 # Validation, logging and checkpoints. NUM_MC: noise draws per validation sample (masked diffusion only).
 : "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=10}" "${NUM_MC:=1}" "${LOG_INTERVAL:=10}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=2}"
 : "${RUN_NAME:=$(basename "$0" .sh)}" "${RUN_DIR:=$REPO/runs/$RUN_NAME}"
@@ -55,8 +56,8 @@ choose_launcher() {
         LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
       else LAUNCH+=(--standalone); fi ;;
     deepspeed)
-      LAUNCH=("$BIN/deepspeed" --num_gpus "$GPUS_PER_NODE" --master_port "$MASTER_PORT")
-      if [ -n "$HOSTFILE" ]; then LAUNCH+=(--hostfile "$HOSTFILE"); fi ;;
+      LAUNCH=("$BIN/deepspeed" --master_port "$MASTER_PORT")
+      if [ -n "$HOSTFILE" ]; then LAUNCH+=(--hostfile "$HOSTFILE"); else LAUNCH+=(--num_gpus "$GPUS_PER_NODE"); fi ;;
     *) die "LAUNCHER=$LAUNCHER" "the launchers are auto, python, torchrun and deepspeed" "unset LAUNCHER to choose by the machine" ;;
   esac
 }
