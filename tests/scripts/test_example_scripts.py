@@ -1,0 +1,175 @@
+"""Every example script prints a command whose flags parse, and shellcheck finds nothing to say."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.config import Config, parse
+
+REPO = Path(__file__).resolve().parents[2]
+EXAMPLES = REPO / "examples_scaling"
+RUNS = sorted([*EXAMPLES.glob("quickstart/*_*.sh"), *EXAMPLES.glob("training/*/*.sh")])
+MULTI_NODE = EXAMPLES / "training/multi_node.sh"
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
+PROGRAMS = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
+
+
+def dry_run(script: Path, *arguments: str, **environment: str) -> list[str]:
+    """The words of the command that a script would run."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    result = subprocess.run(
+        ["bash", str(script), *arguments, "--dry-run"],
+        capture_output=True,
+        text=True,
+        env={**clean, "VIRTUAL_ENV": sys.prefix, **environment},
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
+
+
+def split_command(words: list[str]) -> tuple[list[str], str, list[str]]:
+    """(launcher, program name, flags)."""
+    at = next(i for i, word in enumerate(words) if Path(word).name in PROGRAMS)
+    return words[:at], Path(words[at]).name, words[at + 1 :]
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch, *, world_size: int = 1) -> Config:
+    _, program, flags = split_command(words)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return parse(flags, objective=PROGRAMS[program])
+
+
+@pytest.mark.parametrize("script", RUNS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_flags_parse_on_one_node_of_eight(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = dry_run(script, GPUS_PER_NODE="8")
+    launcher, program, _ = split_command(words)
+    assert Path(launcher[0]).name == "torchrun"
+    assert "--standalone" in launcher
+    assert (REPO / program).name == program
+    config = parsed(words, monkeypatch, world_size=8)
+    assert config.objective.objective == ("mdm" if "mdm" in str(script.relative_to(EXAMPLES)) else "ar")
+    assert config.run.load
+    assert config.run.skip_train == script.name.startswith("eval_")
+    assert config.run.save == (None if config.run.skip_train else config.run.load)
+
+
+def test_quickstart_is_the_papers_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FACTS of the two published variants: sizes, epochs, batch, optimiser, schedule, dropout."""
+    for kind, model, epochs in (("ar", "140M", 50), ("mdm", "425M", 500)):
+        words = dry_run(EXAMPLES / f"quickstart/train_{kind}.sh", GPUS_PER_NODE="8", BF16="1")
+        config = parsed(words, monkeypatch, world_size=8)
+        assert (config.model.model, config.run.train_epochs, config.model.seq_length) == (model, epochs, 2048)
+        assert (config.run.micro_batch_size, config.run.global_batch_size, config.run.bf16) == (8, 256, True)
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.min_lr, optimizer.lr_decay_style) == (2e-4, 2e-5, "cosine")
+        assert (optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps) == (0.9, 0.95, 1e-8)
+        assert (optimizer.weight_decay, optimizer.clip_grad, optimizer.lr_warmup_fraction) == (0.1, 1.0, 0.01)
+        assert (config.model.attention_dropout, config.model.hidden_dropout) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("training/ar/*.sh")))
+def test_training_examples_are_matched_pairs(name: str) -> None:
+    """The causal and the masked-diffusion script of one name differ in the program and the run's name only."""
+    commands = [dry_run(EXAMPLES / f"training/{kind}/{name}", RUN_DIR="/runs/x") for kind in ("ar", "mdm")]
+    differing = [(a, b) for a, b in zip(*commands, strict=True) if a != b]
+    assert [(Path(a).name, Path(b).name) for a, b in differing] == [tuple(PROGRAMS)]
+
+
+def test_environment_and_arguments_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = EXAMPLES / "training/ar/140m_100M.sh"
+    settings = {"MODEL": "7M", "LR": "1e-3", "TRAIN_SAMPLES": "640", "RUN_DIR": "/tmp/a b", "WANDB_PROJECT": "p"}
+    words = dry_run(script, "--log-interval", "3", **settings)
+    assert words.count("--log-interval") == 2  # the script's own comes first, the caller's wins
+    config = parsed(words, monkeypatch)
+    assert (config.model.model, config.optimizer.lr, config.run.log_interval) == ("7M", 1e-3, 3)
+    assert (config.run.train_samples, config.run.train_epochs, config.run.save) == (640, None, "/tmp/a b")
+    assert (config.run.wandb_project, config.run.wandb_exp_name) == ("p", "ar_140m_100M")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({"GPUS_PER_NODE": "1"}, "python"),
+        ({"GPUS_PER_NODE": "2", "LAUNCHER": "deepspeed"}, "deepspeed --master_port 29500 --num_gpus 2"),
+        ({"HOSTFILE": "/hosts"}, "deepspeed --master_port 29500 --hostfile /hosts"),
+        (
+            {"GPUS_PER_NODE": "8", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n0"},
+            "torchrun --nproc-per-node 8 --nnodes 2 --node-rank 1 --master-addr n0 --master-port 29500",
+        ),
+    ],
+)
+def test_launcher_follows_the_machine(environment: dict[str, str], launcher: str) -> None:
+    words = split_command(dry_run(EXAMPLES / "training/ar/140m_100M.sh", **environment))[0]
+    assert " ".join([Path(words[0]).name, *words[1:]]) == launcher
+
+
+def test_unknown_launcher_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="LAUNCHER=mpi; the launchers are auto, python, torchrun and deepspeed; "):
+        dry_run(EXAMPLES / "training/ar/140m_100M.sh", LAUNCHER="mpi")
+
+
+def fake_program(path: Path, text: str) -> None:
+    path.write_text("#!/bin/bash\n" + text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_slurm_job_starts_torchrun_on_each_node(tmp_path: Path) -> None:
+    """sbatch runs a copy of multi_node.sh; a fake srun plays the second of three nodes."""
+    job = tmp_path / "slurm_script"
+    shutil.copy(MULTI_NODE, job)
+    step = "SLURM_STEP_NUM_NODES=3 SLURM_NODEID=1 SLURM_STEP_NODELIST=n[0-2]"
+    fake_program(tmp_path / "srun", f'while [[ "$1" == --* ]]; do shift; done; {step} exec "$@"\n')
+    fake_program(tmp_path / "scontrol", '[ "$3" = "n[0-2]" ] && printf "n0\\nn1\\nn2\\n"\n')
+    words = dry_run(
+        job,
+        "training/mdm/2298m_tp2_pp2.sh",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_SUBMIT_DIR=str(REPO),
+        GPUS_PER_NODE="8",
+    )
+    launcher, program, _ = split_command(words)
+    options = "--nproc-per-node 8 --nnodes 3 --node-rank 1 --master-addr n0 --master-port 29500"
+    assert (Path(launcher[0]).name, program) == ("torchrun", "pretrain_mdm.py")
+    assert " ".join(launcher[1:]) == options
+
+
+def test_hostfile_starts_deepspeed() -> None:
+    words = dry_run(MULTI_NODE, "training/ar/140m_100M.sh", HOSTFILE="/hosts")
+    launcher, program, flags = split_command(words)
+    assert (Path(launcher[0]).name, launcher[-1], program) == ("deepspeed", "/hosts", "pretrain_gpt.py")
+    assert "--bf16" in flags  # the machine that submits may have no GPU
+
+
+def test_multi_node_needs_slurm_or_a_hostfile() -> None:
+    with pytest.raises(AssertionError, match="neither a SLURM job nor HOSTFILE"):
+        dry_run(MULTI_NODE, "training/ar/140m_100M.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_shellcheck(script: Path) -> None:
+    beside_python = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (bash install.sh --with test)")
+    result = subprocess.run([shellcheck, str(script)], capture_output=True, text=True, cwd=REPO, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_scripts_are_short_and_harmless() -> None:
+    for script in EXAMPLES.rglob("*.sh"):
+        text = script.read_text()
+        limit = 130 if script.name == "common.sh" else 25
+        assert len(text.splitlines()) <= limit, f"{script} is longer than {limit} lines"
+        assert "/dev/shm" not in text
+        assert "NCCL_IB_DISABLE" not in text
