@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.data.word_cache import WordCache, applies_to
+
 GPT2_EOD = "<|endoftext|>"
 _EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _MASK_NAMES = ("<|mask|>", "<mask>", "[MASK]", "<|mdm_mask|>")
@@ -26,6 +28,7 @@ class FastTokenizer:
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
+        self._words = WordCache(backend) if applies_to(backend) else None
         self._spec = spec
         self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
@@ -36,6 +39,8 @@ class FastTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is not None:
+            return self._words.encode_batch(texts)
         return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
