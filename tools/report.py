@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Turn run directories into a report: one HTML page that needs no other file, and its figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.scaling.compare import conclusion, matched_pairs, summary_row
+from megatron.scaling.report import write_report
+from megatron.scaling.runs import find_runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories")
+    parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
+    options = parser.parse_args(arguments)
+    try:
+        runs = find_runs(options.runs)
+        page = write_report(runs, options.output, options.title)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for run in runs[:12]:
+        row = summary_row(run)
+        print(f"{row['Run']}: {row['Best validation, nats/token']} nats/token, {row['Kind']}; overfits: {row['Overfits']}")
+    for first, second, found in matched_pairs(runs)[:12]:
+        real = [str(item) for item in found if not item.layout]
+        print(f"pair {first.name} / {second.name}: " + ("matched" if not real else "differs in " + "; ".join(real)))
+    print("\n".join(["", *conclusion(runs), "", f"report: {page}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
