@@ -15,7 +15,7 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 # Data: the quickstart set (100M training tokens of C4, GPT-2 BPE). A prefix is a path without .bin/.idx.
 : "${DATA_DIR:=$REPO/data/quickstart}"
 : "${TRAIN_DATA:=$DATA_DIR/gpt2tok_c4_100_text_document}" "${VALID_DATA:=$DATA_DIR/gpt2tok_c4_val_text_document}"
-: "${TOKENIZER_FLAGS:=--tokenizer-type NullTokenizer --vocab-size 50257}"   # the published data is tokenised already
+: "${TOKENIZER_FLAGS=--tokenizer-type NullTokenizer --vocab-size 50257}"   # the published data is tokenised already
 # Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
 : "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"
 # Optimiser: the recipe of arXiv 2507.15857.
@@ -33,8 +33,8 @@ GPUS="$(gpu_count)"
 : "${EXIT_DURATION_IN_MINS:=}" "${TENSORBOARD_DIR:=}" "${WANDB_PROJECT:=}"
 
 find_python() {
-  PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1
-  BIN="$(dirname "$PYTHON")"
+  ENV_PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1
+  BIN="$(dirname "$ENV_PYTHON")"
 }
 
 # Fills LAUNCH with what starts one program on all processes: python, torchrun or deepspeed.
@@ -49,7 +49,7 @@ choose_launcher() {
     else LAUNCHER=python; fi
   fi
   case "$LAUNCHER" in
-    python) LAUNCH=("$PYTHON") ;;
+    python) LAUNCH=("$ENV_PYTHON") ;;
     torchrun)
       LAUNCH=("$BIN/torchrun" --nproc-per-node "$GPUS_PER_NODE")
       if [ "$NNODES" -gt 1 ]; then
@@ -74,6 +74,13 @@ launch() {
   "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
 }
 
+# once FILE TOOL FLAGS...: runs tools/TOOL unless FILE, its output, is there. The tools write complete files or none.
+once() {
+  local file="$1" tool="$2"; shift 2
+  [ -n "${ENV_PYTHON:-}" ] || find_python
+  [ -e "$file" ] || "$ENV_PYTHON" "$REPO/tools/$tool" "$@"
+}
+
 program_of() {
   case "$1" in
     ar) echo pretrain_gpt.py ;;
@@ -86,7 +93,7 @@ program_of() {
 shared_flags() {
   local tokenizer
   read -r -a tokenizer <<<"$TOKENIZER_FLAGS"
-  FLAGS=(${MODEL:+--model "$MODEL"} --seq-length "$SEQ_LENGTH" --valid-data-path "$VALID_DATA" "${tokenizer[@]}"
+  FLAGS=(${MODEL:+--model "$MODEL"} --seq-length "$SEQ_LENGTH" --valid-data-path "$VALID_DATA" ${tokenizer[@]+"${tokenizer[@]}"}
     --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seed "$SEED"
     --tensor-model-parallel-size "$TP_SIZE" --pipeline-model-parallel-size "$PP_SIZE" --zero-stage "$ZERO_STAGE")
   if [ "$BF16" = 1 ]; then FLAGS+=(--bf16); fi

@@ -7,6 +7,7 @@ samples alone, also with another number of ranks. The objective prepares the bat
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -72,6 +73,12 @@ class _Prepare:
         return self.objective.prepare(tokens, torch.tensor([index for _, index in items]))
 
 
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C and a cluster's signals reach every process of the job; the trainer answers them, its workers follow."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: TokenDataset,
     objective: Objective,
@@ -97,4 +104,5 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=context.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )

@@ -51,10 +51,12 @@ class StopRequest:
         if config.run.exit_duration_in_mins is not None:
             self.deadline = time.monotonic() + 60 * config.run.exit_duration_in_mins
         self.signal_name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.signal_name is not None:
+            raise KeyboardInterrupt  # Ctrl-C twice: do not wait for the checkpoint
         self.signal_name = signal.Signals(number).name
 
     def reason(self) -> str | None:
@@ -65,7 +67,7 @@ class StopRequest:
             switch is not None and Path(switch).exists(),
             self.deadline is not None and time.monotonic() > self.deadline,
         ]
-        names = ("a signal (SIGTERM or SIGUSR1)", f"the kill-switch file {switch}", "--exit-duration-in-mins")
+        names = (str(self.signal_name or "a signal to another rank"), f"the kill-switch file {switch}", "--exit-duration-in-mins")
         return next((name for flag, name in zip(self.engine.context.any_rank(flags), names) if flag), None)
 
 
