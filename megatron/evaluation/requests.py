@@ -61,9 +61,10 @@ class ResultCache:
         folder: where the files are; None: keep nothing.
         fingerprint: everything a result depends on besides the request (checkpoint, estimator, draws, seed, ...).
         rank: of this process.
+        write: False only reads (tensor-parallel peers, whose results are the same).
     """
 
-    def __init__(self, folder: Path | None, *, fingerprint: str, rank: int = 0) -> None:
+    def __init__(self, folder: Path | None, *, fingerprint: str, rank: int = 0, write: bool = True) -> None:
         self.folder = folder
         self.fingerprint = fingerprint
         self._known: dict[str, Any] = {}
@@ -73,7 +74,8 @@ class ResultCache:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("results-*.jsonl")):
             self._read(path)
-        self._file = open(folder / f"results-{rank:05d}.jsonl", "a", encoding="utf-8")
+        if write:
+            self._file = open(folder / f"results-{rank:05d}.jsonl", "a", encoding="utf-8")
 
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8").splitlines():

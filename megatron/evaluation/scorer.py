@@ -224,8 +224,9 @@ class MaskedScorer:
             tally.token_logprobs[name][column - len(tally.request.context)] = logprob
 
     @torch.inference_mode()
-    def is_greedy(self, requests: Sequence[Request]) -> list[bool]:
-        """Whether greedy confidence decoding, one token a pass, gives the target (as LLaDA's evaluation asks).
+    def is_greedy(self, requests: Sequence[Request], *, left_to_right: bool = False) -> list[bool]:
+        """Whether greedy decoding, one token a pass, gives the target: the most confident position first (as LLaDA's
+        evaluation asks), or from left to right.
 
         A request drops out at its first wrong token, so wrong answers cost a pass or two.
         """
@@ -239,13 +240,13 @@ class MaskedScorer:
         while active:
             active.sort(key=lambda state: len(state.tokens), reverse=True)
             for start, stop in _equal_runs([len(state.tokens) for state in active], limit=self.batch_size):
-                self._greedy_step(active[start:stop])
+                self._greedy_step(active[start:stop], left_to_right=left_to_right)
             for state in active:
                 verdicts[state.index] = state.is_right
             active = [state for state in active if state.is_right and self.mask_id in state.tokens[state.start :]]
         return verdicts
 
-    def _greedy_step(self, states: list[_Greedy]) -> None:
+    def _greedy_step(self, states: list[_Greedy], *, left_to_right: bool) -> None:
         input_ids = torch.tensor([state.tokens for state in states], device=self.device)
         positions = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, state in enumerate(states):
@@ -257,7 +258,7 @@ class MaskedScorer:
         self.on_pass(len(states))
         parts = zip(states, confidence.split(counts), best.split(counts), positions)
         for state, own_confidence, own_best, own_positions in parts:
-            pick = int(own_confidence.argmax())
+            pick = 0 if left_to_right else int(own_confidence.argmax())
             position = int(own_positions.nonzero()[pick])
             state.tokens[position] = int(own_best[pick])
             state.is_right = state.tokens[position] == state.target[position - state.start]

@@ -137,10 +137,10 @@ def test_random_order_at_temperature_one_samples_the_any_order_model() -> None:
     """Frequencies of 3-token samples against the mean over orders of the chain rule, enumerated."""
     model = toy.ToyMaskedModel(vocab=3, length=3, seed=5)
     sampler = DiffusionSampler(model_with_room(model), mask_id=3)
-    number = 3000
+    number = 2000
     settings = {
         "random": DiffusionSettings(order="random", sampling=TokenSampling(temperature=1.0, seed=1)),
-        "ancestral": DiffusionSettings(order="ancestral", steps=60, sampling=TokenSampling(temperature=1.0, seed=2)),
+        "ancestral": DiffusionSettings(order="ancestral", steps=40, sampling=TokenSampling(temperature=1.0, seed=2)),
     }
     orders = list(itertools.permutations(range(3)))
     truth = {
@@ -151,7 +151,7 @@ def test_random_order_at_temperature_one_samples_the_any_order_model() -> None:
     for name, setting in settings.items():
         counts = Counter(tuple(row) for row in sampler.fill([[3, 3, 3]] * number, settings=setting))
         chi2 = sum((counts[t] - number * p) ** 2 / (number * p) for t, p in truth.items())
-        # 26 degrees of freedom: mean 26, 99.9 % quantile 54. 60 ancestral steps uncover two tokens at once in 5 % of
+        # 26 degrees of freedom: mean 26, 99.9 % quantile 54. 40 ancestral steps uncover two tokens at once in 7 % of
         # the samples, which adds a little.
         assert chi2 < 54, f"{name}: chi2 {chi2:.1f}"
 
