@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,35 +126,42 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return items
 
 
-def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Load tasks for lm-eval's evaluator, fetching what the Hugging Face cache does not hold.
+def task_loader(refused: Mapping[str, str] | None = None) -> Any:
+    """A task manager for lm-eval that says how to get a data set that cannot be fetched.
 
-    Returns:
-        What ``lm_eval.evaluator.evaluate`` takes.
-
-    Raises:
-        ValueError: an unknown task, or a data set that could not be fetched, and how to get it.
+    Args:
+        refused: reason by output type ("multiple_choice", ...) for tasks that cannot run with the flags given.
     """
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in names:
-        spec = task_spec(name)
-        if isinstance(spec, str) and spec not in manager.all_tasks:
-            raise ValueError(
-                f"task {name!r} is not known; a task is one of {', '.join(PAPER_TASKS)}, any task of lm-eval, or a .jsonl "
-                "file; correct --task_list"
-            )
-        try:
-            part = manager.load([spec])
-        except Exception as error:
-            if isinstance(spec, dict):
-                raise
-            raise ValueError(_fetch_message(name, error)) from error
-        for key in loaded:
-            loaded[key].update(part.get(key, {}))
-    return loaded
+    class TaskLoader(TaskManager):  # defined here because lm-eval is an optional extra
+        def load(self, task_list: Any) -> Any:
+            """Load names, files and configurations one by one."""
+            loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+            for name in [task_list] if isinstance(task_list, str) else list(task_list):
+                part = self._load_one(name)
+                for key in loaded:
+                    loaded[key].update(part.get(key, {}))
+            for task_name, task in loaded["tasks"].items():
+                if reason := (refused or {}).get(task.OUTPUT_TYPE):
+                    raise ValueError(f"task {task_name} is of kind {task.OUTPUT_TYPE}; {reason}")
+            return loaded
+
+        def _load_one(self, name: Any) -> Any:
+            spec = task_spec(name) if isinstance(name, str) else name
+            if isinstance(spec, str) and spec not in self.all_tasks:
+                raise ValueError(
+                    f"task {name!r} is not known; a task is one of {', '.join(PAPER_TASKS)}, any task of lm-eval, or a .jsonl "
+                    "file; correct --task_list"
+                )
+            try:
+                return super().load([spec])
+            except Exception as error:  # datasets and the hub raise errors of a dozen kinds
+                if isinstance(spec, dict):
+                    raise
+                raise ValueError(_fetch_message(name, error)) from error
+
+    return TaskLoader()
 
 
 def _fetch_message(name: str, error: Exception) -> str:
