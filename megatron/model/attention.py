@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config.schema import ModelConfig
+from megatron.model.cache import LayerCache
 from megatron.model.mask import AttentionMask, Causal, Full
 from megatron.model.rotary import RotaryEmbedding, apply_rotary
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
@@ -60,6 +61,7 @@ class SelfAttention(nn.Module):
         mask: AttentionMask,
         position_ids: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Attend: [batch, seq, hidden] → [batch, seq, hidden].
 
@@ -68,6 +70,7 @@ class SelfAttention(nn.Module):
             mask: which keys a query sees.
             position_ids: [batch, seq] when tokens are out of order, else None.
             sample_ids: [batch], needed by masks that differ between samples.
+            cache: keys and values of earlier tokens (causal generation): fill it with a prompt, then add single tokens.
         """
         batch, seq, _ = hidden.shape
         heads = self.query_key_value(hidden).view(batch, seq, self.num_heads + 2 * self.num_groups, self.head_size)
@@ -75,6 +78,8 @@ class SelfAttention(nn.Module):
         if self.rotary is not None:
             cos, sin = self.rotary(seq, position_ids)
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if cache is not None:
+            key, value = cache.append(key, value)
         context = self._attend(query, key, value, mask, sample_ids)
         return self.dense(context.transpose(1, 2).reshape(batch, seq, self.num_heads * self.head_size))
 
@@ -95,7 +100,7 @@ class SelfAttention(nn.Module):
         arguments: dict[str, Any] = {
             "attn_mask": allowed,
             "dropout_p": dropout,
-            "is_causal": isinstance(mask, Causal),
+            "is_causal": isinstance(mask, Causal) and query.shape[2] == key.shape[2],  # one new token sees all others
             "enable_gqa": self.num_groups != self.num_heads,
         }
         if dropout == 0.0 or self.tp_size == 1:

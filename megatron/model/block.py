@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import ModelConfig
 from megatron.model.attention import SelfAttention
+from megatron.model.cache import LayerCache
 from megatron.model.mask import AttentionMask
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
@@ -44,19 +45,23 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = build_norm(config, factory.child("post_attention_layernorm"))
         self.mlp = MLP(config, factory.child("mlp"))
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: State, cache: LayerCache | None = None) -> State:
         hidden, position_ids, sample_ids = unpack(state)
         if self.recompute and torch.is_grad_enabled():
             hidden = checkpoint(self.transform, hidden, position_ids, sample_ids, use_reentrant=False)
         else:
-            hidden = self.transform(hidden, position_ids, sample_ids)
+            hidden = self.transform(hidden, position_ids, sample_ids, cache)
         return repack(hidden, state)
 
     def transform(
-        self, hidden: torch.Tensor, position_ids: torch.Tensor | None, sample_ids: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        sample_ids: torch.Tensor | None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """[batch, seq, hidden] → [batch, seq, hidden]; compiled as one graph when asked."""
-        attended = self.self_attention(self.input_layernorm(hidden), self.mask, position_ids, sample_ids)
+        attended = self.self_attention(self.input_layernorm(hidden), self.mask, position_ids, sample_ids, cache)
         hidden = hidden + F.dropout(attended, self.hidden_dropout, self.training)
         fed_forward = self.mlp(self.post_attention_layernorm(hidden))
         return hidden + F.dropout(fed_forward, self.hidden_dropout, self.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron.config.schema import ModelConfig
 from megatron.model.block import TransformerBlock
+from megatron.model.cache import LayerCache
 from megatron.model.embedding import Embedding, FinalNorm, LMHead, tied_head
 from megatron.model.head import sample_losses, weighted_loss
 from megatron.model.mask import AttentionMask
@@ -116,14 +117,22 @@ class GPTModel(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
-        """Normalised output of the last block [batch, seq, hidden]."""
+        """Normalised output of the last block [batch, seq, hidden].
+
+        With ``caches``, one for each block, ``input_ids`` continue the tokens that these hold.
+        """
+        if caches is not None and caches[0].length:
+            start = caches[0].length
+            assert input_ids.shape[1] == 1, "tokens that follow a cache are fed one at a time"
+            position_ids = torch.full_like(input_ids, start)
         state: Any = input_ids
         if position_ids is not None:
             state = (input_ids, position_ids, sample_ids)
         state = self.embedding(state)
-        for layer in self.layers:
-            state = layer(state)
+        for index, layer in enumerate(self.layers):
+            state = layer(state) if caches is None else layer(state, caches[index])
         return self.final_layernorm(state)
 
     def head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +145,8 @@ class GPTModel(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
         """Logits over the padded vocabulary [batch, seq, vocab] for inference, in the model's dtype.
 
@@ -143,8 +154,11 @@ class GPTModel(nn.Module):
             input_ids: [batch, seq] int64.
             position_ids: [batch, seq] int64 where tokens are out of order.
             sample_ids: [batch] int64, for masks that differ between samples.
+            positions: [batch, seq] bool: only these, as [selected, vocab] in row-major order.
+            caches: see :meth:`hidden_states`.
         """
-        hidden, weight = self.head(self.hidden_states(input_ids, position_ids, sample_ids))
+        hidden = self.hidden_states(input_ids, position_ids, sample_ids, caches)
+        hidden, weight = self.head(hidden if positions is None else hidden[positions])
         return gather_last_dim(hidden @ weight.t(), self.context)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]

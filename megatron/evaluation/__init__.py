@@ -1,0 +1,1 @@
+"""Likelihoods with error bars, downstream tasks, adapters for lm-eval."""

@@ -1,0 +1,1 @@
+"""Samplers: autoregressive with a key/value cache, masked diffusion in any order, infilling."""

@@ -1,0 +1,66 @@
+"""From logits to tokens: temperature, top-k, top-p, and random numbers that depend on nothing but the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenSampling:
+    """How a token is drawn from its distribution.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep only the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2020, arXiv 1904.09751).
+        seed: row i of a call draws from the stream (seed, i).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is negative; it divides the logits; use 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} is negative; it counts tokens; use 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is not in (0, 1]; it is a probability; use 1 to keep all tokens")
+
+    def generators(self, rows: list[int], device: torch.device) -> list[torch.Generator]:
+        """One stream for each sample number, so that a sample does not depend on its batch mates."""
+        mixed = [(self.seed * 0x9E3779B97F4A7C15 + (row + 1) * 0xBF58476D1CE4E5B9) % 2**63 for row in rows]
+        return [torch.Generator(device).manual_seed(seed) for seed in mixed]
+
+
+def filter_logits(logits: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
+    """Set tokens outside the top-k and the top-p nucleus to -inf. ``logits``: [n, vocab]."""
+    if 0 < top_k < logits.shape[-1]:
+        kept, index = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # mass of the more likely tokens: the first token always stays
+        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, ordered)
+    return logits
+
+
+def draw_tokens(logits: torch.Tensor, sampling: TokenSampling, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Tokens [n] from ``logits`` [n, vocab] by the Gumbel-max trick on ``uniforms`` [n, vocab] (None when greedy)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    assert uniforms is not None
+    scaled = filter_logits(logits.double() / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-300, 1 - 1e-16)))
+    return (scaled + gumbel).argmax(-1)
+
+
+def row_uniforms(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """float64 uniforms: with fp32 ones the largest Gumbel would be 16.6, which biases rare tokens."""
+    return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float64)
