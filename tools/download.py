@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.convert import catalogue  # noqa: E402
-from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present  # noqa: E402
+from megatron.convert import catalogue
+from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,13 +22,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "hash that the hub lists. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxy variables are honoured.",
     )
     add = parser.add_argument
-    add("--quickstart", action="store_true", help="tokenised C4 subset of 100M tokens, validation set, GPT-2 tokenizer (default)")
+    add(
+        "--quickstart",
+        action="store_true",
+        help="tokenised C4 subset of 100M tokens, validation set, GPT-2 tokenizer (default)",
+    )
     add("--text", action="store_true", help="with --quickstart: also the JSONL files that the tokens come from")
-    add("--c4-subsets", nargs="*", metavar="NAME", help="the larger C4 subsets: all, or those whose path contains a NAME")
+    add(
+        "--c4-subsets",
+        nargs="*",
+        metavar="NAME",
+        help="the larger C4 subsets: all, or those whose path contains a NAME",
+    )
     add("--ar-checkpoint", action="store_true", help="published AR model (140M, 100M unique tokens)")
     add("--mdm-checkpoint", action="store_true", help="published MDM model (425M, 100M unique tokens)")
     add("--gpt2", action="store_true", help="vocab.json and merges.txt of GPT-2")
-    add("--data-dir", default=os.environ.get("DATA_DIR", "data"), metavar="DIR", help="where it goes (default: $DATA_DIR or data)")
+    add(
+        "--data-dir",
+        default=os.environ.get("DATA_DIR", "data"),
+        metavar="DIR",
+        help="where it goes (default: $DATA_DIR or data)",
+    )
     add("--dry-run", action="store_true", help="say what would be fetched and how large it is, and stop")
     return parser.parse_args(argv)
 
@@ -66,8 +80,10 @@ def next_steps(root: Path, items: list[catalogue.Item], places: list[str]) -> No
             print(f"{name} data: {root / prefix} (data path file: {root}/c4_100m/{name}_data_path.txt)")
     for tag in sorted({str(Path(place).parent.parent) for place in places if "/layer_" in place}):
         objective = "mdm" if "mdm" in tag else "ar"
-        print(f"convert: python tools/convert_checkpoint.py from-published {root / tag} runs/{Path(tag).name} --objective {objective}"
-              f" --vocab-file {root}/gpt2/vocab.json --merge-file {root}/gpt2/merges.txt")  # fmt: skip
+        print(
+            f"convert: python tools/convert_checkpoint.py from-published {root / tag} runs/{Path(tag).name} "
+            f"--objective {objective} --vocab-file {root}/gpt2/vocab.json --merge-file {root}/gpt2/merges.txt"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             return 0
         if needed > free:
-            raise DownloadError(f"{needed:,} bytes are needed and {free:,} are free; the files must fit; give another --data-dir")
+            raise DownloadError(
+                f"{needed:,} bytes are needed and {free:,} are free; the files must fit; give another --data-dir"
+            )
         for absent in missing:
             for file, place in absent:
                 fetch(file, root / place)

@@ -86,8 +86,8 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
         problems.append("not floating point: " + _some(types))
     if problems:
         raise ValueError(
-            f"{source}: {'; '.join(problems)}; every tensor of the model must be there and nothing else, so nothing was "
-            "converted; check that the files belong to one model and that its configuration is the right one"
+            f"{source}: {'; '.join(problems)}; every tensor of the model must be there and nothing else, so nothing "
+            "was converted; check that the files belong to one model and that its configuration is the right one"
         )
 
 
@@ -99,5 +99,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 def _number(value: int | None) -> int:
     """Return a resolved number of the configuration."""
     if value is None:
-        raise ValueError("the model configuration has an unset size; shapes need all of them; pass a resolved configuration")
+        raise ValueError(
+            "the model configuration has an unset size; shapes need all of them; pass a resolved configuration"
+        )
     return value

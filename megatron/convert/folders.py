@@ -21,7 +21,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty; a conversion never overwrites; remove it or give another output folder")
+        raise ValueError(
+            f"{path} exists and is not empty; a conversion never overwrites; remove it or give another output folder"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,9 @@ from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveCon
 from megatron.convert.huggingface import CLASSES, MODEL_TYPES
 
 
-def huggingface_config(config: Config, *, family: str, vocab_rows: int, dtype: str, eod_id: int | None) -> dict[str, Any]:
+def huggingface_config(
+    config: Config, *, family: str, vocab_rows: int, dtype: str, eod_id: int | None
+) -> dict[str, Any]:
     """Describe a model for ``transformers``.
 
     Args:
@@ -58,7 +60,9 @@ def write_config(fields: dict[str, Any], folder: Path) -> None:
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if fields["model_type"] == "llama":
-        generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id")} | {"pad_token_id": fields["eos_token_id"]}
+        generation = {name: fields[name] for name in ("bos_token_id", "eos_token_id")} | {
+            "pad_token_id": fields["eos_token_id"]
+        }
         text = json.dumps(generation, indent=2, sort_keys=True) + "\n"
         (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
@@ -110,7 +114,9 @@ def read_config(folder: Path) -> tuple[Config, str]:
     mask = theirs.mask_token_id if family == "mdm" else None
     objective = ObjectiveConfig(objective=family, mask_token_id=mask)
     if mask is not None and not 0 <= mask < theirs.vocab_size:
-        raise ValueError(f"{path}: mask_token_id {mask} is outside of the {theirs.vocab_size} rows; it must be a row; correct it")
+        raise ValueError(
+            f"{path}: mask_token_id {mask} is outside of the {theirs.vocab_size} rows; it must be a row; correct it"
+        )
     run = RunConfig(bf16=str(raw.get("dtype", raw.get("torch_dtype"))).endswith("bfloat16"))
     return Config(model=model, objective=objective, data=DataConfig(vocab_size=theirs.vocab_size), run=run), family
 
@@ -134,18 +140,20 @@ def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:
     """Make the configuration object of the class, which fills in defaults and checks types."""
     try:
         if family == "ar":
-            from transformers import LlamaConfig as Class  # noqa: PLC0415
+            from transformers import LlamaConfig as Class
         else:
-            from transformers import EuroBertConfig as Class  # noqa: PLC0415
+            from transformers import EuroBertConfig as Class
     except ImportError as error:
         raise ValueError(
-            f"{path} is of {CLASSES[family]}, which the installed transformers lacks; EuroBert came with transformers 5; "
-            "run: pip install -U transformers"
+            f"{path} is of {CLASSES[family]}, which the installed transformers lacks; EuroBert came with transformers "
+            "5; run: pip install -U transformers"
         ) from error
     try:
         return Class(**{name: value for name, value in raw.items() if name != "auto_map"})
     except Exception as error:  # transformers raises classes of its own for each rule
-        raise ValueError(f"{path} is not a valid {Class.__name__} ({error}); transformers refuses it too; correct the file") from error
+        raise ValueError(
+            f"{path} is not a valid {Class.__name__} ({error}); transformers refuses it too; correct the file"
+        ) from error
 
 
 def _check_supported(theirs: Any, path: Path) -> None:
@@ -158,10 +166,16 @@ def _check_supported(theirs: Any, path: Path) -> None:
         "rope_type": rope.get("rope_type", "default"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
     }
-    wanted = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_type": "default", "partial_rotary_factor": 1.0}
+    wanted = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_type": "default",
+        "partial_rotary_factor": 1.0,
+    }
     wrong = [f"{name} {value!r} (must be {wanted[name]!r})" for name, value in found.items() if value != wanted[name]]
     if wrong:
         raise ValueError(
-            f"{path} has {', '.join(wrong)}; the model of this repository has no such variant, and ignoring it would change "
-            "the logits; this folder cannot be read"
+            f"{path} has {', '.join(wrong)}; the model of this repository has no such variant, and ignoring it would "
+            "change the logits; this folder cannot be read"
         )

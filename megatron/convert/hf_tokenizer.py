@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: copied, or built from the files of the run, with a mask token where needed."""
+"""The tokenizer of a Hugging Face folder: copied, or built from the files of the run; with a mask token for MDM."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from megatron.config.schema import DataConfig
 MASK_TOKEN = "<|mask|>"
 EOD_TOKEN = "<|endoftext|>"
 FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:
@@ -30,12 +36,14 @@ def tokenizer_size(folder: Path) -> int | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    from tokenizers import Tokenizer  # noqa: PLC0415
+    from tokenizers import Tokenizer
 
     return 1 + max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values())
 
 
-def write_tokenizer(data: DataConfig, folder: Path, *, mask_id: int | None, length: int, source: str | None = None) -> bool:
+def write_tokenizer(
+    data: DataConfig, folder: Path, *, mask_id: int | None, length: int, source: str | None = None
+) -> bool:
     """Write the tokenizer of a run.
 
     Args:
@@ -69,16 +77,18 @@ def write_tokenizer(data: DataConfig, folder: Path, *, mask_id: int | None, leng
 
 def _build(data: DataConfig, source: str | None) -> Any:
     """Make the ``transformers`` tokenizer of the settings; None for pre-tokenised data."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = data.tokenizer_type
     if source:
         return AutoTokenizer.from_pretrained(source)
     if kind == "GPT2BPETokenizer":
-        if not (data.vocab_file and data.merge_file and Path(data.vocab_file).is_file() and Path(data.merge_file).is_file()):
+        if not (
+            data.vocab_file and data.merge_file and Path(data.vocab_file).is_file() and Path(data.merge_file).is_file()
+        ):
             raise ValueError(
-                f"the GPT-2 tokenizer files are {data.vocab_file} and {data.merge_file}, not found here; the export needs "
-                "them; run ./download.sh --gpt2 and pass --vocab-file and --merge-file, or pass --tokenizer NAME"
+                f"the GPT-2 tokenizer files are {data.vocab_file} and {data.merge_file}, not found here; the export "
+                "needs them; run ./download.sh --gpt2 and pass --vocab-file and --merge-file, or pass --tokenizer NAME"
             )
         vocab = json.loads(Path(data.vocab_file).read_text(encoding="utf-8"))
         lines = Path(data.merge_file).read_text(encoding="utf-8").splitlines()
@@ -93,8 +103,8 @@ def _build(data: DataConfig, source: str | None) -> Any:
         return AutoTokenizer.from_pretrained(data.tokenizer_model)
     if kind == "SentencePieceTokenizer":
         raise ValueError(
-            f"the run used the SentencePiece model {data.tokenizer_model}; it is not converted here; pass --tokenizer with a "
-            "Hugging Face tokenizer of the same ids, or --no-tokenizer"
+            f"the run used the SentencePiece model {data.tokenizer_model}; it is not converted here; pass --tokenizer "
+            "with a Hugging Face tokenizer of the same ids, or --no-tokenizer"
         )
     return None
 
@@ -106,7 +116,7 @@ def _specials(token: str) -> dict[str, str]:
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
     """Make the byte-level BPE of GPT-2 from its vocabulary and merges."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: PLC0415
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -117,7 +127,7 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
 
 def _bytes_tokenizer() -> Any:
     """Make the byte tokenizer: id = byte value, 256 = end of document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {character: value for value, character in enumerate(_byte_characters())} | {EOD_TOKEN: 256}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -135,7 +145,7 @@ def _byte_characters() -> list[str]:
 
 def _mask_id(folder: Path) -> int | None:
     """Return the id of the mask token that a written tokenizer has."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder)).mask_token_id
 
@@ -151,6 +161,6 @@ def _add_mask(tokenizer: Any, mask_id: int) -> None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     if tokenizer.mask_token_id != mask_id:
         raise ValueError(
-            f"the mask token of the run is id {mask_id}, the tokenizer made it {tokenizer.mask_token_id}; they must agree; "
-            "pass --tokenizer with a tokenizer whose ids are those of the training data"
+            f"the mask token of the run is id {mask_id}, the tokenizer made it {tokenizer.mask_token_id}; they must "
+            "agree; pass --tokenizer with a tokenizer whose ids are those of the training data"
         )

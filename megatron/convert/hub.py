@@ -1,8 +1,8 @@
 """Download from the Hugging Face hub: resumable across interruptions and processes, every byte checked.
 
-``huggingface_hub`` 2 starts a file again when its process ended in the middle, and checks sizes only. Here a partial file
-stays beside its destination and the next start continues it; a finished file is compared with the SHA-256 (LFS files) or
-the git hash (small files) that the hub lists, and gets its name only after that.
+``huggingface_hub`` 2 starts a file again when its process ended in the middle, and checks sizes only. Here a partial
+file stays beside its destination and the next start continues it; a finished file is compared with the SHA-256 (LFS
+files) or the git hash (small files) that the hub lists, and gets its name only after that.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class RemoteFile:
     is_lfs: bool
 
 
-def list_files(repo_id: str, repo_type: str, *, select: Callable[[str], bool], endpoint: str | None = None) -> list[RemoteFile]:
+def list_files(
+    repo_id: str, repo_type: str, *, select: Callable[[str], bool], endpoint: str | None = None
+) -> list[RemoteFile]:
     """List the files of a repository that ``select`` accepts by path, with sizes and hashes.
 
     Args:
@@ -64,16 +66,18 @@ def list_files(repo_id: str, repo_type: str, *, select: Callable[[str], bool], e
     except Exception as error:  # transport errors have no common class across versions of huggingface_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot list {repo_type} {repo_id} at {endpoint or constants.ENDPOINT} ({reason}); the repository must exist and "
-            "be reachable; check the connection and HF_ENDPOINT, and for a private or gated repository set HF_TOKEN or run: "
-            "hf auth login"
+            f"cannot list {repo_type} {repo_id} at {endpoint or constants.ENDPOINT} ({reason}); the repository must "
+            "exist and be reachable; check the connection and HF_ENDPOINT, and for a private or gated repository set "
+            "HF_TOKEN or run: hf auth login"
         ) from error
     files = []
     for entry in info.siblings or []:
         if select(entry.rfilename):
             digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
             files.append(
-                RemoteFile(repo_id, repo_type, info.sha, entry.rfilename, int(entry.size or 0), digest, entry.lfs is not None)
+                RemoteFile(
+                    repo_id, repo_type, info.sha, entry.rfilename, int(entry.size or 0), digest, entry.lfs is not None
+                )
             )
     return files
 
@@ -124,8 +128,9 @@ def fetch(file: RemoteFile, destination: Path, *, endpoint: str | None = None, w
             print(f"{file.path}: wrong checksum ({actual[:12]}…, expected {file.digest[:12]}…)", flush=True)
             partial.unlink()
     raise DownloadError(
-        f"{file.path} of {file.repo_id} arrived damaged twice: hash {actual}, the hub lists {file.digest}; a file is kept only "
-        "when they agree; something between here and the hub changes it: try again later, another network or HF_ENDPOINT"
+        f"{file.path} of {file.repo_id} arrived damaged twice: hash {actual}, the hub lists {file.digest}; a file is "
+        "kept only when they agree; something between here and the hub changes it: try again later, another network or "
+        "HF_ENDPOINT"
     )
 
 
@@ -139,7 +144,7 @@ def content_digest(path: Path, *, is_lfs: bool) -> str:
 
 
 def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds: float) -> None:
-    """Bring ``partial`` to the full size, from the local cache of HF_HOME or from the hub, over any number of breaks."""
+    """Bring ``partial`` to the full size, from the cache of HF_HOME or from the hub, over any number of breaks."""
     cached = try_to_load_from_cache(file.repo_id, file.path, revision=file.commit, repo_type=file.repo_type)
     if isinstance(cached, str) and not partial.exists():
         shutil.copyfile(cached, partial)
@@ -158,8 +163,8 @@ def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds
             if refused or failures + 1 >= ATTEMPTS:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise DownloadError(
-                    f"{file.path} of {file.repo_id} stopped at {max(size, 0):,} of {file.size:,} bytes ({reason}); the hub must "
-                    "deliver the whole file; what arrived is kept: run the same command again to continue"
+                    f"{file.path} of {file.repo_id} stopped at {max(size, 0):,} of {file.size:,} bytes ({reason}); the "
+                    "hub must deliver the whole file; what arrived is kept: run the same command again to continue"
                 ) from error
             print(f"{file.path}: connection lost ({type(error).__name__}), continuing", flush=True)
             time.sleep(wait_seconds * 2**failures)
@@ -182,12 +187,17 @@ def _fetch_large(file: RemoteFile, partial: Path, endpoint: str | None) -> None:
         return
     try:
         found = hf_hub_download(
-            file.repo_id, file.path, repo_type=file.repo_type, revision=file.commit, endpoint=endpoint, local_dir=partial.parent
+            file.repo_id,
+            file.path,
+            repo_type=file.repo_type,
+            revision=file.commit,
+            endpoint=endpoint,
+            local_dir=partial.parent,
         )
     except Exception as error:  # see list_files
         raise DownloadError(
-            f"{file.path} of {file.repo_id} ({file.size:,} bytes) failed ({error}); files of this size need hf_xet and a steady "
-            "connection; run: pip install hf_xet, and the same command again"
+            f"{file.path} of {file.repo_id} ({file.size:,} bytes) failed ({error}); files of this size need hf_xet and "
+            "a steady connection; run: pip install hf_xet, and the same command again"
         ) from error
     os.replace(found, partial)
 
@@ -209,7 +219,7 @@ def _seal(file: RemoteFile, destination: Path) -> None:
 def _locked(partial: Path) -> Iterator[None]:
     """Keep a second process from writing the same partial file, where the platform has file locks."""
     try:
-        import fcntl  # noqa: PLC0415
+        import fcntl
     except ImportError:
         yield
         return
@@ -218,7 +228,8 @@ def _locked(partial: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DownloadError(
-                f"{partial.name} is being written by another process; one download of a file runs at a time; wait for the other"
+                f"{partial.name} is being written by another process; one download of a file runs at a time; wait for "
+                "the other"
             ) from error
         yield
     partial.with_suffix(".lock").unlink(missing_ok=True)

@@ -1,11 +1,12 @@
 """Write and read folders of ``transformers``: AR models as ``LlamaForCausalLM``, MDM models as ``EuroBertForMaskedLM``.
 
-Both classes are our block with other names: pre-norm RMSNorm computed in fp32, no biases, rotate-half RoPE on all channels
-of a head, softmax scale 1/sqrt(head_dim), ``silu(gate) * up``. They differ only in the attention: causal against full.
+Both classes are our block with other names: pre-norm RMSNorm computed in fp32, no biases, rotate-half RoPE on all
+channels of a head, softmax scale 1/sqrt(head_dim), ``silu(gate) * up``. They differ only in the attention: causal
+against full.
 
-Vocabulary: all rows of the embedding are written, padding included, so that probabilities are those of training, where the
-softmax runs over the padded vocabulary, and so that nothing is lost on the way back. ``trim_vocab`` drops the rows that no
-token uses. Reading never adds a row.
+Vocabulary: all rows of the embedding are written, padding included, so that probabilities are those of training, where
+the softmax runs over the padded vocabulary, and so that nothing is lost on the way back. ``trim_vocab`` drops the rows
+that no token uses. Reading never adds a row.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron.config.schema import Config, ModelConfig
-from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes, check_tensors
+from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -35,7 +35,7 @@ DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 def attention_family(objective: str | None) -> str:
     """Return the class that evaluates a model of this objective: "ar" (causal) or "mdm" (full attention)."""
-    from megatron.objectives import is_causal  # noqa: PLC0415
+    from megatron.objectives import is_causal
 
     return "ar" if is_causal(objective) else "mdm"
 
@@ -59,8 +59,9 @@ def check_expressible(model: ModelConfig) -> None:
         problems.append(f"--hidden-size {model.hidden_size} with {model.num_attention_heads} heads (must divide)")
     if problems:
         raise ValueError(
-            f"the model was trained with {', '.join(problems)}; LlamaForCausalLM and EuroBertForMaskedLM have only RMSNorm, "
-            "SwiGLU, no biases and RoPE; keep it in this repository's format, or train with the default architecture"
+            f"the model was trained with {', '.join(problems)}; LlamaForCausalLM and EuroBertForMaskedLM have only "
+            "RMSNorm, SwiGLU, no biases and RoPE; keep it in this repository's format, or train with the default "
+            "architecture"
         )
 
 
@@ -141,7 +142,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read all safetensors of a folder, through the index where there is one.
 
     Raises:
-        ValueError: no safetensors, a file of the index is missing or truncated, or a tensor is not where the index says.
+        ValueError: no safetensors, a file of the index is missing or truncated, or a tensor is not where the index
+        says.
     """
     places: dict[str, str] | None = None
     files = [SINGLE]
@@ -153,8 +155,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         path = folder / file
         if Path(file).name != file or not path.is_file():
             raise ValueError(
-                f"{folder} has no {file}; weights are read from safetensors only (pickled .bin files can run code); download "
-                "the folder again, or save the model with save_pretrained"
+                f"{folder} has no {file}; weights are read from safetensors only (pickled .bin files can run code); "
+                "download the folder again, or save the model with save_pretrained"
             )
         try:
             with safe_open(path, framework="pt") as opened:
@@ -167,8 +169,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         misplaced = [name for name in found if name in tensors or (places is not None and places.get(name) != file)]
         if misplaced:
             raise ValueError(
-                f"{path} holds {', '.join(sorted(misplaced)[:8])}, which the index does not place there; every tensor has "
-                "one place; the folder mixes two models"
+                f"{path} holds {', '.join(sorted(misplaced)[:8])}, which the index does not place there; every tensor "
+                "has one place; the folder mixes two models"
             )
         tensors.update(found)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIX)}

@@ -1,9 +1,10 @@
 """Read the published checkpoints: the DeepSpeed-pipeline layout of Megatron-DeepSpeed.
 
-A folder ``global_stepN`` holds ``layer_KK-model_TT-model_states.pt`` (layer KK of the pipeline, tensor-parallel rank TT)
-and ``mp_rank_TT_model_states.pt``, whose ``args`` is the ``argparse.Namespace`` of the run. Layer 01 is the embedding,
-02 to L+1 are the blocks, L+2 is the last norm and L+3 the output head where it is not tied. Under tensor parallelism every
-rank holds its own ``[Q_r; K_r; V_r]`` and ``[gate_r; up_r]``.
+A folder ``global_stepN`` holds ``layer_KK-model_TT-model_states.pt`` (layer KK of the pipeline, tensor-parallel rank
+TT) and ``mp_rank_TT_model_states.pt``, whose ``args`` is the ``argparse.Namespace`` of the run. Layer 01 is the
+embedding,
+02 to L+1 are the blocks, L+2 is the last norm and L+3 the output head where it is not tied. Under tensor parallelism
+every rank holds its own ``[Q_r; K_r; V_r]`` and ``[gate_r; up_r]``.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def find_published(path: str | Path) -> Path:
     tag = latest.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[\w.\-]+", tag) or not (path / tag).is_dir():
         raise ValueError(
-            f"{latest} names {tag!r}, and {path} has no such folder; `latest` must name a checkpoint beside it; give the "
-            "global_stepN folder itself"
+            f"{latest} names {tag!r}, and {path} has no such folder; `latest` must name a checkpoint beside it; give "
+            "the global_stepN folder itself"
         )
     return path / tag
 
@@ -86,15 +87,17 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
             ``args`` asks for something that our model does not have. Nothing is written in any case.
     """
     if objective not in ("ar", "mdm"):
-        raise ValueError(f"objective {objective!r} given; published checkpoints were trained as ar or mdm; pass one of these")
+        raise ValueError(
+            f"objective {objective!r} given; published checkpoints were trained as ar or mdm; pass one of these"
+        )
     folder = find_published(path)
     files, tp_size = _list_files(folder)
     state = load_pickled(folder / "mp_rank_00_model_states.pt")
     args = state.get("args") if isinstance(state, dict) else None
     if not isinstance(args, argparse.Namespace):
         raise ValueError(
-            f"{folder}/mp_rank_00_model_states.pt has no `args`; the configuration is read from that argparse.Namespace; "
-            "check that this is a Megatron-DeepSpeed checkpoint"
+            f"{folder}/mp_rank_00_model_states.pt has no `args`; the configuration is read from that "
+            "argparse.Namespace; check that this is a Megatron-DeepSpeed checkpoint"
         )
     _check_args(args, tp_size, folder)
     layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
@@ -108,15 +111,15 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
 
 
 def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
-    """Map layer -> its files in rank order; check that the grid of layers and ranks has no hole. Returns (files, tp)."""
+    """Map layer -> its files in rank order; the grid of layers and ranks has no hole. Returns (files, tp)."""
     layer_files = {file.name: file for file in folder.glob("layer_*")}
     keys: dict[tuple[int, int], Path] = {}
     for name, file in layer_files.items():
         match = LAYER_FILE.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"{folder} holds {name}; every layer file must be called layer_KK-model_TT-model_states.pt, because every "
-                "tensor must be accounted for; move the file away if it does not belong to the model"
+                f"{folder} holds {name}; every layer file must be called layer_KK-model_TT-model_states.pt, because "
+                "every tensor must be accounted for; move the file away if it does not belong to the model"
             )
         keys[int(match[1]), int(match[2])] = file
     layers = sorted({layer for layer, _ in keys})
@@ -129,8 +132,9 @@ def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
     if missing or set(keys) - expected:
         extra = [keys[key].name for key in sorted(set(keys) - expected)]
         raise ValueError(
-            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(extra) or 'nothing'}; "
-            f"tp {tp_size} needs every layer of every rank; download or copy the checkpoint again"
+            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}; unexpected "
+            f"{', '.join(extra) or 'nothing'}; tp {tp_size} needs every layer of every rank; download or copy the "
+            "checkpoint again"
         )
     return {layer: [keys[layer, rank] for rank in range(tp_size)] for layer in layers}, tp_size
 
@@ -148,14 +152,14 @@ def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
     if groups not in (None, heads):
         raise ValueError(
             f"{folder}: args.num_key_value_heads is {groups} with {heads} query heads; the row order of grouped-query "
-            "weights in this layout is not documented, and a guess would give a wrong model; convert it with the code that "
-            "wrote it"
+            "weights in this layout is not documented, and a guess would give a wrong model; convert it with the code "
+            "that wrote it"
         )
     recorded = getattr(args, "tensor_model_parallel_size", tp_size)
     if recorded != tp_size:
         raise ValueError(
-            f"{folder} has files of {tp_size} tensor-parallel ranks, args says {recorded}; all ranks' files are needed; "
-            "download or copy the checkpoint again"
+            f"{folder} has files of {tp_size} tensor-parallel ranks, args says {recorded}; all ranks' files are "
+            "needed; download or copy the checkpoint again"
         )
 
 
@@ -176,8 +180,8 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
             ffn_hidden_size=rows // 2 if swiglu else rows,
             seq_length=int(args.seq_length),
             max_position_embeddings=int(args.max_position_embeddings),
-            # the reference pads to this times its tensor-parallel size; here tp 1 must give the same rows
-            make_vocab_size_divisible_by=int(args.make_vocab_size_divisible_by) * len(layers[1]),
+            make_vocab_size_divisible_by=int(args.make_vocab_size_divisible_by),
+            padded_vocab_size=int(args.padded_vocab_size),
             normalization=str(args.normalization),
             layernorm_epsilon=float(args.layernorm_epsilon),
             swiglu=swiglu,
@@ -191,15 +195,15 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
         )
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{folder}: the model cannot be derived ({error}); args must hold the sizes of a Megatron-DeepSpeed GPT and "
-            "layer 02 its first block; check that this is such a checkpoint"
+            f"{folder}: the model cannot be derived ({error}); args must hold the sizes of a Megatron-DeepSpeed GPT "
+            "and layer 02 its first block; check that this is such a checkpoint"
         ) from error
     wanted = set(range(1, model.num_layers + (4 if untied else 3)))  # type: ignore[operator]
     if set(layers) != wanted:
         raise ValueError(
             f"{folder} has layer files {min(layers)} to {max(layers)}; {model.num_layers} blocks with "
-            f"{'its own' if untied else 'a tied'} output head need files 1 to {max(wanted)}; the folder is incomplete or "
-            "its args belong to another model"
+            f"{'its own' if untied else 'a tied'} output head need files 1 to {max(wanted)}; the folder is incomplete "
+            "or its args belong to another model"
         )
     width, allowed = model.ffn_hidden_size, {getattr(args, "ffn_hidden_size", None)}
     if swiglu:
@@ -213,7 +217,7 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
 
 
 def _join_layers(layers: dict[int, list[dict[str, Tensor]]], model: ModelConfig, folder: Path) -> dict[str, Tensor]:
-    """Join the ranks of every tensor and give it its canonical name; a name that is unknown keeps its place in the file."""
+    """Join the ranks of every tensor and give it its canonical name; an unknown name is refused later."""
     tensors: dict[str, Tensor] = {}
     last = (model.num_layers or 0) + 2
     for layer, ranks in layers.items():
@@ -247,8 +251,8 @@ def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Ten
         return parts[0]
     if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
         raise ValueError(
-            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}; tensor-parallel ranks hold equal "
-            "parts; the folder mixes files of two models"
+            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}; tensor-parallel ranks hold "
+            "equal parts; the folder mixes files of two models"
         )
     if name.startswith("self_attention.query_key_value."):
         return _stack(parts, 3)
@@ -260,8 +264,8 @@ def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Ten
         return torch.cat(parts, dim=0)
     if any(not torch.equal(part, parts[0]) for part in parts):
         raise ValueError(
-            f"{where}: {name} differs between tensor-parallel ranks; a replicated tensor must be the same on all; the files "
-            "come from different steps, or the run had drifted"
+            f"{where}: {name} differs between tensor-parallel ranks; a replicated tensor must be the same on all; the "
+            "files come from different steps, or the run had drifted"
         )
     return parts[0]
 
@@ -275,12 +279,18 @@ def _stack(parts: list[Tensor], blocks: int) -> Tensor:
     return torch.cat([rank[index] for index in range(blocks) for rank in split])
 
 
-def _config(args: argparse.Namespace, state: dict[str, Any], model: ModelConfig, *, objective: str, bf16: bool) -> Config:
+def _config(
+    args: argparse.Namespace, state: dict[str, Any], model: ModelConfig, *, objective: str, bf16: bool
+) -> Config:
     """Build the configuration: model, objective, tokenizer (without the paths of another machine) and length."""
-    vocabulary = state.get("universal_checkpoint_info", {}).get("original_vocab_size") or getattr(args, "vocab_size", None)
+    vocabulary = state.get("universal_checkpoint_info", {}).get("original_vocab_size") or getattr(
+        args, "vocab_size", None
+    )
     vocabulary = int(vocabulary or GPT2_VOCAB_SIZE)
     data = DataConfig(tokenizer_type=getattr(args, "tokenizer_type", None), vocab_size=vocabulary)
-    run = RunConfig(bf16=bf16, seed=int(getattr(args, "seed", 1234)), global_batch_size=getattr(args, "global_batch_size", None))
+    run = RunConfig(
+        bf16=bf16, seed=int(getattr(args, "seed", 1234)), global_batch_size=getattr(args, "global_batch_size", None)
+    )
     if getattr(args, "train_samples", None):
         run = replace(run, train_samples=int(args.train_samples))
     mask = vocabulary if objective == "mdm" else None

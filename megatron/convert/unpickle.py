@@ -1,8 +1,8 @@
 """Read ``torch.save`` files without running code that they carry.
 
 A pickle is a program: a hostile one runs whatever it likes while it is loaded. The reader here lets a file ask only for
-tensors, plain containers and ``argparse.Namespace``. It checks three times: the zip archive must be complete and pass its
-checksums, the names that the pickle wants to import are listed without executing anything, and then torch's own
+tensors, plain containers and ``argparse.Namespace``. It checks three times: the zip archive must be complete and pass
+its checksums, the names that the pickle wants to import are listed without executing anything, and then torch's own
 ``weights_only`` interpreter, which knows no general ``import``, loads it.
 """
 
@@ -21,13 +21,14 @@ ZIP_MAGIC = b"PK\x03\x04"
 
 
 class Placeholder:
-    """Stands for an object of a library that is not needed (a DeepSpeed loss scaler). It keeps its fields, does nothing."""
+    """Stands for an object of a library that is not needed, such as a loss scaler. It keeps its fields, does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
-# Objects that a DeepSpeed checkpoint may hold beside its tensors. Each becomes a Placeholder; the class is not imported.
+# Objects that a DeepSpeed checkpoint may hold beside its tensors. Each becomes a Placeholder;
+# the class is not imported.
 PLACEHOLDERS = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -65,11 +66,19 @@ def load_pickled(path: str | Path) -> Any:
                     "then save its tensors again as safetensors"
                 )
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(
-                f"{path} cannot be read as plain tensors and containers ({reason}); nothing else is loaded from a pickle; "
-                "download the file again, or save its tensors as safetensors with the torch that wrote it"
+                f"{path} cannot be read as plain tensors and containers ({reason}); nothing else is loaded from a "
+                "pickle; download the file again, or save its tensors as safetensors with the torch that wrote it"
             ) from error
 
 
@@ -80,8 +89,8 @@ def _check_archive(path: Path) -> None:
         magic = file.read(4)
     if magic != ZIP_MAGIC:
         raise ValueError(
-            f"{path} ({size:,} bytes) is not a torch zip checkpoint; files are read only in the format of torch >= 1.6; "
-            "download it again, or load and save it again with a recent torch"
+            f"{path} ({size:,} bytes) is not a torch zip checkpoint; files are read only in the format of torch >= "
+            "1.6; download it again, or load and save it again with a recent torch"
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -90,7 +99,8 @@ def _check_archive(path: Path) -> None:
             damaged = None if packed else archive.testzip()
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{path} ({size:,} bytes) is truncated or damaged ({error}); a checkpoint file must be complete; download or copy it again"
+            f"{path} ({size:,} bytes) is truncated or damaged ({error}); a checkpoint file must be complete; download "
+            "or copy it again"
         ) from error
     if damaged is not None:
         raise ValueError(
@@ -99,6 +109,6 @@ def _check_archive(path: Path) -> None:
         )
     if packed or sum(name.endswith("/data.pkl") for name in names) != 1:
         raise ValueError(
-            f"{path} is a zip archive, but not one that torch.save wrote; it needs one data.pkl and uncompressed parts; "
-            "check that it is the right file"
+            f"{path} is a zip archive, but not one that torch.save wrote; it needs one data.pkl and uncompressed "
+            "parts; check that it is the right file"
         )

@@ -1,4 +1,5 @@
-"""A hub on localhost: the endpoints of huggingface.co that downloads and uploads use, over real HTTP, with faults on order.
+"""A hub on localhost: the endpoints of huggingface.co that downloads and uploads use, over real HTTP, with faults on
+order.
 
 Files above ``LFS_BYTES`` are LFS files and are served by redirect from another path, as the real hub does from its CDN.
 """
@@ -76,10 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        if self.hub.private_token and not path.startswith("/cdn/"):
-            if self.headers.get("Authorization") != f"Bearer {self.hub.private_token}":
-                self._json({"error": "Invalid username or password."}, 401)
-                return
+        token = self.hub.private_token
+        if token and not path.startswith("/cdn/") and self.headers.get("Authorization") != f"Bearer {token}":
+            self._json({"error": "Invalid username or password."}, 401)
+            return
         if match := re.fullmatch(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             self._info(match[1], match[2])
         elif match := re.fullmatch(r"(/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
@@ -197,7 +198,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/main", path):
             files = json.loads(content)["files"]
             answer = [
-                {"path": f["path"], "uploadMode": "lfs" if f["size"] > LFS_BYTES else "regular", "shouldIgnore": False, "oid": None}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["size"] > LFS_BYTES else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
                 for f in files
             ]
             self._json({"files": answer, "commitOid": COMMIT})
@@ -211,7 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"transfer": "basic", "objects": objects})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             self._commit(self.hub.repos[("model", match[1])], content)
-            self._json({"commitUrl": f"{self.hub.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+            self._json(
+                {"commitUrl": f"{self.hub.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+            )
         else:
             self._json({"error": f"no such path {path}"}, 404)
 

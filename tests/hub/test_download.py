@@ -127,7 +127,9 @@ def test_server_errors_are_retried(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "tokens.bin").read_bytes() == CONTENT
 
 
-def test_token_goes_to_the_hub_and_not_to_its_content_server(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_goes_to_the_hub_and_not_to_its_content_server(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.private_token = "hf_secret"
     hub.repos["dataset", REPO] = {"tokens.bin": CONTENT}
     with pytest.raises(DownloadError, match=r"cannot list dataset .* HF_TOKEN"):
@@ -148,7 +150,9 @@ def test_file_in_the_cache_of_hf_home_is_used(hub: Hub, tmp_path: Path, monkeypa
     assert (tmp_path / "out" / "tokens.bin").read_bytes() == CONTENT
 
 
-def test_files_too_large_for_plain_http_go_through_huggingface_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_too_large_for_plain_http_go_through_huggingface_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = one_file(hub)
     monkeypatch.setattr(hub_module, "PLAIN_HTTP_LIMIT_BYTES", 1000)
     fetch(file, tmp_path / "tokens.bin", endpoint=hub.url)
@@ -191,7 +195,12 @@ def test_no_match_names_what_there_is(hub: Hub) -> None:
 
 def run_tool(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(ROOT / "download.sh"), *arguments], cwd=home, env=environment(hub, home), capture_output=True, text=True, timeout=120
+        ["bash", str(ROOT / "download.sh"), *arguments],
+        cwd=home,
+        env=environment(hub, home),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -204,8 +213,17 @@ def fill_hub(hub: Hub, size: int = 200_000) -> dict[str, bytes]:
     make = random.Random(1).randbytes
     names = ("gpt2tok_c4_100_text_document", "gpt2tok_c4_val_text_document")
     files = {f"{name}.{ending}": make(size) for name in names for ending in ("bin", "idx")}
-    hub.repos["dataset", REPO] = {**files, "c4_100m.jsonl": make(5000), "c4_validation.jsonl": make(5000), "README.md": b"#"}
-    hub.repos["model", catalogue.GPT2] = {"vocab.json": b"{}", "merges.txt": b"#version: 0.2\n", "model.safetensors": b"x"}
+    hub.repos["dataset", REPO] = {
+        **files,
+        "c4_100m.jsonl": make(5000),
+        "c4_validation.jsonl": make(5000),
+        "README.md": b"#",
+    }
+    hub.repos["model", catalogue.GPT2] = {
+        "vocab.json": b"{}",
+        "merges.txt": b"#version: 0.2\n",
+        "model.safetensors": b"x",
+    }
     return files
 
 
@@ -220,7 +238,10 @@ def test_command_brings_the_quickstart_where_the_scripts_look(hub: Hub, tmp_path
     assert result.returncode == 0, result.stderr
     for name, content in files.items():
         assert (tmp_path / "data" / "c4_100m" / name).read_bytes() == content
-    assert sorted(path.name for path in (tmp_path / "data" / "gpt2").iterdir() if path.is_file()) == ["merges.txt", "vocab.json"]
+    assert sorted(path.name for path in (tmp_path / "data" / "gpt2").iterdir() if path.is_file()) == [
+        "merges.txt",
+        "vocab.json",
+    ]
     line = (tmp_path / "data/c4_100m/train_data_path.txt").read_text()
     assert line == '"1.0 data/c4_100m/gpt2tok_c4_100_text_document"\n'
     assert not (tmp_path / "data" / "c4_100m" / "c4_100m.jsonl").exists()
@@ -236,7 +257,9 @@ def test_command_fails_loudly_on_a_file_that_stays_damaged(hub: Hub, tmp_path: P
     assert "arrived damaged twice" in result.stderr
     assert not (tmp_path / "data/c4_100m/gpt2tok_c4_val_text_document.bin").exists()
     assert not (tmp_path / "data/c4_100m/valid_data_path.txt").exists()
-    assert (tmp_path / "data/c4_100m/gpt2tok_c4_100_text_document.bin").read_bytes() == files["gpt2tok_c4_100_text_document.bin"]
+    assert (tmp_path / "data/c4_100m/gpt2tok_c4_100_text_document.bin").read_bytes() == files[
+        "gpt2tok_c4_100_text_document.bin"
+    ]
 
 
 def test_killed_process_continues(hub: Hub, tmp_path: Path) -> None:
@@ -247,11 +270,17 @@ def test_killed_process_continues(hub: Hub, tmp_path: Path) -> None:
     hub.repos["dataset", REPO] = {name: content}
     hub.slow_after = 30_000_000
     process = subprocess.Popen(
-        ["bash", str(ROOT / "download.sh")], cwd=tmp_path, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["bash", str(ROOT / "download.sh")],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     state = tmp_path / "data/c4_100m/.download"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(path.stat().st_size >= 20_000_000 for path in state.glob("*.incomplete")):
+    while time.monotonic() < deadline and not any(
+        path.stat().st_size >= 20_000_000 for path in state.glob("*.incomplete")
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
