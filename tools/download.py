@@ -18,8 +18,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; no option means the quickstart."""
     parser = argparse.ArgumentParser(
         prog="download.sh",
-        description="Download from the Hugging Face hub. Interrupted downloads continue; every file is checked against the "
-        "hash that the hub lists. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxy variables are honoured.",
+        description="Download from the Hugging Face hub. Interrupted downloads continue; every file is checked against "
+        "the hash that the hub lists. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxy variables are honoured.",
     )
     add = parser.add_argument
     add(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +101,7 @@ def read_config(folder: Path) -> tuple[Config, str]:
         ffn_hidden_size=theirs.intermediate_size,
         seq_length=theirs.max_position_embeddings,
         max_position_embeddings=theirs.max_position_embeddings,
-        make_vocab_size_divisible_by=gcd(theirs.vocab_size, 128),  # no row is added
+        padded_vocab_size=theirs.vocab_size,  # exactly the rows of the file: none is added
         layernorm_epsilon=float(theirs.rms_norm_eps),
         rotary_base=float(rope.get("rope_theta", 10000.0)),
         untie_embeddings_and_output_weights=not theirs.tie_word_embeddings,
@@ -119,21 +117,6 @@ def read_config(folder: Path) -> tuple[Config, str]:
         )
     run = RunConfig(bf16=str(raw.get("dtype", raw.get("torch_dtype"))).endswith("bfloat16"))
     return Config(model=model, objective=objective, data=DataConfig(vocab_size=theirs.vocab_size), run=run), family
-
-
-def with_vocabulary(config: Config, used: int) -> Config:
-    """Set the vocabulary before padding to what the tokenizer uses, where that leads to the rows of the file.
-
-    Args:
-        config: from :func:`read_config`; its vocabulary is the rows of the embedding.
-        used: ids that the tokenizer has, a mask token at its end included.
-    """
-    rows, divisor = config.data.vocab_size or 0, config.model.make_vocab_size_divisible_by
-    if config.objective.mask_token_id == used - 1:
-        used -= 1
-    if used < rows and -(-used // divisor) * divisor == rows:
-        return replace(config, data=replace(config.data, vocab_size=used))
-    return config
 
 
 def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:

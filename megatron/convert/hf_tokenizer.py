@@ -75,6 +75,13 @@ def write_tokenizer(
     return True
 
 
+def end_of_document(folder: Path) -> int | None:
+    """Return the id of the token that ends a document, as the tokenizer of a folder names it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder)).eos_token_id
+
+
 def _build(data: DataConfig, source: str | None) -> Any:
     """Make the ``transformers`` tokenizer of the settings; None for pre-tokenised data."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

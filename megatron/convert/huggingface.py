@@ -23,6 +23,8 @@ from torch import Tensor
 
 from megatron.config.schema import Config, ModelConfig
 from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
+from megatron.model import Causal, Full
+from megatron.objectives import build_objective
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -33,11 +35,21 @@ SINGLE = "model.safetensors"
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
-def attention_family(objective: str | None) -> str:
-    """Return the class that evaluates a model of this objective: "ar" (causal) or "mdm" (full attention)."""
-    from megatron.objectives import is_causal
+def attention_family(config: Config) -> str:
+    """Return which class evaluates the model: "ar" (causal attention) or "mdm" (full attention).
 
-    return "ar" if is_causal(objective) else "mdm"
+    Raises:
+        ValueError: the objective evaluates with a mask that neither class has.
+    """
+    mask = build_objective(config).for_eval().attention_mask
+    if isinstance(mask, Causal):
+        return "ar"
+    if isinstance(mask, Full):
+        return "mdm"
+    raise ValueError(
+        f"objective {config.objective.objective} evaluates with {type(mask).__name__} attention; LlamaForCausalLM is "
+        "causal and EuroBertForMaskedLM bidirectional; keep the model in this repository's format"
+    )
 
 
 def check_expressible(model: ModelConfig) -> None:
@@ -120,7 +132,7 @@ def huggingface_shapes(model: ModelConfig, vocab_rows: int) -> dict[str, tuple[i
 def kept_rows(config: Config, vocab_rows: int) -> int:
     """Return the rows that tokens use: the vocabulary and, for a masked model, the mask token."""
     used = config.data.vocab_size or vocab_rows
-    if config.objective.mask_token_id is not None and attention_family(config.objective.objective) == "mdm":
+    if config.objective.mask_token_id is not None and attention_family(config) == "mdm":
         used = max(used, config.objective.mask_token_id + 1)
     return min(used, vocab_rows)
 

@@ -21,7 +21,7 @@ ZIP_MAGIC = b"PK\x03\x04"
 
 
 class Placeholder:
-    """Stands for an object of a library that is not needed, such as a loss scaler. It keeps its fields, does nothing."""
+    """Stands for an object of a library that is not needed, such as a loss scaler; it keeps its fields."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
