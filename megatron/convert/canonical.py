@@ -30,7 +30,8 @@ def canonical_shapes(model: ModelConfig, vocab_rows: int) -> dict[str, tuple[int
     biases = not model.disable_bias_linear
     shapes: dict[str, tuple[int, ...]] = {"word_embeddings.weight": (vocab_rows, hidden)}
     if not model.use_rotary_position_embeddings:
-        shapes["position_embeddings.weight"] = (model.max_position_embeddings or model.seq_length, hidden)
+        # One row more than the context: see megatron/model/embedding.py.
+        shapes["position_embeddings.weight"] = ((model.max_position_embeddings or model.seq_length) + 1, hidden)
 
     def norm(name: str) -> None:
         shapes[f"{name}.weight"] = (hidden,)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from megatron.config.schema import Config, ModelConfig
 from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
 from megatron.model import Causal, Full
-from megatron.objectives import build_objective
+from megatron.objectives import Objective, build_objective
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -35,13 +36,19 @@ SINGLE = "model.safetensors"
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
 
 
+def evaluation_objective(config: Config) -> Objective:
+    """Return the objective of a run with evaluation settings; the batch size, which plays no part, may be unknown."""
+    run = replace(config.run, global_batch_size=config.run.global_batch_size or 1)
+    return build_objective(replace(config, run=run)).for_eval()
+
+
 def attention_family(config: Config) -> str:
     """Return which class evaluates the model: "ar" (causal attention) or "mdm" (full attention).
 
     Raises:
         ValueError: the objective evaluates with a mask that neither class has.
     """
-    mask = build_objective(config).for_eval().attention_mask
+    mask = evaluation_objective(config).attention_mask
     if isinstance(mask, Causal):
         return "ar"
     if isinstance(mask, Full):

@@ -25,6 +25,7 @@ from megatron.convert.unpickle import load_pickled
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 GPT2_VOCAB_SIZE = 50257
+POSITIONS = "position_embeddings.weight"
 
 # Switches of the reference code that change the model in a way our model does not have: name -> accepted values.
 SWITCHES: dict[str, tuple[Any, ...]] = {
@@ -103,7 +104,12 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
     layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
     model = _model_config(args, layers, folder)
     tensors = _join_layers(layers, model, folder)
-    check_tensors(tensors, canonical_shapes(model, int(args.padded_vocab_size)), source=str(folder))
+    shapes = canonical_shapes(model, int(args.padded_vocab_size))
+    if POSITIONS in shapes:  # theirs has a row for each position of the context, ours one more, never seen in training
+        shapes[POSITIONS] = (shapes[POSITIONS][0] - 1, *shapes[POSITIONS][1:])
+    check_tensors(tensors, shapes, source=str(folder))
+    if POSITIONS in shapes:
+        tensors[POSITIONS] = torch.cat([tensors[POSITIONS], tensors[POSITIONS][-1:]])
     bf16 = tensors["word_embeddings.weight"].dtype == torch.bfloat16
     config = _config(args, state, model, objective=objective, bf16=bf16)
     step = state.get("iteration") or state.get("global_steps") or 0

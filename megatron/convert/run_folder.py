@@ -18,7 +18,7 @@ from megatron.config.schema import Config
 from megatron.convert.folders import new_folder
 from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
-from megatron.objectives import build_objective
+from megatron.convert.huggingface import evaluation_objective
 from megatron.training.checkpoint import CheckpointReader, find_checkpoint, save_full_checkpoint
 from megatron.training.metrics import parameters_for_compute
 
@@ -101,7 +101,7 @@ def _run_json(config: Config, tensors: Mapping[str, Tensor], source: str | Path)
     return {
         "format": 1,
         "objective": config.objective.objective,
-        "label": build_objective(config).for_eval().label,
+        "label": evaluation_objective(config).label,
         "config": config_to_dict(config),
         "parameters": {
             "total": sum(tensor.numel() for tensor in tensors.values()),

@@ -15,7 +15,9 @@ from megatron.config.validate import fill_model
 from megatron.convert.canonical import canonical_shapes
 
 
-def plain_logits(layers: Mapping[int, Mapping[str, Tensor]], ids: Tensor, *, heads: int, kv: int, causal: bool) -> Tensor:
+def plain_logits(
+    layers: Mapping[int, Mapping[str, Tensor]], ids: Tensor, *, heads: int, kv: int, causal: bool
+) -> Tensor:
     """Evaluate the tensors of published layer files (tp 1) straight from FACTS 2: nothing of the repository is used.
 
     Pre-norm RMSNorm with eps 1e-5, rotate-half RoPE with base 10000 on all channels, softmax scale 1/sqrt(kv),
@@ -60,7 +62,9 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     return tensors
 
 
-def make_config(objective: str = "ar", *, vocab_size: int = 300, rows: int = 384, bf16: bool = False, **changes: object) -> Config:
+def make_config(
+    objective: str = "ar", *, vocab_size: int = 300, rows: int = 384, bf16: bool = False, **changes: object
+) -> Config:
     """A small resolved configuration."""
     shape = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "seq_length": 32, "ffn_hidden_size": 64}
     model = fill_model(ModelConfig(**{**shape, **changes}))  # type: ignore[arg-type]
@@ -82,6 +86,8 @@ def layer_files(config: Config, tensors: Mapping[str, Tensor]) -> dict[int, dict
             layers.setdefault(int(index) + 2, {})[rest] = tensor
         elif name.startswith("final_layernorm."):
             layers.setdefault(last, {})[name.removeprefix("final_layernorm.")] = tensor
+        elif name == "position_embeddings.weight":
+            layers.setdefault(1, {})[name] = tensor[:-1]
         else:
             layers.setdefault(last + 1 if name == "lm_head.weight" else 1, {})[name] = tensor
     return layers
@@ -120,7 +126,13 @@ def published_args(config: Config, tp: int) -> argparse.Namespace:
 
 
 def write_published(
-    folder: Path, config: Config, tensors: Mapping[str, Tensor], *, tp: int = 1, dtype: torch.dtype = torch.float32, **state: object
+    folder: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    tp: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **state: object,
 ) -> Path:
     """Write tensors as DeepSpeed's pipeline engine would, every rank with its own [Q_r; K_r; V_r] and [gate_r; up_r]."""
     tag = folder / "global_step7"
@@ -128,7 +140,9 @@ def write_published(
     (folder / "latest").write_text("global_step7")
     for layer, contents in layer_files(config, tensors).items():
         for rank in range(tp):
-            part = {name: rank_part(name, tensor, rank, tp, config).to(dtype).clone() for name, tensor in contents.items()}
+            part = {
+                name: rank_part(name, tensor, rank, tp, config).to(dtype).clone() for name, tensor in contents.items()
+            }
             torch.save(part, tag / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
     for rank in range(tp):
         saved = {"module": None, "args": published_args(config, tp), "iteration": 7, "global_steps": 7, **state}

@@ -106,7 +106,7 @@ def test_allowed_classes_cannot_be_changed_by_a_file(tmp_path: Path) -> None:
     """BUILD with a slot state calls setattr on what is below it on the stack: here the class itself."""
     program = b"\x80\x02cargparse\nNamespace\nN}X\x04\x00\x00\x00evilK\x01s\x86b."
     path = replace_pickle(save(tmp_path / "x.pt", {}), program)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot be read"):
         load_pickled(path)
     assert not hasattr(argparse.Namespace, "evil")
 
@@ -138,30 +138,30 @@ def test_flipped_bit(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="checksum of its part"):
+    with pytest.raises(ValueError, match=r"checksum of its part"):
         load_pickled(path)
 
 
 def test_foreign_files(tmp_path: Path) -> None:
     plain = tmp_path / "a.pt"
     plain.write_bytes(pickle.dumps({"weight": 1}))
-    with pytest.raises(ValueError, match="not a torch zip checkpoint"):
+    with pytest.raises(ValueError, match=r"not a torch zip checkpoint"):
         load_pickled(plain)
     legacy = tmp_path / "b.pt"
     torch.save({"weight": torch.ones(1)}, legacy, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="torch >= 1.6"):
+    with pytest.raises(ValueError, match=r"torch >= 1.6"):
         load_pickled(legacy)
     archive = tmp_path / "c.pt"
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("readme", "hello")
-    with pytest.raises(ValueError, match="not one that torch.save wrote"):
+    with pytest.raises(ValueError, match=r"not one that torch.save wrote"):
         load_pickled(archive)
     packed = tmp_path / "d.pt"
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as opened:
         opened.writestr("d/data.pkl", b"\0" * 100_000)
-    with pytest.raises(ValueError, match="not one that torch.save wrote"):
+    with pytest.raises(ValueError, match=r"not one that torch.save wrote"):
         load_pickled(packed)
     empty = tmp_path / "e.pt"
     empty.write_bytes(b"")
-    with pytest.raises(ValueError, match="0 bytes"):
+    with pytest.raises(ValueError, match=r"0 bytes"):
         load_pickled(empty)

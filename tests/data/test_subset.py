@@ -125,7 +125,7 @@ def test_impossible_selections_write_nothing(tmp_path: Path, selection: Selectio
 def test_existing_output_is_kept(tmp_path: Path) -> None:
     out = str(tmp_path / "x")
     subset_indexed(GOLDEN, out, Selection(documents=3))
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"exists"):
         subset_indexed(GOLDEN, out, Selection(documents=4))
     assert len(documents(out)) == 3
 
@@ -141,14 +141,14 @@ def test_jsonl_lines_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert (by_tokens["documents"], by_tokens["tokens"]) == (2, 13)
     assert by_tokens["data_path_line"] == f'"1.0 {tmp_path}/t_text_document"'
     assert subset_jsonl(str(source), str(tmp_path / "n.jsonl"), Selection(documents=1))["tokens"] is None
-    with pytest.raises(ValueError, match="counting needs a tokenizer"):
+    with pytest.raises(ValueError, match=r"counting needs a tokenizer"):
         subset_jsonl(str(source), str(tmp_path / "u.jsonl"), Selection(tokens=5))
 
 
 def test_jsonl_without_the_field_names_the_line(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"body": "b"}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ValueError, match=r"line 2"):
         subset_jsonl(str(source), str(tmp_path / "o.jsonl"), Selection(tokens=2), tokenizer=ByteTokenizer())
     assert not (tmp_path / "o.jsonl").exists()
 

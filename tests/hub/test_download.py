@@ -83,7 +83,7 @@ def test_damaged_once_is_fetched_again(hub: Hub, tmp_path: Path, capsys: pytest.
 def test_damaged_always_is_refused_and_never_gets_its_name(hub: Hub, tmp_path: Path) -> None:
     file = one_file(hub)
     hub.faults["tokens.bin"] = Fault(corrupt=100)
-    with pytest.raises(DownloadError, match="arrived damaged twice"):
+    with pytest.raises(DownloadError, match=r"arrived damaged twice"):
         fetch(file, tmp_path / "tokens.bin", endpoint=hub.url)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")] == []
 
@@ -160,9 +160,9 @@ def test_files_too_large_for_plain_http_go_through_huggingface_hub(
 
 
 def test_unknown_repository_and_unreachable_hub(hub: Hub) -> None:
-    with pytest.raises(DownloadError, match="cannot list model nobody/nothing"):
+    with pytest.raises(DownloadError, match=r"cannot list model nobody/nothing"):
         list_files("nobody/nothing", "model", select=lambda path: True, endpoint=hub.url)
-    with pytest.raises(DownloadError, match="check the connection and HF_ENDPOINT"):
+    with pytest.raises(DownloadError, match=r"check the connection and HF_ENDPOINT"):
         list_files(REPO, "dataset", select=lambda path: True, endpoint="http://127.0.0.1:9")
 
 
@@ -183,7 +183,7 @@ def test_checkpoint_selection(objective: str, path: str, wanted: bool) -> None:
 
 def test_a_path_that_leaves_the_data_folder_is_refused(hub: Hub) -> None:
     hub.repos["dataset", catalogue.C4_SUBSETS] = {"../../x.bin": b"x"}
-    with pytest.raises(DownloadError, match="nothing is fetched"):
+    with pytest.raises(DownloadError, match=r"nothing is fetched"):
         catalogue.resolve(catalogue.c4_subsets([]), endpoint=hub.url)
 
 
