@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Download data sets, the published checkpoints and the GPT-2 tokenizer: ./download.sh --help
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="$here/.venv/bin/python"
+[ -x "$python" ] || python=python3
+exec "$python" "$here/tools/download.py" "$@"

@@ -1,0 +1,205 @@
+"""Write and read folders of ``transformers``: AR models as ``LlamaForCausalLM``, MDM models as ``EuroBertForMaskedLM``.
+
+Both classes are our block with other names: pre-norm RMSNorm computed in fp32, no biases, rotate-half RoPE on all
+channels of a head, softmax scale 1/sqrt(head_dim), ``silu(gate) * up``. They differ only in the attention: causal
+against full.
+
+Vocabulary: all rows of the embedding are written, padding included, so that probabilities are those of training, where
+the softmax runs over the padded vocabulary, and so that nothing is lost on the way back. ``trim_vocab`` drops the rows
+that no token uses. Reading never adds a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron.config.schema import Config, ModelConfig
+from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
+from megatron.model import Causal, Full
+from megatron.objectives import Objective, build_objective
+
+CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
+MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Buffers that old versions of transformers saved; they follow from the configuration.
+DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+def evaluation_objective(config: Config) -> Objective:
+    """Return the objective of a run with evaluation settings; the batch size, which plays no part, may be unknown."""
+    run = replace(config.run, global_batch_size=config.run.global_batch_size or 1)
+    return build_objective(replace(config, run=run)).for_eval()
+
+
+def attention_family(config: Config) -> str:
+    """Return which class evaluates the model: "ar" (causal attention) or "mdm" (full attention).
+
+    Raises:
+        ValueError: the objective evaluates with a mask that neither class has.
+    """
+    mask = evaluation_objective(config).attention_mask
+    if isinstance(mask, Causal):
+        return "ar"
+    if isinstance(mask, Full):
+        return "mdm"
+    raise ValueError(
+        f"objective {config.objective.objective} evaluates with {type(mask).__name__} attention; LlamaForCausalLM is "
+        "causal and EuroBertForMaskedLM bidirectional; keep the model in this repository's format"
+    )
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Refuse, before anything is read or written, a model that the two classes cannot express.
+
+    Raises:
+        ValueError: LayerNorm, GELU, biases, learned positions or a width that the heads do not divide; all are named.
+    """
+    problems = []
+    if model.normalization != "rmsnorm":
+        problems.append(f"--normalization {model.normalization}")
+    if not model.swiglu:
+        problems.append("--no-swiglu (GELU)")
+    if not model.disable_bias_linear:
+        problems.append("--no-disable-bias-linear (biases)")
+    if not model.use_rotary_position_embeddings:
+        problems.append("--no-use-rotary-position-embeddings (learned positions)")
+    if (model.hidden_size or 0) % (model.num_attention_heads or 1):
+        problems.append(f"--hidden-size {model.hidden_size} with {model.num_attention_heads} heads (must divide)")
+    if problems:
+        raise ValueError(
+            f"the model was trained with {', '.join(problems)}; LlamaForCausalLM and EuroBertForMaskedLM have only "
+            "RMSNorm, SwiGLU, no biases and RoPE; keep it in this repository's format, or train with the default "
+            "architecture"
+        )
+
+
+def to_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Rename canonical tensors and cut the stacked matrices. The values are views: no copy, no change.
+
+    Args:
+        tensors: full canonical tensors.
+        model: resolved configuration.
+    """
+    kv, heads = model.kv_channels or 0, model.num_attention_heads or 0
+    groups = model.num_query_groups or heads
+    out = {"model.embed_tokens.weight": tensors["word_embeddings.weight"]}
+    for layer in range(model.num_layers or 0):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        stacked = tensors[f"{ours}.self_attention.query_key_value.weight"].split([heads * kv, groups * kv, groups * kv])
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), stacked):
+            out[f"{theirs}.self_attn.{name}.weight"] = part
+        out[f"{theirs}.self_attn.o_proj.weight"] = tensors[f"{ours}.self_attention.dense.weight"]
+        for name, part in zip(("gate_proj", "up_proj"), tensors[f"{ours}.mlp.dense_h_to_4h.weight"].chunk(2)):
+            out[f"{theirs}.mlp.{name}.weight"] = part
+        out[f"{theirs}.mlp.down_proj.weight"] = tensors[f"{ours}.mlp.dense_4h_to_h.weight"]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{theirs}.{name}.weight"] = tensors[f"{ours}.{name}.weight"]
+    out["model.norm.weight"] = tensors["final_layernorm.weight"]
+    if model.untie_embeddings_and_output_weights:
+        out["lm_head.weight"] = tensors["lm_head.weight"]
+    return out
+
+
+def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Invert :func:`to_huggingface`; the stacked matrices are copies, the others views."""
+    out = {"word_embeddings.weight": tensors["model.embed_tokens.weight"]}
+    for layer in range(model.num_layers or 0):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        stacked = [tensors[f"{theirs}.self_attn.{name}.weight"] for name in ("q_proj", "k_proj", "v_proj")]
+        out[f"{ours}.input_layernorm.weight"] = tensors[f"{theirs}.input_layernorm.weight"]
+        out[f"{ours}.self_attention.query_key_value.weight"] = torch.cat(stacked)
+        out[f"{ours}.self_attention.dense.weight"] = tensors[f"{theirs}.self_attn.o_proj.weight"]
+        out[f"{ours}.post_attention_layernorm.weight"] = tensors[f"{theirs}.post_attention_layernorm.weight"]
+        gate_up = [tensors[f"{theirs}.mlp.{name}.weight"] for name in ("gate_proj", "up_proj")]
+        out[f"{ours}.mlp.dense_h_to_4h.weight"] = torch.cat(gate_up)
+        out[f"{ours}.mlp.dense_4h_to_h.weight"] = tensors[f"{theirs}.mlp.down_proj.weight"]
+    out["final_layernorm.weight"] = tensors["model.norm.weight"]
+    if model.untie_embeddings_and_output_weights:
+        out["lm_head.weight"] = tensors["lm_head.weight"]
+    return out
+
+
+def huggingface_shapes(model: ModelConfig, vocab_rows: int) -> dict[str, tuple[int, ...]]:
+    """List the tensors of the Hugging Face folder of a model: shapes by their names there."""
+    shapes = canonical_shapes(model, vocab_rows)
+    return {name: tuple(t.shape) for name, t in to_huggingface(_meta(shapes), model).items()}
+
+
+def kept_rows(config: Config, vocab_rows: int) -> int:
+    """Return the rows that tokens use: the vocabulary and, for a masked model, the mask token."""
+    used = config.data.vocab_size or vocab_rows
+    if config.objective.mask_token_id is not None and attention_family(config) == "mdm":
+        used = max(used, config.objective.mask_token_id + 1)
+    return min(used, vocab_rows)
+
+
+def write_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size: str = "5GB") -> int:
+    """Write safetensors, in several files with an index above ``max_shard_size``. Returns the bytes of the tensors."""
+    pattern = SINGLE.replace(".safetensors", "{suffix}.safetensors")
+    plan = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        part = {name: tensors[name].contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all safetensors of a folder, through the index where there is one.
+
+    Raises:
+        ValueError: no safetensors, a file of the index is missing or truncated, or a tensor is not where the index
+        says.
+    """
+    places: dict[str, str] | None = None
+    files = [SINGLE]
+    if (folder / INDEX).is_file():
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        path = folder / file
+        if Path(file).name != file or not path.is_file():
+            raise ValueError(
+                f"{folder} has no {file}; weights are read from safetensors only (pickled .bin files can run code); "
+                "download the folder again, or save the model with save_pretrained"
+            )
+        try:
+            with safe_open(path, framework="pt") as opened:
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({error}); a safetensors file must be "
+                "complete; download or copy it again"
+            ) from error
+        misplaced = [name for name in found if name in tensors or (places is not None and places.get(name) != file)]
+        if misplaced:
+            raise ValueError(
+                f"{path} holds {', '.join(sorted(misplaced)[:8])}, which the index does not place there; every tensor "
+                "has one place; the folder mixes two models"
+            )
+        tensors.update(found)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIX)}
+
+
+def trim_rows(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Keep the first ``rows`` rows of the embedding and of the output head."""
+    return {name: tensor[:rows] if name in VOCABULARY_TENSORS else tensor for name, tensor in tensors.items()}
+
+
+def _meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Make tensors without storage, to follow shapes through the mapping."""
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -1,0 +1,303 @@
+"""Read the published checkpoints: the DeepSpeed-pipeline layout of Megatron-DeepSpeed.
+
+A folder ``global_stepN`` holds ``layer_KK-model_TT-model_states.pt`` (layer KK of the pipeline, tensor-parallel rank
+TT) and ``mp_rank_TT_model_states.pt``, whose ``args`` is the ``argparse.Namespace`` of the run. Layer 01 is the
+embedding,
+02 to L+1 are the blocks, L+2 is the last norm and L+3 the output head where it is not tied. Under tensor parallelism
+every rank holds its own ``[Q_r; K_r; V_r]`` and ``[gate_r; up_r]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from megatron.convert.canonical import canonical_shapes, check_tensors
+from megatron.convert.unpickle import load_pickled
+
+LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+GPT2_VOCAB_SIZE = 50257
+POSITIONS = "position_embeddings.weight"
+
+# Switches of the reference code that change the model in a way our model does not have: name -> accepted values.
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "apply_layernorm_1p": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "squared_relu": (False, None),
+    "openai_gelu": (False, None),
+    "onnx_safe": (False, None),
+    "rotary_percent": (1.0, None),
+    "num_experts": ([1], 1, None),
+    "embed_layernorm": (False, None),
+}
+
+
+@dataclass(frozen=True)
+class PublishedCheckpoint:
+    """A published checkpoint in our terms: full tensors (fp32) by canonical name, configuration, step."""
+
+    tensors: dict[str, Tensor]
+    config: Config
+    step: int
+
+
+def find_published(path: str | Path) -> Path:
+    """Return the ``global_stepN`` folder of a run folder (through its ``latest`` file) or of itself.
+
+    Raises:
+        ValueError: neither; or ``latest`` names a folder that is not there.
+    """
+    path = Path(path)
+    if any(path.glob("layer_*-model_*-model_states.pt")):
+        return path
+    latest = path / "latest"
+    if not latest.is_file():
+        raise ValueError(
+            f"{path} holds neither layer_KK-model_TT-model_states.pt files nor a file `latest`; a DeepSpeed-pipeline "
+            "checkpoint has one of them; give the folder that contains `latest`, or one global_stepN folder"
+        )
+    tag = latest.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[\w.\-]+", tag) or not (path / tag).is_dir():
+        raise ValueError(
+            f"{latest} names {tag!r}, and {path} has no such folder; `latest` must name a checkpoint beside it; give "
+            "the global_stepN folder itself"
+        )
+    return path / tag
+
+
+def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
+    """Read a published checkpoint of any tensor-parallel size, fp32, bf16 or fp16, tied or untied.
+
+    Args:
+        path: run folder (with ``latest``) or ``global_stepN`` folder.
+        objective: "ar" or "mdm". The files do not say which one trained them: both have the same tensors.
+
+    Returns:
+        Tensors in fp32 (an exact copy of bf16 values) and a configuration derived from ``args`` and the shapes.
+
+    Raises:
+        ValueError: a file is missing, damaged, hostile or unknown; a tensor is missing, unknown or of the wrong shape;
+            ``args`` asks for something that our model does not have. Nothing is written in any case.
+    """
+    if objective not in ("ar", "mdm"):
+        raise ValueError(
+            f"objective {objective!r} given; published checkpoints were trained as ar or mdm; pass one of these"
+        )
+    folder = find_published(path)
+    files, tp_size = _list_files(folder)
+    state = load_pickled(folder / "mp_rank_00_model_states.pt")
+    args = state.get("args") if isinstance(state, dict) else None
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError(
+            f"{folder}/mp_rank_00_model_states.pt has no `args`; the configuration is read from that "
+            "argparse.Namespace; check that this is a Megatron-DeepSpeed checkpoint"
+        )
+    _check_args(args, tp_size, folder)
+    layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
+    model = _model_config(args, layers, folder)
+    tensors = _join_layers(layers, model, folder)
+    shapes = canonical_shapes(model, int(args.padded_vocab_size))
+    if POSITIONS in shapes:  # theirs has a row for each position of the context, ours one more, never seen in training
+        shapes[POSITIONS] = (shapes[POSITIONS][0] - 1, *shapes[POSITIONS][1:])
+    check_tensors(tensors, shapes, source=str(folder))
+    if POSITIONS in shapes:
+        tensors[POSITIONS] = torch.cat([tensors[POSITIONS], tensors[POSITIONS][-1:]])
+    bf16 = tensors["word_embeddings.weight"].dtype == torch.bfloat16
+    config = _config(args, state, model, objective=objective, bf16=bf16)
+    step = state.get("iteration") or state.get("global_steps") or 0
+    return PublishedCheckpoint({name: tensor.float() for name, tensor in tensors.items()}, config, int(step))
+
+
+def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
+    """Map layer -> its files in rank order; the grid of layers and ranks has no hole. Returns (files, tp)."""
+    layer_files = {file.name: file for file in folder.glob("layer_*")}
+    keys: dict[tuple[int, int], Path] = {}
+    for name, file in layer_files.items():
+        match = LAYER_FILE.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"{folder} holds {name}; every layer file must be called layer_KK-model_TT-model_states.pt, because "
+                "every tensor must be accounted for; move the file away if it does not belong to the model"
+            )
+        keys[int(match[1]), int(match[2])] = file
+    layers = sorted({layer for layer, _ in keys})
+    ranks = {int(match[1]) for file in folder.glob("mp_rank_*") if (match := RANK_FILE.fullmatch(file.name))}
+    tp_size = 1 + max((rank for _, rank in keys), default=0)
+    expected = {(layer, rank) for layer in range(1, max(layers, default=1) + 1) for rank in range(tp_size)}
+    missing = [f"layer_{layer:02d}-model_{rank:02d}-model_states.pt" for layer, rank in sorted(expected - set(keys))]
+    if 0 not in ranks:
+        missing.append("mp_rank_00_model_states.pt")
+    if missing or set(keys) - expected:
+        extra = [keys[key].name for key in sorted(set(keys) - expected)]
+        raise ValueError(
+            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}; unexpected "
+            f"{', '.join(extra) or 'nothing'}; tp {tp_size} needs every layer of every rank; download or copy the "
+            "checkpoint again"
+        )
+    return {layer: [keys[layer, rank] for rank in range(tp_size)] for layer in layers}, tp_size
+
+
+def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
+    """Refuse, by name, settings of the run that our model cannot express or that contradict the files."""
+    for name, accepted in SWITCHES.items():
+        value = getattr(args, name, None)
+        if value not in accepted:
+            raise ValueError(
+                f"{folder}: args.{name} is {value!r}; the model here has no such variant (accepted: {accepted[0]!r}); "
+                "this checkpoint cannot be converted"
+            )
+    heads, groups = args.num_attention_heads, getattr(args, "num_key_value_heads", None)
+    if groups not in (None, heads):
+        raise ValueError(
+            f"{folder}: args.num_key_value_heads is {groups} with {heads} query heads; the row order of grouped-query "
+            "weights in this layout is not documented, and a guess would give a wrong model; convert it with the code "
+            "that wrote it"
+        )
+    recorded = getattr(args, "tensor_model_parallel_size", tp_size)
+    if recorded != tp_size:
+        raise ValueError(
+            f"{folder} has files of {tp_size} tensor-parallel ranks, args says {recorded}; all ranks' files are "
+            "needed; download or copy the checkpoint again"
+        )
+
+
+def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Tensor]]], folder: Path) -> ModelConfig:
+    """Derive the model from ``args``; the feed-forward width from the shapes (launch scripts list another one)."""
+    try:
+        untied = bool(getattr(args, "untie_embeddings_and_output_weights", False))
+        swiglu = bool(args.swiglu)
+        hidden, heads = int(args.hidden_size), int(args.num_attention_heads)
+        up = layers[2][0]["mlp.dense_h_to_4h.weight"] if 2 in layers else None
+        rows = up.shape[0] * len(layers[2]) if isinstance(up, Tensor) else 0
+        model = ModelConfig(
+            num_layers=int(args.num_layers),
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_query_groups=heads,
+            kv_channels=int(args.kv_channels or hidden // heads),
+            ffn_hidden_size=rows // 2 if swiglu else rows,
+            seq_length=int(args.seq_length),
+            max_position_embeddings=int(args.max_position_embeddings),
+            make_vocab_size_divisible_by=int(args.make_vocab_size_divisible_by),
+            padded_vocab_size=int(args.padded_vocab_size),
+            normalization=str(args.normalization),
+            layernorm_epsilon=float(args.layernorm_epsilon),
+            swiglu=swiglu,
+            use_rotary_position_embeddings=bool(args.use_rotary_position_embeddings),
+            rotary_base=float(getattr(args, "rope_theta", 10000)),
+            disable_bias_linear=not args.add_bias_linear,
+            untie_embeddings_and_output_weights=untied,
+            attention_dropout=float(args.attention_dropout),
+            hidden_dropout=float(args.hidden_dropout),
+            init_method_std=float(args.init_method_std),
+        )
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder}: the model cannot be derived ({error}); args must hold the sizes of a Megatron-DeepSpeed GPT "
+            "and layer 02 its first block; check that this is such a checkpoint"
+        ) from error
+    wanted = set(range(1, model.num_layers + (4 if untied else 3)))  # type: ignore[operator]
+    if set(layers) != wanted:
+        raise ValueError(
+            f"{folder} has layer files {min(layers)} to {max(layers)}; {model.num_layers} blocks with "
+            f"{'its own' if untied else 'a tied'} output head need files 1 to {max(wanted)}; the folder is incomplete "
+            "or its args belong to another model"
+        )
+    width, allowed = model.ffn_hidden_size, {getattr(args, "ffn_hidden_size", None)}
+    if swiglu:
+        allowed.add(8 * hidden // 3 // 64 * 64)  # what the reference code uses, whatever the launch script lists
+    if width not in allowed:
+        raise ValueError(
+            f"{folder}: the feed-forward weights are {width} wide, args says {args.ffn_hidden_size}; they must agree; "
+            "the folder mixes files of two models"
+        )
+    return model
+
+
+def _join_layers(layers: dict[int, list[dict[str, Tensor]]], model: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    """Join the ranks of every tensor and give it its canonical name; an unknown name is refused later."""
+    tensors: dict[str, Tensor] = {}
+    last = (model.num_layers or 0) + 2
+    for layer, ranks in layers.items():
+        where = f"{folder.name}/layer_{layer:02d}"
+        names = list(ranks[0])
+        if any(set(rank) != set(names) for rank in ranks):
+            raise ValueError(
+                f"{where}: the tensor-parallel ranks hold different tensors; every rank must hold its part of each; "
+                "download or copy the checkpoint again"
+            )
+        for name in names:
+            parts = [rank[name] for rank in ranks]
+            if not all(isinstance(part, Tensor) for part in parts):
+                raise ValueError(
+                    f"{where}: {name} is a {type(parts[0]).__name__}; a layer file holds only tensors; this checkpoint "
+                    "comes from another code and is not converted"
+                )
+            if layer == 1 or layer == last + 1:
+                canonical = name
+            elif layer == last:
+                canonical = f"final_layernorm.{name}"
+            else:
+                canonical = f"layers.{layer - 2}.{name}"
+            tensors[canonical] = _join(parts, name, model, where)
+    return tensors
+
+
+def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Tensor:
+    """Make the full tensor from the parts of all ranks: stacked sub-matrices, columns, vocabulary rows or a replica."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
+        raise ValueError(
+            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}; tensor-parallel ranks hold "
+            "equal parts; the folder mixes files of two models"
+        )
+    if name.startswith("self_attention.query_key_value."):
+        return _stack(parts, 3)
+    if name.startswith("mlp.dense_h_to_4h."):
+        return _stack(parts, 2 if model.swiglu else 1)
+    if name in ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight"):
+        return torch.cat(parts, dim=1)
+    if name in ("word_embeddings.weight", "lm_head.weight"):
+        return torch.cat(parts, dim=0)
+    if any(not torch.equal(part, parts[0]) for part in parts):
+        raise ValueError(
+            f"{where}: {name} differs between tensor-parallel ranks; a replicated tensor must be the same on all; the "
+            "files come from different steps, or the run had drifted"
+        )
+    return parts[0]
+
+
+def _stack(parts: list[Tensor], blocks: int) -> Tensor:
+    """Join parts whose rows are ``blocks`` stacked sub-matrices: all parts of the first, then of the second, ...
+
+    Rows that do not divide stay for the check of shapes to refuse.
+    """
+    split = [torch.tensor_split(part, blocks) for part in parts]
+    return torch.cat([rank[index] for index in range(blocks) for rank in split])
+
+
+def _config(
+    args: argparse.Namespace, state: dict[str, Any], model: ModelConfig, *, objective: str, bf16: bool
+) -> Config:
+    """Build the configuration: model, objective, tokenizer (without the paths of another machine) and length."""
+    vocabulary = state.get("universal_checkpoint_info", {}).get("original_vocab_size") or getattr(
+        args, "vocab_size", None
+    )
+    vocabulary = int(vocabulary or GPT2_VOCAB_SIZE)
+    data = DataConfig(tokenizer_type=getattr(args, "tokenizer_type", None), vocab_size=vocabulary)
+    run = RunConfig(
+        bf16=bf16, seed=int(getattr(args, "seed", 1234)), global_batch_size=getattr(args, "global_batch_size", None)
+    )
+    if getattr(args, "train_samples", None):
+        run = replace(run, train_samples=int(args.train_samples))
+    mask = vocabulary if objective == "mdm" else None
+    return Config(model=model, objective=ObjectiveConfig(objective=objective, mask_token_id=mask), data=data, run=run)

@@ -1,0 +1,121 @@
+"""Run directories as the ends of a conversion: read the weights of a run, or make a run of converted weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron.config import config_to_dict
+from megatron.config.presets import training_flops
+from megatron.config.schema import Config
+from megatron.convert.folders import new_folder
+from megatron.convert.hf_folder import CONFIG_FILES
+from megatron.convert.hf_tokenizer import copy_tokenizer
+from megatron.convert.huggingface import evaluation_objective
+from megatron.training.checkpoint import CheckpointReader, find_checkpoint, save_full_checkpoint
+from megatron.training.metrics import parameters_for_compute
+
+ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
+
+
+def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[str, Tensor], Path]:
+    """Read all weights of a checkpoint; its files are verified first.
+
+    Args:
+        path: run directory, or one tag of it.
+        tag: such as ``global_step100``; default: the newest that verifies.
+
+    Returns:
+        Configuration, full canonical tensors (fp32), and the folder of the tag.
+
+    Raises:
+        ValueError: no checkpoint there, or a damaged one.
+    """
+    folder, skipped = find_checkpoint(Path(path), tag)
+    if folder is None:
+        raise ValueError(
+            f"{path} holds no checkpoint; a run has global_stepN folders with a manifest.json; give the folder that "
+            "was passed as --save"
+        )
+    for complaint in skipped:
+        print(f"skipped a damaged checkpoint: {complaint}", flush=True)
+    reader = CheckpointReader(folder)
+    return reader.config, {name: reader.tensor(name) for name in reader.names}, folder
+
+
+def origin_of(folder: Path) -> Path | None:
+    """Return the folder of a run that keeps its Hugging Face origin, given the run or one of its tags."""
+    return next((found for found in (folder / ORIGIN, folder.parent / ORIGIN) if found.is_dir()), None)
+
+
+def write_run(
+    path: str | Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int,
+    source: str | Path,
+    origin: Path | None = None,
+) -> None:
+    """Make a run directory of converted weights: one checkpoint, ``latest`` and run.json. Complete or not at all.
+
+    Args:
+        path: folder to make.
+        config: resolved configuration.
+        tensors: full canonical tensors.
+        step: step of the checkpoint.
+        source: where the weights come from, noted in run.json.
+        origin: Hugging Face folder whose config.json and tokenizer the run keeps, for the way back.
+
+    Raises:
+        ValueError: names or shapes are not those of the model, or ``path`` is taken.
+    """
+    path = Path(path)
+    with new_folder(path) as folder:
+        if origin is not None:
+            (folder / ORIGIN).mkdir()
+            for name in CONFIG_FILES:
+                if (origin / name).is_file():
+                    shutil.copyfile(origin / name, folder / ORIGIN / name)
+            if config.data.tokenizer_model == str(origin):
+                copy_tokenizer(origin, folder / ORIGIN)
+                config = replace(config, data=replace(config.data, tokenizer_model=str(path / ORIGIN)))
+        save_full_checkpoint(folder, config, tensors, step=step)
+        (folder / "run.json").write_text(
+            json.dumps(_run_json(config, tensors, source), indent=1) + "\n", encoding="utf-8"
+        )
+
+
+def _run_json(config: Config, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Any]:
+    """Describe the run as training does; what a conversion cannot know (data, epochs) is 0 or null."""
+    samples = config.run.train_samples or 0
+    parameters = parameters_for_compute(config.model, config.data.vocab_size or config.model.padded_vocab_size or 0)
+    tokens = samples * config.model.seq_length
+    return {
+        "format": 1,
+        "objective": config.objective.objective,
+        "label": evaluation_objective(config).label,
+        "config": config_to_dict(config),
+        "parameters": {
+            "total": sum(tensor.numel() for tensor in tensors.values()),
+            "embedding": tensors["word_embeddings.weight"].numel(),
+            "for_compute": parameters,
+        },
+        "unique_tokens": 0,
+        "train_samples": samples,
+        "train_tokens": tokens,
+        "epochs": 0.0,
+        "train_flops": training_flops(parameters, tokens),
+        "versions": {},
+        "device": "converted",
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "text_bytes_per_token": None,
+        "converted_from": str(source),
+    }

@@ -1,0 +1,245 @@
+"""Subsets of a data set: the first documents, documents up to a number of tokens, or a seeded random sample.
+
+Random samples are nested: with one seed, the sample of 1,000 documents contains the sample of 100. Documents keep their
+order in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, clean_prefix, read_meta
+from megatron.data.tokenizer import Tokenizer
+
+_RUN_TOKENS = 1 << 26  # tokens copied at once
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents: ``documents`` or ``tokens`` gives the size; a ``seed`` makes it a random sample."""
+
+    documents: int | None = None
+    tokens: int | None = None
+    seed: int | None = None
+
+    def choose(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the chosen documents in ascending order, int64.
+
+        Args:
+            sizes: tokens of each document; anything of the right length when ``tokens`` is None.
+
+        Raises:
+            ValueError: not exactly one size is given, or the data set is too small for it.
+        """
+        if (self.documents is None) == (self.tokens is None):
+            raise ValueError(
+                f"--documents {self.documents} and --tokens {self.tokens} given; a subset has one size; pass one of "
+                "them"
+            )
+        count = len(sizes)
+        order = np.arange(count) if self.seed is None else np.random.default_rng(self.seed).permutation(count)
+        if self.documents is not None:
+            chosen = self.documents
+            if not 0 < chosen <= count:
+                raise ValueError(
+                    f"--documents {chosen} of a data set with {count:,}; the subset must lie in it; lower the number"
+                )
+        else:
+            ends = np.cumsum(sizes[order], dtype=np.int64)
+            total = int(ends[-1]) if count else 0
+            chosen = int(np.searchsorted(ends, self.tokens, side="right"))
+            if chosen == 0 or (self.tokens or 0) > total:
+                raise ValueError(
+                    f"--tokens {self.tokens} of a data set with {total:,} tokens, its first chosen document having "
+                    f"{int(ends[0]) if count else 0:,}; at least one document must fit and the data must reach; change "
+                    "--tokens"
+                )
+        return np.sort(order[:chosen]).astype(np.int64)
+
+    def describe(self) -> str:
+        """Return the rule in words."""
+        size = f"{self.documents} documents" if self.documents is not None else f"documents up to {self.tokens} tokens"
+        return f"first {size}" if self.seed is None else f"random {size}, seed {self.seed}"
+
+
+def subset_indexed(source: str, output: str, selection: Selection) -> dict[str, Any]:
+    """Copy chosen documents of PREFIX.bin/.idx into another data set.
+
+    Args:
+        source: prefix to read.
+        output: prefix to write; it appears complete or not at all.
+        selection: which documents.
+
+    Returns:
+        What was written: documents, tokens, source, rule, and ``data_path_line``. It is also part of OUTPUT.meta.json.
+
+    Raises:
+        ValueError: see :meth:`Selection.choose` and IndexedDataset; or ``output`` exists.
+    """
+    source, output = clean_prefix(source), clean_prefix(output)
+    _refuse_existing(f"{output}.idx")
+    data = IndexedDataset(source)
+    chosen = selection.choose(data.sizes)
+    sizes = np.asarray(data.sizes)[chosen]
+    meta = dict(read_meta(source) or {})
+    byte_lengths = _bytes_per_token(meta.get("tokenizer"), Path(source).parent)
+    text_bytes = 0
+    with IndexedDatasetWriter(output, data.dtype) as writer:
+        for tokens, run_sizes in _runs(data, chosen, sizes):
+            writer.add_documents(tokens, run_sizes)
+            if byte_lengths is not None:
+                text_bytes += int(byte_lengths[tokens].sum(dtype=np.int64))
+        report = {"documents": len(chosen), "tokens": int(sizes.sum(dtype=np.int64))}
+        meta.pop("text_bytes", None)  # that of the source; exact for the subset, or absent
+        if byte_lengths is not None:
+            report["text_bytes"] = text_bytes
+        if isinstance(meta.get("tokenizer"), dict):
+            meta["tokenizer"] = _moved(meta["tokenizer"], Path(source).parent, Path(output).parent)
+        subset = {"source": source, "rule": selection.describe()}
+        writer.close({"format": 1, **meta, **report, "subset": subset})
+    return {**report, **subset, "data_path_line": f'"1.0 {output}"'}
+
+
+def subset_jsonl(
+    source: str, output: str, selection: Selection, *, tokenizer: Tokenizer | None = None, key: str = "text"
+) -> dict[str, Any]:
+    """Copy chosen lines of a JSONL file, byte for byte. Blank lines are no documents.
+
+    Args:
+        source: JSONL file to read.
+        output: JSONL file to write; it appears complete or not at all. OUTPUT.json beside it holds the report.
+        selection: which documents; its ``tokens`` needs a tokenizer.
+        tokenizer: counts tokens, one end of document for each included where the tokenizer has one.
+        key: field with the text.
+
+    Returns:
+        What was written: documents, tokens (None without a tokenizer), source, rule and ``data_path_line``, the line
+        that holds once the file is tokenised to a prefix of its name.
+    """
+    _refuse_existing(output)
+    if selection.tokens is not None and tokenizer is None:
+        raise ValueError(
+            f"--tokens {selection.tokens} of a JSONL file; counting needs a tokenizer; pass for instance --vocab-file "
+            "and --merge-file, or use --documents"
+        )
+    offsets, sizes = _scan_lines(source, tokenizer, key)
+    chosen = selection.choose(sizes)
+    temporary = f"{output}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    try:
+        with open(source, "rb") as reader, open(temporary, "wb") as writer:
+            for index in chosen:
+                reader.seek(int(offsets[index]))
+                writer.write(reader.readline().rstrip(b"\r\n") + b"\n")
+        os.replace(temporary, output)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    tokens = int(sizes[chosen].sum(dtype=np.int64)) if tokenizer is not None else None
+    prefix = f"{os.path.splitext(output)[0]}_{key}_document"
+    report = {
+        "documents": len(chosen),
+        "tokens": tokens,
+        "source": source,
+        "rule": selection.describe(),
+        "data_path_line": f'"1.0 {prefix}"',
+    }
+    Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _scan_lines(path: str, tokenizer: Tokenizer | None, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the byte offset of every document and its tokens (zeros without a tokenizer), int64 each."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    texts: list[str] = []
+    offset = 0
+    extra = 0 if tokenizer is None or tokenizer.eod_id is None else 1
+
+    def flush() -> None:
+        if tokenizer is not None:
+            sizes.extend(len(ids) + extra for ids in tokenizer.encode_batch(texts))
+            texts.clear()
+
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                offsets.append(offset)
+                if tokenizer is not None:
+                    texts.append(_text(line, key, f"{path}, line {number}"))
+            offset += len(line)
+            if len(texts) >= 1000:
+                flush()
+    flush()
+    return np.array(offsets, np.int64), np.array(sizes if tokenizer is not None else [0] * len(offsets), np.int64)
+
+
+def _text(line: bytes, key: str, where: str) -> str:
+    """Return the text of one JSON line."""
+    try:
+        text = json.loads(line)[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}: no {key!r} ({error!r}); every line is a JSON object with that field; pass --json-key"
+        ) from error
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {key!r} is a {type(text).__name__}; it must be text; pass --json-key")
+    return text
+
+
+def _runs(data: IndexedDataset, chosen: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (tokens, sizes) of stretches of chosen documents that lie side by side, so that few copies are made."""
+    if not len(chosen):
+        return
+    item = data.dtype.itemsize
+    tokens = np.memmap(f"{data.prefix}.bin", mode="r", dtype=data.dtype)
+    starts = np.asarray(data.pointers)[chosen] // item
+    ends = np.cumsum(sizes, dtype=np.int64)
+    breaks = (starts[1:] != starts[:-1] + sizes[:-1]) | (ends[1:] // _RUN_TOKENS != ends[:-1] // _RUN_TOKENS)
+    bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(chosen)]
+    for first, last in pairwise(bounds):
+        length = int(sizes[first:last].sum(dtype=np.int64))
+        yield tokens[starts[first] : starts[first] + length], sizes[first:last]
+
+
+def _bytes_per_token(spec: Any, folder: Path) -> np.ndarray | None:
+    """Return the bytes of text of every uint16 id, int64, for byte-level vocabularies; None for the other kinds.
+
+    Their tokens are fixed strings of bytes, so the bytes of a subset are exact without decoding it.
+    """
+    lengths = np.zeros(1 << 16, np.int64)
+    if not isinstance(spec, dict):
+        return None
+    if spec.get("type") == "ByteTokenizer":
+        lengths[:256] = 1
+        return lengths
+    vocab_file = folder / str(spec.get("vocab_file"))
+    if spec.get("type") != "GPT2BPETokenizer" or not vocab_file.is_file():
+        return None
+    vocab: dict[str, int] = json.loads(vocab_file.read_text(encoding="utf-8"))
+    if max(vocab.values()) >= len(lengths):
+        return None
+    for token, index in vocab.items():
+        lengths[index] = 0 if token == "<|endoftext|>" else len(token)  # one character stands for one byte
+    return lengths
+
+
+def _refuse_existing(path: str) -> None:
+    if os.path.exists(path):
+        raise ValueError(f"{path} exists; a subset never replaces a data set; remove it or choose another --output")
+
+
+def _moved(spec: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
+    """Return a tokenizer spec whose relative files, relative to the folder ``old``, are relative to ``new``."""
+    out = dict(spec)
+    for key in ("vocab_file", "merge_file", "model"):
+        if out.get(key) and (old / out[key]).exists():
+            out[key] = os.path.relpath((old / out[key]).resolve(), new.resolve())
+    return out
