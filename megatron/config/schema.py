@@ -71,6 +71,14 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = option(False, "give the output head its own matrix")
     attention_dropout: float = option(0.1, "dropout of attention probabilities", unit="P")
     hidden_dropout: float = option(0.1, "dropout of embeddings and block outputs", unit="P")
+    attention_backend: str = option(
+        "sdpa",
+        "attention kernels: PyTorch's scaled_dot_product_attention, or the flash-attn package (CUDA, bf16)",
+        choices=("sdpa", "flash-attn"),
+    )
+    swiglu_backend: str = option(
+        "torch", "SwiGLU kernel: PyTorch, or the liger-kernel package (CUDA)", choices=("torch", "liger")
+    )
     init_method_std: float = option(
         0.02, "standard deviation of initial weights; block outputs are further scaled by 1/sqrt(2*layers)"
     )

@@ -110,6 +110,8 @@ def _positive(config: Config) -> None:
 
 
 def _validate_model(config: Config) -> None:
+    from megatron.model.kernels import PACKAGES, is_installed
+
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     assert model.num_attention_heads and model.num_query_groups and model.kv_channels and model.ffn_hidden_size
     assert model.max_position_embeddings
@@ -143,6 +145,20 @@ def _validate_model(config: Config) -> None:
     for name in ("attention_dropout", "hidden_dropout"):
         value = getattr(model, name)
         _require(0 <= value < 1, f"{name} is {value}", "a dropout probability is in [0, 1)", "choose for instance 0.1")
+
+    for flag, backend in (("--attention-backend", model.attention_backend), ("--swiglu-backend", model.swiglu_backend)):
+        _require(
+            is_installed(backend),
+            f"{flag} {backend}, but the package {PACKAGES.get(backend)} is not installed",
+            "it is an optional accelerator",
+            f"run bash install.sh --with {backend}, or drop the flag",
+        )
+    _require(
+        model.attention_backend != "flash-attn" or config.run.bf16,
+        "--attention-backend flash-attn without --bf16",
+        "flash-attn computes in 16 bits",
+        "pass --bf16, or drop the flag",
+    )
 
 
 def _validate_parallel(config: Config) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron.config.schema import ModelConfig
 from megatron.model.cache import LayerCache
+from megatron.model.kernels import can_flash, flash_attention
 from megatron.model.mask import AttentionMask, Causal, Full
 from megatron.model.rotary import RotaryEmbedding, apply_rotary
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads // tp_size
         self.num_groups = config.num_query_groups // tp_size
         self.dropout = config.attention_dropout
+        self.backend = config.attention_backend
         bias, std = not config.disable_bias_linear, config.init_method_std
         query_size = config.num_attention_heads * config.kv_channels
         key_size = config.num_query_groups * config.kv_channels
@@ -103,6 +105,9 @@ class SelfAttention(nn.Module):
             "is_causal": isinstance(mask, Causal) and query.shape[2] == key.shape[2],  # one new token sees all others
             "enable_gqa": self.num_groups != self.num_heads,
         }
+        use_flash = self.backend == "flash-attn" and allowed is None and can_flash(query)
+        if use_flash and (dropout == 0.0 or self.tp_size == 1):
+            return flash_attention(query, key, value, causal=arguments["is_causal"], dropout=dropout)
         if dropout == 0.0 or self.tp_size == 1:
             return F.scaled_dot_product_attention(query, key, value, **arguments)
         return self._attend_with_own_dropout(query, key, value, arguments)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config.schema import ModelConfig
+from megatron.model.kernels import silu_mul
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
 
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
         super().__init__()
         assert config.hidden_size and config.ffn_hidden_size and config.num_layers
         bias, std = not config.disable_bias_linear, config.init_method_std
-        self.swiglu = config.swiglu
+        self.swiglu, self.swiglu_backend = config.swiglu, config.swiglu_backend
         self.dense_h_to_4h = ColumnParallelLinear(
             factory.child("dense_h_to_4h"),
             in_size=config.hidden_size,
@@ -40,7 +41,7 @@ class MLP(nn.Module):
         x = self.dense_h_to_4h(x)
         if self.swiglu:
             gate, up = x.chunk(2, dim=-1)
-            x = F.silu(gate) * up
+            x = silu_mul(gate, up, self.swiglu_backend)
         else:
             x = F.gelu(x)
         return self.dense_4h_to_h(x)

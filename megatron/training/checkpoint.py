@@ -199,6 +199,12 @@ def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, to
     return write_checkpoint(Path(run_dir), fragments=fragments, specs=specs, state=state, context=ParallelContext())
 
 
+def fill_from_full(fragment: Fragment, full: torch.Tensor, spec: ShardSpec) -> None:
+    """Cut ``fragment.data`` out of a whole tensor."""
+    shard = spec.shard(full, fragment.tp_rank, fragment.tp_size).reshape(-1)
+    fragment.data.copy_(shard[fragment.start : fragment.start + fragment.data.numel()])
+
+
 class CheckpointReader:
     """Reads tensors, or ranges of shards, of one tag. Files are mapped, so a rank reads only what it asks for."""
 
@@ -249,11 +255,9 @@ class CheckpointReader:
         saved_tp_size = self._tp_size(fragment.name, fragment.kind)
         if spec.dim is None or saved_tp_size == fragment.tp_size:
             rank = 0 if spec.dim is None else fragment.tp_rank
-            values = self._flat(fragment.kind, fragment.name, rank, fragment.start, numel)
+            fragment.data.copy_(self._flat(fragment.kind, fragment.name, rank, fragment.start, numel))
         else:
-            shard = spec.shard(self.tensor(fragment.name, fragment.kind), fragment.tp_rank, fragment.tp_size)
-            values = shard.reshape(-1)[fragment.start : fragment.start + numel]
-        fragment.data.copy_(values)
+            fill_from_full(fragment, self.tensor(fragment.name, fragment.kind), spec)
 
     def _spec(self, name: str) -> ShardSpec:
         if name not in self.specs:

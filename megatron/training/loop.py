@@ -67,7 +67,11 @@ class StopRequest:
             switch is not None and Path(switch).exists(),
             self.deadline is not None and time.monotonic() > self.deadline,
         ]
-        names = (str(self.signal_name or "a signal to another rank"), f"the kill-switch file {switch}", "--exit-duration-in-mins")
+        names = (
+            str(self.signal_name or "a signal to another rank"),
+            f"the kill-switch file {switch}",
+            "--exit-duration-in-mins",
+        )
         return next((name for flag, name in zip(self.engine.context.any_rank(flags), names) if flag), None)
 
 

@@ -199,10 +199,33 @@ class _Program:
             return
         run = self.config.run
         with_optimizer = not (run.finetune or run.no_load_optim or run.skip_train)
-        self.sharded.load(CheckpointReader(self.tag), with_optimizer=with_optimizer)
+        self.sharded.load(self._reader(CheckpointReader(self.tag)), with_optimizer=with_optimizer)
         if self.context.is_first_rank:
             what = "weights" if not with_optimizer else "weights and optimizer"
-            print(f"loaded {what} of {self.tag}; continuing at step {self.state.step}", flush=True)
+            print(
+                f"loaded {what} of {self.tag}; {'starting' if run.finetune else 'continuing'} at step {self.state.step}",
+                flush=True,
+            )
+
+    def _reader(self, reader):  # type: ignore[no-untyped-def]
+        """The checkpoint itself, or with a mask token where masked diffusion starts from an autoregressive one."""
+        from megatron.training.warm_start import AutoregressiveStart
+
+        config = self.config
+        was_masked = reader.config.objective.mask_token_id is not None
+        if not config.run.finetune or was_masked or config.objective.mask_token_id is None:
+            return reader
+        assert config.model.padded_vocab_size
+        if self.context.is_first_rank:
+            print(
+                "the mask token starts as the mean of the token embeddings (the checkpoint never used one)", flush=True
+            )
+        return AutoregressiveStart(
+            reader,
+            vocab_size=self.resolved.vocab_size,
+            mask_id=config.objective.mask_token_id,
+            padded_vocab_size=config.model.padded_vocab_size,
+        )
 
     def _train_dataset(self):  # type: ignore[no-untyped-def]
         from megatron.data.dataset import build_dataset

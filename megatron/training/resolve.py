@@ -145,7 +145,10 @@ def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> 
                 f"--load {config.run.load} is a checkpoint of another architecture: {listed}; both must be equal; "
                 "pass the checkpoint's model flags or another --load"
             )
+        _check_objective(config, checkpoint["config"]["objective"]["objective"])
         padded = model.padded_vocab_size or saved["padded_vocab_size"]
+        if config.run.finetune and model.padded_vocab_size is None and config.objective.objective == "mdm":
+            padded = max(padded, -(-(vocab_size + 1) // unit) * unit)  # room for the mask token
     if padded < vocab_size:
         raise ValueError(f"the padded vocabulary {padded} is below the vocabulary {vocab_size}; every token needs a row; "
                          "raise --padded-vocab-size or use the tokenizer of the checkpoint")  # fmt: skip
@@ -153,6 +156,16 @@ def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> 
         raise ValueError(f"the padded vocabulary {padded} is not divisible by tensor-parallel size {tp}; every rank holds "
                          "an equal share; choose another --tensor-model-parallel-size")  # fmt: skip
     return replace(model, padded_vocab_size=padded)
+
+
+def _check_objective(config: Config, saved: str | None) -> None:
+    own = config.objective.objective
+    is_fresh = config.run.finetune or config.run.skip_train
+    if saved is not None and saved != own and not is_fresh:
+        raise ValueError(
+            f"--load {config.run.load} is a checkpoint of objective {saved}, this run trains {own}; a run continues with its "
+            "own objective; pass --finetune to start a new run from its weights"
+        )
 
 
 def _resolve_mask_id(config: Config, vocab_size: int) -> Config:

@@ -15,6 +15,7 @@ import torch
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 from megatron.training.checkpoint import CheckpointReader, Fragment
+from megatron.training.warm_start import AutoregressiveStart
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,7 +46,7 @@ class ShardedState:
             for fragment in self._fragments(parameter, ("weight", *moments))
         ]
 
-    def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
+    def load(self, reader: CheckpointReader | AutoregressiveStart, *, with_optimizer: bool) -> None:
         """Overwrite weights, and with them moments and step count, from a checkpoint of any layout.
 
         Raises:
