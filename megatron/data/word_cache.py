@@ -46,7 +46,7 @@ _CUT = re.compile(
 
 
 def applies_to(backend: Any) -> bool:
-    """Return whether ``backend`` (tokenizers.Tokenizer) encodes the words of GPT-2's expression and does nothing else."""
+    """Return whether ``backend`` (a tokenizers.Tokenizer) encodes the words of that expression and no more."""
     spec = json.loads(backend.to_str())
     cut = spec.get("pre_tokenizer") or {}
     return (
