@@ -24,7 +24,7 @@ def main(objective: str, argv: Sequence[str] | None = None) -> int:
         argv: arguments; default: those of the process.
 
     Returns:
-        Exit status: 0 done (or stopped on request with a checkpoint), 1 the run failed, 2 wrong input.
+        Exit status: 0 done (or stopped on request with a checkpoint), 1 the run failed, 2 wrong input, 130 interrupted.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     try:
@@ -38,6 +38,8 @@ def main(objective: str, argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _Program(resolved).run()
+    except KeyboardInterrupt:
+        return 130  # before the first step, or Ctrl-C twice: nothing is saved
     except (ValueError, OSError, RuntimeError) as error:
         if not _is_expected(error):
             raise

@@ -1,0 +1,89 @@
+"""The laptop quickstart in miniature: text, tokenizer, both runs and the report; stopped with Ctrl-C and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+LAPTOP = REPO / "examples_scaling/quickstart/laptop.sh"
+SMALL = {
+    "DOCUMENTS": "12",
+    "VOCAB_SIZE": "300",
+    "LAYERS": "1",
+    "HIDDEN": "32",
+    "HEADS": "2",
+    "SEQ_LENGTH": "32",
+    "MICRO_BATCH_SIZE": "4",
+    "GLOBAL_BATCH_SIZE": "4",
+    "TRAIN_SAMPLES": "960",
+    "EVAL_INTERVAL": "120",
+    "EVAL_ITERS": "4",
+    "SAVE_INTERVAL": "100",
+    "LOG_INTERVAL": "20",
+    "NUM_MC": "2",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def start(run_dir: Path) -> subprocess.Popen[str]:
+    """Start laptop.sh as a terminal would: a process group of its own, which Ctrl-C reaches as a whole."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return subprocess.Popen(
+        ["bash", str(LAPTOP)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**clean, **SMALL, "VIRTUAL_ENV": sys.prefix, "RUN_DIR": str(run_dir), "INSTALL_FLAGS": "--deps-only"},
+        start_new_session=True,
+    )
+
+
+def metrics(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def wait_for_steps(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """Wait for the first line of a metrics file."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"no step in {path} after {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(900)
+def test_interrupted_and_continued_to_the_report(tmp_path: Path) -> None:
+    run_dir = tmp_path / "laptop"
+    process = start(run_dir)
+    wait_for_steps(run_dir / "ar/metrics.jsonl", process)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert "minutes on 2 CPU cores" in output  # said at the start
+    assert "stopped; the same command continues" in output
+    stopped_at = int((run_dir / "ar/latest").read_text().strip().removeprefix("global_step"))
+    assert stopped_at < 240
+    assert not (run_dir / "mdm").exists()
+
+    process = start(run_dir)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    assert f"continuing at step {stopped_at}" in output
+    for name, label in (("ar", "NLL (exact)"), ("mdm", "NLL bound")):
+        assert [record["step"] for record in metrics(run_dir / name, "train")] == list(range(20, 241, 20))
+        assert [record["step"] for record in metrics(run_dir / name, "valid")] == [120, 240]
+        assert {record["label"] for record in metrics(run_dir / name, "valid")} == {label}
+    page = (run_dir / "report/report.html").read_text()
+    assert "NLL bound" in page
+    assert list((run_dir / "report").rglob("*.png"))
+    assert "matched" in output
+    assert str(run_dir / "report/report.html") in output
