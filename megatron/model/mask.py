@@ -44,7 +44,8 @@ class RandomKeyDrop:
             seq_length: length of queries and keys.
         """
         positions = torch.arange(seq_length, device=sample_ids.device)
-        per_sample = hash_int64(sample_ids + self.seed * 0x9E3779B1)
+        offset = (self.seed * 0x9E3779B1 + 2**63) % 2**64 - 2**63  # wrapped: seeds may have 63 bits
+        per_sample = hash_int64(sample_ids + offset)
         per_query = hash_int64(per_sample[:, None] + positions)  # [batch, query]
         is_chosen = uniform(hash_int64(per_query + 0x51ED27)) < self.ratio
         drop_prob = 1e-3 + (1 - 1e-3) * uniform(hash_int64(per_query + 0x2545F5))

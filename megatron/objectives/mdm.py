@@ -32,6 +32,7 @@ class MaskedDiffusion:
         ar_ratio: probability that a sequence masks its last m tokens instead of m random ones.
         low_noise_samples: training samples for which t is scaled.
         low_noise_ratio: that scale.
+        is_evaluation: take times that depend on nothing but sample and draw.
         draw: index of this draw of the noise (evaluation may average several).
         num_draws: how many draws there are; their times are spread evenly over [0, 1).
     """
@@ -43,6 +44,7 @@ class MaskedDiffusion:
     ar_ratio: float = 0.0
     low_noise_samples: int = 0
     low_noise_ratio: float = 1.0
+    is_evaluation: bool = False
     draw: int = 0
     num_draws: int = 1
     attention_mask: AttentionMask = Full()
@@ -80,27 +82,20 @@ class MaskedDiffusion:
 
     def mask_probabilities(self, sample_ids: np.ndarray) -> np.ndarray:
         """Probability p of masking a token of each sample, fp64 [batch]."""
+        return (1 - MIN_MASK_PROB) * self.times(sample_ids) + MIN_MASK_PROB
+
+    def times(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Diffusion time t of each sample, fp64 [batch]."""
+        if self.is_evaluation:
+            return noise.evaluation_times(sample_ids, draw=self.draw, num_draws=self.num_draws)
         t = noise.diffusion_times(
-            self.seed,
-            sample_ids,
-            global_batch_size=self.global_batch_size,
-            stratified=self.stratified,
-            offset=self.draw / self.num_draws,
+            self.seed, sample_ids, global_batch_size=self.global_batch_size, stratified=self.stratified
         )
-        t = np.where(sample_ids < self.low_noise_samples, t * self.low_noise_ratio, t)
-        return (1 - MIN_MASK_PROB) * t + MIN_MASK_PROB
+        return np.where(sample_ids < self.low_noise_samples, t * self.low_noise_ratio, t)
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> MaskedDiffusion:
         """Plain random masking at all times, from a seed of its own: the same masks whatever the training did."""
-        return replace(
-            self,
-            seed=noise.EVAL_SEED,
-            ar_ratio=0.0,
-            low_noise_samples=0,
-            stratified=True,
-            draw=draw,
-            num_draws=num_draws,
-        )
+        return replace(self, seed=noise.EVAL_SEED, ar_ratio=0.0, is_evaluation=True, draw=draw, num_draws=num_draws)
 
     def _mask(self, sample_id: int, mask_prob: float, seq_length: int) -> np.ndarray:
         """Which tokens of one sample are masked, bool [seq]."""

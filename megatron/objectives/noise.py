@@ -27,7 +27,7 @@ def generator(seed: int, index: int, stream: int = STREAM_SAMPLE) -> np.random.G
 
 
 def diffusion_times(
-    seed: int, sample_ids: np.ndarray, *, global_batch_size: int, stratified: bool = True, offset: float = 0.0
+    seed: int, sample_ids: np.ndarray, *, global_batch_size: int, stratified: bool = True
 ) -> np.ndarray:
     """Diffusion times t in [0, 1) of samples, fp64 [batch].
 
@@ -40,7 +40,6 @@ def diffusion_times(
         sample_ids: [batch] indices in the training stream.
         global_batch_size: samples in a step, B.
         stratified: False draws every t independently.
-        offset: added before the modulus; spreads several draws of one sample.
     """
     if not stratified:
         times = np.array([generator(seed, int(i), STREAM_STEP).random() for i in sample_ids])
@@ -48,4 +47,25 @@ def diffusion_times(
         steps = sample_ids // global_batch_size
         start = {step: generator(seed, int(step), STREAM_STEP).random() for step in np.unique(steps)}
         times = np.array([start[step] for step in steps]) + (sample_ids % global_batch_size) / global_batch_size
-    return (times + offset) % 1.0
+    return times % 1.0
+
+
+def evaluation_times(sample_ids: np.ndarray, *, draw: int = 0, num_draws: int = 1) -> np.ndarray:
+    """Diffusion times t in [0, 1) for evaluation, fp64 [batch]: functions of the sample and the draw alone.
+
+    The van der Corput sequence (radical inverse in base 2) plus a fixed random shift: any first 2^k samples hold one time
+    in every interval of length 2^-k, so the range is covered for any number of samples, without knowing a batch size. The
+    draws of one sample are spread evenly.
+
+    Args:
+        sample_ids: [batch] indices in the validation set.
+        draw: index of the draw.
+        num_draws: how many there are.
+    """
+    inverse, rest, digit = np.zeros(len(sample_ids)), np.asarray(sample_ids).copy(), 0.5
+    while rest.any():
+        inverse += digit * (rest & 1)
+        rest >>= 1
+        digit /= 2
+    shift = generator(EVAL_SEED, 0, STREAM_STEP).random()
+    return (shift + inverse + draw / num_draws) % 1.0

@@ -1,0 +1,133 @@
+"""The chunked head and loss against F.cross_entropy over all logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron.model.head import sample_losses, weighted_loss
+from megatron.objectives.base import ModelBatch
+from megatron.parallel import cross_entropy
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.cross_entropy import linear_cross_entropy
+
+HIDDEN, VOCAB = 16, 37
+
+
+def make_inputs(rows: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, HIDDEN, generator=random).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, HIDDEN, generator=random).to(dtype).requires_grad_()
+    labels = torch.randint(VOCAB, (rows,), generator=random)
+    return hidden, weight, labels, torch.rand(rows, generator=random) * 5
+
+
+def reference(hidden, weight, labels, loss_weights) -> tuple[torch.Tensor, ...]:
+    """loss, ce, both gradients (of three times the loss), all fp32."""
+    hidden, weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    ce = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    loss = (ce * loss_weights).sum()
+    (3 * loss).backward()
+    return loss.detach(), ce.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23])  # below, at and past the boundaries of chunks of 8
+def test_values_and_gradients(monkeypatch, rows):
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 8)
+    inputs = make_inputs(rows)
+    loss, ce = linear_cross_entropy(*inputs, ParallelContext())
+    (3 * loss).backward()
+    for got, wanted in zip((loss.detach(), ce, inputs[0].grad, inputs[1].grad), reference(*inputs)):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert not ce.requires_grad
+
+
+def test_no_rows_give_zero_and_zero_gradients():
+    hidden, weight, labels, loss_weights = make_inputs(0)
+    loss, ce = linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())
+    loss.backward()
+    assert loss.item() == 0.0 and ce.shape == (0,)
+    assert hidden.grad.shape == (0, HIDDEN) and torch.equal(weight.grad, torch.zeros(VOCAB, HIDDEN))
+
+
+def test_a_row_of_weight_zero_has_no_gradient():
+    hidden, weight, labels, loss_weights = make_inputs(6)
+    loss_weights[2] = 0.0
+    linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())[0].backward()
+    assert torch.equal(hidden.grad[2], torch.zeros(HIDDEN)) and hidden.grad[3].abs().sum() > 0
+
+
+def test_bf16_inputs_stay_close_and_give_bf16_gradients():
+    inputs = make_inputs(50, torch.bfloat16)
+    loss, ce = linear_cross_entropy(*inputs, ParallelContext())
+    (3 * loss).backward()
+    assert loss.dtype == ce.dtype == torch.float32 and inputs[1].grad.dtype == torch.bfloat16
+    wanted = reference(*inputs)
+    torch.testing.assert_close(loss.detach(), wanted[0], rtol=1e-2, atol=0)
+    torch.testing.assert_close(ce, wanted[1], rtol=0, atol=0.06)  # logits near 10 in bf16 are rounded by 0.03
+    for got, exact in zip((inputs[0].grad, inputs[1].grad), wanted[2:]):
+        assert (got.float() - exact).norm() / exact.norm() < 0.01
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, labels, loss_weights = make_inputs(9)
+    with torch.no_grad():
+        hidden *= 1e4
+    loss, ce = linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())
+    loss.backward()
+    assert torch.isfinite(ce).all() and torch.isfinite(hidden.grad).all() and torch.isfinite(weight.grad).all()
+
+
+def test_without_gradients_the_values_are_the_same():
+    inputs = make_inputs(11)
+    with torch.no_grad():
+        loss, _ = linear_cross_entropy(*inputs, ParallelContext())
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, reference(*inputs)[0])
+
+
+def test_two_losses_on_one_graph_add_their_gradients():
+    """The weight is tied and used once per micro-batch: a buffer scaled in place must not leak into the other call."""
+    hidden, weight, labels, loss_weights = make_inputs(5)
+    first, _ = linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())
+    second, _ = linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())
+    (first + 2 * second).backward()
+    torch.testing.assert_close(weight.grad, reference(hidden, weight, labels, loss_weights)[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def batch() -> ModelBatch:
+    """[3, 4] positions; the middle sample has none in the loss, as a draw with few masks may."""
+    weights = torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0], [0, 0.5, 0, 3]])
+    return ModelBatch.build(
+        input_ids=torch.zeros(3, 4, dtype=torch.int64),
+        labels=torch.randint(VOCAB, (3, 4), generator=torch.Generator().manual_seed(1)),
+        loss_weights=weights,
+        sample_ids=torch.arange(3),
+    )
+
+
+def test_only_weighted_positions_enter_the_loss(batch):
+    hidden, weight, *_ = make_inputs(12)
+    loss = weighted_loss((hidden.view(3, 4, HIDDEN), weight), batch.targets, ParallelContext())
+    loss.backward()
+    ce = F.cross_entropy(hidden.detach() @ weight.detach().T, batch.labels.flatten(), reduction="none").view(3, 4)
+    assert loss.item() == pytest.approx(((ce * batch.loss_weights).sum() / 12).item(), rel=1e-5)
+    assert torch.equal(hidden.grad.abs().sum(-1).view(3, 4) > 0, batch.loss_weights > 0)
+
+
+def test_sample_losses_average_to_the_loss(batch):
+    hidden, weight, *_ = make_inputs(12)
+    output = (hidden.view(3, 4, HIDDEN), weight)
+    per_sample = sample_losses(output, batch.targets, ParallelContext())
+    assert per_sample.shape == (3,) and per_sample[1] == 0
+    torch.testing.assert_close(per_sample.mean(), weighted_loss(output, batch.targets, ParallelContext()))
+
+
+def test_a_batch_with_nothing_in_the_loss(batch):
+    hidden, weight, *_ = make_inputs(12)
+    empty = ModelBatch.build(
+        input_ids=batch.input_ids, labels=batch.labels, loss_weights=torch.zeros(3, 4), sample_ids=batch.sample_ids
+    )
+    loss = weighted_loss((hidden.view(3, 4, HIDDEN), weight), empty.targets, ParallelContext())
+    loss.backward()
+    assert loss.item() == 0.0 and hidden.grad.abs().sum() == 0

@@ -1,0 +1,79 @@
+"""Splitting and joining tensors, and layout-free initial weights."""
+
+import pytest
+import torch
+
+from megatron.config.schema import ModelConfig
+from megatron.config.validate import fill_model
+from megatron.model import Causal, GPTModel
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import ShardSpec, initial_shard, named_seed
+
+SPECS = [
+    ShardSpec((8, 3), 0, (8,)),
+    ShardSpec((3, 8), 1, (8,)),
+    ShardSpec((16, 3), 0, (8, 4, 4)),  # [Q; K; V] with fewer key heads
+    ShardSpec((24,), 0, (12, 12)),  # a bias of [gate; up]
+    ShardSpec((5, 3)),
+]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.full_shape}-{spec.dim}")
+def test_combine_is_the_inverse_of_shard(spec, tp_size):
+    full = torch.arange(torch.Size(spec.full_shape).numel(), dtype=torch.float32).view(spec.full_shape)
+    shards = [spec.shard(full, rank, tp_size) for rank in range(tp_size)]
+    assert all(tuple(shard.shape) == spec.local_shape(tp_size) for shard in shards)
+    assert torch.equal(spec.combine(shards), full)
+
+
+def test_stacked_matrices_are_each_split():
+    full = torch.arange(8.0)
+    spec = ShardSpec((8,), 0, (4, 2, 2))
+    assert spec.shard(full, 0, 2).tolist() == [0, 1, 4, 6]
+    assert spec.shard(full, 1, 2).tolist() == [2, 3, 5, 7]
+
+
+def test_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"\(4, 3\).*expects \(8, 3\)"):
+        SPECS[0].shard(torch.zeros(4, 3), 0, 2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.full_shape}-{spec.dim}")
+def test_initial_weights_do_not_depend_on_the_layout(spec):
+    def shards(tp_size: int) -> list[torch.Tensor]:
+        options = {"name": "layers.0.x", "std": 0.02, "seed": 1, "tp_size": tp_size}
+        return [initial_shard(spec, tp_rank=rank, **options) for rank in range(tp_size)]
+
+    assert torch.equal(spec.combine(shards(2)), shards(1)[0])
+
+
+def test_seeds_differ_by_name_and_run():
+    seeds = {named_seed(seed, name) for seed in (1, 2, 12) for name in ("a", "b", "2:a")}
+    assert len(seeds) == 9 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("swiglu", [True, False])
+def test_every_tensor_of_a_model_is_split_as_its_spec_says(swiglu):
+    config = fill_model(
+        ModelConfig(
+            num_layers=2,
+            hidden_size=16,
+            num_attention_heads=4,
+            num_query_groups=2,
+            seq_length=8,
+            swiglu=swiglu,
+            padded_vocab_size=32,
+            disable_bias_linear=False,
+            ffn_hidden_size=24,
+            untie_embeddings_and_output_weights=True,
+            use_rotary_position_embeddings=False,
+        )
+    )
+    whole = GPTModel(config, mask=Causal(), seed=7).state_dict()
+    parts = [GPTModel(config, ParallelContext(tp_rank=rank, tp_size=2), mask=Causal(), seed=7) for rank in range(2)]
+    specs = {p.canonical_name: p.shard_spec for p in parts[0].parameters()}
+    assert set(specs) == set(whole)
+    states = [part.state_dict() for part in parts]
+    for name, spec in specs.items():
+        assert torch.equal(spec.combine([state[name] for state in states]), whole[name]), name
