@@ -13,8 +13,9 @@ die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 1; }   # what was g
 gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
 
 # Data: the quickstart set (100M training tokens of C4, GPT-2 BPE). A prefix is a path without .bin/.idx.
-: "${DATA_DIR:=$REPO/data/quickstart}"
-: "${TRAIN_DATA:=$DATA_DIR/gpt2tok_c4_100_text_document}" "${VALID_DATA:=$DATA_DIR/gpt2tok_c4_val_text_document}"
+: "${DATA_DIR:=$REPO/data}"   # where ./download.sh puts it
+: "${TRAIN_DATA:=$DATA_DIR/c4_100m/gpt2tok_c4_100_text_document}"
+: "${VALID_DATA:=$DATA_DIR/c4_100m/gpt2tok_c4_val_text_document}"
 : "${TOKENIZER_FLAGS=--tokenizer-type NullTokenizer --vocab-size 50257}"   # the published data is tokenised already
 # Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
 : "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"

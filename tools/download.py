@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megatron.convert import catalogue
 from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; no option means the quickstart."""
@@ -39,9 +41,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpt2", action="store_true", help="vocab.json and merges.txt of GPT-2")
     add(
         "--data-dir",
-        default=os.environ.get("DATA_DIR", "data"),
+        default=os.environ.get("DATA_DIR") or str(REPOSITORY / "data"),
         metavar="DIR",
-        help="where it goes (default: $DATA_DIR or data)",
+        help="where it goes (default: $DATA_DIR, or data in the repository)",
     )
     add("--dry-run", action="store_true", help="say what would be fetched and how large it is, and stop")
     return parser.parse_args(argv)
@@ -86,10 +88,15 @@ def next_steps(root: Path, items: list[catalogue.Item], places: list[str]) -> No
         )
 
 
+def is_below_here(path: str) -> bool:
+    """Say whether a path lies in the working directory: then relative names are shorter and survive a move."""
+    return Path(path).resolve().is_relative_to(Path.cwd().resolve())
+
+
 def main(argv: list[str] | None = None) -> int:
     """List everything first, check the disk, then fetch. Returns the exit status."""
     args = parse_args(argv)
-    root = Path(args.data_dir)
+    root = Path(os.path.relpath(args.data_dir)) if is_below_here(args.data_dir) else Path(args.data_dir)
     try:
         items = chosen_items(args)
         plans = [catalogue.resolve(item) for item in items]

@@ -122,11 +122,10 @@ def read_config(folder: Path) -> tuple[Config, str]:
 def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:
     """Make the configuration object of the class, which fills in defaults and checks types."""
     try:
-        if family == "ar":
-            from transformers import LlamaConfig as Class
-        else:
-            from transformers import EuroBertConfig as Class
-    except ImportError as error:
+        import transformers
+
+        Class: Any = transformers.LlamaConfig if family == "ar" else transformers.EuroBertConfig
+    except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{path} is of {CLASSES[family]}, which the installed transformers lacks; EuroBert came with transformers "
             "5; run: pip install -U transformers"

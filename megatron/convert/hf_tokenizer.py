@@ -99,7 +99,9 @@ def _build(data: DataConfig, source: str | None) -> Any:
             )
         vocab = json.loads(Path(data.vocab_file).read_text(encoding="utf-8"))
         lines = Path(data.merge_file).read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merges = [
+            (left, right) for left, _, right in (line.partition(" ") for line in lines) if right and left != "#version:"
+        ]
         return PreTrainedTokenizerFast(tokenizer_object=_byte_level(vocab, merges), **_specials(EOD_TOKEN))
     if kind == "ByteTokenizer":
         return PreTrainedTokenizerFast(tokenizer_object=_bytes_tokenizer(), **_specials(EOD_TOKEN))
@@ -121,7 +123,7 @@ def _specials(token: str) -> dict[str, str]:
     return {"bos_token": token, "eos_token": token, "unk_token": token, "pad_token": token}
 
 
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]]) -> Any:
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Any:
     """Make the byte-level BPE of GPT-2 from its vocabulary and merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 

@@ -71,12 +71,13 @@ def list_files(
             "HF_TOKEN or run: hf auth login"
         ) from error
     files = []
-    for entry in info.siblings or []:
+    commit = str(info.sha)
+    for entry in getattr(info, "siblings", None) or []:
         if select(entry.rfilename):
-            digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+            digest = str(entry.lfs.sha256 if entry.lfs else entry.blob_id)
             files.append(
                 RemoteFile(
-                    repo_id, repo_type, info.sha, entry.rfilename, int(entry.size or 0), digest, entry.lfs is not None
+                    repo_id, repo_type, commit, entry.rfilename, int(entry.size or 0), digest, entry.lfs is not None
                 )
             )
     return files

@@ -55,8 +55,9 @@ class Selection:
         else:
             ends = np.cumsum(sizes[order], dtype=np.int64)
             total = int(ends[-1]) if count else 0
-            chosen = int(np.searchsorted(ends, self.tokens, side="right"))
-            if chosen == 0 or (self.tokens or 0) > total:
+            limit = self.tokens or 0
+            chosen = int(np.searchsorted(ends, limit, side="right"))
+            if chosen == 0 or limit > total:
                 raise ValueError(
                     f"--tokens {self.tokens} of a data set with {total:,} tokens, its first chosen document having "
                     f"{int(ends[0]) if count else 0:,}; at least one document must fit and the data must reach; change "

@@ -47,6 +47,7 @@ class Hub:
     sent_bytes: int = 0
     private_token: str | None = None
     slow_after: int | None = None  # content stops flowing after this many bytes, without an end
+    refuse_posts: bool = False
     uploads: dict[str, bytes] = field(default_factory=dict)  # LFS objects by SHA-256
     url: str = ""
 
@@ -188,6 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         path, content = unquote(urlsplit(self.path).path), self._read()
         self.hub.requests.append(("POST", path, None))
+        if self.hub.refuse_posts:
+            self._json({"error": "You don't have the rights"}, 403)
+            return
         if path == "/api/repos/create":
             request = json.loads(content)
             repo_id = f"{request.get('organization') or 'me'}/{request['name']}"

@@ -16,6 +16,7 @@ from megatron.convert import catalogue
 from megatron.convert import hub as hub_module
 from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present, list_files
 from tests.hub.fake_hub import COMMIT, Fault, Hub
+from tools import download
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = random.Random(0).randbytes(100_000)
@@ -206,7 +207,15 @@ def run_tool(hub: Hub, home: Path, *arguments: str) -> subprocess.CompletedProce
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"PATH": path, "HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "NO_PROXY": "*"}
+    return {
+        "PATH": path,
+        "HOME": str(home),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "DATA_DIR": "data",
+        "VIRTUAL_ENV": sys.prefix,
+        "NO_PROXY": "*",
+    }
 
 
 def fill_hub(hub: Hub, size: int = 200_000) -> dict[str, bytes]:
@@ -249,6 +258,17 @@ def test_command_brings_the_quickstart_where_the_scripts_look(hub: Hub, tmp_path
     assert "6 files checked, 0 fetched" in again.stdout
 
 
+def test_example_scripts_look_where_the_download_puts_its_files() -> None:
+    script = 'unset DATA_DIR; source examples_scaling/common.sh; echo "$TRAIN_DATA"; echo "$VALID_DATA"'
+    output = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert output.split() == [
+        str(ROOT / "data" / prefix) for prefix in (catalogue.TRAIN_PREFIX, catalogue.VALID_PREFIX)
+    ]
+    assert download.parse_args([]).data_dir == str(ROOT / "data") or "DATA_DIR" in os.environ
+
+
 def test_command_fails_loudly_on_a_file_that_stays_damaged(hub: Hub, tmp_path: Path) -> None:
     files = fill_hub(hub)
     hub.faults["gpt2tok_c4_val_text_document.bin"] = Fault(corrupt=100)
@@ -278,8 +298,10 @@ def test_killed_process_continues(hub: Hub, tmp_path: Path) -> None:
     )
     state = tmp_path / "data/c4_100m/.download"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(
-        path.stat().st_size >= 20_000_000 for path in state.glob("*.incomplete")
+    while (
+        time.monotonic() < deadline
+        and process.poll() is None
+        and not any(path.stat().st_size >= 20_000_000 for path in state.glob("*.incomplete"))
     ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
