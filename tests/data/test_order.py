@@ -181,7 +181,7 @@ def test_many_processes_build_one_cache(make_data, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     start = time.time() + 3
-    processes = [context.Process(target=_open_dataset, args=(prefix, start, queue)) for _ in range(6)]
+    processes = [context.Process(target=_open_dataset, args=(prefix, start, queue)) for _ in range(4)]
     for process in processes:
         process.start()
     answers = [queue.get(timeout=100) for _ in processes]
