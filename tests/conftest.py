@@ -1,0 +1,73 @@
+"""What the tests of several packages share: worker pools, small data sets, and one thread per process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# Several processes share the cores, and one thread keeps sums in one order. Before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if TYPE_CHECKING:
+    from distributed.jobs import Run
+    from distributed.pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """``pools(n)``: the pool of n gloo workers, started when first asked for and kept for the session."""
+    from distributed.pool import WorkerPool
+
+    started: dict[int, WorkerPool] = {}
+
+    def pool(size: int) -> WorkerPool:
+        return started.setdefault(size, WorkerPool(size))
+
+    yield pool
+    for each in started.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def token_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train`` and ``valid``: documents of random ids below 500, one epoch of 640 samples of 32 tokens."""
+    import numpy as np
+
+    from megatron.data.indexed import IndexedDatasetWriter
+
+    folder = tmp_path_factory.mktemp("tokens")
+    random = np.random.default_rng(0)
+    for name, num_documents in (("train", 300), ("valid", 60)):
+        with IndexedDatasetWriter(folder / name, np.dtype(np.uint16)) as writer:
+            for size in random.integers(20, 120, num_documents):
+                # Squared uniform ids: a skewed unigram distribution, so that the loss has something to learn.
+                writer.add_document((499 * random.random(size) ** 2).astype(np.uint16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
+    """``runs(objective, size, **flags)``: a short run on ``size`` processes; tests that ask for the same one share it."""
+    from distributed import jobs
+
+    finished: dict[tuple, jobs.Run] = {}
+
+    def run(objective: str, size: int = 1, **changes: object) -> jobs.Run:
+        key = (objective, size, tuple(sorted(changes.items())))
+        if key not in finished:
+            run_dir = tmp_path_factory.mktemp(f"{objective}_{size}_")
+            argv = jobs.flags(token_files, run_dir, **changes)
+            traces = pools(size).run(jobs.train, objective, argv, ("weights", "tensors"))
+            assert [trace.status for trace in traces] == [0] * size
+            has_validation = "valid_data_path" in changes
+            valid = jobs.records(run_dir, "valid") if has_validation else {}
+            finished[key] = jobs.Run(traces, jobs.records(run_dir), valid, run_dir)
+        return finished[key]
+
+    return run
