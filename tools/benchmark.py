@@ -129,7 +129,7 @@ def report(
     """Rates from step times; medians, because single steps of a shared machine vary."""
     flops = model_flops_per_token(
         config.model,
-        causal=type(objective.attention_mask).__name__ != "Full",
+        mask=objective.attention_mask,
         loss_fraction=objective.loss_fraction,
     )
     assert config.run.global_batch_size

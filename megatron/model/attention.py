@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.schema import ModelConfig
 from megatron.model.cache import LayerCache
 from megatron.model.kernels import can_flash, flash_attention
 from megatron.model.mask import AttentionMask, Causal, Full
 from megatron.model.rotary import RotaryEmbedding, apply_rotary
+from megatron.model.visibility import Visible, attend_flex, visible_keys
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
 
 
@@ -57,21 +59,38 @@ class SelfAttention(nn.Module):
             length = config.seq_length + 1
             self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=config.rotary_base)
 
-    def forward(
+    def visible(
         self,
         hidden: torch.Tensor,
         mask: AttentionMask,
         position_ids: torch.Tensor | None = None,
         sample_ids: torch.Tensor | None = None,
+    ) -> Visible:
+        """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph.
+
+        Args:
+            hidden: [batch, seq, hidden].
+            mask: which keys a query sees.
+            position_ids: [batch, seq] when tokens are out of order, else None.
+            sample_ids: [batch], needed by masks that differ between samples.
+        """
+        has_dropout = self.training and self.dropout > 0.0
+        use_flex = hidden.is_cuda and not has_dropout and self.head_size >= 16
+        return visible_keys(mask, hidden, position_ids=position_ids, sample_ids=sample_ids, use_flex=use_flex)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        visible: Visible,
+        position_ids: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
         """Attend: [batch, seq, hidden] → [batch, seq, hidden].
 
         Args:
             hidden: normalised input.
-            mask: which keys a query sees.
+            visible: which keys a query sees, from :meth:`visible`.
             position_ids: [batch, seq] when tokens are out of order, else None.
-            sample_ids: [batch], needed by masks that differ between samples.
             cache: keys and values of earlier tokens (causal generation): fill it with a prompt, then add single tokens.
         """
         batch, seq, _ = hidden.shape
@@ -82,30 +101,22 @@ class SelfAttention(nn.Module):
             query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if cache is not None:
             key, value = cache.append(key, value)
-        context = self._attend(query, key, value, mask, sample_ids)
+        context = self._attend(query, key, value, visible)
         return self.dense(context.transpose(1, 2).reshape(batch, seq, self.num_heads * self.head_size))
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: AttentionMask,
-        sample_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """softmax(QKᵀ/√d)V: [batch, heads, seq, channels]. Causal and full attention make no [seq, seq] tensor."""
-        allowed = None
-        if not isinstance(mask, Causal | Full):
-            assert sample_ids is not None, f"{mask} needs the sample ids"
-            allowed = mask.allowed(sample_ids, query.shape[2])
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Visible) -> torch.Tensor:
+        """softmax(QKᵀ/√d)V: [batch, heads, seq, channels]. Only a dense mask makes a [seq, seq] tensor."""
+        if isinstance(visible, BlockMask):
+            return attend_flex(query, key, value, visible)
         dropout = self.dropout if self.training else 0.0
         arguments: dict[str, Any] = {
-            "attn_mask": allowed,
+            "attn_mask": visible if isinstance(visible, torch.Tensor) else None,
             "dropout_p": dropout,
-            "is_causal": isinstance(mask, Causal) and query.shape[2] == key.shape[2],  # one new token sees all others
+            # One new token sees all others.
+            "is_causal": isinstance(visible, Causal) and query.shape[2] == key.shape[2],
             "enable_gqa": self.num_groups != self.num_heads,
         }
-        use_flash = self.backend == "flash-attn" and allowed is None and can_flash(query)
+        use_flash = self.backend == "flash-attn" and isinstance(visible, Causal | Full) and can_flash(query)
         if use_flash and (dropout == 0.0 or self.tp_size == 1):
             return flash_attention(query, key, value, causal=arguments["is_causal"], dropout=dropout)
         if dropout == 0.0 or self.tp_size == 1:

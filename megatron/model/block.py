@@ -13,6 +13,7 @@ from megatron.model.cache import LayerCache
 from megatron.model.mask import AttentionMask
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
+from megatron.model.visibility import Visible
 from megatron.parallel.tensor import ParameterFactory
 
 # What travels from layer to layer and from stage to stage: the hidden states [batch, seq, hidden]; with them, only for
@@ -48,20 +49,30 @@ class TransformerBlock(nn.Module):
     def forward(self, state: State, cache: LayerCache | None = None) -> State:
         hidden, position_ids, sample_ids = unpack(state)
         if self.recompute and torch.is_grad_enabled():
-            hidden = checkpoint(self.transform, hidden, position_ids, sample_ids, use_reentrant=False)
+            hidden = checkpoint(self._masked_transform, hidden, position_ids, sample_ids, use_reentrant=False)
         else:
-            hidden = self.transform(hidden, position_ids, sample_ids, cache)
+            hidden = self._masked_transform(hidden, position_ids, sample_ids, cache)
         return repack(hidden, state)
 
-    def transform(
+    def _masked_transform(
         self,
         hidden: torch.Tensor,
         position_ids: torch.Tensor | None,
         sample_ids: torch.Tensor | None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
+        visible = self.self_attention.visible(hidden, self.mask, position_ids, sample_ids)
+        return self.transform(hidden, visible, position_ids, cache)
+
+    def transform(
+        self,
+        hidden: torch.Tensor,
+        visible: Visible,
+        position_ids: torch.Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> torch.Tensor:
         """[batch, seq, hidden] → [batch, seq, hidden]; compiled as one graph when asked."""
-        attended = self.self_attention(self.input_layernorm(hidden), self.mask, position_ids, sample_ids, cache)
+        attended = self.self_attention(self.input_layernorm(hidden), visible, position_ids, cache)
         hidden = hidden + F.dropout(attended, self.hidden_dropout, self.training)
         fed_forward = self.mlp(self.post_attention_layernorm(hidden))
         return hidden + F.dropout(fed_forward, self.hidden_dropout, self.training)

@@ -323,12 +323,11 @@ class _Program:
         return save
 
     def _throughput(self):  # type: ignore[no-untyped-def]
-        from megatron.model.mask import Full
         from megatron.training.metrics import Throughput, model_flops_per_token
 
         flops = model_flops_per_token(
             self.config.model,
-            causal=not isinstance(self.objective.attention_mask, Full),
+            mask=self.objective.attention_mask,
             loss_fraction=self.objective.loss_fraction,
         )
         return Throughput(

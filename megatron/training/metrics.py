@@ -14,6 +14,7 @@ import torch
 
 from megatron.config.presets import compute_parameters, training_flops
 from megatron.config.schema import Config, ModelConfig
+from megatron.model.mask import AttentionMask, keys_per_token, positions_per_token
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -30,17 +31,17 @@ def parameters_for_compute(model: ModelConfig, vocab_size: int) -> int:
     )
 
 
-def model_flops_per_token(model: ModelConfig, *, causal: bool, loss_fraction: float) -> float:
+def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fraction: float) -> float:
     """FLOPs of forward and backward per token, for TFLOP/s and MFU.
 
-    ``6 · (matrix parameters of the blocks + V_padded · h · loss_fraction) + 12 · L · heads · kv · S · (½ if causal)``:
-    every matrix product counts 2 in the forward and 4 in the backward pass; attention scores and their product with the
-    values count in full for bidirectional and half for causal attention; the head counts only for positions in the loss.
-    Recomputation is not counted.
+    ``6 · (matrix parameters of the blocks · c + V_padded · h · loss_fraction) + 12 · L · heads · kv · keys``: every matrix
+    product counts 2 in the forward and 4 in the backward pass; ``keys`` are those that a token attends to (S for
+    bidirectional, S/2 for causal attention); c is 1, or 2 for block diffusion, which computes a noised and a clean copy
+    (keys S + B); the head counts only for positions in the loss. Recomputation is not counted.
 
     Args:
         model: resolved model configuration.
-        causal: whether attention is causal.
+        mask: which keys a query sees.
         loss_fraction: expected share of positions in the loss.
     """
     assert model.num_layers and model.hidden_size and model.ffn_hidden_size and model.padded_vocab_size
@@ -49,8 +50,9 @@ def model_flops_per_token(model: ModelConfig, *, causal: bool, loss_fraction: fl
     projections = model.hidden_size * model.kv_channels * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     feed_forward = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size
     head = model.padded_vocab_size * model.hidden_size * loss_fraction
-    attention = 12 * model.num_layers * heads_size * model.seq_length * (0.5 if causal else 1.0)
-    return 6 * (model.num_layers * (projections + feed_forward) + head) + attention
+    blocks = model.num_layers * (projections + feed_forward) * positions_per_token(mask)
+    attention = 12 * model.num_layers * heads_size * keys_per_token(mask, model.seq_length)
+    return 6 * (blocks + head) + attention
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -15,6 +15,7 @@ from megatron.model.attention import SelfAttention
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.rotary import RotaryEmbedding, apply_rotary
+from megatron.model.visibility import dense_mask
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.metrics import parameters_for_compute
@@ -88,12 +89,12 @@ def test_attention(factory, groups, mask, kv_channels):
     qkv = (x @ layer.query_key_value.weight.T).view(2, 16, 4 + 2 * groups, kv_channels).transpose(1, 2)
     query, key, value = qkv.split((4, groups, groups), dim=1)
     if isinstance(mask, RandomKeyDrop):
-        allowed = mask.allowed(sample_ids, 16)
+        allowed = dense_mask(mask.rule(16, sample_ids), 2, 16, x.device)
     else:
         allowed = causal(16) if isinstance(mask, Causal) else None
     expected = attention(rotate_complex(query, positions), rotate_complex(key, positions), value, allowed)
     expected = expected.transpose(1, 2).reshape(2, 16, -1) @ layer.dense.weight.T
-    torch.testing.assert_close(layer(x, mask, sample_ids=sample_ids), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x, layer.visible(x, mask, None, sample_ids)), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_query_groups": 2}, {"untie_embeddings_and_output_weights": True}])

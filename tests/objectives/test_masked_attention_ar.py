@@ -5,11 +5,17 @@ import torch
 from objective_helpers import SEQ, assert_same_batch, make_objective, make_tokens, tiny_model
 
 from megatron.model import Causal, RandomKeyDrop
+from megatron.model.visibility import dense_mask
 from megatron.objectives.masked_attention_ar import MaskedAttentionAR
 
 
+def dense(mask: RandomKeyDrop, sample_ids: torch.Tensor, seq: int) -> torch.Tensor:
+    """[sample, query, key]."""
+    return dense_mask(mask.rule(seq, sample_ids), len(sample_ids), seq, sample_ids.device)[:, 0]
+
+
 def allowed(ratio: float, samples: int = 64, seq: int = 64, seed: int = 1) -> torch.Tensor:
-    return RandomKeyDrop(ratio, seed).allowed(torch.arange(samples), seq)[:, 0]
+    return dense(RandomKeyDrop(ratio, seed), torch.arange(samples), seq)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
@@ -46,19 +52,19 @@ def test_keys_are_dropped_independently():
 
 def test_a_function_of_the_sample_id_only():
     mask = RandomKeyDrop(0.5, 3)
-    whole = mask.allowed(torch.arange(32), 48)
+    whole = dense(mask, torch.arange(32), 48)
     for ids in ([3], [31, 4, 4], list(range(8, 16))):
-        assert torch.equal(mask.allowed(torch.tensor(ids), 48), whole[ids])
-    shorter = mask.allowed(torch.arange(32), 20)
-    assert torch.equal(shorter, whole[:, :, :20, :20])  # also independent of the length that is asked for
+        assert torch.equal(dense(mask, torch.tensor(ids), 48), whole[ids])
+    shorter = dense(mask, torch.arange(32), 20)
+    assert torch.equal(shorter, whole[:, :20, :20])  # also independent of the length that is asked for
     assert len({row.numpy().tobytes() for row in whole}) == 32
-    assert not torch.equal(RandomKeyDrop(0.5, 4).allowed(torch.arange(32), 48), whole)
+    assert not torch.equal(dense(RandomKeyDrop(0.5, 4), torch.arange(32), 48), whole)
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**31, 2**62 + 12345, 2**63 - 1])
 def test_any_seed(seed):
     """--no-load-rng makes seeds of 63 bits."""
-    mask = RandomKeyDrop(1.0, seed).allowed(torch.tensor([0, 2**40]), 16)
+    mask = dense(RandomKeyDrop(1.0, seed), torch.tensor([0, 2**40]), 16)
     assert not mask.triu(1).any() and mask.diagonal(dim1=-2, dim2=-1).all()
 
 

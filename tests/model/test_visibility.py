@@ -1,0 +1,152 @@
+"""Attention masks: their definition pair by pair, dense and in blocks."""
+
+from functools import partial
+
+import pytest
+import torch
+from plain_transformer import attention
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask
+
+from megatron.config.schema import ModelConfig
+from megatron.config.validate import fill_model
+from megatron.model.block import TransformerBlock
+from megatron.model.mask import (
+    BlockDiffusion,
+    Causal,
+    Full,
+    RandomKeyDrop,
+    Segments,
+    keys_per_token,
+    positions_per_token,
+)
+from megatron.model.visibility import TILE, attend_flex, dense_mask, tile_occupancy, visible_keys
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.tensor import ParameterFactory
+
+SAMPLE_IDS = torch.tensor([3, 8])
+
+
+def positions(seq: int) -> torch.Tensor:
+    """[2, seq]: the first sample is cut after 5 tokens, the second is whole."""
+    whole = torch.arange(seq)
+    return torch.stack((torch.where(whole < 5, whole, whole - 5), whole))
+
+
+def both_forms(mask, length: int) -> tuple[torch.Tensor, BlockMask]:
+    hidden = torch.zeros(2, length, 1)
+    options = {"position_ids": positions(length), "sample_ids": SAMPLE_IDS}
+    dense, blocks = (visible_keys(mask, hidden, use_flex=flex, **options) for flex in (False, True))
+    assert isinstance(dense, torch.Tensor) and isinstance(blocks, BlockMask)
+    return dense, blocks
+
+
+def test_causal_and_full_need_no_tensor():
+    hidden = torch.zeros(2, 8, 1)
+    for mask in (Causal(), Full()):
+        assert visible_keys(mask, hidden) == mask
+    assert visible_keys(Segments(), hidden) == Full()  # no positions: nothing is cut
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_block_diffusion_pair_by_pair(size):
+    """Against the paper's three parts (arXiv 2503.09573): block-diagonal, offset block-causal, block-causal."""
+    seq = 6
+    seen = visible_keys(BlockDiffusion(size), torch.zeros(1, 2 * seq, 1))[0, 0]
+    for query in range(seq):
+        for key in range(seq):
+            own, past = query // size == key // size, key // size < query // size
+            assert seen[query, key] == own  # noised → noised
+            assert seen[query, seq + key] == past  # noised → clean
+            assert not seen[seq + query, key]  # clean → noised: never
+            assert seen[seq + query, seq + key] == (own or past)  # clean → clean
+
+
+def test_segments_pair_by_pair():
+    seen = visible_keys(Segments(), torch.zeros(2, 12, 1), position_ids=positions(12))[:, 0]
+    for query in range(12):
+        for key in range(12):
+            assert seen[0, query, key] == ((query < 5) == (key < 5))
+    assert seen[1].all()
+
+
+MASKS = [
+    (RandomKeyDrop(0.8, seed=2), 200),
+    (RandomKeyDrop(0.8, seed=2), 2 * TILE),
+    (BlockDiffusion(4), 2 * 100),
+    (BlockDiffusion(64), 2 * 3 * 64),  # 384: whole tiles, half of them empty
+    (Segments(), 150),
+]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("mask", "length"), [MASKS[0], MASKS[2], MASKS[4]], ids=str)
+def test_blocks_and_dense_give_the_same_attention(mask, length):
+    """FlexAttention in eager mode, forward only: on CPU it has no backward pass."""
+    dense, blocks = both_forms(mask, length)
+    query, key, value = (torch.randn(2, heads, length, 16) for heads in (4, 2, 2))
+    expected = attention(query, key, value, dense)
+    torch.testing.assert_close(attend_flex(query, key, value, blocks), expected, rtol=1e-4, atol=1e-5)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
+    torch.testing.assert_close(sdpa, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mask", "length"), MASKS, ids=str)
+def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
+    """The CUDA kernel skips tiles that are not listed and asks no rule in tiles that are listed as full."""
+    dense, blocks = both_forms(mask, length)
+    num_tiles = -(-length // TILE)
+    padded = torch.zeros(dense.shape[0], num_tiles * TILE, num_tiles * TILE, dtype=torch.bool)
+    padded[:, :length, :length] = dense[:, 0]
+    tiles = padded.view(-1, num_tiles, TILE, num_tiles, TILE)
+    some, every = tiles.any(dim=4).any(dim=2).any(dim=0), tiles.all(dim=4).all(dim=2).all(dim=0)
+    for row in range(num_tiles):
+        partial = set(blocks.kv_indices[0, 0, row, : blocks.kv_num_blocks[0, 0, row]].tolist())
+        full = set(blocks.full_kv_indices[0, 0, row, : blocks.full_kv_num_blocks[0, 0, row]].tolist())
+        assert not partial & full
+        assert set(some[row].nonzero().flatten().tolist()) <= partial | full
+        assert all(every[row, tile] for tile in full)
+    if isinstance(mask, BlockDiffusion):  # a static mask lists exactly what is needed
+        total = int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum())
+        assert total == int(some.sum())
+
+
+def test_empty_tiles_of_block_diffusion_are_skipped():
+    some, every = tile_occupancy(BlockDiffusion(TILE).rule(8 * TILE), 8 * TILE, torch.device("cpu"))
+    assert not some.any()
+    # Noised: own tile and the clean past, 1 … 4 tiles a row; clean: 1 … 4; of 64.
+    assert int(every.sum()) == 10 + 10
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_keys_per_token_count_the_pairs(size):
+    """S + B pairs per token of data, over both copies; causal is counted as S/2, not (S + 1)/2, by convention."""
+    pairs = dense_mask(BlockDiffusion(size).rule(64), 1, 64, torch.device("cpu")).sum().item()
+    assert keys_per_token(BlockDiffusion(size), 32) == pairs / 32
+    assert positions_per_token(BlockDiffusion(size)) == 2
+    assert keys_per_token(Causal(), 32) == 16 and keys_per_token(Full(), 32) == keys_per_token(Segments(), 32) == 32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [RandomKeyDrop(0.8, seed=2), Segments(), BlockDiffusion(4)], ids=str)
+def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch, mask):
+    """As training on CUDA does it: the block is compiled once, every batch brings a mask of its own."""
+    config = fill_model(
+        ModelConfig(
+            num_layers=1, hidden_size=32, num_attention_heads=2, seq_length=32, padded_vocab_size=8, attention_dropout=0.0
+        )
+    )
+    block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1), mask=mask).eval()
+    hidden = torch.randn(2, 32, 32)
+    batches = [(positions(32), torch.tensor([1, 2])), (positions(32).flip(0).contiguous(), torch.tensor([7, 9]))]
+    expected = [block((hidden, *batch))[0] for batch in batches]
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    block.transform = torch.compile(block.transform, dynamic=False, backend=counter)
+    forced = partial(visible_keys, use_flex=True)
+    monkeypatch.setattr(
+        "megatron.model.attention.visible_keys", lambda *args, use_flex, **options: forced(*args, **options)
+    )
+    for batch, wanted in zip(batches, expected):
+        torch.testing.assert_close(block((hidden, *batch))[0], wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
