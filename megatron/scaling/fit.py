@@ -1,0 +1,293 @@
+"""Fit a law to measured losses: robust, from many starts, with bootstrap intervals and held-out error.
+
+Losses are fitted in the logarithm with a Huber penalty (as Hoffmann et al., arXiv 2203.15556, section D.2, with the
+penalty's width set from the data instead of fixed). Intervals come from a wild bootstrap: the fitted curve plus its
+residuals, each inflated for leverage and with a random sign per run, refitted. Signs are shared within a run, because
+losses along one run err together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from megatron.scaling.laws import LAWS, Law, Points, Reference
+from megatron.scaling.solve import Problem, minimize
+
+Array = np.ndarray
+FORMAT = 1
+HUBER_IN_SD = 1.345
+"""Huber's width in residual standard deviations: 95 % efficient for Gaussian noise, still blunt to outliers."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fitted law.
+
+    Attributes:
+        law: the law.
+        theta: fitted parameters [p], in the order of ``law.names``.
+        samples: bootstrap refits [b, p].
+        noise: residual standard deviation of the log loss (a relative error).
+        cross_validation, extrapolation: relative error (rms of log residuals) on left-out runs, and on the runs with
+            the most compute when fitted to the others; None with too few points.
+        ranges: {"parameters" | "tokens" | "unique_tokens" | "epochs" | "flops": (low, high)} of the data.
+        objective, label: whose losses these are and what they are ("NLL (exact)", "NLL bound").
+        num_points, num_runs: size of the data.
+    """
+
+    law: Law
+    theta: Array
+    samples: Array
+    noise: float
+    cross_validation: float | None
+    extrapolation: float | None
+    ranges: dict[str, tuple[float, float]]
+    objective: str = ""
+    label: str = ""
+    num_points: int = 0
+    num_runs: int = 0
+
+    def interval(self, name: str) -> Interval:
+        """Value and 95 % interval of one parameter."""
+        index = self.law.names.index(name)
+        low, high = np.quantile(self.samples[:, index], [0.025, 0.975])
+        return Interval(float(self.theta[index]), float(low), float(high))
+
+    def joint_intervals(self) -> dict[str, Interval]:
+        """Wider intervals that hold all parameters at once with 95 % confidence (maximum deviation over refits)."""
+        logs = np.log(self.samples)
+        spread = logs.std(axis=0, ddof=1)
+        deviation = np.abs(logs - np.log(self.theta)) / np.maximum(spread, 1e-12)
+        reach = float(np.quantile(deviation.max(axis=1), 0.95)) * spread
+        return {
+            name: Interval(float(value), float(value * math.exp(-half)), float(value * math.exp(half)))
+            for name, value, half in zip(self.law.names, self.theta, reach)
+        }
+
+    def loss(self, points: Points) -> Array:
+        """Fitted loss [n], nats per token."""
+        return _evaluate(self.law, self.theta[None], points)[0]
+
+    def loss_samples(self, points: Points) -> Array:
+        """Loss [b, n] of every bootstrap refit."""
+        return _evaluate(self.law, self.samples, points)
+
+    def outside(self, points: Points) -> list[str]:
+        """What about these points lies outside of the fitted range, in words; empty inside."""
+        found = []
+        for name, (low, high) in self.ranges.items():
+            value = getattr(points, name)
+            if float(value.max()) > high * 1.01:
+                found.append(f"{name} {float(value.max()):.3g} is {float(value.max()) / high:.1f} times the largest fitted ({high:.3g})")
+            elif float(value.min()) < low * 0.99:
+                found.append(f"{name} {float(value.min()):.3g} is below the smallest fitted ({low:.3g})")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; samples are kept so that every later quantity has an interval."""
+        return {
+            "format": FORMAT,
+            "law": self.law.name,
+            "equation": self.law.equation,
+            "objective": self.objective,
+            "label": self.label,
+            "parameters": {name: vars(self.interval(name)) for name in self.law.names},
+            "samples": [[float(f"{value:.7g}") for value in row] for row in self.samples],
+            "noise": self.noise,
+            "cross_validation": self.cross_validation,
+            "extrapolation": self.extrapolation,
+            "ranges": self.ranges,
+            "num_points": self.num_points,
+            "num_runs": self.num_runs,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Fit:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: another format or an unknown law.
+        """
+        if data.get("format") != FORMAT or data.get("law") not in LAWS:
+            raise ValueError(
+                f"a fit of format {data.get('format')} and law {data.get('law')!r} was given; this version reads format "
+                f"{FORMAT} with law {', '.join(LAWS)}; fit again with tools/fit_laws.py"
+            )
+        law = LAWS[data["law"]]
+        return Fit(
+            law=law,
+            theta=np.array([data["parameters"][name]["value"] for name in law.names]),
+            samples=np.array(data["samples"]),
+            noise=data["noise"],
+            cross_validation=data["cross_validation"],
+            extrapolation=data["extrapolation"],
+            ranges={name: (low, high) for name, (low, high) in data["ranges"].items()},
+            objective=data["objective"],
+            label=data["label"],
+            num_points=data["num_points"],
+            num_runs=data["num_runs"],
+        )
+
+
+def fit_law(
+    law: Law,
+    points: Points,
+    losses: Array,
+    *,
+    groups: Sequence[int] | None = None,
+    num_starts: int = 64,
+    num_bootstrap: int = 400,
+    seed: int = 0,
+) -> Fit:
+    """Fit ``law`` to ``losses`` [n] (nats per token) at ``points``.
+
+    Args:
+        groups: run of every point; points of one run are resampled and left out together. Default: each its own.
+        num_starts: random starting points.
+        num_bootstrap: refits for the intervals.
+        seed: of starts, folds and bootstrap signs.
+
+    Raises:
+        ValueError: fewer points than parameters + 2, or a loss that is not positive and finite.
+    """
+    losses = np.asarray(losses, dtype=np.float64)
+    if len(points) < len(law.names) + 2:
+        raise ValueError(
+            f"{len(points)} losses were given; the law {law.name} has {len(law.names)} parameters and needs at least "
+            f"{len(law.names) + 2} losses; run more sizes, budgets or epochs, or fit a law with fewer parameters"
+        )
+    if not np.all(np.isfinite(losses) & (losses > 0)):
+        raise ValueError("a loss is not positive and finite; a fit needs positive losses; leave diverged runs out")
+    group = np.arange(len(points)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    rng = np.random.default_rng(seed)
+    reference = Reference.of(points)
+    problem = Problem(law, points, reference)
+    log_loss = np.log(losses)
+    phi, noise = _best_fit(problem, log_loss, num_starts=num_starts, rng=rng)
+    samples = _bootstrap(problem, phi, log_loss, group=group, noise=noise, size=num_bootstrap, rng=rng)
+    held_out = _held_out(problem, phi, log_loss, group=group, noise=noise, rng=rng)
+    return Fit(
+        law=law,
+        theta=law.to_theta(phi[None], reference)[0],
+        samples=law.to_theta(samples, reference),
+        noise=noise,
+        cross_validation=held_out[0],
+        extrapolation=held_out[1],
+        ranges=_ranges(points),
+        num_points=len(points),
+        num_runs=int(group.max()) + 1,
+    )
+
+
+def save_fits(fits: Sequence[Fit], path: Path) -> None:
+    """Write fits as JSON, complete or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"format": FORMAT, "fits": [fit.to_dict() for fit in fits]}), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_fits(path: Path) -> list[Fit]:
+    """Read what :func:`save_fits` wrote.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        entries = data["fits"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a file of fits; write one with tools/fit_laws.py --output") from None
+    return [Fit.from_dict(entry) for entry in entries]
+
+
+def _evaluate(law: Law, theta: Array, points: Points) -> Array:
+    reference = Reference()
+    return law.loss(law.to_phi(theta, reference), points, reference)[0]
+
+
+def _best_fit(problem: Problem, log_loss: Array, *, num_starts: int, rng: np.random.Generator) -> tuple[Array, float]:
+    """Best of many starts under a wide Huber penalty, then again with the width that its residuals give."""
+    low, high = problem.law.start_range(float(np.exp(log_loss.min())))
+    starts = rng.uniform(low, high, size=(num_starts, len(low)))
+    phi, cost = minimize(problem, starts, log_loss, huber_delta=0.05, iterations=25)
+    phi = phi[np.argsort(cost)[: max(4, num_starts // 8)]]
+    phi, cost = minimize(problem, phi, log_loss, huber_delta=0.05, iterations=100)
+    best = phi[np.argsort(cost)[:2]]
+    noise = _noise(problem, best[0], log_loss)
+    for _ in range(2):
+        best, cost = minimize(problem, best, log_loss, huber_delta=HUBER_IN_SD * noise, iterations=200)
+        best = best[np.argsort(cost)]
+        noise = _noise(problem, best[0], log_loss)
+    return best[0], noise
+
+
+def _noise(problem: Problem, phi: Array, log_loss: Array) -> float:
+    """Robust standard deviation of the residuals, corrected for the fitted parameters."""
+    residual = problem.residuals(phi[None], log_loss)[0][0]
+    n, p = len(residual), len(phi)
+    spread = 1.4826 * float(np.median(np.abs(residual)))
+    return max(spread * math.sqrt(n / max(1, n - p)), 1e-6)
+
+
+def _bootstrap(
+    problem: Problem, phi: Array, log_loss: Array, *, group: Array, noise: float, size: int, rng: np.random.Generator
+) -> Array:
+    """Wild bootstrap refits [size, p]."""
+    residual, jacobian = (value[0] for value in problem.residuals(phi[None], log_loss))
+    orthonormal = np.linalg.qr(jacobian)[0]
+    leverage = np.clip(np.sum(orthonormal**2, axis=1), 0.0, 0.95)
+    inflated = residual / (1 - leverage)
+    signs = rng.choice([-1.0, 1.0], size=(size, int(group.max()) + 1))[:, group]
+    # Student-t instead of the normal for few points: the spread of refits is that of a known noise level.
+    n, p = int(group.max()) + 1, len(phi)
+    widen = stats.t.ppf(0.975, max(1, n - p)) / stats.norm.ppf(0.975)
+    observations = (log_loss + residual) + widen * signs * inflated
+    starts = np.repeat(phi[None], size, axis=0)
+    return minimize(problem, starts, observations, huber_delta=HUBER_IN_SD * noise * widen, iterations=80)[0]
+
+
+def _held_out(
+    problem: Problem, phi: Array, log_loss: Array, *, group: Array, noise: float, rng: np.random.Generator
+) -> tuple[float | None, float | None]:
+    """Relative errors of five-fold cross-validation over runs, and of predicting the fifth of runs with most compute."""
+    num_groups, p = int(group.max()) + 1, len(phi)
+    folds = rng.permutation(np.arange(num_groups) % 5)[group]
+    compute = np.array([problem.points.flops[group == index].max() for index in range(num_groups)])
+    largest = (compute >= np.quantile(compute, 0.8))[group]
+    masks = [folds != fold for fold in range(5)] + [~largest]
+    if min(mask.sum() for mask in masks) < p + 1 or num_groups < 6:
+        return None, None
+    weights = np.array(masks, dtype=np.float64)
+    starts = np.repeat(phi[None], len(masks), axis=0)
+    solutions, _ = minimize(
+        problem, starts, log_loss, huber_delta=HUBER_IN_SD * noise, weights=weights, iterations=150
+    )
+    residual = problem.residuals(solutions, log_loss)[0]
+    left_out = np.concatenate([residual[index][~masks[index]] for index in range(5)])
+    rms = [float(np.sqrt(np.mean(np.square(values)))) for values in (left_out, residual[5][largest])]
+    return rms[0], rms[1]
+
+
+def _ranges(points: Points) -> dict[str, tuple[float, float]]:
+    names = ("parameters", "tokens", "unique_tokens", "epochs", "flops")
+    return {name: (float(getattr(points, name).min()), float(getattr(points, name).max())) for name in names}
