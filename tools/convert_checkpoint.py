@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if report.get("tokenizer") is False and not args.no_tokenizer:
+        print("note: the run names no tokenizer; pass --tokenizer, or --vocab-file and --merge-file", file=sys.stderr)
     print(json.dumps({"command": args.command, "source": args.source, "target": args.target, **report}))
     return 0
 

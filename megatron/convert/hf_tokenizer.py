@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import DataConfig
+from megatron.data.tokenizer import build_tokenizer
 
 MASK_TOKEN = "<|mask|>"
 EOD_TOKEN = "<|endoftext|>"
@@ -21,6 +22,27 @@ FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+
+
+def named_tokenizer(data: DataConfig) -> DataConfig:
+    """Return the settings with the tokenizer spelled out, where the run left it to its training data to name it.
+
+    Runs on pre-tokenised data, or whose data are gone, keep what they have: perhaps no tokenizer.
+    """
+    if data.tokenizer_type is not None and data.vocab_size is not None:
+        return data
+    try:
+        tokenizer = build_tokenizer(data)
+    except (ValueError, OSError):
+        return data
+    spec = tokenizer.spec()
+    return DataConfig(
+        tokenizer_type=spec["type"],
+        vocab_file=spec.get("vocab_file"),
+        merge_file=spec.get("merge_file"),
+        tokenizer_model=spec.get("model"),
+        vocab_size=tokenizer.vocab_size,
+    )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:

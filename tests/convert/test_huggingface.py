@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from megatron.convert import hf_folder
 from megatron.convert.hf_folder import ExportOptions, compare_logits, export_folder, import_folder
 from megatron.convert.hf_tokenizer import MASK_TOKEN, _byte_characters
 from megatron.convert.huggingface import kept_rows, trim_rows
+from megatron.data.indexed import IndexedDatasetWriter
 from megatron.model import Causal, Full, GPTModel
 from tests.convert.reference import make_config, random_tensors
 
@@ -232,6 +234,25 @@ def test_exported_byte_tokenizer(tmp_path: Path) -> None:
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode()), clean_up_tokenization_spaces=False) == text
     assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (256, 257)
+
+
+def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
+    """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data."""
+    prefix = str(tmp_path / "data_text_document")
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document([1, 2, 256])
+        writer.close({"format": 1, "tokenizer": {"type": "ByteTokenizer"}, "vocab_size": 257, "eod_id": 256})
+    config = make_config("mdm", vocab_size=257)
+    config = replace(config, data=DataConfig(train_data_path=[prefix]))
+    report = export_folder(
+        config, random_tensors(config.model), tmp_path / "hf", options=ExportOptions(trim_vocab=True)
+    )
+    assert (report["tokenizer"], report["vocab_rows"]) == (True, 258)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").mask_token_id == 257
+    for file in tmp_path.glob("data_text_document.*"):
+        file.unlink()
+    report = export_folder(config, random_tensors(config.model), tmp_path / "hf2")
+    assert report["tokenizer"] is False
 
 
 def test_tokenizer_of_an_imported_folder_goes_through_unchanged(tmp_path: Path, gpt2_files: DataConfig) -> None:
