@@ -78,15 +78,15 @@ def random_tensors(config: Config, *, seed: int = 0, scale: float = 6.0) -> dict
     return {name: (t * scale if t.dim() > 1 else t).detach().clone() for name, t in model.state_dict().items()}
 
 
-def make_run(folder: Path, config: Config, *, seed: int = 0, step: int = 3) -> Path:
+def make_run(folder: Path, config: Config, *, seed: int = 0, step: int = 3, scale: float = 6.0) -> Path:
     """A run directory with one checkpoint of random weights."""
-    save_full_checkpoint(folder, config, random_tensors(config, seed=seed), step=step)
+    save_full_checkpoint(folder, config, random_tensors(config, seed=seed, scale=scale), step=step)
     return folder
 
 
 def choice_items(number: int, seed: int = 0) -> list[dict]:
     """Multiple choice: which half of a sentence follows."""
-    rng, pool = random.Random(seed), [s for s in sentences() if len(s.split()) >= 10]
+    rng, pool = random.Random(seed), [s for s in sentences() if len(s.split()) >= 10 and len(s) <= 180]
     items = []
     for index in range(number):
         own = pool[index % len(pool)].split()
@@ -101,7 +101,7 @@ def choice_items(number: int, seed: int = 0) -> list[dict]:
 
 def last_word_items(number: int) -> list[dict]:
     """LAMBADA kind: the last word of a sentence."""
-    pool = [s for s in sentences() if len(s.split()) >= 8]
+    pool = [s for s in sentences() if len(s.split()) >= 8 and len(s) <= 180]
     return [
         {"context": " ".join(s.split()[:-1]), "continuation": " " + s.split()[-1]}
         for s in (pool[i % len(pool)] for i in range(number))
@@ -110,7 +110,7 @@ def last_word_items(number: int) -> list[dict]:
 
 def generation_items(number: int) -> list[dict]:
     """Generation kind: the first words of a sentence, up to a full stop."""
-    pool = [s for s in sentences() if len(s.split()) >= 8]
+    pool = [s for s in sentences() if len(s.split()) >= 8 and len(s) <= 180]
     return [
         {"prompt": " ".join(s.split()[:5]), "answer": " ".join(s.split()[5:]), "until": [".", "\n"], "max_gen_toks": 12}
         for s in (pool[i % len(pool)] for i in range(number))

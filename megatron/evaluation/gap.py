@@ -1,0 +1,95 @@
+"""Likelihood gap between right and wrong answers of a small task: a metric of understanding during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.evaluation.estimators import MaskedBound
+from megatron.evaluation.requests import encode_pair, windows
+from megatron.evaluation.scorer import CausalScorer, LogitsFn, MaskedScorer, Request
+from megatron.evaluation.tasks import read_jsonl
+
+
+@dataclass(frozen=True)
+class GapTask:
+    """Tokenised questions: the requests of all answers, and which one of each question is right."""
+
+    questions: tuple[tuple[Request, ...], ...]
+    gold: tuple[int, ...]
+
+    @classmethod
+    def load(
+        cls, path: Path, encode: Callable[[str], list[int]], *, row_length: int, eod_id: int | None = None
+    ) -> GapTask:
+        """Read a JSONL file of ``{"query", "choices", "gold"}``.
+
+        Args:
+            path: the file.
+            encode: text to ids.
+            row_length: tokens of query and answer together; longer queries lose their left end.
+            eod_id: context of an empty query.
+
+        Raises:
+            ValueError: a line without these fields, or an answer that does not fit.
+        """
+        questions, gold = [], []
+        for number, item in enumerate(read_jsonl(path), 1):
+            if not {"query", "choices", "gold"} <= set(item) or not 0 <= item["gold"] < len(item["choices"]):
+                raise ValueError(
+                    f"{path} line {number}: a question has query, choices and gold, the index of the right choice; correct it"
+                )
+            requests = []
+            for choice in item["choices"]:
+                context, target = encode_pair(encode, item["query"], f" {choice}")
+                context = context or ([] if eod_id is None else [eod_id])
+                pieces = windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
+                if len(pieces) > 1:
+                    raise ValueError(f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it")
+                requests.append(pieces[0])
+            questions.append(tuple(requests))
+            gold.append(int(item["gold"]))
+        return cls(tuple(questions), tuple(gold))
+
+
+def likelihood_gap(
+    logits_fn: LogitsFn,
+    task: GapTask,
+    *,
+    mask_id: int | None,
+    max_length: int,
+    num_mc: int = 16,
+    batch_size: int = 32,
+    device: Any = "cpu",
+) -> dict[str, float | str]:
+    """Mean over questions of (log p of the right answer − mean log p of the wrong ones) per token of the answers.
+
+    Each log p is divided by its number of tokens. Masked diffusion (``mask_id`` given) uses the exact-count bound with
+    ``num_mc`` antithetic pairs of masks and fixed noise, so the curve over training moves with the model only.
+
+    Returns:
+        ``gap`` (nats per token), ``gap_se`` over questions, ``accuracy`` (right answer first by sum of log p), ``label``.
+    """
+    requests = [request for question in task.questions for request in question]
+    if mask_id is None:
+        estimates = CausalScorer(logits_fn, max_length=max_length, batch_size=batch_size, device=device).score(requests)
+    else:
+        scorer = MaskedScorer(logits_fn, mask_id=mask_id, max_length=max_length, batch_size=batch_size, device=device)
+        estimates = scorer.score(requests, MaskedBound(antithetic=True), num_draws=num_mc)
+    values = iter(estimates)
+    gaps, right = [], []
+    for question, gold in zip(task.questions, task.gold):
+        sums = np.array([next(values).value for _ in question])
+        means = sums / [len(request.target) for request in question]
+        gaps.append(means[gold] - np.delete(means, gold).mean())
+        right.append(int(sums.argmax()) == gold)
+    return {
+        "gap": float(np.mean(gaps)),
+        "gap_se": float(np.std(gaps, ddof=1) / np.sqrt(len(gaps))) if len(gaps) > 1 else float("nan"),
+        "accuracy": float(np.mean(right)),
+        "label": "exact" if mask_id is None else "bound",
+    }

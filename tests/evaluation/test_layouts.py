@@ -1,0 +1,118 @@
+"""Scores do not depend on the layout that saved the checkpoint, nor on the one that evaluates it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.evaluator import simple_evaluate
+
+from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
+from megatron.evaluation.tasks import task_loader
+from megatron.model import Causal, Full, GPTModel
+from megatron.parallel.context import ParallelContext
+from megatron.training.checkpoint import Fragment, write_checkpoint
+from tests.evaluation import tiny
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
+    """The checkpoint that ``tp_size`` tensor-parallel ranks write whose data-parallel peers (ZeRO) each hold a range.
+
+    Pipeline stages only move whole tensors between files, which the reader never looks at by name.
+    """
+    mask = Full() if config.objective.objective == "mdm" else Causal()
+    specs = {p.canonical_name: p.shard_spec for p in GPTModel(config.model, mask=mask).parameters()}
+    fragments = []
+    for name, tensor in tiny.random_tensors(config, scale=3.0).items():
+        for rank in range(tp_size if specs[name].dim is not None else 1):
+            flat = specs[name].shard(tensor, rank, tp_size).reshape(-1)
+            bounds = [len(flat) * piece // pieces for piece in range(pieces + 1)]
+            fragments += [
+                Fragment("weight", name, rank, tp_size, start, flat[start:end]) for start, end in zip(bounds, bounds[1:])
+            ]
+    state = {"step": 3, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
+    write_checkpoint(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", 400)
+    for name in ("ar", "mdm"):
+        config = tiny.config_for(name, tokenizer, vocab_size=400, seq_length=64)
+        tiny.make_run(folder / name, config, scale=3.0)
+        save_in_layout(folder / f"{name}-tp2", config, tp_size=2, pieces=3)
+    tasks = [
+        str(tiny.write_jsonl(folder / "halves.jsonl", tiny.choice_items(7))),
+        str(tiny.write_jsonl(folder / "words.jsonl", tiny.last_word_items(5))),
+        str(tiny.write_jsonl(folder / "continue.jsonl", tiny.generation_items(3))),
+    ]
+    return folder, tasks
+
+
+def reference(run: Path, tasks: list[str]) -> dict:
+    cls, options = (MegatronAR, {}) if run.name.startswith("ar") else (MegatronMDM, {"num_mc": 8})
+    results = simple_evaluate(
+        cls(load=str(run), **options), tasks=tasks, task_manager=task_loader(), log_samples=True, bootstrap_iters=0
+    )
+    scores = {task: sorted((s["doc_id"], s["resps"]) for s in samples) for task, samples in results["samples"].items()}
+    return json.loads(json.dumps(scores))
+
+
+def assert_equal_scores(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for task in one:
+        assert [doc for doc, _ in one[task]] == [doc for doc, _ in other[task]]
+        for (_, mine), (_, theirs) in zip(one[task], other[task]):
+            if task == "continue":
+                assert mine == theirs
+                continue
+            assert [r[0][0] for r in mine] == pytest.approx([r[0][0] for r in theirs], abs=1e-4)
+            assert [r[0][1] for r in mine] == [r[0][1] for r in theirs]
+
+
+def test_the_saving_layout_changes_nothing(setup) -> None:
+    folder, tasks = setup
+    for name in ("ar", "mdm"):
+        assert reference(folder / name, tasks) == reference(folder / f"{name}-tp2", tasks), "equal to the last bit"
+
+
+def test_two_processes_give_the_scores_of_one(setup) -> None:
+    """Data-parallel and tensor-parallel evaluation; together they score every item once."""
+    folder, tasks = setup
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.evaluation.worker", str(folder), *tasks]
+    processes = [
+        subprocess.Popen(command, env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=REPO,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    for name in ("ar", "mdm"):
+        single = reference(folder / name, tasks)
+        for tp_size in (1, 2):
+            written = json.loads((folder / f"{name}-tp{tp_size}.json").read_text())
+            assert_equal_scores(written["scores"], single)
+            assert written["answers"]["halves"] >= 28
+        files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
+        assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"

@@ -1,0 +1,34 @@
+"""One process of the two-process evaluation in test_layouts.py: scores local tasks and writes them (rank 0)."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch.distributed as dist
+from lm_eval.evaluator import simple_evaluate
+
+from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
+from megatron.evaluation.loading import load_model
+from megatron.evaluation.tasks import task_loader
+from megatron.parallel.context import ParallelContext
+
+
+def main(folder: str, tasks: list[str]) -> None:
+    dist.init_process_group("gloo")
+    for tp_size in (1, 2):
+        context = ParallelContext.create(tp_size=tp_size)
+        for name, cls, options in (("ar", MegatronAR, {}), ("mdm", MegatronMDM, {"num_mc": 8})):
+            lm = cls(model=load_model(f"{folder}/{name}", context=context), cache_dir=f"{folder}/cache-{name}-{tp_size}", **options)
+            results = simple_evaluate(lm, tasks=tasks, task_manager=task_loader(), log_samples=True, bootstrap_iters=0)
+            answers = lm.summary.merge(lm._gather(lm.summary)).as_dict()
+            if context.is_first_rank:
+                scores = {task: sorted((s["doc_id"], s["resps"]) for s in samples) for task, samples in results["samples"].items()}
+                with open(f"{folder}/{name}-tp{tp_size}.json", "w") as file:
+                    json.dump({"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

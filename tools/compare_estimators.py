@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Measure likelihood estimators on a trained masked diffusion model: cost, error, agreement of rankings.
+
+python tools/compare_estimators.py --load RUN --text validation.jsonl --output figures.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.evaluation.compare import TableScorer, compare, make_questions, standard_methods
+from megatron.evaluation.loading import load_model
+from megatron.evaluation.scorer import MaskedScorer
+from megatron.evaluation.tasks import read_jsonl
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load", required=True, metavar="RUN")
+    parser.add_argument("--load-tag", metavar="TAG")
+    parser.add_argument("--text", required=True, metavar="FILE", help='JSONL of {"text"} that the model was not trained on')
+    parser.add_argument("--questions", type=int, default=100, metavar="COUNT")
+    parser.add_argument("--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once")
+    parser.add_argument("--repeats", type=int, default=20, metavar="SEEDS")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="ROWS")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
+    arguments = parser.parse_args()
+    lengths = [int(word) for word in arguments.answer_tokens.split(",")]
+    if max(lengths) > 12:
+        raise ValueError(f"--answer-tokens {max(lengths)}: all 2^n masks are run; use 12 or fewer")
+    loaded = load_model(arguments.load, tag=arguments.load_tag)
+    tokenizer = loaded.require_tokenizer()
+    documents = [tokenizer.encode(item["text"]) for item in read_jsonl(Path(arguments.text))]
+    questions = make_questions(documents, number=arguments.questions, answer_tokens=lengths)
+    scorer = MaskedScorer(
+        loaded.logits, mask_id=loaded.mask_id, max_length=loaded.max_length, batch_size=arguments.batch_size,
+        device=loaded.device,
+    )  # fmt: skip
+    table = TableScorer(scorer, questions)
+    right = sum(int(values.argmax()) == 0 for values in table.truth) / len(questions)
+    print(f"{len(questions)} questions, {len(questions[0].choices)} answers of {arguments.answer_tokens} tokens, "
+          f"{arguments.repeats} seeds; accuracy of the exact bound {right:.3f}")  # fmt: skip
+    print(f"{'method':<58} {'passes':>7} {'agreement with the exact bound':>18} {'accuracy':>8} {'rms nats':>8}")
+    rows = compare(
+        table, questions, table.truth, methods=standard_methods(), repeats=arguments.repeats,
+        report=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps({"accuracy_of_the_bound": right, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

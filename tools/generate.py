@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Generate text with a checkpoint or an export; masked diffusion shows its text being uncovered (docs/generation.md).
+
+python tools/generate.py --load RUN --prompt "The cat" --max-new-tokens 32
+python tools/generate.py --load RUN --prompt "The cat" --infix "on the mat." --max-new-tokens 6
+python tools/generate.py --load RUN --prompt "The [MASK:2] sat on the [MASK]."
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.generation.program import run_generate
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run_generate())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
