@@ -14,12 +14,10 @@ save therefore leaves the earlier checkpoints as they were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,35 @@ from megatron.config import config_from_dict, config_to_dict
 from megatron.config.schema import Config
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
+from megatron.training.checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    checkpoint_tags,
+    damaged_files,
+    file_checksum,
+    find_checkpoint,
+    read_manifest,
+    remove_old_checkpoints,
+    write_atomically,
+)
 
-FORMAT = 1
+__all__ = [
+    "KINDS",
+    "MANIFEST",
+    "CheckpointReader",
+    "Fragment",
+    "checkpoint_tags",
+    "damaged_files",
+    "fill_from_full",
+    "find_checkpoint",
+    "read_manifest",
+    "remove_old_checkpoints",
+    "save_full_checkpoint",
+    "write_atomically",
+    "write_checkpoint",
+]
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -146,29 +169,6 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
         shutil.rmtree(tag)
     scratch.rename(tag)
     write_atomically(run_dir / "latest", tag.name)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step, so that a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, torch.Tensor], *, step: int = 0) -> Path:
@@ -304,101 +304,3 @@ class CheckpointReader:
                 "load another tag with --load-tag"
             )
         return result
-
-
-def read_manifest(tag: Path) -> dict[str, Any]:
-    """The manifest of a tag.
-
-    Raises:
-        ValueError: it is absent, unreadable or of another format.
-    """
-    path = tag / MANIFEST
-    if not path.is_file():
-        kind = "a DeepSpeed checkpoint" if list(tag.glob("mp_rank_*")) else "no checkpoint of this project"
-        raise ValueError(
-            f"{tag} has no {MANIFEST} ({kind}); a checkpoint is complete only with its manifest; "
-            "convert others with tools/convert_checkpoint.py, or choose another --load"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); it must be JSON; choose another --load-tag") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}; update the project")
-    return manifest
-
-
-def checkpoint_tags(run_dir: Path) -> list[Path]:
-    """Folders of complete tags, newest step first."""
-    tags = [path for path in run_dir.glob("global_step*") if (path / MANIFEST).is_file() and _step_of(path) is not None]
-    return sorted(tags, key=lambda path: _step_of(path) or 0, reverse=True)
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"global_step(\d+)", path.name)
-    return int(match.group(1)) if match else None
-
-
-def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
-    """Complaints about the files of a tag.
-
-    Args:
-        tag: folder with a manifest.
-        part, parts: check every ``parts``-th file from ``part`` on, to share the work between ranks.
-        checksums: read the files; otherwise only their sizes are compared.
-    """
-    files = sorted(read_manifest(tag)["files"].items())
-    for name, expected in files[part::parts]:
-        path = tag / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif checksums and file_checksum(path) != expected["sha256"]:
-            yield f"{name} fails its checksum"
-
-
-def find_checkpoint(load: Path, tag: str | None = None, *, checksums: bool = True) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``--load`` and ``--load-tag`` mean.
-
-    Args:
-        load: folder of a run, or of one tag.
-        tag: name of a tag, or "latest"; default: the newest one that verifies.
-        checksums: verify contents, not only sizes.
-
-    Returns:
-        The folder of the tag, or None where the run has no checkpoint yet; and what was skipped and why.
-
-    Raises:
-        ValueError: the tag asked for is absent or damaged, or every checkpoint is.
-    """
-    if (load / MANIFEST).is_file():
-        candidates = [load]
-    elif tag is not None:
-        name = (load / "latest").read_text().strip() if tag == "latest" and (load / "latest").is_file() else tag
-        read_manifest(load / name)
-        candidates = [load / name]
-    else:
-        candidates = checkpoint_tags(load)
-        if not candidates and (load / "latest").is_file():
-            read_manifest(load / (load / "latest").read_text().strip())  # says what kind of checkpoint it is
-    skipped: list[str] = []
-    for candidate in candidates:
-        complaints = list(damaged_files(candidate, checksums=checksums))
-        if not complaints:
-            return candidate, skipped
-        skipped.append(f"{candidate.name}: {'; '.join(complaints)}")
-    if skipped:
-        raise ValueError(
-            f"no checkpoint in {load} can be used ({' | '.join(skipped)}); files must match their manifest; "
-            "restore them or choose another --load"
-        )
-    return None, skipped
-
-
-def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> None:
-    """Delete all but the newest ``keep_last`` tags and those of the steps in ``keep``."""
-    for tag in checkpoint_tags(run_dir)[keep_last:]:
-        if _step_of(tag) not in keep:
-            (tag / MANIFEST).unlink()  # first, so that a half-deleted tag is no checkpoint
-            shutil.rmtree(tag)

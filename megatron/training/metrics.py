@@ -31,6 +31,18 @@ def parameters_for_compute(model: ModelConfig, vocab_size: int) -> int:
     )
 
 
+def total_parameters(model: ModelConfig) -> dict[str, int]:
+    """``total`` parameters as trained, padding rows included, and those of the ``embedding`` among them."""
+    from megatron.model import Full, GPTModel
+
+    assert model.padded_vocab_size
+    assert model.hidden_size
+    with torch.device("meta"):
+        parameters = GPTModel(model, mask=Full()).parameters()
+    embedding = model.padded_vocab_size * model.hidden_size
+    return {"total": sum(p.numel() for p in parameters), "embedding": embedding}
+
+
 def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fraction: float) -> float:
     """FLOPs of forward and backward per token, for TFLOP/s and MFU.
 
