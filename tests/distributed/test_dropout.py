@@ -83,4 +83,4 @@ def attend_with_dropout() -> tuple[torch.Tensor, torch.Tensor]:
     layer = SelfAttention(model, ParameterFactory(ParallelContext.create(tp_size=2), seed=1))
     torch.manual_seed(7)
     query, key, value = torch.randn(3, 2, 2, 16, 16).unbind()  # [batch, heads of this rank, seq, channels]
-    return layer._attend(query, key, value, Causal(), None), torch.get_rng_state()
+    return layer._attend(query, key, value, Causal()), torch.get_rng_state()
