@@ -217,7 +217,7 @@ def _build_module(config: Config, objective: Objective, context: ParallelContext
     topology = PipeModelDataParallelTopology(num_pp=context.pp_size, num_mp=context.tp_size, num_dp=context.dp_size)
     with redirect_stdout(StringIO()):  # it prints its partition
         return PipelineModule(
-            layers=[_pipeline_spec(layer) for layer in layers],
+            layers=[*(_pipeline_spec(layer) for layer in layers), _matrix_in_graph],
             topology=topology,
             loss_fn=_PipelineLoss(weighted_loss, context),
             partition_method="type:TransformerBlock",
@@ -234,6 +234,16 @@ def _pipeline_spec(layer: Layer) -> Any:
     return TiedLayerSpec(
         layer.tied_to, layer.module, forward_fn=layer.forward, tied_weight_attr=attribute, **layer.arguments
     )
+
+
+def _matrix_in_graph(output: HeadOutput) -> HeadOutput:
+    """The last layer of a pipeline: the output matrix as a node of the graph instead of a bare parameter.
+
+    When the first gradient reaches an output of the module, DeepSpeed 0.19.8 zeroes the bf16 gradients of the last
+    micro-batch. A bare parameter is no node that it could watch: it has its gradient by then, and would lose it.
+    """
+    hidden, matrix = output
+    return hidden, matrix.view_as(matrix)
 
 
 def _pipeline_batches(data: Iterator[ModelBatch]) -> Iterator[tuple[Any, Targets]]:

@@ -116,12 +116,15 @@ def test_zero3_with_every_tensor_partitioned(compare: Callable, tmp_path: Path) 
     compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=str(settings))
 
 
-@pytest.mark.parametrize("layout", [None, "tp2", "pp2", "zero2", "zero3"])
-def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], token_files: Path, layout: str | None) -> None:
+@pytest.mark.parametrize("layout", [None, "tp2", "pp2", "zero2", "zero3", "tp2_pp2"])
+@pytest.mark.parametrize("variant", ["tied", "untied_gqa"])
+def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], layout: str | None, variant: str) -> None:
+    """Gradient norms too: DeepSpeed may drop the gradient of the output matrix and leave the first losses right."""
     size, changes = LAYOUTS[layout] if layout else (1, {})
-    run = runs("mdm", size, bf16=True, train_iters=5, **changes)
-    exact = runs("mdm", 1, train_iters=5)
+    shape = VARIANTS.get(variant, {})
+    run = runs("mdm", size, bf16=True, train_iters=5, **changes, **shape)
+    exact = runs("mdm", 1, train_iters=5, **shape)
     for trace in run.traces:
         assert trace.losses == pytest.approx(exact.traces[0].losses, rel=0.02)
         assert trace.losses[1:] != exact.traces[0].losses[1:]
-        assert trace.grad_norms == pytest.approx(exact.traces[0].grad_norms, rel=0.1)
+        assert trace.grad_norms == pytest.approx(exact.traces[0].grad_norms, rel=0.03)
