@@ -122,7 +122,7 @@ install_accelerators() {
   case ",$WITH," in *[,\ ]flash-attn[,\ ]*)
     install_accelerator flash-attn flash-attn "torch's scaled_dot_product_attention" --no-build-isolation flash-attn ;; esac
   case ",$WITH," in *[,\ ]liger[,\ ]*)
-    install_accelerator liger liger-kernel "this project's own chunked cross-entropy and torch.compile" liger-kernel ;; esac
+    install_accelerator liger liger-kernel "PyTorch's SwiGLU" liger-kernel ;; esac
 }
 
 link_checkout() {

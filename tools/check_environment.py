@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ACCELERATORS = {
     "apex": (("apex",), "torch's fused AdamW"),
     "flash-attn": (("flash-attn",), "torch's scaled_dot_product_attention"),
-    "liger": (("liger-kernel",), "this project's own chunked cross-entropy and torch.compile"),
+    "liger": (("liger-kernel",), "PyTorch's SwiGLU"),
 }
 
 

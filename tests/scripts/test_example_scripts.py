@@ -16,7 +16,8 @@ from megatron.config import Config, parse
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples_scaling"
-RUNS = sorted([*EXAMPLES.glob("quickstart/*_*.sh"), *EXAMPLES.glob("training/*/*.sh")])
+PATTERNS = ("quickstart/*_*.sh", "training/*/*.sh", "evaluation/validate_*.sh")
+RUNS = sorted(path for pattern in PATTERNS for path in EXAMPLES.glob(pattern))
 MULTI_NODE = EXAMPLES / "training/multi_node.sh"
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
 PROGRAMS = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
@@ -58,7 +59,7 @@ def test_flags_parse_on_one_node_of_eight(script: Path, monkeypatch: pytest.Monk
     config = parsed(words, monkeypatch, world_size=8)
     assert config.objective.objective == ("mdm" if "mdm" in str(script.relative_to(EXAMPLES)) else "ar")
     assert config.run.load
-    assert config.run.skip_train == script.name.startswith("eval_")
+    assert config.run.skip_train == script.name.startswith(("eval_", "validate_"))
     assert config.run.save == (None if config.run.skip_train else config.run.load)
 
 
