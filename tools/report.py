@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.scaling.compare import conclusion, matched_pairs, summary_row
+from megatron.scaling.fit import load_fits
 from megatron.scaling.report import write_report
 from megatron.scaling.runs import find_runs
 
@@ -18,11 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories")
     parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument("--fits", type=Path, metavar="FILE", help="laws of tools/fit_laws.py, for their figures")
     parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
     options = parser.parse_args(arguments)
     try:
         runs = find_runs(options.runs)
-        page = write_report(runs, options.output, options.title)
+        fits = load_fits(options.fits) if options.fits else []
+        page = write_report(runs, options.output, options.title, fits=fits)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,8 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.4g}"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
@@ -96,11 +98,11 @@ class Fit:
         """What about these points lies outside of the fitted range, in words; empty inside."""
         found = []
         for name, (low, high) in self.ranges.items():
-            value = getattr(points, name)
-            if float(value.max()) > high * 1.01:
-                found.append(f"{name} {float(value.max()):.3g} is {float(value.max()) / high:.1f} times the largest fitted ({high:.3g})")
-            elif float(value.min()) < low * 0.99:
-                found.append(f"{name} {float(value.min()):.3g} is below the smallest fitted ({low:.3g})")
+            largest, smallest = float(getattr(points, name).max()), float(getattr(points, name).min())
+            if largest > high * 1.01:
+                found.append(f"{name} {largest:.3g} is {largest / high:.1f} times the largest fitted ({high:.3g})")
+            elif smallest < low * 0.99:
+                found.append(f"{name} {smallest:.3g} is below the smallest fitted ({low:.3g})")
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -74,9 +74,14 @@ class Reference:
 class Law(Protocol):
     """A law; ``theta`` are its natural parameters, ``phi`` the logarithms that fits work with, both [..., p]."""
 
-    name: str
-    names: tuple[str, ...]
-    equation: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def equation(self) -> str: ...
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
         """Loss [s, n] and its gradient [s, n, p] for ``phi`` [s, p]."""
@@ -88,6 +93,11 @@ class Law(Protocol):
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
         """Lower and upper ends [p] of random starts for ``phi``, for data whose lowest loss is ``lowest``."""
+        ...
+
+    def limits(self) -> tuple[Array, Array]:
+        """Bounds [p] of ``phi``: far outside of sensible values, so that a parameter that the data do not determine
+        ends at a bound instead of overflowing."""
         ...
 
 
@@ -127,6 +137,9 @@ class Chinchilla:
         low = np.array([lowest * 0.1, lowest * 0.02, 0.1, lowest * 0.02, 0.1])
         high = np.array([lowest * 0.98, lowest * 1.0, 1.0, lowest * 1.0, 1.0])
         return np.log(low), np.log(high)
+
+    def limits(self) -> tuple[Array, Array]:
+        return _LIMITS[:, 0], _LIMITS[:, 1]
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,10 @@ class DataConstrained:
         low, high = CHINCHILLA.start_range(lowest)
         return np.append(low, np.log([2.0, 1.0])), np.append(high, np.log([1000.0, 100.0]))
 
+    def limits(self) -> tuple[Array, Array]:
+        low, high = CHINCHILLA.limits()
+        return np.append(low, np.log([0.1, 0.1])), np.append(high, np.log([1e5, 1e5]))
+
 
 @dataclass(frozen=True)
 class UShaped:
@@ -232,6 +249,10 @@ class UShaped:
             np.append(high, np.log([lowest * 0.3, 2.0, 1.0, 1.5])),
         )
 
+    def limits(self) -> tuple[Array, Array]:
+        low, high = CHINCHILLA.limits()
+        return np.concatenate([low, low[[1, 2, 2, 2]]]), np.concatenate([high, high[[1, 2, 2, 2]]])
+
     @staticmethod
     def _shift(theta: Array, reference: Reference) -> Array:
         kappa, gamma, delta = theta[..., 6], theta[..., 7], theta[..., 8]
@@ -240,6 +261,9 @@ class UShaped:
 
 _PENALTY_LOG_R = float(np.log(10.0))
 """The penalty's coefficient is carried at ten repetitions."""
+
+_LIMITS = np.log([[1e-6, 150.0], [1e-9, 150.0], [0.005, 4.0], [1e-9, 150.0], [0.005, 4.0]])
+"""Of E, the terms of A and B at the reference point, and the exponents."""
 
 CHINCHILLA = Chinchilla()
 DATA_CONSTRAINED = DataConstrained()

@@ -19,6 +19,7 @@ from megatron.scaling.published import (
     CRITICAL_RANGE_TOKENS,
     PAPER_BEST,
     PAPER_BEST_UNIQUE_TOKENS,
+    PUBLISHED,
     critical_flops,
     quokka_overfitting_epochs,
 )
@@ -98,8 +99,8 @@ def compute_optimal(model: Model, flops: float, unique_tokens: float = math.inf)
     sizes = np.geomspace(1e4, 1e13, 1801)
     points = Points.of(sizes, flops / (6 * sizes), unique_tokens)
     central, samples = losses(model, points)
-    best, spread = sizes[np.argmin(central)], sizes[np.argmin(samples, axis=1)]
-    low, high = np.quantile(spread, [0.025, 0.975])
+    best = sizes[np.argmin(central)]
+    low, high = _quantiles(sizes[np.argmin(samples, axis=1)])
     tokens = [flops / (6 * value) for value in (best, high, low)]
     return Interval(float(best), float(low), float(high)), Interval(*map(float, tokens))
 
@@ -114,8 +115,8 @@ def best_epochs(model: Model, parameters: float, unique_tokens: float) -> Interv
     epochs = np.geomspace(1, 1e5, 1501)
     central, samples = losses(model, Points.of(parameters, epochs * unique_tokens, unique_tokens))
     steps = np.append(epochs[:-1], math.inf)
-    low, high = np.quantile(steps[np.argmin(samples, axis=1)], [0.025, 0.975], method="nearest")
-    return Interval(float(steps[np.argmin(central)]), float(low), float(high))
+    low, high = _quantiles(steps[np.argmin(samples, axis=1)])
+    return Interval(float(steps[np.argmin(central)]), low, high)
 
 
 def critical_compute(ar: Model, mdm: Model, unique_tokens: float) -> Interval:
@@ -128,20 +129,21 @@ def critical_compute(ar: Model, mdm: Model, unique_tokens: float) -> Interval:
     central = _first_crossing(budgets, paths[0][0], paths[1][0])
     count = min(len(paths[0][1]), len(paths[1][1]))
     crossings = [_first_crossing(budgets, paths[0][1][i], paths[1][1][i]) for i in range(count)]
-    low, high = np.quantile(crossings, [0.025, 0.975], method="nearest")
-    return Interval(central, float(low), float(high))
+    low, high = _quantiles(np.array(crossings))
+    return Interval(central, low, high)
 
 
 def choose(objective: str, model: Model, *, unique_tokens: float, flops: float, sizes: Mapping[str, float]) -> Choice:
     """The size of ``sizes`` and the length with the lowest predicted loss within ``flops``."""
     names, n = list(sizes), np.array(list(sizes.values()))
-    fractions = np.geomspace(1e-3, 1.0, 241)
-    tokens = flops / (6 * n[:, None]) * fractions
+    affordable = flops / (6 * n[:, None])
+    lengths = unique_tokens * np.append(np.geomspace(1e-3, 1e5, 400), math.inf)
+    tokens = np.minimum(lengths, affordable)
     central = losses(_without_samples(model), Points.of(n[:, None], tokens, unique_tokens))[0].reshape(tokens.shape)
     row, column = np.unravel_index(int(np.argmin(central)), central.shape)
     point = Points.of(n[row], tokens[row, column], unique_tokens)
     value, samples = losses(model, point)
-    low, high = np.quantile(samples[:, 0], [0.025, 0.975])
+    low, high = _quantiles(samples[:, 0])
     optimum = best_epochs(model, float(n[row]), unique_tokens)
     return Choice(
         objective=objective,
@@ -152,7 +154,7 @@ def choose(objective: str, model: Model, *, unique_tokens: float, flops: float, 
         flops=float(point.flops[0]),
         loss=_published_interval(objective, float(value[0]))
         if isinstance(model, Coefficients)
-        else Interval(float(value[0]), float(low), float(high)),
+        else Interval(float(value[0]), low, high),
         label=model.label if isinstance(model, Fit) else ("NLL (exact)" if objective == "ar" else "NLL bound"),
         source=model.source if isinstance(model, Coefficients) else f"fit of {model.num_runs} runs, {model.law.equation}",
         optimal_epochs=optimum.value if optimum else None,
@@ -228,8 +230,6 @@ def _plan_from_line(choices: Mapping[str, Choice], *, unique_tokens: float, flop
 
 def _published_interval(objective: str, loss: float) -> Interval:
     """± the error that the published coefficients make at the paper's own best run on 100M tokens."""
-    from megatron.scaling.published import PUBLISHED
-
     size, epochs, measured = PAPER_BEST[objective]
     unique = PAPER_BEST_UNIQUE_TOKENS
     predicted = float(PUBLISHED[objective].loss(preset_parameters(size), epochs * unique, unique)[0])
@@ -258,6 +258,14 @@ def _notes(objective: str, model: Model, point: Points, ends: Sequence[str], siz
     if size in ends:
         notes.append(f"{size} is the {'smallest' if size == ends[0] else 'largest'} size to choose from")
     return notes
+
+
+def _quantiles(values: Array) -> tuple[float, float]:
+    """95 % interval of bootstrap values; NaN for a single value, which published coefficients are."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    return float(low), float(high)
 
 
 def _best_by_budget(model: Model, budgets: Array, unique_tokens: float) -> tuple[Array, Array]:

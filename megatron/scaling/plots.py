@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from megatron.scaling.compare import overfitting
 from megatron.scaling.runs import Run, format_count
 
-_RC: Any = {
+RC: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -97,7 +97,7 @@ def run_styles(runs: Sequence[Run]) -> list[LineStyle]:
 def learning_curves(runs: Sequence[Run]) -> Figure:
     """Validation against epochs and against training FLOPs (log x): error bars of one standard error, training loss
     faint, the best point starred, and a line where a run starts to overfit."""
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.3), sharey=True, layout="constrained")
         for panel, (x, label) in zip(axes, (("epoch", "epochs over the unique tokens"), ("flops", "training FLOPs (6·N·D)"))):
             for run, style in zip(runs, run_styles(runs)):
@@ -112,7 +112,7 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
                 _mark_overfitting(axes[0], run, style)
         axes[0].plot([], [], "*", markersize=11, color="white", markeredgecolor="black", label="best validation")
         axes[0].plot([], [], color="#999999", alpha=0.6, linewidth=1.0, label="faint: training loss")
-        _figure_legend(figure, axes[0])
+        figure_legend(figure, axes[0])
     return figure
 
 
@@ -122,7 +122,7 @@ def facets(runs: Sequence[Run]) -> Figure:
     columns = min(3, len(budgets))
     rows = -(-len(budgets) // columns)
     styles = dict(zip([run.path for run in runs], run_styles(runs)))
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, grid = plt.subplots(
             rows, columns, figsize=(1.4 + 3.3 * columns, 0.9 + 3.1 * rows), sharey=True, squeeze=False, layout="constrained"
         )
@@ -145,7 +145,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
     """Best validation against training FLOPs: every validation faint, and per objective the frontier of what it
     reaches for a compute budget."""
     objectives = sorted({run.objective for run in runs})
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, panel = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
         for objective in objectives:
             members = [run for run in runs if run.objective == objective and run.valid]
@@ -164,7 +164,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
         panel.set_ylabel("validation, nats per token")
         panel.set_title("What a compute budget reaches")
         _limit_height(panel, runs)
-        _figure_legend(figure, panel)
+        figure_legend(figure, panel)
     return figure
 
 
@@ -198,7 +198,7 @@ def iso_loss(runs: Sequence[Run]) -> Figure | None:
         return None
     columns = min(3, len(sets))
     rows = -(-len(sets) // columns)
-    with plt.rc_context(_RC):
+    with plt.rc_context(RC):
         figure, grid = plt.subplots(
             rows, columns, figsize=(1.0 + 3.6 * columns, 0.6 + 3.3 * rows), squeeze=False, layout="constrained"
         )
@@ -335,9 +335,11 @@ def _limit_height(panel: Axes, runs: Sequence[Run], below: float = 1.0) -> None:
     panel.set_ylim(low - below * margin, high + margin)
 
 
-def _figure_legend(figure: Figure, panel: Axes) -> None:
+def figure_legend(figure: Figure, panel: Axes, columns: int = 4) -> None:
+    """The legend of a panel, below the figure."""
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles[:MAX_LEGEND], labels[:MAX_LEGEND], loc="outside lower center", ncols=min(4, max(1, len(labels))))
+    columns = min(columns, max(1, len(labels)))
+    figure.legend(handles[:MAX_LEGEND], labels[:MAX_LEGEND], loc="outside lower center", ncols=columns)
 
 
 def _sized_legend(figure: Figure, runs: Sequence[Run]) -> None:

@@ -12,8 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megatron.scaling import plots
+from megatron.scaling import law_plots, plots
 from megatron.scaling.compare import Difference, conclusion, matched_pairs, summary_row
+from megatron.scaling.fit import Fit
 from megatron.scaling.runs import Run
 
 MAX_OVERLAID_RUNS = 6
@@ -29,8 +30,13 @@ class FigureEntry:
     svg: bytes
 
 
-def write_report(runs: Sequence[Run], folder: Path, title: str = "AR and masked diffusion compared") -> Path:
+def write_report(
+    runs: Sequence[Run], folder: Path, title: str = "AR and masked diffusion compared", *, fits: Sequence[Fit] = ()
+) -> Path:
     """Write report.html, and each figure as PNG and SVG, into ``folder``.
+
+    Args:
+        fits: laws fitted to these or other runs (tools/fit_laws.py), for the figures and the table of laws.
 
     Returns:
         the path of report.html, which needs no other file.
@@ -41,7 +47,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str = "AR and masked 
     if not runs:
         raise ValueError("no run given; a report shows at least one run; name run directories or folders of them")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = make_figures(runs, folder)
+    figures = make_figures(runs, folder, fits)
     page = _page(
         title,
         [
@@ -49,6 +55,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str = "AR and masked 
             *[_figure(entry) for entry in figures],
             _section("Runs", _table([summary_row(run) for run in runs]) + _table_notes(runs)),
             _section("Matched pairs", _pairs_html(runs)),
+            _laws_html(fits),
             _downstream_html(runs),
             _section("How to read this", _notes_html()),
             _section("Provenance", _provenance_html(runs)),
@@ -61,7 +68,7 @@ def write_report(runs: Sequence[Run], folder: Path, title: str = "AR and masked 
     return target
 
 
-def make_figures(runs: Sequence[Run], folder: Path) -> list[FigureEntry]:
+def make_figures(runs: Sequence[Run], folder: Path, fits: Sequence[Fit] = ()) -> list[FigureEntry]:
     """Draw and save the figures that these runs allow."""
     validated = [run for run in runs if run.valid]
     if not validated:
@@ -96,6 +103,20 @@ def make_figures(runs: Sequence[Run], folder: Path) -> list[FigureEntry]:
             plots.iso_loss(validated),
             "Lines of equal validation loss over epochs and parameters; dots are measurements, the star is the best. "
             "Between dots the surface is linear interpolation.",
+        )
+    if fits:
+        by_objective = {fit.objective: fit for fit in fits}
+        add(
+            "data_value",
+            law_plots.data_value(fits),
+            "How many epochs of new data the repeated data is worth. Shaded: 95 % interval of the fit; dotted: published "
+            "half-lives, not measured here.",
+        )
+        add(
+            "critical_compute",
+            law_plots.critical_line(by_objective.get("ar"), by_objective.get("mdm"), validated),
+            "Above the line MDM reaches a lower validation number than AR on the same unique tokens. The published line "
+            "is quoted; crossings are drawn where the fits of both objectives cross at all.",
         )
     return entries
 
@@ -149,6 +170,29 @@ def _differences_html(found: Sequence[Difference]) -> str:
     if layout:
         text += f" Layout differs too, which should not change the numbers: {'; '.join(layout)}."
     return text
+
+
+def _laws_html(fits: Sequence[Fit]) -> str:
+    """Parameters of fitted laws with intervals and held-out errors; nothing without fits."""
+    if not fits:
+        return ""
+    rows = []
+    for fit in fits:
+        errors = [fit.noise, fit.cross_validation, fit.extrapolation]
+        shown = ["–" if value is None else f"{value:.2%}" for value in errors]
+        rows.append(
+            {
+                "Objective": fit.objective.upper(),
+                "Kind": fit.label,
+                "Law": fit.law.equation,
+                "Parameters, 95 % intervals": ", ".join(f"{name} = {fit.interval(name)}" for name in fit.law.names),
+                "Losses (runs)": f"{fit.num_points} ({fit.num_runs})",
+                "Residual": shown[0],
+                "Left-out runs": shown[1],
+                "Largest left-out runs": shown[2],
+            }
+        )
+    return _section("Laws", _table(rows) + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>")
 
 
 def _downstream_html(runs: Sequence[Run]) -> str:
@@ -247,7 +291,7 @@ p, li { max-width: 46rem; }
 .meta, figcaption { color: #5c5c61; font-size: .875rem; }
 figure { margin: 1.6rem 0; }
 figure img { width: 100%; height: auto; }
-#pareto img { max-width: 44rem; display: block; }
+#pareto img, #data_value img, #critical_compute img { max-width: 44rem; display: block; }
 figcaption { max-width: 52rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }

@@ -12,8 +12,6 @@ import numpy as np
 from megatron.scaling.laws import Law, Points, Reference
 
 Array = np.ndarray
-LOWER, UPPER = -25.0, 25.0
-"""Bounds on the logarithms of parameters, far outside of any sensible value; they keep exponentials finite."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ def minimize(
     num_rows, num_points = len(phi), len(problem.points)
     observed = np.broadcast_to(log_loss, (num_rows, num_points))
     weight = np.broadcast_to(np.asarray(weights, dtype=np.float64), (num_rows, num_points))
-    solution, final_cost = np.clip(phi, LOWER, UPPER), np.full(num_rows, np.inf)
+    lower, upper = problem.law.limits()
+    solution, final_cost = np.clip(phi, lower, upper), np.full(num_rows, np.inf)
     active = np.arange(num_rows)  # rows that still move; finished ones cost nothing
     damping = np.full(num_rows, 1e-2)
     with np.errstate(all="ignore"):
@@ -64,7 +63,7 @@ def minimize(
         cost = _cost(residual, huber_delta, weight)
         for _ in range(iterations):
             step = _step(residual, jacobian, damping, huber_delta=huber_delta, weights=weight[active])
-            trial = np.clip(phi + np.clip(step, -2.0, 2.0), LOWER, UPPER)
+            trial = np.clip(phi + np.clip(step, -2.0, 2.0), lower, upper)
             new_residual, new_jacobian = problem.residuals(trial, observed[active])
             new_cost = _cost(new_residual, huber_delta, weight[active])
             better = new_cost < cost

@@ -1,0 +1,85 @@
+"""Runs → points and losses that a law can be fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.scaling.fit import Fit, fit_law
+from megatron.scaling.laws import Law, Points
+from megatron.scaling.runs import Run, Validation
+
+CHOICES = ("final", "best", "curve")
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Losses of one objective. ``groups`` is the run of every point; ``skipped`` says which runs are not in it."""
+
+    objective: str
+    label: str
+    points: Points
+    losses: np.ndarray
+    groups: np.ndarray
+    skipped: tuple[str, ...]
+
+
+def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
+    """Collect the losses of every objective whose number is a likelihood.
+
+    Args:
+        which: "final": the last validation of every finished run, after its learning rate has decayed (use this for
+            sweeps over epochs); "best": the lowest validation of every run, at the tokens where it occurred; "curve":
+            all validations from a tenth of an epoch on (many points from few runs, at rates not yet decayed).
+
+    Raises:
+        ValueError: an unknown choice, or one objective carries two kinds of label.
+    """
+    if which not in CHOICES:
+        raise ValueError(f"points {which!r} were asked for; choose from {', '.join(CHOICES)}")
+    found = []
+    for objective in sorted({run.objective for run in runs if run.is_likelihood}):
+        members = [run for run in runs if run.objective == objective]
+        labels = {run.label for run in members}
+        if len(labels) > 1:
+            raise ValueError(
+                f"runs of {objective} are labelled {', '.join(sorted(labels))}; one fit takes one kind of number; "
+                "fit them apart"
+            )
+        rows: list[tuple[float, float, float, float, int]] = []
+        skipped = []
+        for index, run in enumerate(members):
+            chosen = _choose(run, which)
+            if not chosen:
+                skipped.append(f"{run.name} ({'not finished' if not run.is_finished else 'no finite validation'})")
+            rows += [(run.compute_parameters, row.tokens, run.unique_tokens, row.nll, index) for row in chosen]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 5)
+        points = Points.of(table[:, 0], table[:, 1], table[:, 2])
+        found.append(Observations(objective, labels.pop(), points, table[:, 3], table[:, 4].astype(int), tuple(skipped)))
+    return found
+
+
+def fit_observations(law: Law, data: Observations, *, num_bootstrap: int = 400, seed: int = 0) -> Fit:
+    """Fit a law to one objective's losses and keep whose they are.
+
+    Raises:
+        ValueError: too few points for the law.
+    """
+    fitted = fit_law(
+        law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed
+    )
+    return Fit(**{**vars(fitted), "objective": data.objective, "label": data.label})
+
+
+def _choose(run: Run, which: str) -> list[Validation]:
+    finite = [row for row in run.valid if math.isfinite(row.nll) and row.nll > 0 and row.tokens > 0]
+    if not finite or not run.unique_tokens:
+        return []
+    if which == "final":
+        return finite[-1:] if run.is_finished else []
+    if which == "best":
+        return [min(finite, key=lambda row: row.nll)]
+    return [row for row in finite if row.epoch >= 0.1]
