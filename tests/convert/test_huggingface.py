@@ -435,3 +435,18 @@ def test_missing_gpt2_files_say_where_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"download.sh --gpt2"):
         export_folder(config, random_tensors(config.model), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_allows_what_rounding_does_and_no_more(tmp_path: Path) -> None:
+    """Weights so large that fp32 itself is off by more than 1e-5: the export is right, and a wrong one is still seen."""
+    config = make_config("ar", num_layers=8)
+    tensors = {
+        name: tensor * (1.0 if "layernorm" in name else 12.0) for name, tensor in random_tensors(config.model).items()
+    }
+    report = export_folder(config, tensors, tmp_path / "hf", options=replace(NO_TOKENIZER, verify=True))
+    largest = float(our_logits(config, tensors, some_ids()).abs().max())
+    assert report["verified"] > 1e-5 * largest, "choose larger weights: this tests nothing otherwise"
+    wrong = {name: tensor.clone() for name, tensor in tensors.items()}
+    wrong["layers.3.self_attention.dense.weight"][0, 0] += 1.0
+    with pytest.raises(ValueError, match="largest difference of logits"):
+        compare_logits(config, wrong, tmp_path / "hf")
