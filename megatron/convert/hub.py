@@ -232,5 +232,7 @@ def _locked(partial: Path) -> Iterator[None]:
                 f"{partial.name} is being written by another process; one download of a file runs at a time; wait for "
                 "the other"
             ) from error
-        yield
-    partial.with_suffix(".lock").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            partial.with_suffix(".lock").unlink(missing_ok=True)

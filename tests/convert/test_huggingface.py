@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from megatron.config.schema import Config, DataConfig
 from megatron.convert import hf_folder
 from megatron.convert.hf_folder import ExportOptions, compare_logits, export_folder, import_folder
 from megatron.convert.hf_tokenizer import MASK_TOKEN, _byte_characters
-from megatron.convert.huggingface import kept_rows, trim_rows
+from megatron.convert.huggingface import attention_family, kept_rows, trim_rows
 from megatron.data.indexed import IndexedDatasetWriter
 from megatron.model import Causal, Full, GPTModel
+from megatron.model.mask import BlockDiffusion
 from tests.convert.reference import make_config, random_tensors
 
 CLASSES = {"ar": transformers.LlamaForCausalLM, "mdm": transformers.EuroBertForMaskedLM}
@@ -139,6 +141,27 @@ def test_causality_is_that_of_the_objective(tmp_path: Path) -> None:
         other[:, -1] = (other[:, -1] + 1) % 300
         first, second = (their_logits(objective, tmp_path / objective, each)[:, :-1] for each in (ids, other))
         assert torch.equal(first, second) == (objective == "ar")
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "family"),
+    [
+        ("ar", {}, "ar"),
+        ("permuted_ar", {"num_order_list": 4}, "ar"),
+        ("masked_attention_ar", {"randmask_ratio": 0.5}, "ar"),
+        ("mdm", {}, "mdm"),
+    ],
+)
+def test_family_follows_the_attention_of_evaluation(objective: str, changes: dict, family: str) -> None:
+    config = make_config(objective)
+    assert attention_family(replace(config, objective=replace(config.objective, **changes))) == family
+
+
+def test_attention_that_neither_class_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(attention_mask=BlockDiffusion(4))
+    monkeypatch.setattr("megatron.convert.huggingface.evaluation_objective", lambda config: other)
+    with pytest.raises(ValueError, match="evaluates with BlockDiffusion attention"):
+        attention_family(make_config("ar"))
 
 
 def test_bf16_runs_are_exported_as_they_compute(tmp_path: Path) -> None:
