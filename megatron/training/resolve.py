@@ -168,12 +168,15 @@ def _check_objective(config: Config, saved: str | None) -> None:
         )
 
 
-def _resolve_mask_id(config: Config, vocab_size: int) -> Config:
+def _resolve_mask_id(config: Config, vocab_size: int, checkpoint: dict | None) -> Config:
     if config.objective.objective != "mdm":
         return config
     padded = config.model.padded_vocab_size
     assert padded is not None
-    mask_id = config.objective.mask_token_id if config.objective.mask_token_id is not None else vocab_size
+    # A flag, else the token that the checkpoint was trained with, else the first padding row.
+    saved = None if checkpoint is None else checkpoint["config"]["objective"].get("mask_token_id")
+    candidates = (config.objective.mask_token_id, saved, vocab_size)
+    mask_id = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= mask_id < padded:
         raise ValueError(
             f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size}); masked "
