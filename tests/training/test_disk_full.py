@@ -1,0 +1,74 @@
+"""A full disk while saving: the run ends with a message, and no checkpoint is lost."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed import jobs
+from distributed.pool import Process, WorkerPool
+from megatron.training.checkpoint import checkpoint_tags, find_checkpoint
+
+STEPS = 12
+
+
+def main_with_small_files(limit: int, argv: list[str]) -> int:
+    """``main()`` that cannot write a file of more than ``limit`` bytes, as on a disk with so much room left."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return jobs.run_main("mdm", argv)
+
+
+def assert_intact(run_dir: Path, step: int) -> None:
+    """The newest checkpoint is that of ``step``, and its checksums are right."""
+    assert find_checkpoint(run_dir) == (run_dir / f"global_step{step}", [])
+    assert (run_dir / "latest").read_text() == f"global_step{step}"
+    assert not list(run_dir.glob("*.saving"))
+
+
+def test_file_that_cannot_be_finished(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    expected, run_dir = tmp_path / "expected", tmp_path / "run"
+    options = {"train_iters": STEPS, "save_interval": 4, "hidden_dropout": 0.1}
+    pools(1).run(jobs.train, "mdm", jobs.flags(token_files, expected, **options))
+    options["load"] = run_dir
+    first = jobs.flags(token_files, run_dir, **{**options, "exit_duration_in_mins": 1e-6})
+    assert Process(jobs.run_main, "mdm", first).wait() == 0  # a checkpoint of step 1
+    argv = jobs.flags(token_files, run_dir, **options)
+    process = Process(main_with_small_files, 500_000, argv)
+    assert process.wait() == 1, process.output
+    message = process.output.strip().splitlines()[-1]
+    assert message.startswith("error: checkpoint") and "global_step4 could not be written (rank 0: " in message
+    assert "File too large" in message and "earlier checkpoints are complete and untouched" in message
+    assert "Traceback" not in process.output
+    assert_intact(run_dir, 1)
+    assert Process(jobs.run_main, "mdm", argv).wait() == 0  # with room again
+    assert_intact(run_dir, STEPS)
+    losses = [{s: r["loss"] for s, r in jobs.records(folder).items()} for folder in (run_dir, expected)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for two checkpoints of 1.4 MB and a bit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_disk_without_room(token_files: Path, small_disk: Path) -> None:
+    run_dir = small_disk / "run"
+    process = Process(jobs.run_main, "mdm", jobs.flags(token_files, run_dir, train_iters=STEPS, save_interval=4))
+    assert process.wait() == 1, process.output
+    assert "global_step12 could not be written" in process.output and "No space left" in process.output
+    assert "Traceback" not in process.output
+    assert [tag.name for tag in checkpoint_tags(run_dir)] == ["global_step8", "global_step4"]
+    assert_intact(run_dir, 8)
