@@ -61,7 +61,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["mask id 512 has no row in the padded vocabulary of 512", "--padded-vocab-size 640"],
     ),
     "tokens beyond": ({"padded_vocab_size": 384}, ["padded vocabulary 384 is below the vocabulary 500"]),
-    "two lengths": ({"train_samples": 80}, ["given 2 times", "pass one of"]),
+    "two lengths": ({"train_samples": 160}, ["given 2 times", "pass one of"]),
     "warm-up": ({"lr_warmup_samples": 100}, ["warm-up of 100 samples leaves nothing of the 80"]),
     "objective": ({"objective": "mdn"}, ["--objective 'mdn'", "mdm"]),
     "preset": ({"model": "7b"}, ["--model '7b' is not a preset", "7M"]),
