@@ -263,3 +263,12 @@ def test_status_and_unknown_selection(tmp_path):
     failed = subprocess.run([*PROGRAM, str(path), "run", "--only", "nothing"], capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2
     assert "no run matches" in failed.stderr
+
+
+def test_the_example_sweep_is_valid_and_matched():
+    sweep = load_sweep(ROOT / "examples_scaling/sweeps/laptop.yaml")
+    assert len(sweep.runs) == 36
+    assert unmatched(sweep.runs) == []
+    for run in sweep.runs:
+        build_parser().parse_args(command_line(sweep, run)[2:])
+    assert hours(sum(run.flops for run in sweep.runs), sweep.price) is not None
