@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--law", choices=[*LAWS, "best"], default="best",
                         help="law to fit; best: the one with the lowest cross-validation error (default)")  # fmt: skip
     parser.add_argument("--points", choices=CHOICES, default="final",
-                        help="validations to fit: the last or the best of every run, or whole curves (default: final)")  # fmt: skip
+                        help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
     parser.add_argument("--bootstrap", type=int, default=400, metavar="REFITS", help="refits (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and bootstrap (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the fits as JSON for tools/plan.py")

@@ -1,0 +1,274 @@
+"""Sweeps: the grid, prices, matched comparisons, running, skipping, restarting and surviving kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron.config.cli import build_parser
+from megatron.config.presets import preset_parameters
+from megatron.scaling.runs import load_run
+from megatron.scaling.sweep import hours, load_sweep, read_attempts, state, unmatched
+from megatron.scaling.sweep_runner import Runner, command_line
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, str(ROOT / "tools/sweep.py")]
+
+
+def write_sweep(folder: Path, **changes) -> Path:
+    data = {
+        "name": "test",
+        "output": str(folder / "runs"),
+        "grid": {
+            "objective": ["ar", "mdm"],
+            "model": {"small": {"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4}},
+            "unique_tokens": [100, 200],
+            "epochs": [1, 3],
+            "seed": [1],
+        },
+        "data": {100: "corpus-100", 200: "corpus-200"},
+        "flags": {"lr": 0.001, "seq-length": 10, "valid-data-path": "corpus-valid"},
+        "launcher": [sys.executable, str(ROOT / "tests/scaling/fake_trainer.py")],
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def starts(sweep) -> dict[str, int]:
+    files = {run.name: run.folder / "starts.txt" for run in sweep.runs}
+    return {name: len(file.read_text().split()) if file.exists() else 0 for name, file in files.items()}
+
+
+def assert_complete_and_unmixed(sweep) -> None:
+    """Every run is finished, with each step once, in order, and with its own seed, data and objective."""
+    for run in sweep.runs:
+        assert state(run) == "finished"
+        result = load_run(run.folder)
+        steps = [row["step"] for row in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())]
+        assert [row["step"] for row in result.train] == list(range(1, result.info["train_samples"] + 1))
+        assert steps == sorted(steps)
+        assert len(steps) == len(result.train) + len(result.valid)
+        assert {row["seed"] for row in result.train} == {str(run.seed)}
+        assert (result.objective, result.unique_tokens) == (run.objective, run.unique_tokens)
+        assert result.epochs == pytest.approx(run.epochs)
+
+
+def test_grid_expands_to_every_combination_cheapest_first(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path))
+    assert len(sweep.runs) == 8
+    assert [run.flops for run in sweep.runs] == sorted(run.flops for run in sweep.runs)
+    assert len({run.folder for run in sweep.runs}) == 8
+    first = sweep.runs[0]
+    assert first.parameters == 2 * (4 * 64**2 + 3 * 64 * 128 + 6 * 64) + 50257 * 64
+    assert first.flops == 6.0 * first.parameters * 100
+
+
+def test_epochs_by_objective_excluded_runs_and_own_flags(tmp_path):
+    sweep = load_sweep(
+        write_sweep(
+            tmp_path,
+            grid={"objective": ["ar", "mdm"], "model": ["7M"], "unique_tokens": [100], "epochs": {"ar": [1], "mdm": [1, 9]}},
+            exclude=[{"objective": "mdm", "epochs": 9.0}],
+            objectives={"mdm": {"num_mc": 4}},
+        )
+    )
+    assert {run.name: run.flags.get("num-mc") for run in sweep.runs} == {
+        "ar-7M-100-1ep-seed1234": None,
+        "mdm-7M-100-1ep-seed1234": 4,
+    }
+    assert sweep.runs[0].parameters == preset_parameters("7M")
+
+
+def test_every_command_parses_with_the_real_flags(tmp_path):
+    path = write_sweep(tmp_path, objectives={"mdm": {"num-mc": 4}}, launcher="torchrun --nproc-per-node 8")
+    sweep = load_sweep(path)
+    for run in sweep.runs:
+        command = command_line(sweep, run)
+        assert command[:3] == ["torchrun", "--nproc-per-node", "8"]
+        assert Path(command[3]).name == ("pretrain_mdm.py" if run.objective == "mdm" else "pretrain_gpt.py")
+        assert Path(command[3]).is_file()
+        parsed = build_parser().parse_args(command[4:])
+        assert parsed.train_epochs == run.epochs
+        assert parsed.save == parsed.load == str(run.folder)
+
+
+def test_price(tmp_path):
+    assert hours(989e12 * 3600, {"device": "H100", "devices": 2, "mfu": 0.5}) == pytest.approx(1.0)
+    assert hours(1e12, {"peak_tflops": 1, "mfu": 1.0}) == pytest.approx(1 / 3600)
+    assert hours(1e12, {}) is None
+    done = subprocess.run([*PROGRAM, str(write_sweep(tmp_path, price={"device": "H100", "mfu": 0.4})), "price"],
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8 runs together" in done.stdout
+    assert "40% MFU" in done.stdout
+
+
+def test_check_finds_what_else_differs(tmp_path):
+    assert unmatched(load_sweep(write_sweep(tmp_path, objectives={"mdm": {"num-mc": 4}})).runs) == []
+    path = write_sweep(tmp_path, objectives={"mdm": {"lr": 0.01}})
+    found = unmatched(load_sweep(path).runs)
+    assert len(found) == 4
+    assert all("--lr is 0.001 against 0.01" in text for text in found)
+    done = subprocess.run([*PROGRAM, str(path), "check"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gird": {}}, "unknown keys gird"),
+        ({"flags": {"seed": 3}}, "flags name seed"),
+        ({"data": {100: "x"}}, "no data for 200 unique tokens"),
+        ({"grid": {"objective": "ar", "model": ["9M"], "unique_tokens": [100], "epochs": [1]}}, "neither a preset"),
+        ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100, 100], "epochs": [1]}}, "twice"),
+        ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100], "epochs": [0]}}, "must be positive"),
+        ({"grid": {"objective": "ar"}}, "lacks epochs, model, unique_tokens"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_sweep(write_sweep(tmp_path, **changes))
+
+
+def test_runs_finish_and_are_not_repeated(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path))
+    assert {state(run) for run in sweep.runs} == {"waiting"}
+    results = Runner(sweep, jobs=2, say=lambda text: None).run(sweep.runs)
+    assert set(results.values()) == {"finished"}
+    assert_complete_and_unmixed(sweep)
+    results = Runner(sweep, jobs=2, say=lambda text: None).run(sweep.runs)
+    assert set(results.values()) == {"skipped"}
+    assert set(starts(sweep).values()) == {1}
+
+
+def test_failed_runs_are_restarted_and_reported(tmp_path, monkeypatch):
+    sweep = load_sweep(write_sweep(tmp_path))
+    monkeypatch.setenv("FAKE_FAIL", "mdm")
+    results = Runner(sweep, attempts=1, say=lambda text: None).run(sweep.runs)
+    assert results == {run.name: "failed" if run.objective == "mdm" else "finished" for run in sweep.runs}
+    assert {state(run) for run in sweep.runs if run.objective == "mdm"} == {"failed"}
+    assert read_attempts(next(run for run in sweep.runs if run.objective == "mdm"))[0]["returncode"] == 3
+    results = Runner(sweep, say=lambda text: None).run(sweep.runs)
+    assert "failed" not in results.values()
+    assert_complete_and_unmixed(sweep)
+    assert starts(sweep) == {run.name: 2 if run.objective == "mdm" else 1 for run in sweep.runs}
+
+
+def test_a_changed_file_cannot_continue_old_results(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path))
+    Runner(sweep, say=lambda text: None).run(sweep.runs[:1])
+    changed = load_sweep(write_sweep(tmp_path, flags={"lr": 0.002, "seq-length": 10, "valid-data-path": "corpus-valid"}))
+    with pytest.raises(ValueError, match=r"other flags \(lr: 0.001 before, 0.002 now\)"):
+        Runner(changed, say=lambda text: None).run(changed.runs)
+    (sweep.runs[1].folder).mkdir(parents=True)
+    (sweep.runs[1].folder / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="no sweep started"):
+        Runner(sweep, say=lambda text: None).run(sweep.runs)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def test_kill_9_of_sweep_and_trainer_then_again(tmp_path):
+    """Both are killed in the middle of the third run; the same command finishes without repeating or mixing."""
+    path = write_sweep(tmp_path)
+    sweep = load_sweep(path)
+    environment = dict(os.environ, FAKE_STEP_SECONDS="0.03")
+    process = subprocess.Popen([*PROGRAM, str(path), "run"], env=environment, stdout=subprocess.DEVNULL)
+    victim = sweep.runs[2].folder
+    wait_for(lambda: (victim / "metrics.jsonl").exists() and (victim / "metrics.jsonl").read_text().count("\n") > 3)
+    process.kill()
+    process.wait()
+    os.kill(int((victim / "starts.txt").read_text().split()[-1]), signal.SIGKILL)
+    wait_for(lambda: state(sweep.runs[2]) != "running")
+    assert state(sweep.runs[2]) == "interrupted"
+    with open(victim / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')  # what a kill can leave
+    done = subprocess.run([*PROGRAM, str(path), "run"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 skipped" in done.stdout
+    assert_complete_and_unmixed(sweep)
+    assert starts(sweep) == {run.name: 2 if run.folder == victim else 1 for run in sweep.runs}
+
+
+def test_trainer_that_outlives_a_killed_sweep_is_waited_for_not_doubled(tmp_path):
+    path = write_sweep(tmp_path)
+    sweep = load_sweep(path)
+    environment = dict(os.environ, FAKE_STEP_SECONDS="0.15")
+    process = subprocess.Popen([*PROGRAM, str(path), "run"], env=environment, stdout=subprocess.DEVNULL)
+    first = sweep.runs[0]
+    wait_for(lambda: (first.folder / "metrics.jsonl").exists())
+    process.kill()
+    process.wait()
+    assert state(first) == "running"
+    done = subprocess.run([*PROGRAM, str(path), "run"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_complete_and_unmixed(sweep)
+    assert set(starts(sweep).values()) == {1}
+
+
+def test_ctrl_c_stops_the_training_processes(tmp_path):
+    path = write_sweep(tmp_path)
+    sweep = load_sweep(path)
+    process = subprocess.Popen([*PROGRAM, str(path), "run"], env=dict(os.environ, FAKE_STEP_SECONDS="0.2"),
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(lambda: (sweep.runs[0].folder / "metrics.jsonl").exists())
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "stopping" in out
+    assert {state(run) for run in sweep.runs} <= {"failed", "interrupted", "waiting"}
+
+
+def test_slurm_script(tmp_path):
+    path = write_sweep(tmp_path, slurm={"partition": "gpu", "gpus-per-node": 8, "max-running": 3})
+    done = subprocess.run([*PROGRAM, str(path), "slurm"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "runs/slurm/sweep.slurm"
+    text = script.read_text()
+    assert "#SBATCH --array=0-7%3" in text
+    assert "#SBATCH --partition=gpu" in text
+    assert not re.search(r"max.running", text)
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    # Task 3 runs the fourth run and no other.
+    task = dict(os.environ, SLURM_ARRAY_TASK_ID="3")
+    done = subprocess.run(["bash", str(script)], env=task, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [state(run) for run in load_sweep(path).runs].count("finished") == 1
+    assert state(load_sweep(path).runs[3]) == "finished"
+
+
+def test_status_and_unknown_selection(tmp_path):
+    path = write_sweep(tmp_path)
+    sweep = load_sweep(path)
+    Runner(sweep, say=lambda text: None).run(sweep.runs[:2])
+    done = subprocess.run([*PROGRAM, str(path), "status"], capture_output=True, text=True, timeout=120)
+    assert "2 finished, 6 waiting" in done.stdout
+    assert "NLL" in done.stdout
+    failed = subprocess.run([*PROGRAM, str(path), "run", "--only", "nothing"], capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2
+    assert "no run matches" in failed.stderr
+
+
+def test_the_example_sweep_is_valid_and_matched():
+    sweep = load_sweep(ROOT / "examples_scaling/sweeps/laptop.yaml")
+    assert len(sweep.runs) == 36
+    assert unmatched(sweep.runs) == []
+    for run in sweep.runs:
+        build_parser().parse_args(command_line(sweep, run)[2:])
+    assert hours(sum(run.flops for run in sweep.runs), sweep.price) is not None

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""A sweep is one YAML file (docs/scaling.md): list it, price it, run it here or on SLURM, show where it stands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.scaling.compare import matched_pairs
+from megatron.scaling.runs import format_count
+from megatron.scaling.sweep import Sweep, SweepRun, hours, load_sweep, read_result, state, unmatched
+from megatron.scaling.sweep_runner import Runner, command_line, write_slurm
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        sweep = load_sweep(options.sweep)
+        runs = _selected(sweep, options.only)
+        return {"list": _list, "price": _price, "status": _status, "check": _check, "run": _run, "slurm": _slurm}[
+            options.action
+        ](sweep, runs, options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("sweep", type=Path, metavar="FILE", help="the sweep's YAML file")
+    add("action", choices=["list", "price", "status", "check", "run", "slurm"],
+        help="list: runs and their commands; price: FLOPs and hours; status: where every run stands; check: what differs "
+             "within comparisons; run: everything that is not finished; slurm: write an array job")  # fmt: skip
+    add("--only", nargs="+", metavar="NAME", help="these runs, or all whose name contains the text (default: all)")
+    add("--jobs", type=int, default=1, metavar="COUNT", help="run: at the same time (default: 1)")
+    add("--devices-per-job", type=int, default=0, metavar="COUNT", help="run: GPUs each job sees (default: all)")
+    add("--attempts", type=int, default=2, metavar="COUNT", help="run: starts before a run counts as failed (default: 2)")
+    add("--output", type=Path, metavar="DIR", help="slurm: folder of the job script (default: OUTPUT/slurm)")
+    return parser
+
+
+def _selected(sweep: Sweep, only: list[str] | None) -> list[SweepRun]:
+    if not only:
+        return list(sweep.runs)
+    names = {run.name for run in sweep.runs}
+    found = [run for run in sweep.runs if any(text == run.name or (text not in names and text in run.name) for text in only)]
+    if not found:
+        raise ValueError(f"no run matches {', '.join(only)}; runs are named as `list` shows")
+    return found
+
+
+def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    for run in runs:
+        print(f"{run.name}\n    {' '.join(command_line(sweep, run))}")
+    print(f"{len(runs)} runs")
+    return 0
+
+
+def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    for run in [*runs, None]:
+        flops = run.flops if run else sum(other.flops for other in runs)
+        name = run.name if run else f"{len(runs)} runs together"
+        needed = hours(flops, sweep.price)
+        size = f"{format_count(run.parameters)} parameters, " if run else ""
+        time = "" if needed is None else f", {needed:.3g} h"
+        print(f"{name}: {size}{flops:.3g} FLOPs{time}")
+    if sweep.price:
+        device = f"{sweep.price['peak_tflops']} TFLOP/s" if "peak_tflops" in sweep.price else sweep.price.get("device", "H100")
+        print(f"hours on {sweep.price.get('devices', 1)} x {device} at {float(sweep.price.get('mfu', 0.4)):.0%} MFU, "
+              "training only, one run after another")  # fmt: skip
+    else:
+        print("no hours: the sweep names no price (device, devices, mfu)")
+    return 0
+
+
+def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    counts: Counter[str] = Counter()
+    for run in runs:
+        current = state(run)
+        counts[current] += 1
+        result = read_result(run)
+        done = f" {min(1.0, result.samples_done / max(1, int(result.info['train_samples']))):.0%}" if result else ""
+        best = f", best {result.best.nll:.4f} ± {result.best.nll_se:.4f} {result.label}" if result and result.best else ""
+        print(f"{run.name}: {current}{done if current != 'finished' else ''}{best}")
+    print(", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
+    return 0
+
+
+def _check(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    """Exit status 1 where something besides the objective differs within a comparison."""
+    found = unmatched(runs)
+    results = [result for run in runs if (result := read_result(run)) is not None]
+    for first, second, differing in matched_pairs(results):
+        same_place = first.name.split("-", 1)[1] == second.name.split("-", 1)[1]
+        if same_place:
+            found += [f"{first.name} and {second.name}, as run: {item}" for item in differing if not item.layout]
+    print("\n".join(found) if found else "matched: within every comparison only the objective differs")
+    return 1 if found else 0
+
+
+def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    runner = Runner(
+        sweep, jobs=max(1, options.jobs), devices_per_job=options.devices_per_job, attempts=max(1, options.attempts),
+        say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    results = runner.run(runs)
+    counts = Counter(results.values())
+    print(", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
+    for name in [name for name, outcome in results.items() if outcome == "failed"]:
+        print(f"failed: {name}", file=sys.stderr)
+    return 130 if counts["stopped"] else 1 if counts["failed"] else 0
+
+
+def _slurm(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    script = write_slurm(sweep, runs, options.output or sweep.output / "slurm")
+    print(f"sbatch {script}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
