@@ -63,7 +63,7 @@ def resolve(config: Config, *, run_name: str) -> ResolvedRun:
     vocab_size = resolve_vocab_size(config, (train_paths or valid_paths))
     checkpoint = newest_manifest(config)
     config = replace(config, model=_resolve_model(config, vocab_size, checkpoint))
-    config = _resolve_mask_id(config, vocab_size)
+    config = _resolve_mask_id(config, vocab_size, checkpoint)
     config = _resolve_lengths(config, unique_tokens)
     run_dir = Path(config.run.save) if config.run.save else Path("runs") / run_name
     _check_writable(run_dir)
