@@ -109,6 +109,20 @@ class ObjectiveConfig:
     randmask_ratio: float = option(
         0.0, "AR with random attention masking: probability that a query drops earlier keys", unit="P"
     )
+    input_mask_ratio: float = option(
+        0.0, "AR with masked inputs: each sequence masks a share of them drawn from U(0, this)", unit="RATIO"
+    )
+    noise_schedule: str | None = option(
+        None,
+        "masked share as a function of t: linear t, cosine sin(pi*t/2), polynomial t^power; default: linear (maskgit: "
+        "cosine)",
+        choices=("linear", "cosine", "polynomial"),
+    )
+    noise_schedule_power: float | None = option(None, "power of the polynomial schedule; default: 2", unit="POWER")
+    random_length_ratio: float = option(
+        0.0, "MDM: probability that a sequence is cut in two at a uniformly random length", unit="P"
+    )
+    block_size: int | None = option(None, "block diffusion: tokens per block", unit="TOKENS")
 
 
 @dataclass(frozen=True)

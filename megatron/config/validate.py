@@ -273,8 +273,13 @@ def _validate_objective(config: Config) -> None:
         "correct the name",
     )
     for field, owners in {
+        "independent_t": ("mdm", "maskgit", "exact_count_mdm", "block_diffusion"),
+        "noise_schedule": ("mdm", "maskgit", "block_diffusion"),
         "ar_ratio": ("mdm",),
         "low_noise_start": ("mdm",),
+        "random_length_ratio": ("mdm",),
+        "block_size": ("block_diffusion",),
+        "input_mask_ratio": ("masked_input_ar",),
         "num_order_list": ("permuted_ar",),
         "use_order_list": ("permuted_ar",),
         "use_predefined_order": ("permuted_ar",),
@@ -287,7 +292,7 @@ def _validate_objective(config: Config) -> None:
             f"it belongs to {', '.join(owners)}",
             f"drop it or pass --objective {owners[0]}",
         )
-    for field in ("ar_ratio", "randmask_ratio"):
+    for field in ("ar_ratio", "randmask_ratio", "input_mask_ratio", "random_length_ratio"):
         value = getattr(objective, field)
         flag = "--" + field.replace("_", "-")
         _require(0 <= value <= 1, f"{flag} is {value}", "a probability is in [0, 1]", "correct it")
@@ -302,6 +307,37 @@ def _validate_objective(config: Config) -> None:
         f"--num-order-list is {objective.num_order_list}",
         "training over permuted orders needs at least one order",
         "pass --num-order-list N",
+    )
+    for owner, field in {"masked_attention_ar": "randmask_ratio", "masked_input_ar": "input_mask_ratio"}.items():
+        flag = "--" + field.replace("_", "-")
+        _require(
+            name != owner or getattr(objective, field) > 0,
+            f"--objective {owner} without {flag}",
+            "it would be plain AR",
+            f"pass {flag} above 0, or --objective ar",
+        )
+    power = objective.noise_schedule_power
+    _require(
+        power is None or (power > 0 and objective.noise_schedule == "polynomial"),
+        f"--noise-schedule-power {power} with --noise-schedule {objective.noise_schedule}",
+        "it is the positive power of the polynomial schedule",
+        "pass --noise-schedule polynomial, or drop it",
+    )
+    _validate_block_size(name == "block_diffusion", objective.block_size, config.model.seq_length)
+
+
+def _validate_block_size(is_needed: bool, block_size: int | None, seq_length: int) -> None:
+    _require(
+        not is_needed or block_size is not None,
+        "--objective block_diffusion without --block-size",
+        "a block has a size",
+        "pass --block-size N, a divisor of the sequence length",
+    )
+    _require(
+        block_size is None or (block_size >= 1 and seq_length % block_size == 0),
+        f"--block-size {block_size} does not divide --seq-length {seq_length}",
+        "a sequence is whole blocks",
+        f"choose a divisor of {seq_length}",
     )
 
 

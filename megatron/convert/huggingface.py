@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from megatron.config.schema import Config, ModelConfig
 from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
 from megatron.model import Causal, Full
-from megatron.objectives import Objective, build_objective
+from megatron.objectives import evaluation_objective
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -34,12 +33,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Buffers that old versions of transformers saved; they follow from the configuration.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
-
-
-def evaluation_objective(config: Config) -> Objective:
-    """Return the objective of a run with evaluation settings; the batch size, which plays no part, may be unknown."""
-    run = replace(config.run, global_batch_size=config.run.global_batch_size or 1)
-    return build_objective(replace(config, run=run)).for_eval()
 
 
 def attention_family(config: Config) -> str:

@@ -18,7 +18,7 @@ from megatron.config.schema import Config
 from megatron.convert.folders import new_folder
 from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
-from megatron.convert.huggingface import evaluation_objective
+from megatron.objectives import evaluation_objective
 from megatron.training.checkpoint import CheckpointReader, find_checkpoint, save_full_checkpoint
 from megatron.training.metrics import parameters_for_compute
 

@@ -15,6 +15,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
 from megatron.generation.cache import CachedDecoder
 from megatron.model import Causal, Full, GPTModel
+from megatron.objectives import evaluation_objective
 from megatron.parallel.context import ParallelContext
 from megatron.training.checkpoint import MANIFEST, CheckpointReader, find_checkpoint
 
@@ -141,8 +142,15 @@ def load_model(
         config, tensor_of = reader.config, reader.tensor
         source, identity = str(folder), _hash((folder / MANIFEST).read_bytes())
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
-    is_masked = config.objective.objective == "mdm"
-    model = GPTModel(config.model, context, mask=Full() if is_masked else Causal())
+    mask = evaluation_objective(config).attention_mask
+    if not isinstance(mask, Causal | Full):
+        raise ValueError(
+            f"{source} was trained with objective {config.objective.objective}, which evaluates with "
+            f"{type(mask).__name__} attention; this evaluates causal models and full-sequence masked diffusion; use "
+            "pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint"
+        )
+    is_masked = isinstance(mask, Full)
+    model = GPTModel(config.model, context, mask=mask)
     _load_tensors(model, tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
     return InferenceModel(model, config, tokenizer, context, source, identity + dtype, is_masked, problem)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from megatron.config.schema import Config
 from megatron.model.mask import AttentionMask, Causal
-from megatron.objectives.base import ModelBatch
+from megatron.objectives.base import EXACT, ModelBatch
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class Autoregressive:
     """Predict token i + 1 from tokens 0 … i: ``loss = Σ ce / (batch · seq)``."""
 
     attention_mask: AttentionMask = Causal()
-    label: str = "NLL (exact)"
+    label: str = EXACT
     loss_fraction: float = 1.0
+    needs_mask_token: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: Config) -> Autoregressive:

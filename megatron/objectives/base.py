@@ -7,10 +7,11 @@ differs, and that runs on the CPU, in the data loader's workers, without collect
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
+from megatron.config.schema import Config
 from megatron.model.head import Targets
 from megatron.model.mask import AttentionMask
 
@@ -46,14 +47,18 @@ class ModelBatch:
         loss_weights: torch.Tensor,
         sample_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> ModelBatch:
-        """Complete a batch: the positions in the loss are counted here, on the CPU. The normalizer is batch·seq."""
+        """Complete a batch: the positions in the loss are counted here, on the CPU.
+
+        The normalizer is the number of tokens of data: batch·seq, or ``num_tokens`` where inputs hold copies of them.
+        """
         return cls(
             input_ids=input_ids,
             labels=labels,
             loss_weights=loss_weights,
             loss_positions=loss_weights.reshape(-1).nonzero().squeeze(-1),
-            normalizer=torch.tensor(float(labels.numel())),
+            normalizer=torch.tensor(float(labels.numel() if num_tokens is None else num_tokens)),
             sample_ids=sample_ids,
             position_ids=position_ids,
         )
@@ -85,14 +90,23 @@ class ModelBatch:
         return replace(self, **pinned)
 
 
+# What a loss may be called. The mean over noise of a bound is an upper bound on the negative log-likelihood.
+EXACT = "NLL (exact)"
+BOUND = "NLL bound"
+NO_BOUND = "not a likelihood bound"
+
+
 class Objective(Protocol):
     """What is predicted from what.
 
     Attributes:
         attention_mask: which keys a query sees: all that the model knows of the objective.
-        label: how its loss may be called: "NLL (exact)" or "NLL bound".
-        loss_fraction: expected share of positions in the loss (for FLOP counts).
+        label: what its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`.
+        loss_fraction: expected share of tokens in the loss (for FLOP counts).
+        needs_mask_token: whether the vocabulary must have room for a mask token.
     """
+
+    needs_mask_token: ClassVar[bool]
 
     @property
     def attention_mask(self) -> AttentionMask: ...
@@ -102,6 +116,11 @@ class Objective(Protocol):
 
     @property
     def loss_fraction(self) -> float: ...
+
+    @classmethod
+    def from_config(cls, config: Config) -> Objective:
+        """Build from a resolved configuration."""
+        ...
 
     def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
         """Make a batch.
@@ -124,4 +143,4 @@ class Objective(Protocol):
 
 def is_exact(objective: Objective) -> bool:
     """Whether the loss is a likelihood, not a bound on one."""
-    return objective.label == "NLL (exact)"
+    return objective.label == EXACT

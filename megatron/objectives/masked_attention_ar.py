@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from megatron.config.schema import Config
 from megatron.model.mask import AttentionMask, RandomKeyDrop
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import ModelBatch
+from megatron.objectives.base import BOUND, ModelBatch
 
 
 @dataclass(frozen=True)
 class MaskedAttentionAR:
     """Next-token prediction under :class:`megatron.model.mask.RandomKeyDrop`.
 
+    Under given drops the loss is a likelihood; averaged over them it bounds that of the mixture.
+
     Attributes:
         attention_mask: the random mask; a function of the sample ids that travel with the batch.
     """
 
     attention_mask: AttentionMask
-    label: str = "NLL (exact)"
+    label: str = BOUND
     loss_fraction: float = 1.0
+    needs_mask_token: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, config: Config) -> MaskedAttentionAR:

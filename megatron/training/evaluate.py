@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from megatron.data.loader import MicroBatchSampler, TokenDataset, build_loader
-from megatron.objectives.base import Objective, is_exact
+from megatron.objectives.base import NO_BOUND, Objective, is_exact
 from megatron.training.engine import Engine
 
 # Micro-batches in one pass of the pipeline: enough to fill it, few enough to keep the results of a pass small.
@@ -23,7 +23,7 @@ class ValidationResult:
     Attributes:
         nll: mean loss in nats per token.
         nll_se: standard error of that mean over samples; None for a single sample.
-        label: "NLL (exact)" or "NLL bound".
+        label: what the loss may be called; see ``megatron.objectives.base``.
         num_mc: noise draws per sample.
         num_samples: samples of seq_length tokens.
     """
@@ -40,14 +40,17 @@ class ValidationResult:
         Args:
             bytes_per_token: bytes of text per token of the validation data, where recorded.
         """
+        is_likelihood = self.label != NO_BOUND
+        per_byte = None if bytes_per_token is None else self.nll / math.log(2) / bytes_per_token
         return {
             "nll": self.nll,
             "nll_se": self.nll_se,
             "label": self.label,
             "num_mc": self.num_mc,
             "num_samples": self.num_samples,
-            "ppl": math.exp(min(self.nll, 700.0)),
-            "bits_per_byte": None if bytes_per_token is None else self.nll / math.log(2) / bytes_per_token,
+            # Perplexity and bits per byte are names for a likelihood.
+            "ppl": math.exp(min(self.nll, 700.0)) if is_likelihood else None,
+            "bits_per_byte": per_byte if is_likelihood else None,
         }
 
 

@@ -15,6 +15,7 @@ import torch
 from megatron.config.presets import compute_parameters, training_flops
 from megatron.config.schema import Config, ModelConfig
 from megatron.model.mask import AttentionMask, keys_per_token, positions_per_token
+from megatron.objectives.base import EXACT
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -240,10 +241,11 @@ class Progress:
         bits = "" if record["bits_per_byte"] is None else f" | {record['bits_per_byte']:.4f} bits/byte"
         error = "" if record["nll_se"] is None else f" ± {record['nll_se']:.4f}"
         best = " (best)" if record["best"] else ""
-        draws = "" if record["label"] == "NLL (exact)" else f" ({record['num_mc']} draw{'s' * (record['num_mc'] > 1)})"
+        draws = "" if record["label"] == EXACT else f" ({record['num_mc']} draw{'s' * (record['num_mc'] > 1)})"
+        perplexity = "" if record["ppl"] is None else f" | perplexity {record['ppl']:.2f}"
         self.print(
-            f"validation at step {record['step']}: {record['label']}{draws} {record['nll']:.4f}{error} nats/token | "
-            f"perplexity {record['ppl']:.2f}{bits}{best}"
+            f"validation at step {record['step']}: {record['label']}{draws} {record['nll']:.4f}{error} nats/token"
+            f"{perplexity}{bits}{best}"
         )
 
     def print(self, text: str) -> None:

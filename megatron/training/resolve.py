@@ -11,6 +11,7 @@ from megatron.config.schema import Config, ModelConfig
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.indexed import read_meta
+from megatron.objectives import needs_mask_token
 from megatron.training.checkpoint import checkpoint_tags, damaged_files, read_manifest
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
@@ -62,7 +63,7 @@ def resolve(config: Config, *, run_name: str) -> ResolvedRun:
     vocab_size = resolve_vocab_size(config, (train_paths or valid_paths))
     checkpoint = newest_manifest(config)
     config = replace(config, model=_resolve_model(config, vocab_size, checkpoint))
-    config = _resolve_mask_id(config, vocab_size)
+    config = _resolve_mask_id(config, vocab_size, checkpoint)
     config = _resolve_lengths(config, unique_tokens)
     run_dir = Path(config.run.save) if config.run.save else Path("runs") / run_name
     _check_writable(run_dir)
@@ -147,7 +148,8 @@ def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> 
             )
         _check_objective(config, checkpoint["config"]["objective"]["objective"])
         padded = model.padded_vocab_size or saved["padded_vocab_size"]
-        if config.run.finetune and model.padded_vocab_size is None and config.objective.objective == "mdm":
+        is_widened = config.run.finetune and model.padded_vocab_size is None
+        if is_widened and needs_mask_token(config.objective.objective):
             padded = max(padded, -(-(vocab_size + 1) // unit) * unit)  # room for the mask token
     if padded < vocab_size:
         raise ValueError(f"the padded vocabulary {padded} is below the vocabulary {vocab_size}; every token needs a row; "
@@ -169,7 +171,7 @@ def _check_objective(config: Config, saved: str | None) -> None:
 
 
 def _resolve_mask_id(config: Config, vocab_size: int, checkpoint: dict | None) -> Config:
-    if config.objective.objective != "mdm":
+    if not needs_mask_token(config.objective.objective):
         return config
     padded = config.model.padded_vocab_size
     assert padded is not None

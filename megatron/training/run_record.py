@@ -43,6 +43,7 @@ def write_run_record(
         "format": 1,
         "objective": config.objective.objective,
         "label": objective.for_eval().label,
+        "train_label": objective.label,
         "config": config_to_dict(config),
         "parameters": {**total_parameters(config.model), "for_compute": parameters},
         "unique_tokens": resolved.unique_tokens,

@@ -133,7 +133,12 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
     """As training on CUDA does it: the block is compiled once, every batch brings a mask of its own."""
     config = fill_model(
         ModelConfig(
-            num_layers=1, hidden_size=32, num_attention_heads=2, seq_length=32, padded_vocab_size=8, attention_dropout=0.0
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=2,
+            seq_length=32,
+            padded_vocab_size=8,
+            attention_dropout=0.0,
         )
     )
     block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1), mask=mask).eval()

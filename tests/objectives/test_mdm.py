@@ -1,15 +1,14 @@
 """Masked diffusion: the properties of its noise, and its bound against enumeration."""
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from objective_helpers import (
     MASK_ID,
     SEQ,
+    any_order_log_likelihoods,
     assert_same_batch,
+    exact_bound,
     make_objective,
     make_tokens,
     tiny_model,
@@ -18,7 +17,12 @@ from objective_helpers import (
 
 from megatron.model import Full
 from megatron.objectives import noise
-from megatron.objectives.mdm import MIN_MASK_PROB, MaskedDiffusion
+from megatron.objectives.mdm import MaskedDiffusion
+from megatron.objectives.schedules import MIN_MASK_PROB, mask_probability
+
+
+def probabilities(objective: MaskedDiffusion, sample_ids: np.ndarray) -> np.ndarray:
+    return mask_probability(objective.schedule, objective.times(sample_ids))
 
 
 def test_inputs_labels_and_weights():
@@ -116,11 +120,11 @@ def test_low_noise_scales_t_in_the_first_iterations_only():
         make_objective("--low-noise-start", "--low-noise-iter", "3", "--low-noise-ratio", "0.25"),
     )
     ids = np.arange(48)  # six steps of 8
-    before = (plain.mask_probabilities(ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
-    after = (scaled.mask_probabilities(ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
+    before = (probabilities(plain, ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
+    after = (probabilities(scaled, ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
     assert np.allclose(after[:24], before[:24] * 0.25) and np.array_equal(after[24:], before[24:])
     unused = make_objective("--low-noise-iter", "3", "--low-noise-ratio", "0.25")  # without --low-noise-start
-    assert np.array_equal(unused.mask_probabilities(ids), plain.mask_probabilities(ids))
+    assert np.array_equal(probabilities(unused, ids), probabilities(plain, ids))
 
 
 TRAINING_FLAGS = [
@@ -148,28 +152,10 @@ def test_evaluation_noise_does_not_depend_on_seed_or_batch(options):
 
 def test_evaluation_draws_of_one_sample_are_spread_and_differ():
     draws = [make_objective().for_eval(draw, 8) for draw in range(8)]
-    p = [objective.mask_probabilities(np.arange(1))[0] for objective in draws]
+    p = [probabilities(objective, np.arange(1))[0] for objective in draws]
     assert np.allclose(np.diff(np.sort(p)), (1 - MIN_MASK_PROB) / 8)
     masks = [objective._mask(0, 0.5, SEQ).tobytes() for objective in draws]
     assert len(set(masks)) == 8
-
-
-def exact_bound(model, tokens: torch.Tensor, mask_id: int) -> float:
-    """The bound by enumeration: over all masks, with the weight of m masked tokens of L integrated over t.
-
-    Σ_masks [∫ p^m (1 − p)^(L−m) / p dt] · Σ_masked ce / L with p = (1 − 1e-3)·t + 1e-3.
-    """
-    length = len(tokens)
-    nodes, quadrature = np.polynomial.legendre.leggauss(20)  # exact for these polynomials of degree below 40
-    p = (1 - 1e-3) * (nodes + 1) / 2 + 1e-3
-    weight = [float((quadrature / 2 * p ** (m - 1) * (1 - p) ** (length - m)).sum()) for m in range(1, length + 1)]
-    masks = torch.tensor(list(product([False, True], repeat=length)))
-    labels = tokens.expand(len(masks), length)
-    with torch.no_grad():
-        logits = model.logits(labels.masked_fill(masks, mask_id))
-    ce = F.cross_entropy(logits.double().transpose(1, 2), labels, reduction="none")
-    per_mask = (ce * masks).sum(-1)
-    return sum(weight[m - 1] * loss.item() for m, loss in zip(masks.sum(-1).tolist(), per_mask) if m) / length
 
 
 @pytest.mark.parametrize("stratified", [True, False])
@@ -193,17 +179,9 @@ def test_the_bound_equals_enumeration(stratified):
 @torch.no_grad()
 def test_the_bound_is_above_the_likelihood_it_bounds():
     """Against the exact any-order likelihood: the mean over orders of the product of conditionals is below the bound."""
-    from itertools import permutations
-
     model = tiny_model(Full(), vocab=8, seq=4)
     tokens = torch.tensor([2, 0, 4, 1])
-    log_likelihoods = []
-    for order in permutations(range(4)):
-        current, total = torch.full((4,), 5), 0.0
-        for position in order:
-            total += model.logits(current[None])[0, position].log_softmax(-1)[tokens[position]].item()
-            current[position] = tokens[position]
-        log_likelihoods.append(total)
+    log_likelihoods = any_order_log_likelihoods(model, tokens, 5)
     mean_nll = -np.mean(log_likelihoods) / 4
     # Up to the floor of p, the bound is the mean over orders (arXiv 2406.03736, theorem on any-order models).
     assert exact_bound(model, tokens, 5) == pytest.approx(mean_nll, rel=5e-3)

@@ -1,0 +1,38 @@
+"""Masked diffusion with an exact number of masked tokens (Ou et al., arXiv 2406.03736; Nie et al., arXiv 2502.09992,
+equation 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron.config.schema import Config
+from megatron.objectives import noise
+from megatron.objectives.mdm import MaskedDiffusion
+
+
+@dataclass(frozen=True)
+class ExactCountMDM(MaskedDiffusion):
+    """m ~ U{1 … L} tokens of a sequence of L, chosen uniformly, are masked; each weighs L / m.
+
+    In expectation ``Σ_masked (L / m) · ce / L`` is the bound of masked diffusion without the floor on p: integrating the
+    linear schedule over t leaves each m with the same probability 1/(L + 1) and weight 1/p becomes (L + 1)/m, and m = 0
+    adds nothing. The number of masked tokens has no variance left for given t. Times are stratified, so m is too.
+    """
+
+    @classmethod
+    def from_config(cls, config: Config) -> ExactCountMDM:
+        """Build from a resolved configuration."""
+        return cls(**cls.noise_options(config))
+
+    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exactly m masked tokens a row, see :meth:`MaskedDiffusion.masks_and_weights`."""
+        counts = 1 + np.floor(self.times(sample_ids) * seq_length).astype(np.int64)  # t < 1, so at most L
+        is_masked = np.zeros((len(sample_ids), seq_length), dtype=bool)
+        for row, (sample, count) in enumerate(zip(sample_ids.tolist(), counts)):
+            is_masked[row, noise.generator(self.seed, sample).permutation(seq_length)[:count]] = True
+        weight = torch.from_numpy(seq_length / counts).float().unsqueeze(-1)
+        masked = torch.from_numpy(is_masked)
+        return masked, masked * weight

@@ -1,0 +1,112 @@
+"""Noise schedules of masked diffusion: which share of the tokens is masked at time t.
+
+With α_t the probability that a token is still visible at time t (α_0 = 1, α_1 = 0), the continuous-time bound is
+``∫₀¹ −α'_t / (1 − α_t) · E[Σ_masked ce] dt`` (Sahoo et al., arXiv 2406.07524, equation 10; Shi et al., arXiv 2406.04329,
+equation 5). Written with the masked share s = 1 − α the weight of a masked token is s'(t) / s(t), and with s itself as the
+variable of integration the bound is ``∫₀¹ E[Σ_masked ce | s] / s ds``: no schedule appears in it. A schedule decides only
+where the noise draws are spent, that is, the variance of the estimate.
+
+The masked share is kept away from 0 by a floor, ``p(t) = (1 − ε)·s(t) + ε`` with ε = 1e-3 as in the recipe of
+arXiv 2507.15857, and a masked token weighs ``s'(t) / p(t)``. So every schedule estimates the same integral over
+p ∈ [ε, 1], times 1/(1 − ε); the linear one has weight 1/p; and the expected weight of every token is ∫ s'(t) dt = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+MIN_MASK_PROB = 1e-3
+
+
+class Schedule(Protocol):
+    """A share s(t) of masked tokens that grows from s(0) = 0 to s(1) = 1."""
+
+    def share(self, t: np.ndarray) -> np.ndarray:
+        """s(t)."""
+        ...
+
+    def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t)."""
+        ...
+
+    @property
+    def mean_share(self) -> float:
+        """∫₀¹ s(t) dt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """s = t (arXiv 2502.09992)."""
+
+    mean_share: float = 0.5
+
+    def share(self, t: np.ndarray) -> np.ndarray:
+        return t
+
+    def rate(self, t: np.ndarray) -> np.ndarray:
+        return np.ones_like(t)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """s = cos(π/2 · (1 − t)) (Chang et al., arXiv 2202.04200; arXiv 2406.04329, table 4): many highly masked draws."""
+
+    mean_share: float = 2 / np.pi
+
+    def share(self, t: np.ndarray) -> np.ndarray:
+        return np.sin(np.pi / 2 * t)
+
+    def rate(self, t: np.ndarray) -> np.ndarray:
+        return np.pi / 2 * np.cos(np.pi / 2 * t)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """s = t^power (arXiv 2406.04329, table 4): a power above 1 gives many lightly masked draws.
+
+    Attributes:
+        power: exponent, above 0.
+    """
+
+    power: float
+
+    def share(self, t: np.ndarray) -> np.ndarray:
+        return t**self.power
+
+    def rate(self, t: np.ndarray) -> np.ndarray:
+        return self.power * t ** (self.power - 1)
+
+    @property
+    def mean_share(self) -> float:
+        """1 / (power + 1)."""
+        return 1 / (self.power + 1)
+
+
+NOISE_SCHEDULES = ("linear", "cosine", "polynomial")
+DEFAULT_POWER = 2.0
+
+
+def build_schedule(name: str, power: float | None = None) -> Schedule:
+    """The schedule called ``name``, one of :data:`NOISE_SCHEDULES`."""
+    if name == "polynomial":
+        return Polynomial(DEFAULT_POWER if power is None else power)
+    return Cosine() if name == "cosine" else Linear()
+
+
+def mask_probability(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    """Probability p(t) of masking a token, fp64 in [ε, 1]."""
+    return (1 - MIN_MASK_PROB) * schedule.share(t) + MIN_MASK_PROB
+
+
+def bound_weight(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    """Weight s'(t) / p(t) of a masked token in the bound, fp64."""
+    return schedule.rate(t) / mask_probability(schedule, t)
+
+
+def mean_mask_probability(schedule: Schedule) -> float:
+    """∫₀¹ p(t) dt: the expected share of tokens in the loss."""
+    return (1 - MIN_MASK_PROB) * schedule.mean_share + MIN_MASK_PROB

@@ -1,0 +1,122 @@
+"""What holds for every objective of the registry, also for the next one."""
+
+import pytest
+import torch
+from objective_helpers import MASK_ID, SEQ, assert_same_batch, make_config, make_objective, make_tokens, tiny_model
+
+from megatron.objectives import OBJECTIVES, build_objective, evaluation_objective, needs_mask_token
+from megatron.objectives.base import BOUND, EXACT, NO_BOUND, is_exact
+from megatron.training.evaluate import ValidationResult
+
+NEEDED = {
+    "permuted_ar": ["--num-order-list", "4"],
+    "masked_attention_ar": ["--randmask-ratio", "0.5"],
+    "masked_input_ar": ["--input-mask-ratio", "0.5"],
+    "block_diffusion": ["--block-size", "4"],
+}
+
+
+def flags_of(name: str) -> list[str]:
+    return ["--objective", name, *NEEDED.get(name, [])]
+
+
+@pytest.fixture(params=sorted(OBJECTIVES))
+def name(request) -> str:
+    return request.param
+
+
+def rows(batch, ids: list[int]) -> tuple[torch.Tensor, ...]:
+    parts = [batch.input_ids, batch.labels, batch.loss_weights]
+    return tuple(part[ids] for part in ([*parts, batch.position_ids] if batch.position_ids is not None else parts))
+
+
+def test_noise_is_a_function_of_sample_ids(name):
+    objective, tokens = make_objective(*flags_of(name)), make_tokens(24)
+    for view in (objective, objective.for_eval(1, 4)):
+        whole = view.prepare(tokens, torch.arange(24))
+        for ids in ([7], [20, 3], list(range(8, 16))):
+            part = view.prepare(tokens[ids], torch.tensor(ids))
+            for got, expected in zip(rows(part, list(range(len(ids)))), rows(whole, ids)):
+                assert torch.equal(got, expected)
+        assert_same_batch(whole, view.prepare(tokens, torch.arange(24)))
+
+
+def test_evaluation_does_not_depend_on_seed_or_batch_size(name):
+    tokens, ids = make_tokens(12), torch.arange(12)
+    first, second = (make_objective(*flags_of(name), **o).for_eval(1, 4) for o in ({}, {"seed": 77, "batch": 5}))
+    assert_same_batch(first.prepare(tokens, ids), second.prepare(tokens, ids))
+    assert first.attention_mask == second.attention_mask
+    again = first.for_eval(1, 4)  # evaluation settings of an evaluation objective are itself
+    assert_same_batch(again.prepare(tokens, ids), first.prepare(tokens, ids))
+
+
+def test_labels_are_honest(name):
+    objective = make_objective(*flags_of(name))
+    assert {objective.label, objective.for_eval().label} <= {EXACT, BOUND, NO_BOUND}
+    assert is_exact(objective) == (name == "ar")  # every other training loss has noise in it
+    assert objective.for_eval().label != NO_BOUND
+    assert is_exact(objective.for_eval()) == name.endswith("ar")
+
+
+@pytest.mark.parametrize("flags", [["--ar-ratio", "0.5"], ["--low-noise-start", "--low-noise-iter", "2"]])
+def test_training_noise_that_spoils_the_bound_is_said(flags):
+    objective = make_objective(*flags)
+    assert objective.label == NO_BOUND and objective.for_eval().label == BOUND
+
+
+def test_the_mask_token_is_asked_for_exactly_where_it_is_used(name):
+    batch = make_objective(*flags_of(name)).prepare(make_tokens(64), torch.arange(64))
+    assert bool((batch.input_ids == MASK_ID).any()) == needs_mask_token(name)
+
+
+def test_labels_are_tokens_and_weights_are_not_negative(name):
+    batch = make_objective(*flags_of(name)).prepare(make_tokens(16), torch.arange(16))
+    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
+    assert int(batch.labels.max()) < MASK_ID  # the mask token is never an answer
+    assert bool((batch.loss_weights >= 0).all()) and batch.normalizer == 16 * SEQ
+    assert torch.equal(batch.loss_positions, batch.loss_weights.flatten().nonzero().squeeze(-1))
+
+
+def test_a_training_step_gives_gradients_to_all_weights(name):
+    objective = make_objective(*flags_of(name))
+    model = tiny_model(objective.attention_mask, vocab=64, seq=SEQ)
+    loss = model(objective.prepare(make_tokens(8), torch.arange(8)))
+    loss.backward()
+    assert torch.isfinite(loss) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with torch.no_grad():
+        evaluated = objective.for_eval()
+        for layer in model.layers:
+            layer.mask = evaluated.attention_mask
+        losses = model(evaluated.prepare(make_tokens(8), torch.arange(8)), reduction="sample")
+    assert losses.shape == (8,) and torch.isfinite(losses).all()
+
+
+def test_the_evaluation_objective_needs_no_batch_size(name):
+    config = make_config(*flags_of(name))
+    unknown = type(config)(**{**vars(config), "run": type(config.run)()})
+    assert evaluation_objective(unknown).label == build_objective(config).for_eval().label
+
+
+OTHERS_FLAGS = [["--ar-ratio", "0.1"], ["--random-length-ratio", "0.1"], ["--block-size", "4"], ["--randmask-ratio", "0.1"],
+                ["--input-mask-ratio", "0.1"], ["--num-order-list", "3"], ["--noise-schedule", "cosine"],
+                ["--independent-t"], ["--low-noise-start"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", OTHERS_FLAGS, ids=lambda flags: flags[0])
+def test_a_flag_of_another_objective_is_refused(flags):
+    accepted = []
+    for name in OBJECTIVES:
+        own = NEEDED.get(name, [])
+        try:
+            make_config("--objective", name, *own, *([] if flags[0] in own else flags))
+            accepted.append(name)
+        except ValueError as error:
+            assert flags[0] in str(error)  # noqa: PT017
+    assert accepted and "ar" not in accepted and len(accepted) < len(OBJECTIVES)
+
+
+@pytest.mark.parametrize("label", [EXACT, BOUND, NO_BOUND])
+def test_only_likelihoods_have_a_perplexity(label):
+    record = ValidationResult(2.0, 0.1, label, 1, 8).record(bytes_per_token=4.0)
+    assert record["nll"] == 2.0 and record["label"] == label
+    assert (record["ppl"] is None) == (record["bits_per_byte"] is None) == (label == NO_BOUND)
