@@ -110,7 +110,7 @@ def train(objective: str, argv: list[str], watch: tuple[str, ...] = ()) -> Trace
 
     trace = Trace()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(main_module, "_leave", lambda: None))  # the pool keeps its group
+        stack.enter_context(mock.patch.object(main_module, "_leave", lambda: None))  # noqa: PT008  (the pool keeps its group)
         stack.enter_context(_recording_steps(trace))
         for name in watch:
             stack.enter_context(RECORDERS[name](trace))

@@ -18,9 +18,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
-
 from distributed import jobs
 from distributed.pool import ENVIRONMENT, Process, WorkerPool
+
 from megatron.training.checkpoint import KINDS, CheckpointReader, checkpoint_tags, find_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def command(tokens: Path, run_dir: Path, *launcher: str, **changes: Any) -> subp
     argv = jobs.flags(tokens, run_dir, **options(tokens, **changes))
     return subprocess.Popen(
         [sys.executable, *launcher, str(REPO / "pretrain_mdm.py"), *argv],
-        stdout=open(f"{run_dir}.log", "a"),  # noqa: SIM115 (as long as the process)
+        stdout=open(f"{run_dir}.log", "a"),
         stderr=subprocess.STDOUT,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPO)},
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from distributed import jobs
 from distributed.pool import ENVIRONMENT, Process, WorkerPool
 
