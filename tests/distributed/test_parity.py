@@ -39,6 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "permuted_ar": {"num_order_list": 4, "use_order_list": True},
     "masked_attention_ar": {"randmask_ratio": 0.7},
 }
+# Of the other objectives, the flags besides their name. With a fifth of the sequences cut, every layout meets batches with
+# and without positions.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked_input_ar": ("ar", {"input_mask_ratio": 0.5}),
+    "cosine": ("mdm", {"noise_schedule": "cosine"}),
+    "random_length": ("mdm", {"random_length_ratio": 0.2}),
+    "maskgit": ("maskgit", {}),
+    "exact_count": ("exact_count_mdm", {}),
+    "block_diffusion": ("block_diffusion", {"block_size": 8}),
+    "one_token_blocks": ("block_diffusion", {"block_size": 1}),
+}
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
 LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
                 "cpu_optimizer")  # fmt: skip
@@ -90,6 +101,13 @@ def test_layout_equals_one_process(compare: Callable, objective: str, layout: st
 def test_variant_equals_one_process(compare: Callable, variant: str, layout: str) -> None:
     size, changes = LAYOUTS[layout]
     compare("ar", size, **changes, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objective_equals_one_process(compare: Callable, name: str, layout: str) -> None:
+    (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS[layout]
+    compare(objective, size, **changes, **options)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def test_flags_parse_on_one_node_of_eight(script: Path, monkeypatch: pytest.Monk
     assert "--standalone" in launcher
     assert (REPO / program).name == program
     config = parsed(words, monkeypatch, world_size=8)
-    assert config.objective.objective == ("mdm" if "mdm" in str(script.relative_to(EXAMPLES)) else "ar")
+    if script.parent.name != "ablations":  # those have objectives of their own
+        assert config.objective.objective == ("mdm" if "mdm" in str(script.relative_to(EXAMPLES)) else "ar")
     assert config.run.load
     assert config.run.skip_train == script.name.startswith(("eval_", "validate_"))
     assert config.run.save == (None if config.run.skip_train else config.run.load)
@@ -83,6 +85,36 @@ def test_training_examples_are_matched_pairs(name: str) -> None:
     commands = [dry_run(EXAMPLES / f"training/{kind}/{name}", RUN_DIR="/runs/x") for kind in ("ar", "mdm")]
     differing = [(a, b) for a, b in zip(*commands, strict=True) if a != b]
     assert [(Path(a).name, Path(b).name) for a, b in differing] == [tuple(PROGRAMS)]
+
+
+# Script → the objective it chooses and the flags in which it differs from the plain run.
+ABLATIONS = {
+    "ar_permuted_orders": ("permuted_ar", {"num_order_list": 16, "use_predefined_order": True}),
+    "ar_attention_masking": ("masked_attention_ar", {"randmask_ratio": 0.5}),
+    "ar_input_masking": ("masked_input_ar", {"input_mask_ratio": 0.5}),
+    "mdm_left_to_right": ("mdm", {"ar_ratio": 0.5}),
+    "mdm_low_noise_start": ("mdm", {"low_noise_start": True, "low_noise_iter": 2000, "low_noise_ratio": 0.5}),
+    "mdm_noise_schedule": ("mdm", {"noise_schedule": "cosine"}),
+    "mdm_maskgit": ("maskgit", {}),
+    "mdm_exact_count": ("exact_count_mdm", {}),
+    "mdm_random_length": ("mdm", {"random_length_ratio": 0.01}),
+    "mdm_block_diffusion": ("block_diffusion", {"block_size": 16}),
+}
+
+
+def test_every_ablation_is_listed() -> None:
+    assert {path.stem for path in (EXAMPLES / "training/ablations").glob("*.sh")} == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_differs_from_the_plain_run_in_its_objective_only(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, changes = ABLATIONS[name]
+    scripts = [f"training/{name.split('_')[0]}/140m_100M.sh", f"training/ablations/{name}.sh"]
+    plain, changed = (parsed(dry_run(EXAMPLES / script, RUN_DIR="/runs/x"), monkeypatch) for script in scripts)
+    assert changed.objective == replace(plain.objective, objective=objective, **changes)
+    assert replace(changed, objective=plain.objective) == plain
 
 
 def test_environment_and_arguments_override(monkeypatch: pytest.MonkeyPatch) -> None:

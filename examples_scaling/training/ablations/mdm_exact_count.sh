@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Masked diffusion with exactly m ~ U{1 .. sequence length} masked tokens.
+# Everything else is as in ../mdm/140m_100M.sh.
+: "${MODEL:=140M}" "${EPOCHS:=100}" "${RUN_NAME:=mdm_exact_count}"
+# shellcheck source=../../common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
+train mdm --objective exact_count_mdm "$@"
