@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -120,11 +121,13 @@ class Loop:
             state.step += 1
             state.consumed_samples += run.global_batch_size
             self._count_skips(result)
-            loss_sum += torch.where(torch.isfinite(result.loss), result.loss, 0.0)
-            state.loss_count += 0 if result.skipped else 1
+            if not result.skipped:
+                loss_sum += result.loss
+                state.loss_count += 1
             self.progress.step()
             if state.step % run.log_interval == 0 or state.step == last_step:
-                mean = loss_sum.item() / max(1, state.loss_count)  # the only wait for the device in the loop
+                # The only wait for the device in the loop. Where every step was skipped there is no loss to show.
+                mean = loss_sum.item() / state.loss_count if state.loss_count else math.nan
                 self._log_train(mean, result, state.step - interval_step, time.perf_counter() - interval_started)
                 loss_sum.zero_()
                 state.loss_count = 0
@@ -143,7 +146,7 @@ class Loop:
     def log_validation(self, result: dict) -> None:
         """Record a validation and remember the best one."""
         state = self.state
-        is_best = state.best_nll is None or result["nll"] < state.best_nll
+        is_best = math.isfinite(result["nll"]) and (state.best_nll is None or result["nll"] < state.best_nll)
         if is_best:
             state.best_step, state.best_nll = state.step, result["nll"]
         record = {"kind": "valid", **self._position(), **result, "best": is_best}

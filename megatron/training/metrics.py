@@ -99,16 +99,18 @@ class Throughput:
 class MetricsLog:
     """Sinks of one run. Made on the first rank only."""
 
-    def __init__(self, run_dir: Path, config: Config, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, config: Config, *, resume_step: int | None) -> None:
         """Args:
         run_dir: folder of the run; created.
         config: resolved configuration.
-        resume_step: lines of later steps, left by an interrupted run, are dropped: they will be written again.
+        resume_step: lines of later steps, left by an interrupted run, are dropped: they will be written again. None
+            keeps every line (a validation is added to a run that is not continued).
         """
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        _truncate(path, resume_step)
+        if resume_step is not None:
+            _truncate(path, resume_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
         self._config = config
         self._tensorboard = _open_tensorboard(config)

@@ -184,7 +184,8 @@ class Program:
         """Metrics and run.json, on the first rank. A validation does not rewrite the record of the run it validates."""
         if not self.context.is_first_rank:
             return None
-        log = MetricsLog(self.resolved.run_dir, self.config, resume_step=self.state.step)
+        resume_step = None if self.config.run.skip_train else self.state.step
+        log = MetricsLog(self.resolved.run_dir, self.config, resume_step=resume_step)
         path = self.resolved.run_dir / "run.json"
         if not (self.config.run.skip_train and path.exists()):
             write_run_record(path, self.resolved, self.objective, self.context, parameters=parameters)

@@ -1,0 +1,60 @@
+"""The learning rate against the formula of FACTS section 3, written down here a second time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from distributed.jobs import Run
+from megatron.config.schema import OptimizerConfig
+from megatron.training.optimizer import build_optimizer, learning_rate
+
+W, N, LR, MIN = 100, 1000, 2e-4, 2e-5
+
+
+def config(style: str = "cosine", warmup: int = W) -> OptimizerConfig:
+    return OptimizerConfig(lr=LR, min_lr=MIN, lr_decay_style=style, lr_warmup_samples=warmup, lr_decay_samples=N)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 50, 99, 100])
+def test_warm_up_is_linear_from_zero(samples: int) -> None:
+    assert learning_rate(samples, config()) == pytest.approx(LR * samples / W, abs=1e-18)
+
+
+@pytest.mark.parametrize("samples", [101, 256, 550, 999, 1000])
+def test_decay_follows_its_curve(samples: int) -> None:
+    share = (samples - W) / (N - W)
+    cosine = MIN + (LR - MIN) * 0.5 * (1 + math.cos(math.pi * share))
+    assert learning_rate(samples, config()) == pytest.approx(cosine, rel=1e-12)
+    assert learning_rate(samples, config("linear")) == pytest.approx(LR - (LR - MIN) * share, rel=1e-12)
+    assert learning_rate(samples, config("constant")) == LR
+
+
+def test_known_points() -> None:
+    assert learning_rate(W + (N - W) // 2, config()) == pytest.approx((LR + MIN) / 2)
+    assert learning_rate(N, config()) == pytest.approx(MIN)
+    assert learning_rate(10 * N, config()) == MIN  # stays there
+    assert learning_rate(0, config(warmup=0)) == LR  # without a warm-up the first step counts
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_step_k_uses_the_samples_before_it(runs: Callable[..., Run], size: int) -> None:
+    """In a real run, with the rate that is logged; step 1 has rate 0, and a step at rate 0 changes no weight."""
+    options = {"lr_warmup_samples": 20, "lr_decay_samples": 64, "min_lr": 1e-4, "tp_size": size}
+    run = runs("ar", size, **options)
+    settings = OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_samples=20, lr_decay_samples=64)
+    for step, record in run.train.items():
+        assert record["lr"] == learning_rate((step - 1) * 8, settings)
+    assert run.train[1]["lr"] == 0 and run.train[10]["lr"] == 1e-4
+
+
+def test_matrices_are_decayed_and_vectors_are_not() -> None:
+    from torch import nn
+
+    parameters = [nn.Parameter(nn.Linear(3, 4).weight), nn.Parameter(nn.Linear(3, 4).bias)]
+    optimizer = build_optimizer(parameters, OptimizerConfig(weight_decay=0.1, adam_beta1=0.8, adam_eps=1e-7))
+    decayed = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
+    assert decayed[0.1] == parameters[:1] and decayed[0.0] == parameters[1:]
+    assert optimizer.defaults["betas"] == (0.8, 0.999) and optimizer.defaults["eps"] == 1e-7
