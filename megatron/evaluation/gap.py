@@ -49,7 +49,9 @@ class GapTask:
                 context = context or ([] if eod_id is None else [eod_id])
                 pieces = windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
                 if len(pieces) > 1:
-                    raise ValueError(f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it")
+                    raise ValueError(
+                        f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it"
+                    )
                 requests.append(pieces[0])
             questions.append(tuple(requests))
             gold.append(int(item["gold"]))

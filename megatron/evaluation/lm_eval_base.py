@@ -57,7 +57,9 @@ class MegatronLM(TemplateLM):
     ) -> None:
         super().__init__()
         if unknown := sorted(set(tokenizer) - set(LOAD_OPTIONS)):
-            raise ValueError(f"model argument {unknown[0]!r} is not known; see the class docstring; correct --model_args")
+            raise ValueError(
+                f"model argument {unknown[0]!r} is not known; see the class docstring; correct --model_args"
+            )
         if model is None:
             if load is None:
                 raise ValueError("no model was given; a path is needed; pass --model_args load=RUN_DIRECTORY")
@@ -87,7 +89,9 @@ class MegatronLM(TemplateLM):
         """Score the requests of each group (the answers of one question, or one request alone)."""
 
     @abstractmethod
-    def complete(self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+    ) -> list[Completion]:
         """Continue token prompts by up to ``new`` tokens."""
 
     @property
@@ -163,9 +167,7 @@ class MegatronLM(TemplateLM):
             return target[:1], target[1:]
         return [self.eot_token_id], target
 
-    def _run_groups(
-        self, kind: str, groups: list[Group], *, disable_tqdm: bool
-    ) -> dict[int, tuple[float, bool]]:
+    def _run_groups(self, kind: str, groups: list[Group], *, disable_tqdm: bool) -> dict[int, tuple[float, bool]]:
         """Results by request index: from the cache, or scored in chunks that go to the cache at once."""
         results: dict[int, tuple[float, bool]] = {}
         waiting = []
@@ -215,7 +217,10 @@ class MegatronLM(TemplateLM):
             else:
                 by_options.setdefault(repr(sorted(instance.args[1].items())), []).append(index)
         progress = tqdm(
-            total=len(requests), initial=len(results), desc="generate_until", disable=disable_tqdm or self.context.rank != 0
+            total=len(requests),
+            initial=len(results),
+            desc="generate_until",
+            disable=disable_tqdm or self.context.rank != 0,
         )
         for indices in by_options.values():
             indices.sort(key=lambda index: -len(requests[index].args[0]))

@@ -134,7 +134,9 @@ def load_model(
     else:
         folder, skipped = find_checkpoint(path, tag)
         if folder is None:
-            raise ValueError(f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load")
+            raise ValueError(
+                f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load"
+            )
         for complaint in skipped:
             if context.is_first_rank:
                 print(f"skipped a damaged checkpoint: {complaint}", flush=True)

@@ -25,10 +25,16 @@ from megatron.generation.text import (
 
 def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
-    parser = argparse.ArgumentParser("generate.py", description="Generate text with a checkpoint of any layout or an export.")
+    parser = argparse.ArgumentParser(
+        "generate.py", description="Generate text with a checkpoint of any layout or an export."
+    )
     add = parser.add_argument_group("model").add_argument
     add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
-    add("--load-tag", metavar="TAG", help="checkpoint, such as global_step100 or latest; default: the newest that verifies")
+    add(
+        "--load-tag",
+        metavar="TAG",
+        help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
+    )
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
@@ -132,7 +138,9 @@ def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
         rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
         completions = fill_gaps(sampler, tokenizer, rows, **options)
         eod = tokenizer.eod_id
-        texts = [finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions]
+        texts = [
+            finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions
+        ]
         return [Completion(text, c.tokens) for text, c in zip(texts, completions)], texts
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
     completions = continue_masked(

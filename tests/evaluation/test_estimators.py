@@ -85,7 +85,9 @@ def test_bounds_agree_with_the_truth(model, name, length) -> None:
     assert abs(sample.mean() - truth) < 4 * max(estimator.standard_error(sample, strata), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["exact-count", "exact-count-antithetic", "bernoulli", "bernoulli-independent", "random-order"])
+@pytest.mark.parametrize(
+    "name", ["exact-count", "exact-count-antithetic", "bernoulli", "bernoulli-independent", "random-order"]
+)
 def test_standard_error_matches_the_scatter(model, name) -> None:
     """Over 300 seeds the reported error is that of the mean: within a third, never much too small."""
     means, errors = [], []
@@ -130,8 +132,10 @@ def variance_at_equal_passes(model, estimator, *, passes: int, seeds: int = 400)
 
 def test_variance_is_at_most_half_of_independent_bernoulli(model) -> None:
     worst = variance_at_equal_passes(model, make_estimator("bernoulli-independent"), passes=20)
-    figures = {name: variance_at_equal_passes(model, make_estimator(name), passes=20) / worst for name in
-               ("bernoulli", "exact-count", "exact-count-antithetic", "random-order")}
+    figures = {
+        name: variance_at_equal_passes(model, make_estimator(name), passes=20) / worst
+        for name in ("bernoulli", "exact-count", "exact-count-antithetic", "random-order")
+    }
     print("variance relative to independent-t Bernoulli at 20 passes:", figures)
     assert figures["exact-count"] < 0.5
     assert figures["exact-count-antithetic"] < 0.5
@@ -167,7 +171,9 @@ def test_stratified_error_ignores_the_trend() -> None:
     strata = np.linspace(0, 1, 64, endpoint=False)
     rng = np.random.default_rng(0)
     noisy = 100 * strata + rng.normal(size=64)
-    assert stratified_standard_error(noisy, strata) == pytest.approx(math.sqrt((1 + 0.5 * (100 / 64) ** 2) / 64), rel=0.3)
+    assert stratified_standard_error(noisy, strata) == pytest.approx(
+        math.sqrt((1 + 0.5 * (100 / 64) ** 2) / 64), rel=0.3
+    )
     assert math.isnan(stratified_standard_error(noisy[:1], strata[:1]))
 
 

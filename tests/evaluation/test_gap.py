@@ -23,7 +23,10 @@ def write(path, items):
 
 @pytest.fixture
 def task(tmp_path) -> GapTask:
-    items = [{"query": "abc", "choices": ["de", "fgh", "a"], "gold": 1}, {"query": "", "choices": ["bb", "cd"], "gold": 0}]
+    items = [
+        {"query": "abc", "choices": ["de", "fgh", "a"], "gold": 1},
+        {"query": "", "choices": ["bb", "cd"], "gold": 0},
+    ]
     return GapTask.load(write(tmp_path / "small.jsonl", items), encode, row_length=10, eod_id=8)
 
 
