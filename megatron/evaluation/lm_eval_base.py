@@ -200,8 +200,8 @@ class MegatronLM(TemplateLM):
         return "exact: chain rule"
 
     def _accept(self, group: Group, estimates: Sequence[Estimate], results: dict[int, tuple[float, bool]]) -> None:
-        for index, estimate in zip(group.indices, estimates):
-            results[index] = (estimate.value, bool(estimate.is_greedy))
+        for indices, estimate in zip(group.indices, estimates):
+            results.update(dict.fromkeys(indices, (estimate.value, bool(estimate.is_greedy))))
             self.summary.add(group.task, estimate)
 
     # Generation
@@ -285,14 +285,21 @@ class Group:
     def __init__(self, *, key: str, needs_greedy: bool | None = None) -> None:
         self.key = key
         self.task = key.rsplit("/", 1)[0]
-        self.indices: list[int] = []
+        self.indices: list[list[int]] = []  # request numbers of each different answer
         self.strings: list[tuple[str, ...]] = []
         self.tokens: list[tuple[list[int], list[int]]] = []
         self._needs_greedy = needs_greedy
 
     def add(self, index: int, strings: Sequence[str], tokens: tuple[list[int], list[int]]) -> None:
-        """Add request number ``index``: its texts and its (context, target) ids."""
-        self.indices.append(index)
+        """Add request number ``index``: its texts and its (context, target) ids.
+
+        An answer that is there already is scored once: lm-eval repeats requests to give all ranks as many, and two equal
+        answers would race for ever.
+        """
+        if tuple(strings) in self.strings:
+            self.indices[self.strings.index(tuple(strings))].append(index)
+            return
+        self.indices.append([index])
         self.strings.append(tuple(strings))
         self.tokens.append(tokens)
 

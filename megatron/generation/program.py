@@ -105,9 +105,15 @@ def _sampling(arguments: argparse.Namespace) -> TokenSampling:
 
 
 def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
-    only_masked = {"--infix": arguments.infix, "--steps": arguments.steps, "--block-length": arguments.block_length,
-                   "--guidance": arguments.guidance, "[MASK] gaps": any(GAP.search(p) for p in prompts),
-                   "--show-steps": arguments.show_steps, f"--order {arguments.order}": arguments.order != "confidence"}  # fmt: skip
+    only_masked = {
+        "--infix": arguments.infix,
+        "--steps": arguments.steps,
+        "--block-length": arguments.block_length,
+        "--guidance": arguments.guidance,
+        "[MASK] gaps": any(GAP.search(prompt) for prompt in prompts),
+        "--show-steps": arguments.show_steps,
+        f"--order {arguments.order}": arguments.order != "confidence",
+    }
     for flag, value in only_masked.items():
         if value:
             raise ValueError(f"{flag} with {loaded.source}, a causal model; it writes from left to right; drop it or load a "

@@ -69,19 +69,24 @@ def test_left_to_right_is_a_distribution(model) -> None:
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "left-to-right"])
 @pytest.mark.parametrize("length", [2, 5])
 def test_bounds_agree_with_the_truth(model, name, length) -> None:
-    target = TARGET[:length]
-    if name.startswith("bernoulli"):
-        truth = toy.bernoulli_truth(model, CONTEXT, target, MIN_MASK_PROB)
-        assert truth == pytest.approx(toy.all_orders(model, CONTEXT, target), rel=2e-3)  # bias of the floor
-    else:
-        truth = toy.all_orders(model, CONTEXT, target)
-    estimator = make_estimator(name, seed=5)
+    target, estimator = TARGET[:length], make_estimator(name, seed=5)
     sample = values(model, estimator, num_draws=4096, target=target)
+    strata = estimator.draws(length, key="question", start=0, count=4096).strata
+    truth = toy.all_orders(model, CONTEXT, target)
+    if name.startswith("bernoulli"):
+        full = toy.bernoulli_truth(model, CONTEXT, target, MIN_MASK_PROB)
+        assert full == pytest.approx(truth, rel=2e-3)  # bias of the floor
+        assert abs(sample.mean() - full) < 3 * sample.std(ddof=1) / math.sqrt(len(sample))
+        # Weights up to 1000 make that a weak test: once more over masks with p > 0.05, whose mean is known as well.
+        if name == "bernoulli":
+            sample, strata = sample[strata > 0.05], strata[strata > 0.05]
+            truth = toy.bernoulli_truth(model, CONTEXT, target, (1 - MIN_MASK_PROB) * 0.05 + MIN_MASK_PROB)
+        else:
+            return
     # The plain sd is an upper bound for stratified draws and cannot hide a bias behind a wrong stratified error.
     error = sample.std(ddof=1) / math.sqrt(len(sample))
     assert abs(sample.mean() - truth) < 3 * error
-    assert error < (0.3 if name.startswith("bernoulli") else 0.12)
-    strata = estimator.draws(length, key="question", start=0, count=4096).strata
+    assert error < (0.25 if name == "bernoulli" else 0.12)
     assert abs(sample.mean() - truth) < 4 * max(estimator.standard_error(sample, strata), 1e-6)
 
 

@@ -75,8 +75,8 @@ def assert_equal_scores(one: dict, other: dict) -> None:
     for task in one:
         assert [doc for doc, _ in one[task]] == [doc for doc, _ in other[task]]
         for (_, mine), (_, theirs) in zip(one[task], other[task]):
-            if task == "continue":
-                assert mine == theirs
+            if task == "continue":  # lm-eval repeats an item where the ranks have unequal numbers of them
+                assert [r[0] for r in mine] == [r[0] for r in theirs]
                 continue
             assert [r[0][0] for r in mine] == pytest.approx([r[0][0] for r in theirs], abs=1e-4)
             assert [r[0][1] for r in mine] == [r[0][1] for r in theirs]
@@ -113,6 +113,6 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
         for tp_size in (1, 2):
             written = json.loads((folder / f"{name}-tp{tp_size}.json").read_text())
             assert_equal_scores(written["scores"], single)
-            assert written["answers"]["halves"] >= 28
+            assert written["answers"] == {"halves": 28, "words": 5}
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"

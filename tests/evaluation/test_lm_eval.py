@@ -14,6 +14,7 @@ from lm_eval.evaluator import simple_evaluate
 
 from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
 from megatron.evaluation.tasks import task_loader
+from megatron.generation.diffusion import DiffusionSettings
 from tests.evaluation import tiny
 
 NUMBER = {"halves": 80, "words": 80, "continue": 60, "texts": 12}
@@ -175,6 +176,20 @@ def test_greedy_only_and_likelihood_only(runs, tasks) -> None:
     assert flags == [s["resps"][0][0][1] for s in evaluate(both, [tasks["words"]], limit=12)["samples"]["words"]]
 
 
+def test_repeated_requests_change_nothing(runs) -> None:
+    """lm-eval appends copies of a request so that all ranks have as many; a copy must not look like another answer."""
+    from lm_eval.api.instance import Instance
+
+    lm = MegatronMDM(load=str(runs["mdm"]), num_mc=16)
+    tokens = lm.tok_encode("Return the path of")
+    greedy = lm.sampler.fill([[*tokens, lm.loaded.mask_id]], settings=DiffusionSettings())[0][-1]
+    answer = lm.tokenizer.decode([greedy])
+    lone = Instance("loglikelihood", {}, ("Return the path of", answer), 0, ("words", 3, 1))
+    once, copied = lm.loglikelihood([lone], disable_tqdm=True), lm.loglikelihood([lone, lone], disable_tqdm=True)
+    assert copied == once * 2
+    assert lm.summary.as_dict()["words"]["answers"] == 2
+
+
 def test_generation_of_a_masked_model_is_deterministic(runs, tasks) -> None:
     results = []
     for batch_size in (1, 8):
@@ -235,7 +250,6 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
     ("flags", "message"),
     [
         (["--num-layers", "9"], "checkpoint has 2"),
-        (["--task_list", "no_such_task"], "no_such_task"),
         (["--tensor-model-parallel-size", "2"], "torchrun"),
         (["--only_generate", "--only_mc_nll"], "exclude"),
     ],
@@ -243,12 +257,17 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
 def test_wrong_flags(runs, tasks, flags, message) -> None:
     from megatron.evaluation.downstream import run_downstream
 
-    defaults = [] if "--task_list" in flags else ["--task_list", tasks["words"]]
     with pytest.raises(ValueError, match=message):
-        run_downstream(["--load", str(runs["mdm"]), *defaults, *flags])
+        run_downstream(["--load", str(runs["mdm"]), "--task_list", tasks["words"], *flags])
 
 
-def test_a_data_set_that_cannot_be_fetched_says_how(monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def indexed():
+    """A loader that knows lm-eval's own tasks; indexing them takes seconds."""
+    return task_loader(["sciq"])
+
+
+def test_a_data_set_that_cannot_be_fetched_says_how(indexed, monkeypatch) -> None:
     import datasets
 
     def refuse(*args, **options):
@@ -257,15 +276,16 @@ def test_a_data_set_that_cannot_be_fetched_says_how(monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     for name in ("lambada", "hellaswag"):
         with pytest.raises(ValueError, match=rf"(?s)task {name}: .*no network.*--fetch_only"):
-            task_loader([name]).load([name])
+            indexed.load([name])
+    with pytest.raises(ValueError, match="no_such_task"):
+        indexed.load(["no_such_task"])
 
 
-def test_all_nine_tasks_are_configured() -> None:
+def test_all_nine_tasks_are_configured(indexed) -> None:
     from megatron.evaluation.tasks import PAPER_TASKS, parse_task_list
 
-    known = task_loader(list(PAPER_TASKS)).all_tasks
     assert len(parse_task_list("all")) == 9
-    assert [name for name, _ in PAPER_TASKS.values() if name not in known] == []
+    assert [name for name, _ in PAPER_TASKS.values() if name not in indexed.all_tasks] == []
 
 
 @pytest.mark.parametrize(
@@ -285,17 +305,18 @@ def test_bad_local_tasks(tmp_path, lines, message) -> None:
         task_loader([str(path)]).load([str(path)])
 
 
-def test_lm_eval_command_line_knows_the_models(runs, tasks, monkeypatch, capsys) -> None:
-    import sys
+def test_lm_eval_command_line_knows_the_models(runs) -> None:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import get_model
 
     import megatron.evaluation.__main__ as program
 
-    # lm-eval's own parser; a local task goes through its python interface only, so ask for its list of models here.
-    monkeypatch.setattr(
-        sys, "argv", ["lm_eval", "--model", "megatron_mdm", "--model_args", "load=nowhere", "--tasks", "sciq"]
+    assert program.cli_evaluate is cli_evaluate
+    assert (get_model("megatron_ar"), get_model("megatron_mdm")) == (MegatronAR, MegatronMDM)
+    lm = get_model("megatron_mdm").create_from_arg_string(
+        f"load={runs['mdm']},num_mc=8", {"batch_size": 4, "device": "cpu"}
     )
-    with pytest.raises(ValueError, match="nowhere"):
-        program.cli_evaluate()
+    assert (lm.num_mc, lm.batch_size, lm.device.type) == (8, 4, "cpu")
 
 
 def test_token_logprobs_use_the_padded_vocabulary(runs) -> None:
