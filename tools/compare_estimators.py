@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.evaluation.compare import TableScorer, compare, make_questions, standard_methods
+from megatron.evaluation.compare import TableScorer, compare, make_questions, standard_methods, variances
 from megatron.evaluation.loading import load_model
 from megatron.evaluation.scorer import MaskedScorer
 from megatron.evaluation.tasks import read_jsonl
@@ -22,10 +22,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load", required=True, metavar="RUN")
     parser.add_argument("--load-tag", metavar="TAG")
-    parser.add_argument("--text", required=True, metavar="FILE", help='JSONL of {"text"} that the model was not trained on')
+    parser.add_argument(
+        "--text", required=True, metavar="FILE", help='JSONL of {"text"} that the model was not trained on'
+    )
     parser.add_argument("--questions", type=int, default=100, metavar="COUNT")
-    parser.add_argument("--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once")
+    parser.add_argument(
+        "--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once"
+    )
     parser.add_argument("--repeats", type=int, default=20, metavar="SEEDS")
+    parser.add_argument(
+        "--variance-tokens", type=int, metavar="N", help="only print variances for answers of N tokens, N passes"
+    )
     parser.add_argument("--batch-size", type=int, default=128, metavar="ROWS")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -35,11 +42,21 @@ def main() -> None:
     loaded = load_model(arguments.load, tag=arguments.load_tag)
     tokenizer = loaded.require_tokenizer()
     documents = [tokenizer.encode(item["text"]) for item in read_jsonl(Path(arguments.text))]
+    if arguments.variance_tokens is not None:
+        lengths = [arguments.variance_tokens]
     questions = make_questions(documents, number=arguments.questions, answer_tokens=lengths)
     scorer = MaskedScorer(
         loaded.logits, mask_id=loaded.mask_id, max_length=loaded.max_length, batch_size=arguments.batch_size,
         device=loaded.device,
     )  # fmt: skip
+    if arguments.variance_tokens is not None:
+        names = ("bernoulli-independent", "bernoulli", "exact-count", "exact-count-antithetic", "random-order")
+        found = variances(scorer, questions, passes=lengths[0], repeats=arguments.repeats, names=names)
+        for name, value in found.items():
+            print(
+                f"{name:<24} {value:10.4f} nats²  {value / found['bernoulli-independent']:7.3f} of independent-t Bernoulli"
+            )
+        return
     table = TableScorer(scorer, questions)
     right = sum(int(values.argmax()) == 0 for values in table.truth) / len(questions)
     print(f"{len(questions)} questions, {len(questions[0].choices)} answers of {arguments.answer_tokens} tokens, "

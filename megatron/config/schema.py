@@ -257,6 +257,11 @@ class RunConfig:
     num_mc: int = option(
         1, "noise draws per validation sample (objectives whose loss is a bound)", flags=("--num-mc",), unit="DRAWS"
     )
+    gap_task: str | None = option(
+        None,
+        "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",
+        unit="FILE",
+    )
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES")
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")

@@ -87,6 +87,7 @@ def validate(config: Config) -> None:
     _validate_schedule(config)
     _validate_objective(config)
     _validate_run(config.run)
+    _validate_gap(config)
 
 
 def _require(condition: object, given: str, rule: str, fix: str) -> None:
@@ -338,6 +339,24 @@ def _validate_block_size(is_needed: bool, block_size: int | None, seq_length: in
         f"--block-size {block_size} does not divide --seq-length {seq_length}",
         "a sequence is whole blocks",
         f"choose a divisor of {seq_length}",
+    )
+
+
+def _validate_gap(config: Config) -> None:
+    parallel = config.parallel
+    if config.run.gap_task is None:
+        return
+    _require(
+        parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3,
+        f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",
+        "answers are scored by the whole model on every data-parallel rank",
+        "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
+    )
+    _require(
+        Path(config.run.gap_task).is_file(),
+        f"--gap-task {config.run.gap_task} is no file",
+        "it holds questions, one JSON object a line",
+        "correct the path",
     )
 
 

@@ -21,14 +21,21 @@ CONTEXT_TOKENS = 16
 
 
 def make_questions(
-    documents: Sequence[Sequence[int]], *, number: int, answer_tokens: Sequence[int], num_choices: int = 3, seed: int = 0
+    documents: Sequence[Sequence[int]],
+    *,
+    number: int,
+    answer_tokens: Sequence[int],
+    num_choices: int = 3,
+    seed: int = 0,
 ) -> list[Question]:
     """Questions whose first choice is right; answers of question i have ``answer_tokens[i % len]`` tokens."""
     rng = np.random.default_rng(seed)
     longest = CONTEXT_TOKENS + max(answer_tokens)
     usable = [document for document in documents if len(document) > longest]
     if not usable:
-        raise ValueError(f"no document has more than {longest} tokens; questions are cut from long texts; give other texts")
+        raise ValueError(
+            f"no document has more than {longest} tokens; questions are cut from long texts; give other texts"
+        )
     questions = []
     for index in range(number):
         length = answer_tokens[index % len(answer_tokens)]
@@ -80,7 +87,9 @@ class Method:
     z: float | None = None
 
 
-def rank(scorer: MaskedScorer, questions: Sequence[Question], method: Method, *, seed: int) -> tuple[list[np.ndarray], float]:
+def rank(
+    scorer: MaskedScorer, questions: Sequence[Question], method: Method, *, seed: int
+) -> tuple[list[np.ndarray], float]:
     """Estimates of the answers of every question, and passes per answer. Repeated masks of plain draws are counted as
     often as they are drawn: only a race skips them."""
     estimator = make_estimator(method.estimator, seed=seed)
@@ -152,7 +161,37 @@ def standard_methods() -> list[Method]:
     ]
     races = [
         Method(f"{name}, race to {draws}, z={z:g}", name, draws, z=z)
-        for name, draws in (("exact-count", 32), ("exact-count", 128), ("exact-count-antithetic", 16), ("exact-count-antithetic", 64))
+        for name, draws in (
+            ("exact-count", 32),
+            ("exact-count", 128),
+            ("exact-count-antithetic", 16),
+            ("exact-count-antithetic", 64),
+        )
         for z in (1.0, 2.0, 3.0)
     ]
     return plain + steps + races
+
+
+def variances(
+    scorer: MaskedScorer, questions: Sequence[Question], *, passes: int, repeats: int, names: Sequence[str]
+) -> dict[str, float]:
+    """Variance in nats² of the estimate of one answer at equal passes, averaged over the first answers of ``questions``.
+
+    Args:
+        scorer: runs the passes.
+        questions: their first choice is scored; random orders need ``passes`` to be a multiple of its length.
+        passes: forward passes of every estimate.
+        repeats: seeds.
+        names: estimators.
+    """
+    result = {}
+    for name in names:
+        means = np.zeros((repeats, len(questions)))
+        for seed in range(repeats):
+            estimator = make_estimator(name, seed=seed)
+            tallies = [Tally(question.choices[0], estimator) for question in questions]
+            for tally in tallies:
+                scorer.extend([tally], num_draws=max(passes // _passes_per_draw(estimator, tally), 1))
+            means[seed] = [tally.values.mean() for tally in tallies]
+        result[name] = float(means.var(axis=0, ddof=1).mean())
+    return result

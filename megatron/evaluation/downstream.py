@@ -43,7 +43,11 @@ def build_downstream_parser() -> argparse.ArgumentParser:
         "diffusion; default there). --num-mc sets its draws")  # fmt: skip
     add("--estimator", choices=ESTIMATORS, help="masked diffusion: likelihood estimator instead of --eval_method's")
     add("--no_adaptive", action="store_true", help="always --num-mc draws, also where the ranking is decided")
-    add("--only_generate", action="store_true", help="masked diffusion: exact match by greedy decoding only, no likelihoods")
+    add(
+        "--only_generate",
+        action="store_true",
+        help="masked diffusion: exact match by greedy decoding only, no likelihoods",
+    )
     add("--only_mc_nll", action="store_true", help="masked diffusion: likelihoods only, no greedy decoding")
     add("--eval_fp32", action="store_true", help="run in float32 whatever --bf16 says (default on CPU)")
     add("--inference", action="store_true", help="accepted for existing scripts: this program never trains")
@@ -68,7 +72,7 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
     if not tasks:
         raise ValueError("--task_list is empty; an evaluation needs a task; pass --task_list all or names")
     refused = {"multiple_choice": "--only_generate computes no likelihoods to rank by; drop the flag or the task"}
-    loader = task_loader(refused if arguments.only_generate else None)
+    loader = task_loader(tasks, refused if arguments.only_generate else None)
     if arguments.fetch_only:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
@@ -117,10 +121,14 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         "cache_dir": f"{arguments.results_path}.cache" if arguments.results_path else None,
     }
     if not model.is_masked:
-        given = [flag for flag in ("only_generate", "only_mc_nll", "estimator", "no_adaptive") if getattr(arguments, flag)]
+        given = [
+            flag for flag in ("only_generate", "only_mc_nll", "estimator", "no_adaptive") if getattr(arguments, flag)
+        ]
         given += ["eval_method mc"] * (arguments.eval_method == "mc")
         if given:
-            raise ValueError(f"--{given[0]} with {model.source}, an autoregressive model; it has one exact likelihood; drop the flag")
+            raise ValueError(
+                f"--{given[0]} with {model.source}, an autoregressive model; it has one exact likelihood; drop the flag"
+            )
         return MegatronAR(**options)
     if arguments.only_generate and arguments.only_mc_nll:
         raise ValueError("--only_generate and --only_mc_nll exclude each other; nothing would be left; drop one")
@@ -147,9 +155,13 @@ def _say_what_has_no_effect(arguments: argparse.Namespace) -> None:
     known = {action.dest for action in build_parser()._actions}
     idle = sorted(name for name in vars(arguments) if name in known - USED - MODEL_FIELDS)
     if idle:
-        print(f"flags of training without effect on an evaluation: {', '.join('--' + n.replace('_', '-') for n in idle)}")
+        print(
+            f"flags of training without effect on an evaluation: {', '.join('--' + n.replace('_', '-') for n in idle)}"
+        )
     if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
-        print("--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead")
+        print(
+            "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
+        )
 
 
 def _start_processes(tp_size: int) -> Any:
@@ -207,7 +219,7 @@ def table(results: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    note = "value ± standard error over items; ± nats: root mean square error of a likelihood from its mask draws; passes per answer"
+    note = "value ± standard error over items; ± nats: rms standard error of a likelihood from its mask draws; passes per answer"
     return "\n".join([*lines, note])
 
 

@@ -65,9 +65,8 @@ class Estimator(Protocol):
 
 def noise(seed: int, key: str, index: int) -> np.random.Generator:
     """Random numbers of draw ``index`` for the requests that share ``key``: the same on every rank and in any batch."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    words = [seed & 0xFFFFFFFF, *np.frombuffer(digest, dtype=np.uint32).tolist(), index + 1]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=(seed & (2**64 - 1)) | (digest << 64), counter=(index + 1) << 128))
 
 
 def radical_inverse(index: int) -> float:
@@ -254,7 +253,14 @@ class RandomOrder:
         return independent_standard_error(values)
 
 
-ESTIMATORS = ("exact-count", "exact-count-antithetic", "bernoulli", "bernoulli-independent", "left-to-right", "random-order")
+ESTIMATORS = (
+    "exact-count",
+    "exact-count-antithetic",
+    "bernoulli",
+    "bernoulli-independent",
+    "left-to-right",
+    "random-order",
+)
 
 
 def make_estimator(name: str, *, seed: int = 1234) -> Estimator:
@@ -267,7 +273,9 @@ def make_estimator(name: str, *, seed: int = 1234) -> Estimator:
         return LeftToRight()
     if name == "random-order":
         return RandomOrder(seed=seed)
-    raise ValueError(f"estimator {name!r} is not known; it names a likelihood estimator; use one of {', '.join(ESTIMATORS)}")
+    raise ValueError(
+        f"estimator {name!r} is not known; it names a likelihood estimator; use one of {', '.join(ESTIMATORS)}"
+    )
 
 
 def for_length(estimator: Estimator, length: int, *, num_draws: int) -> Estimator:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from megatron.evaluation.estimators import MaskedBound
 from megatron.evaluation.requests import encode_pair, windows
 from megatron.evaluation.scorer import CausalScorer, LogitsFn, MaskedScorer, Request
 from megatron.evaluation.tasks import read_jsonl
+from megatron.model import Causal
+
+if TYPE_CHECKING:
+    from megatron.config.schema import Config
+    from megatron.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,9 @@ class GapTask:
                 context = context or ([] if eod_id is None else [eod_id])
                 pieces = windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
                 if len(pieces) > 1:
-                    raise ValueError(f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it")
+                    raise ValueError(
+                        f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it"
+                    )
                 requests.append(pieces[0])
             questions.append(tuple(requests))
             gold.append(int(item["gold"]))
@@ -93,3 +101,42 @@ def likelihood_gap(
         "accuracy": float(np.mean(right)),
         "label": "exact" if mask_id is None else "bound",
     }
+
+
+def gap_metric(config: Config, engine: Engine) -> Callable[[], dict[str, float | str]]:
+    """The fields that ``--gap-task`` adds to a validation record: gap, gap_se, gap_accuracy, gap_label.
+
+    Every data-parallel rank scores the whole (small) task: nothing is communicated, and all come to the same number.
+
+    Raises:
+        ValueError: bad questions, no tokenizer for the run's data, or an objective without a likelihood here.
+    """
+    from megatron.convert.huggingface import evaluation_objective
+    from megatron.data.tokenizer import build_tokenizer
+    from megatron.model import GPTModel
+
+    objective = evaluation_objective(config)
+    is_causal = isinstance(objective.attention_mask, Causal)
+    mask_id = None if is_causal else config.objective.mask_token_id
+    if not is_causal and mask_id is None:
+        raise ValueError(
+            f"--gap-task with objective {config.objective.objective}; answers are scored by causal models and by masked "
+            "diffusion; drop the flag"
+        )
+    tokenizer, length = build_tokenizer(config.data), config.model.seq_length
+    assert config.run.gap_task is not None
+    task = GapTask.load(
+        Path(config.run.gap_task), tokenizer.encode, row_length=length + is_causal, eod_id=tokenizer.eod_id
+    )
+    model = engine.module
+    assert isinstance(model, GPTModel)
+
+    def measure() -> dict[str, float | str]:
+        # Answers have all lengths: compiled blocks would be compiled again for each of them.
+        with engine.evaluating(objective), torch.compiler.set_stance("force_eager"):
+            result = likelihood_gap(
+                model.logits, task, mask_id=mask_id, max_length=length, device=engine.context.device
+            )
+        return {name if name == "gap" else f"gap_{name.removeprefix('gap_')}": value for name, value in result.items()}
+
+    return measure

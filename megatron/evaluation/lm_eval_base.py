@@ -57,7 +57,9 @@ class MegatronLM(TemplateLM):
     ) -> None:
         super().__init__()
         if unknown := sorted(set(tokenizer) - set(LOAD_OPTIONS)):
-            raise ValueError(f"model argument {unknown[0]!r} is not known; see the class docstring; correct --model_args")
+            raise ValueError(
+                f"model argument {unknown[0]!r} is not known; see the class docstring; correct --model_args"
+            )
         if model is None:
             if load is None:
                 raise ValueError("no model was given; a path is needed; pass --model_args load=RUN_DIRECTORY")
@@ -87,7 +89,9 @@ class MegatronLM(TemplateLM):
         """Score the requests of each group (the answers of one question, or one request alone)."""
 
     @abstractmethod
-    def complete(self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+    ) -> list[Completion]:
         """Continue token prompts by up to ``new`` tokens."""
 
     @property
@@ -163,9 +167,7 @@ class MegatronLM(TemplateLM):
             return target[:1], target[1:]
         return [self.eot_token_id], target
 
-    def _run_groups(
-        self, kind: str, groups: list[Group], *, disable_tqdm: bool
-    ) -> dict[int, tuple[float, bool]]:
+    def _run_groups(self, kind: str, groups: list[Group], *, disable_tqdm: bool) -> dict[int, tuple[float, bool]]:
         """Results by request index: from the cache, or scored in chunks that go to the cache at once."""
         results: dict[int, tuple[float, bool]] = {}
         waiting = []
@@ -198,8 +200,8 @@ class MegatronLM(TemplateLM):
         return "exact: chain rule"
 
     def _accept(self, group: Group, estimates: Sequence[Estimate], results: dict[int, tuple[float, bool]]) -> None:
-        for index, estimate in zip(group.indices, estimates):
-            results[index] = (estimate.value, bool(estimate.is_greedy))
+        for indices, estimate in zip(group.indices, estimates):
+            results.update(dict.fromkeys(indices, (estimate.value, bool(estimate.is_greedy))))
             self.summary.add(group.task, estimate)
 
     # Generation
@@ -215,7 +217,10 @@ class MegatronLM(TemplateLM):
             else:
                 by_options.setdefault(repr(sorted(instance.args[1].items())), []).append(index)
         progress = tqdm(
-            total=len(requests), initial=len(results), desc="generate_until", disable=disable_tqdm or self.context.rank != 0
+            total=len(requests),
+            initial=len(results),
+            desc="generate_until",
+            disable=disable_tqdm or self.context.rank != 0,
         )
         for indices in by_options.values():
             indices.sort(key=lambda index: -len(requests[index].args[0]))
@@ -280,14 +285,21 @@ class Group:
     def __init__(self, *, key: str, needs_greedy: bool | None = None) -> None:
         self.key = key
         self.task = key.rsplit("/", 1)[0]
-        self.indices: list[int] = []
+        self.indices: list[list[int]] = []  # request numbers of each different answer
         self.strings: list[tuple[str, ...]] = []
         self.tokens: list[tuple[list[int], list[int]]] = []
         self._needs_greedy = needs_greedy
 
     def add(self, index: int, strings: Sequence[str], tokens: tuple[list[int], list[int]]) -> None:
-        """Add request number ``index``: its texts and its (context, target) ids."""
-        self.indices.append(index)
+        """Add request number ``index``: its texts and its (context, target) ids.
+
+        An answer that is there already is scored once: lm-eval repeats requests to give all ranks as many, and two equal
+        answers would race for ever.
+        """
+        if tuple(strings) in self.strings:
+            self.indices[self.strings.index(tuple(strings))].append(index)
+            return
+        self.indices.append([index])
         self.strings.append(tuple(strings))
         self.tokens.append(tokens)
 

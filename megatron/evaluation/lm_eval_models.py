@@ -28,7 +28,9 @@ class MegatronAR(MegatronLM):
     def __init__(self, load: str | None = None, **options: Any) -> None:
         super().__init__(load, **options)
         if self.loaded.is_masked:
-            raise ValueError(f"{self.loaded.source} is a masked diffusion model; megatron_ar runs causal ones; use megatron_mdm")
+            raise ValueError(
+                f"{self.loaded.source} is a masked diffusion model; megatron_ar runs causal ones; use megatron_mdm"
+            )
         self.scorer = CausalScorer(
             self.loaded.logits, max_length=self.max_length, batch_size=self.batch_size, device=self.device
         )
@@ -53,7 +55,9 @@ class MegatronAR(MegatronLM):
         totals = iter([add_up([next(scores) for _ in request_pieces]) for request_pieces in pieces])
         return [[next(totals) for _ in group.indices] for group in groups]
 
-    def complete(self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+    ) -> list[Completion]:
         """See :class:`MegatronLM`."""
         return continue_causal(
             self.loaded.decoder, self.tokenizer, prompts, max_new_tokens=new, sampling=token_sampling(options),
@@ -94,8 +98,19 @@ class MegatronMDM(MegatronLM):
         **options: Any,
     ) -> None:
         self.estimator = make_estimator(estimator, seed=seed)
-        self.num_mc, self.adaptive, self.greedy, self.only_greedy, self.seed = num_mc, adaptive, greedy, only_greedy, seed
-        self.generation = {"order": gen_order, "steps": gen_steps, "block_length": gen_block_length, "guidance": guidance}
+        self.num_mc, self.adaptive, self.greedy, self.only_greedy, self.seed = (
+            num_mc,
+            adaptive,
+            greedy,
+            only_greedy,
+            seed,
+        )
+        self.generation = {
+            "order": gen_order,
+            "steps": gen_steps,
+            "block_length": gen_block_length,
+            "guidance": guidance,
+        }
         super().__init__(load, **options)
         self.scorer = MaskedScorer(
             self.loaded.logits, mask_id=self.loaded.mask_id, max_length=self.max_length, batch_size=self.batch_size,
@@ -128,7 +143,9 @@ class MegatronMDM(MegatronLM):
         results: dict[int, list[Estimate]] = {}
         if raced:
             settings = RaceSettings(first_draws=min(4, self.num_mc), max_draws=self.num_mc)
-            for group, tallies in zip(raced, race(self.scorer, [self._question(g) for g in raced], self.estimator, settings=settings)):
+            for group, tallies in zip(
+                raced, race(self.scorer, [self._question(g) for g in raced], self.estimator, settings=settings)
+            ):
                 results[id(group)] = [tally.estimate() for tally in tallies]
         rest = [group for group in groups if id(group) not in results]
         results.update(zip(map(id, rest), self._score_plain(rest)))
@@ -154,7 +171,9 @@ class MegatronMDM(MegatronLM):
         if self.only_greedy:
             totals = [not_computed() for _ in pieces]
         else:
-            scores = iter(self.scorer.score([r for _, own in pieces for r in own], self.estimator, num_draws=self.num_mc))
+            scores = iter(
+                self.scorer.score([r for _, own in pieces for r in own], self.estimator, num_draws=self.num_mc)
+            )
             totals = [add_up([next(scores) for _ in own]) for _, own in pieces]
         wanted = [
             index for index, (group, own) in enumerate(pieces)
@@ -167,7 +186,9 @@ class MegatronMDM(MegatronLM):
         remaining = iter(totals)
         return [[next(remaining) for _ in group.indices] for group in groups]
 
-    def complete(self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+    ) -> list[Completion]:
         """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
         own = {name: options.get(name, default) for name, default in self.generation.items()}
         settings = DiffusionSettings(**own, sampling=token_sampling(options))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.config.schema import Config
+from megatron.convert.huggingface import evaluation_objective
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
 from megatron.generation.cache import CachedDecoder
@@ -134,7 +135,9 @@ def load_model(
     else:
         folder, skipped = find_checkpoint(path, tag)
         if folder is None:
-            raise ValueError(f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load")
+            raise ValueError(
+                f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load"
+            )
         for complaint in skipped:
             if context.is_first_rank:
                 print(f"skipped a damaged checkpoint: {complaint}", flush=True)

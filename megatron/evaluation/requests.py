@@ -75,7 +75,7 @@ class ResultCache:
         for path in sorted(folder.glob("results-*.jsonl")):
             self._read(path)
         if write:
-            self._file = open(folder / f"results-{rank:05d}.jsonl", "a", encoding="utf-8")
+            self._file = open(folder / f"results-{rank:05d}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - kept open
 
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8").splitlines():

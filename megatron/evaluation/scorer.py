@@ -61,7 +61,9 @@ class Estimate:
     is_greedy: bool | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.standard_error:.4f} nats ({self.kind}: {self.estimator}, {self.num_draws} draws)"
+        return (
+            f"{self.value:.4f} ± {self.standard_error:.4f} nats ({self.kind}: {self.estimator}, {self.num_draws} draws)"
+        )
 
 
 @dataclass
@@ -181,7 +183,9 @@ class MaskedScorer:
         rows: list[tuple[Tally, np.ndarray, bytes]] = []
         for tally, draws in planned:
             scored = draws.weights != 0
-            for mask, wanted in zip(draws.masks.reshape(-1, draws.masks.shape[-1]), scored.reshape(-1, scored.shape[-1])):
+            for mask, wanted in zip(
+                draws.masks.reshape(-1, draws.masks.shape[-1]), scored.reshape(-1, scored.shape[-1])
+            ):
                 name = np.packbits(np.stack([mask, wanted])).tobytes()
                 if wanted.any() and name not in tally.token_logprobs:
                     tally.token_logprobs[name] = np.zeros(len(mask))  # filled below
@@ -234,7 +238,9 @@ class MaskedScorer:
         for index, request in enumerate(requests):
             room = self.max_length - len(request.target)
             context = request.context[max(len(request.context) - room, 0) :]
-            states.append(_Greedy(index, [*context, *([self.mask_id] * len(request.target))], request.target, len(context)))
+            states.append(
+                _Greedy(index, [*context, *([self.mask_id] * len(request.target))], request.target, len(context))
+            )
         verdicts = [False] * len(states)
         active = states
         while active:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def local_task(path: Path) -> dict[str, Any]:
     for number, item in enumerate(items, 1):
         if not FIELDS[kind] <= set(item):
             missing = sorted(FIELDS[kind] - set(item))
-            raise ValueError(f"{path} line {number} has no {missing}; all lines are {kind} items like the first; complete it")
+            raise ValueError(
+                f"{path} line {number} has no {missing}; all lines are {kind} items like the first; complete it"
+            )
     config: dict[str, Any] = {
         "task": path.stem,
         "dataset_path": "json",
@@ -83,7 +85,10 @@ def _fields(kind: str, first: dict[str, Any]) -> dict[str, Any]:
         metrics = [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}]
         return {"doc_to_text": "query", "doc_to_choice": "choices", "doc_to_target": "gold", "metric_list": metrics}
     if kind == "loglikelihood":
-        metrics = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}, {"metric": "acc", **mean}]
+        metrics = [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", **mean},
+        ]
         return {"doc_to_text": "context", "doc_to_target": "continuation", "metric_list": metrics}
     if kind == "generate_until":
         until = first.get("until", ["\n"])
@@ -117,19 +122,24 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); every line is one object; correct it") from error
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error.msg}); every line is one object; correct it"
+            ) from error
         if not isinstance(item, dict):
-            raise ValueError(f"{path} line {number} is a {type(item).__name__}; every line is one JSON object; correct it")
+            raise ValueError(
+                f"{path} line {number} is a {type(item).__name__}; every line is one JSON object; correct it"
+            )
         items.append(item)
     if not items:
         raise ValueError(f"{path} is empty; a task needs at least one item; add lines")
     return items
 
 
-def task_loader(refused: Mapping[str, str] | None = None) -> Any:
+def task_loader(names: Sequence[str], refused: Mapping[str, str] | None = None) -> Any:
     """A task manager for lm-eval that says how to get a data set that cannot be fetched.
 
     Args:
+        names: tasks that will be loaded; lm-eval's own are indexed (which takes seconds) only where one is among them.
         refused: reason by output type ("multiple_choice", ...) for tasks that cannot run with the flags given.
     """
     from lm_eval.tasks import TaskManager
@@ -161,7 +171,7 @@ def task_loader(refused: Mapping[str, str] | None = None) -> Any:
                     raise
                 raise ValueError(_fetch_message(name, error)) from error
 
-    return TaskLoader()
+    return TaskLoader(include_defaults=any(not name.endswith(".jsonl") for name in names))
 
 
 def _fetch_message(name: str, error: Exception) -> str:

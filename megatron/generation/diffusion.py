@@ -49,7 +49,9 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(f"order {self.order!r} is not known; it says what to uncover next; use one of {', '.join(ORDERS)}")
+            raise ValueError(
+                f"order {self.order!r} is not known; it says what to uncover next; use one of {', '.join(ORDERS)}"
+            )
         for name, value in (("steps", self.steps), ("block_length", self.block_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is not positive; it counts from 1; leave it out for the default")
@@ -111,7 +113,9 @@ class DiffusionSampler:
         """
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
-            raise ValueError(f"rows have lengths {sorted(lengths)}; one call fills rows of equal length; group them first")
+            raise ValueError(
+                f"rows have lengths {sorted(lengths)}; one call fills rows of equal length; group them first"
+            )
         tokens = torch.tensor([list(row) for row in rows], device=self.device)
         given = tokens != self.mask_id
         streams = settings.sampling.generators(list(sample_numbers or range(len(rows))), self.device)

@@ -25,10 +25,16 @@ from megatron.generation.text import (
 
 def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
-    parser = argparse.ArgumentParser("generate.py", description="Generate text with a checkpoint of any layout or an export.")
+    parser = argparse.ArgumentParser(
+        "generate.py", description="Generate text with a checkpoint of any layout or an export."
+    )
     add = parser.add_argument_group("model").add_argument
     add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
-    add("--load-tag", metavar="TAG", help="checkpoint, such as global_step100 or latest; default: the newest that verifies")
+    add(
+        "--load-tag",
+        metavar="TAG",
+        help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
+    )
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
@@ -99,9 +105,15 @@ def _sampling(arguments: argparse.Namespace) -> TokenSampling:
 
 
 def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
-    only_masked = {"--infix": arguments.infix, "--steps": arguments.steps, "--block-length": arguments.block_length,
-                   "--guidance": arguments.guidance, "[MASK] gaps": any(GAP.search(p) for p in prompts),
-                   "--show-steps": arguments.show_steps, f"--order {arguments.order}": arguments.order != "confidence"}  # fmt: skip
+    only_masked = {
+        "--infix": arguments.infix,
+        "--steps": arguments.steps,
+        "--block-length": arguments.block_length,
+        "--guidance": arguments.guidance,
+        "[MASK] gaps": any(GAP.search(prompt) for prompt in prompts),
+        "--show-steps": arguments.show_steps,
+        f"--order {arguments.order}": arguments.order != "confidence",
+    }
     for flag, value in only_masked.items():
         if value:
             raise ValueError(f"{flag} with {loaded.source}, a causal model; it writes from left to right; drop it or load a "
@@ -132,7 +144,9 @@ def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
         rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
         completions = fill_gaps(sampler, tokenizer, rows, **options)
         eod = tokenizer.eod_id
-        texts = [finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions]
+        texts = [
+            finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions
+        ]
         return [Completion(text, c.tokens) for text, c in zip(texts, completions)], texts
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
     completions = continue_masked(

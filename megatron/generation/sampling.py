@@ -25,7 +25,9 @@ class TokenSampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; it divides the logits; use 0 (greedy) or more")
+            raise ValueError(
+                f"temperature {self.temperature} is negative; it divides the logits; use 0 (greedy) or more"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is negative; it counts tokens; use 0 (all) or more")
         if not 0 < self.top_p <= 1:

@@ -249,6 +249,11 @@ class Progress:
             f"validation at step {record['step']}: {record['label']}{draws} {record['nll']:.4f}{error} nats/token"
             f"{perplexity}{bits}{best}"
         )
+        if "gap" in record:
+            self.print(
+                f"likelihood gap of right to wrong answers ({record['gap_label']}): {record['gap']:.4f} ± {record['gap_se']:.4f} "
+                f"nats/token | accuracy {record['gap_accuracy']:.3f}"
+            )
 
     def print(self, text: str) -> None:
         """A line for a person, on the first rank."""

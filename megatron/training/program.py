@@ -151,6 +151,12 @@ class Program:
             cache_path=self.config.data.data_cache_path,
         )
 
+        measure_gap = None
+        if run.gap_task is not None:
+            from megatron.evaluation.gap import gap_metric
+
+            measure_gap = gap_metric(self.config, self.engine)
+
         def validate() -> dict:
             result = evaluate(
                 self.engine,
@@ -160,7 +166,8 @@ class Program:
                 num_mc=run.num_mc,
                 num_workers=self.config.data.num_workers,
             )
-            return result.record(dataset.text_bytes_per_token)
+            gap = {} if measure_gap is None else measure_gap()
+            return {**result.record(dataset.text_bytes_per_token), **gap}
 
         return validate
 

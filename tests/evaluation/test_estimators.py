@@ -69,23 +69,30 @@ def test_left_to_right_is_a_distribution(model) -> None:
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "left-to-right"])
 @pytest.mark.parametrize("length", [2, 5])
 def test_bounds_agree_with_the_truth(model, name, length) -> None:
-    target = TARGET[:length]
-    if name.startswith("bernoulli"):
-        truth = toy.bernoulli_truth(model, CONTEXT, target, MIN_MASK_PROB)
-        assert truth == pytest.approx(toy.all_orders(model, CONTEXT, target), rel=2e-3)  # bias of the floor
-    else:
-        truth = toy.all_orders(model, CONTEXT, target)
-    estimator = make_estimator(name, seed=5)
+    target, estimator = TARGET[:length], make_estimator(name, seed=5)
     sample = values(model, estimator, num_draws=4096, target=target)
+    strata = estimator.draws(length, key="question", start=0, count=4096).strata
+    truth = toy.all_orders(model, CONTEXT, target)
+    if name.startswith("bernoulli"):
+        full = toy.bernoulli_truth(model, CONTEXT, target, MIN_MASK_PROB)
+        assert full == pytest.approx(truth, rel=2e-3)  # bias of the floor
+        assert abs(sample.mean() - full) < 3 * sample.std(ddof=1) / math.sqrt(len(sample))
+        # Weights up to 1000 make that a weak test: once more over masks with p > 0.05, whose mean is known as well.
+        if name == "bernoulli":
+            sample, strata = sample[strata > 0.05], strata[strata > 0.05]
+            truth = toy.bernoulli_truth(model, CONTEXT, target, (1 - MIN_MASK_PROB) * 0.05 + MIN_MASK_PROB)
+        else:
+            return
     # The plain sd is an upper bound for stratified draws and cannot hide a bias behind a wrong stratified error.
     error = sample.std(ddof=1) / math.sqrt(len(sample))
     assert abs(sample.mean() - truth) < 3 * error
-    assert error < (0.3 if name.startswith("bernoulli") else 0.12)
-    strata = estimator.draws(length, key="question", start=0, count=4096).strata
+    assert error < (0.25 if name == "bernoulli" else 0.12)
     assert abs(sample.mean() - truth) < 4 * max(estimator.standard_error(sample, strata), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["exact-count", "exact-count-antithetic", "bernoulli", "bernoulli-independent", "random-order"])
+@pytest.mark.parametrize(
+    "name", ["exact-count", "exact-count-antithetic", "bernoulli", "bernoulli-independent", "random-order"]
+)
 def test_standard_error_matches_the_scatter(model, name) -> None:
     """Over 300 seeds the reported error is that of the mean: within a third, never much too small."""
     means, errors = [], []
@@ -130,8 +137,10 @@ def variance_at_equal_passes(model, estimator, *, passes: int, seeds: int = 400)
 
 def test_variance_is_at_most_half_of_independent_bernoulli(model) -> None:
     worst = variance_at_equal_passes(model, make_estimator("bernoulli-independent"), passes=20)
-    figures = {name: variance_at_equal_passes(model, make_estimator(name), passes=20) / worst for name in
-               ("bernoulli", "exact-count", "exact-count-antithetic", "random-order")}
+    figures = {
+        name: variance_at_equal_passes(model, make_estimator(name), passes=20) / worst
+        for name in ("bernoulli", "exact-count", "exact-count-antithetic", "random-order")
+    }
     print("variance relative to independent-t Bernoulli at 20 passes:", figures)
     assert figures["exact-count"] < 0.5
     assert figures["exact-count-antithetic"] < 0.5
@@ -167,7 +176,9 @@ def test_stratified_error_ignores_the_trend() -> None:
     strata = np.linspace(0, 1, 64, endpoint=False)
     rng = np.random.default_rng(0)
     noisy = 100 * strata + rng.normal(size=64)
-    assert stratified_standard_error(noisy, strata) == pytest.approx(math.sqrt((1 + 0.5 * (100 / 64) ** 2) / 64), rel=0.3)
+    assert stratified_standard_error(noisy, strata) == pytest.approx(
+        math.sqrt((1 + 0.5 * (100 / 64) ** 2) / 64), rel=0.3
+    )
     assert math.isnan(stratified_standard_error(noisy[:1], strata[:1]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -37,9 +38,8 @@ def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
         for rank in range(tp_size if specs[name].dim is not None else 1):
             flat = specs[name].shard(tensor, rank, tp_size).reshape(-1)
             bounds = [len(flat) * piece // pieces for piece in range(pieces + 1)]
-            fragments += [
-                Fragment("weight", name, rank, tp_size, start, flat[start:end]) for start, end in zip(bounds, bounds[1:])
-            ]
+            ranges = itertools.pairwise(bounds)
+            fragments += [Fragment("weight", name, rank, tp_size, start, flat[start:end]) for start, end in ranges]
     state = {"step": 3, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
     write_checkpoint(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext())
     return folder
@@ -64,7 +64,7 @@ def setup(tmp_path_factory) -> tuple[Path, list[str]]:
 def reference(run: Path, tasks: list[str]) -> dict:
     cls, options = (MegatronAR, {}) if run.name.startswith("ar") else (MegatronMDM, {"num_mc": 8})
     results = simple_evaluate(
-        cls(load=str(run), **options), tasks=tasks, task_manager=task_loader(), log_samples=True, bootstrap_iters=0
+        cls(load=str(run), **options), tasks=tasks, task_manager=task_loader(tasks), log_samples=True, bootstrap_iters=0
     )
     scores = {task: sorted((s["doc_id"], s["resps"]) for s in samples) for task, samples in results["samples"].items()}
     return json.loads(json.dumps(scores))
@@ -75,8 +75,8 @@ def assert_equal_scores(one: dict, other: dict) -> None:
     for task in one:
         assert [doc for doc, _ in one[task]] == [doc for doc, _ in other[task]]
         for (_, mine), (_, theirs) in zip(one[task], other[task]):
-            if task == "continue":
-                assert mine == theirs
+            if task == "continue":  # lm-eval repeats an item where the ranks have unequal numbers of them
+                assert [r[0] for r in mine] == [r[0] for r in theirs]
                 continue
             assert [r[0][0] for r in mine] == pytest.approx([r[0][0] for r in theirs], abs=1e-4)
             assert [r[0][1] for r in mine] == [r[0][1] for r in theirs]
@@ -113,6 +113,6 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
         for tp_size in (1, 2):
             written = json.loads((folder / f"{name}-tp{tp_size}.json").read_text())
             assert_equal_scores(written["scores"], single)
-            assert written["answers"]["halves"] >= 28
+            assert written["answers"] == {"halves": 28, "words": 5}
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"

@@ -17,7 +17,9 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("runs")
-    return {name: tiny.make_run(folder / name, tiny.config_for(name, tokenizer, vocab_size=600)) for name in ("ar", "mdm")}
+    return {
+        name: tiny.make_run(folder / name, tiny.config_for(name, tokenizer, vocab_size=600)) for name in ("ar", "mdm")
+    }
 
 
 def test_weights_tokenizer_and_mask(runs) -> None:

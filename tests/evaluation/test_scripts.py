@@ -77,5 +77,13 @@ def test_every_published_flag_parses() -> None:
         words = [flag] if flag in SWITCHES else [flag, VALUES.get(flag, "1")]
         arguments = build_downstream_parser().parse_args(words)
         assert len(vars(arguments)) > 0
-    both = build_downstream_parser().parse_args([w for f in flags for w in ([f] if f in SWITCHES else [f, VALUES.get(f, "1")])])
-    assert (both.eval_method, both.task_list, both.results_path, both.num_mc, both.load_tag) == ("mc", "copa", "r.json", 1, "1")
+    both = build_downstream_parser().parse_args(
+        [w for f in flags for w in ([f] if f in SWITCHES else [f, VALUES.get(f, "1")])]
+    )
+    assert (both.eval_method, both.task_list, both.results_path, both.num_mc, both.load_tag) == (
+        "mc",
+        "copa",
+        "r.json",
+        1,
+        "1",
+    )

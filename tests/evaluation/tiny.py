@@ -50,7 +50,11 @@ def build_tokenizer_file(folder: Path, vocab_size: int = 600) -> Path:
     tokenizer.train_from_iterator(sentences(), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -92,10 +96,13 @@ def choice_items(number: int, seed: int = 0) -> list[dict]:
         own = pool[index % len(pool)].split()
         cut = len(own) // 2
         others = [s.split() for s in rng.sample(pool, 3)]
-        choices = [" ".join(words[len(words) // 2 :][: len(own) - cut + rng.randint(-1, 1)]) for words in [own, *others]]
+        choices = [
+            " ".join(words[len(words) // 2 :][: len(own) - cut + rng.randint(-1, 1)]) for words in [own, *others]
+        ]
         gold = rng.randrange(4)
         choices[0], choices[gold] = choices[gold], choices[0]
-        items.append({"query": " ".join(own[:cut]), "choices": choices, "gold": gold})
+        before = " ".join(rng.sample(pool, 3)) + " " if index % 10 == 0 else ""  # too long for a small context
+        items.append({"query": before + " ".join(own[:cut]), "choices": choices, "gold": gold})
     return items
 
 

@@ -19,13 +19,24 @@ def main(folder: str, tasks: list[str]) -> None:
     for tp_size in (1, 2):
         context = ParallelContext.create(tp_size=tp_size)
         for name, cls, options in (("ar", MegatronAR, {}), ("mdm", MegatronMDM, {"num_mc": 8})):
-            lm = cls(model=load_model(f"{folder}/{name}", context=context), cache_dir=f"{folder}/cache-{name}-{tp_size}", **options)
-            results = simple_evaluate(lm, tasks=tasks, task_manager=task_loader(), log_samples=True, bootstrap_iters=0)
+            lm = cls(
+                model=load_model(f"{folder}/{name}", context=context),
+                cache_dir=f"{folder}/cache-{name}-{tp_size}",
+                **options,
+            )
+            results = simple_evaluate(
+                lm, tasks=tasks, task_manager=task_loader(tasks), log_samples=True, bootstrap_iters=0
+            )
             answers = lm.summary.merge(lm._gather(lm.summary)).as_dict()
             if context.is_first_rank:
-                scores = {task: sorted((s["doc_id"], s["resps"]) for s in samples) for task, samples in results["samples"].items()}
+                scores = {
+                    task: sorted((s["doc_id"], s["resps"]) for s in samples)
+                    for task, samples in results["samples"].items()
+                }
                 with open(f"{folder}/{name}-tp{tp_size}.json", "w") as file:
-                    json.dump({"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file)
+                    json.dump(
+                        {"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file
+                    )
     dist.barrier()
     dist.destroy_process_group()
 

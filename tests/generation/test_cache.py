@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from megatron.config import ModelConfig, parse
 from megatron.generation.autoregressive import UncachedDecoder, generate_autoregressive
 from megatron.generation.cache import CachedDecoder
 from megatron.generation.sampling import TokenSampling
-from megatron.config import ModelConfig, parse
 from megatron.model import Causal, GPTModel
 
 

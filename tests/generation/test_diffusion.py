@@ -128,7 +128,9 @@ def test_margin_and_entropy_pick_what_they_say(model) -> None:
     for order, position in wanted.items():
         first: list[torch.Tensor] = []
         sampler_of(model).fill(
-            [[MASK] * 10], settings=DiffusionSettings(order=order), on_step=lambda s, first=first: first.append(s.uncovered.clone())
+            [[MASK] * 10],
+            settings=DiffusionSettings(order=order),
+            on_step=lambda s, first=first: first.append(s.uncovered.clone()),
         )
         assert first[0].nonzero()[:, 1].tolist() == [position], order
 
@@ -178,8 +180,11 @@ def test_guidance_moves_away_from_the_unconditional(model) -> None:
 
 def test_stop_leaves_the_rest_masked(model) -> None:
     settings = DiffusionSettings(block_length=2)
-    rows = sampler_of(model).fill([[1, *([MASK] * 9)], [2, *([MASK] * 9)]], settings=settings,
-                                  stop=lambda row, prefix: row == 0 and len(prefix) >= 5)
+    rows = sampler_of(model).fill(
+        [[1, *([MASK] * 9)], [2, *([MASK] * 9)]],
+        settings=settings,
+        stop=lambda row, prefix: row == 0 and len(prefix) >= 5,
+    )
     assert rows[0].count(MASK) == 5
     assert MASK not in rows[1]
 

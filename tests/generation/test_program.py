@@ -32,7 +32,17 @@ def run(capsys, *flags: str) -> str:
 
 @pytest.mark.parametrize("name", ["ar", "mdm"])
 def test_continuation_is_deterministic_by_seed(runs, capsys, name) -> None:
-    flags = ["--load", runs[name], "--prompt", "Return the path", "--max-new-tokens", "10", "--temperature", "1", "--json"]
+    flags = [
+        "--load",
+        runs[name],
+        "--prompt",
+        "Return the path",
+        "--max-new-tokens",
+        "10",
+        "--temperature",
+        "1",
+        "--json",
+    ]
     one, again, other = (run(capsys, *flags, "--num-samples", "2", "--seed", seed) for seed in ("1", "1", "2"))
     assert one == again != other
     first, second = (json.loads(line) for line in one.splitlines())
@@ -45,7 +55,9 @@ def test_infilling_keeps_the_given_text(runs, capsys) -> None:
                 "--temperature", "1")  # fmt: skip
     assert shown.startswith("Return the")
     assert shown.rstrip("\n").endswith(" of the file.")
-    shown = run(capsys, "--load", runs["mdm"], "--prompt", "If[MASK:3] is true,[MASK:2] is raised.", "--order", "entropy")
+    shown = run(
+        capsys, "--load", runs["mdm"], "--prompt", "If[MASK:3] is true,[MASK:2] is raised.", "--order", "entropy"
+    )
     assert shown.startswith("If")
     assert " is true," in shown
     assert shown.rstrip("\n").endswith(" is raised.")
