@@ -132,7 +132,7 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
         run = self._config.run
@@ -185,7 +185,6 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
 
     from megatron.config import config_to_dict
 
-    has_login = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
     folder = Path(run.wandb_save_dir or run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
@@ -194,11 +193,25 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
         group=run.wandb_group,
         dir=str(folder),
         config=config_to_dict(config),
-        mode=os.environ.get("WANDB_MODE", "online" if has_login else "offline"),  # type: ignore[arg-type]
+        mode=os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline"),  # type: ignore[arg-type]
         resume="allow",
         id=_wandb_id(run_dir),
         settings=wandb.Settings(silent=True),
     )
+
+
+def _has_wandb_login() -> bool:
+    """Whether ``wandb login`` was run or a key is in the environment (W&B itself would ask on the terminal)."""
+    import netrc
+    from urllib.parse import urlsplit
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -1,0 +1,81 @@
+"""Validation: the same samples and noise whenever and wherever it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed import jobs
+from distributed.pool import WorkerPool
+
+
+@pytest.fixture(scope="module")
+def trained(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a validation and a checkpoint at steps 3 and 6."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    options = {"train_iters": 6, "save_interval": 3, "eval_interval": 3, "eval_iters": 2, "hidden_dropout": 0.1}
+    argv = jobs.flags(token_files, run_dir, valid_data_path=token_files / "valid", **options)
+    assert pools(1).run(jobs.train, "mdm", argv)[0].status == 0
+    return run_dir
+
+
+@pytest.fixture
+def validate(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, trained: Path
+) -> Callable[..., dict[str, Any]]:
+    """``validate(size, **flags)``: the record of a run that only validates."""
+
+    def run(size: int = 1, save: Path | None = None, **changes: Any) -> dict[str, Any]:
+        run_dir = save or tmp_path / f"validation{len(list(tmp_path.iterdir()))}"
+        options = {"load": trained, "skip_train": True, "train_iters": None, "train_data_path": None, "eval_iters": 2}
+        argv = jobs.flags(token_files, run_dir, **{**options, "valid_data_path": token_files / "valid", **changes})
+        traces = pools(size).run(jobs.train, "mdm", argv)
+        assert [trace.status for trace in traces] == [0] * size, pools(size).output(0)
+        return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+
+    return run
+
+
+def test_it_repeats_what_training_found(validate: Callable, trained: Path) -> None:
+    """Also with dropout configured, which validation must turn off, and another seed, which it must ignore."""
+    logged = jobs.records(trained, "valid")
+    for step, seed in ((3, 1234), (6, 99)):
+        record = validate(load_tag=f"global_step{step}", seed=seed, hidden_dropout=0.1)
+        assert record["step"] == step
+        assert (record["nll"], record["nll_se"]) == (logged[step]["nll"], logged[step]["nll_se"])
+    assert logged[3]["nll"] != logged[6]["nll"]
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"), [(2, {"micro_batch_size": 2}), (2, {"pp_size": 2}), (4, {"tp_size": 2, "zero_stage": 1})]
+)
+def test_the_whole_set_in_any_layout(validate: Callable, size: int, layout: dict[str, Any]) -> None:
+    """Every sample once, although their number is not a multiple of ranks times micro-batch."""
+    expected, record = validate(1, eval_iters="full", micro_batch_size=1), validate(size, eval_iters="full", **layout)
+    assert record["num_samples"] == expected["num_samples"]
+    assert expected["num_samples"] % 4 != 0
+    for name in ("nll", "nll_se"):
+        assert record[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_more_draws_measure_the_same_more_precisely(validate: Callable) -> None:
+    one, many = validate(num_mc=1, eval_iters=4), validate(num_mc=8, eval_iters=4)
+    assert (one["num_mc"], many["num_mc"]) == (1, 8)
+    assert many["nll_se"] < 0.7 * one["nll_se"]
+    assert abs(many["nll"] - one["nll"]) < 4 * math.hypot(one["nll_se"], many["nll_se"])
+    assert many["label"] == "NLL bound"
+
+
+def test_validating_changes_nothing_in_the_run(validate: Callable, trained: Path) -> None:
+    """``--save`` at the run itself and an older tag: one line more, and everything else as it was."""
+    before = (trained / "metrics.jsonl").read_text()
+    others = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.suffix != ".jsonl"}
+    assert validate(save=trained, load_tag="global_step3")["step"] == 3
+    after = (trained / "metrics.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == len(before.splitlines()) + 1
+    assert {path: path.read_bytes() for path in others} == others
