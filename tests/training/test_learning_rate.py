@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 import pytest
-
 from distributed.jobs import Run
+
 from megatron.config.schema import OptimizerConfig
 from megatron.training.optimizer import build_optimizer, learning_rate
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-
 from distributed import jobs
 from distributed.jobs import Run
 from distributed.pool import Process, WorkerPool
+
 from megatron.config import config_from_dict
 from megatron.training.checkpoint import CheckpointReader
 from megatron.training.metrics import MetricsLog, Progress, format_seconds

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from distributed import jobs
 from distributed.pool import WorkerPool
 
