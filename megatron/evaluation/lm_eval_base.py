@@ -21,6 +21,7 @@ from megatron.evaluation.requests import ResultCache, encode_pair
 from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
 from megatron.generation.text import Completion
+from megatron.training.metrics import total_parameters
 
 LOAD_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
 
@@ -269,7 +270,7 @@ class MegatronLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results besides the scores."""
-        parameters = sum(int(torch.Size(p.shard_spec.full_shape).numel()) for p in self.loaded.model.parameters())  # type: ignore[attr-defined]
+        parameters = total_parameters(self.loaded.config.model)["total"]
         return {
             "model_source": self.loaded.source,
             "model_num_parameters": parameters,
