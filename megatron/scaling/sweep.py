@@ -122,12 +122,21 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
         axes = itertools.product(models, _listed(grid["unique_tokens"]), _listed(epochs), _listed(grid.get("seed", 1234)))
         for model, unique, length, seed in axes:
             place = {"objective": objective, "model": str(model), "unique_tokens": int(float(unique))}
-            place |= {"epochs": float(length), "seed": int(seed)}
+            size = _parameters(str(model), _dashed(models[model] or {}), int(data.get("vocab_size") or PAPER_VOCAB_SIZE))
+            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": int(seed)}
             if any(all(place.get(key) == value for key, value in rule.items()) for rule in data.get("exclude") or []):
                 continue
             own = _dashed((data.get("objectives") or {}).get(objective) or {})
             found.append(_run(place, data, {**flags, **_dashed(models[model] or {}), **own}, output))
     yield from sorted(found, key=lambda run: (run.flops, run.name))
+
+
+def _epochs(length: Any, parameters: int, unique_tokens: int) -> float:
+    """Epochs, given as a number or as compute ("1e19 FLOPs"), which makes them C / (6·N·U) for each size."""
+    text = str(length).lower()
+    if not text.endswith("flops"):
+        return float(length)
+    return float(f"{float(text.removesuffix('flops')) / (6.0 * parameters * unique_tokens):.6g}")
 
 
 def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> SweepRun:
