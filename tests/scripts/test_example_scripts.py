@@ -32,7 +32,7 @@ def dry_run(script: Path, *arguments: str, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         env={**clean, "VIRTUAL_ENV": sys.prefix, **environment},
-        timeout=60,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
