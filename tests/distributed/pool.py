@@ -231,9 +231,7 @@ class Process:
         handle, log = tempfile.mkstemp(prefix="process_", suffix=".log")
         os.close(handle)
         self.log = Path(log)
-        self._process = server().Process(
-            target=_run, args=(log, environment or {}, function, arguments), daemon=True
-        )
+        self._process = server().Process(target=_run, args=(log, environment or {}, function, arguments), daemon=True)
         self._process.start()
 
     @property
