@@ -110,7 +110,7 @@ def train(objective: str, argv: list[str], watch: tuple[str, ...] = ()) -> Trace
 
     trace = Trace()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(main_module, "_leave", lambda: None))  # noqa: PT008  (the pool keeps its group)
+        stack.enter_context(mock.patch.object(main_module, "_leave"))  # the pool keeps its group
         stack.enter_context(_recording_steps(trace))
         for name in watch:
             stack.enter_context(RECORDERS[name](trace))
@@ -149,9 +149,7 @@ def _recording_weights(trace: Trace) -> Iterator[None]:
         if not trace.weights:
             state = ShardedState(self.module, self.optimizer, self.context)
             trace.specs = state.specs()
-            trace.weights = [
-                (f.name, f.tp_rank, f.start, f.data.clone().float()) for f in state.fragments_to_save()
-            ]
+            trace.weights = [(f.name, f.tp_rank, f.start, f.data.clone().float()) for f in state.fragments_to_save()]
         return original(self, data, **arguments)
 
     with mock.patch.object(Engine, "train_step", train_step):

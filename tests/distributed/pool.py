@@ -28,7 +28,7 @@ from typing import Any
 
 PRELOAD = ["pytest", "torch", "deepspeed", "deepspeed.pipe", "torch._inductor.compile_fx", "safetensors.torch"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
-START_SECONDS = 120.0  # the first start imports torch and DeepSpeed, on cores that others use too
+START_SECONDS = 240.0  # the first start imports torch and DeepSpeed, on cores that others use too
 GRACE_SECONDS = 5.0
 
 
@@ -75,7 +75,7 @@ class WorkerPool:
         self._generation = 0
         self._jobs = 0
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 90.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 150.0) -> list[Any]:
         """Run ``function(*arguments)`` on every rank.
 
         Args:
@@ -240,9 +240,7 @@ class Process:
         handle, log = tempfile.mkstemp(prefix="process_", suffix=".log")
         os.close(handle)
         self.log = Path(log)
-        self._process = server().Process(
-            target=_run, args=(log, environment or {}, function, arguments), daemon=True
-        )
+        self._process = server().Process(target=_run, args=(log, environment or {}, function, arguments), daemon=True)
         self._process.start()
 
     @property
@@ -259,7 +257,7 @@ class Process:
         """Send it a signal."""
         os.kill(self._process.pid, number)
 
-    def wait_until(self, condition: Callable[[], Any], timeout: float = 60.0) -> None:
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 120.0) -> None:
         """Return as soon as the condition holds; fail if the process ends before, or takes too long."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -268,7 +266,7 @@ class Process:
                 raise JobFailed(f"the process ended or hung before the awaited moment:\n{self.output[-6000:]}")
             time.sleep(0.002)
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 120.0) -> int:
         """Its exit status (negative: the signal that ended it); past the limit its stacks fail the test."""
         self._process.join(timeout)
         if self._process.exitcode is None:

@@ -61,3 +61,17 @@ def test_a_forgotten_optimizer_would_show(
     (without,) = pools(1).run(jobs.train, "mdm", argv)
     assert without.losses[0] == straight.losses[5]
     assert abs(without.losses[2] - straight.losses[7]) > 1e-3
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"pp_size": 2}), (2, {"zero_stage": 2})])
+def test_bf16_runs_continue_bit_for_bit(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int, layout: dict[str, Any]
+) -> None:
+    """The fp32 masters are saved, not the bf16 weights made from them."""
+    options = {"bf16": True, "save_interval": 3, "train_iters": 6, **layout}
+    straight = pools(size).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path / "straight", **options))
+    load = {"load": tmp_path / "straight", "load_tag": "global_step3"}
+    again = pools(size).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path / "again", **options, **load))
+    for before, after in zip(straight, again):
+        assert after.losses == before.losses[3:]
+        assert after.grad_norms == before.grad_norms[3:]

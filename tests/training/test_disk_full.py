@@ -29,9 +29,7 @@ def assert_intact(run_dir: Path, step: int) -> None:
     assert not list(run_dir.glob("*.saving"))
 
 
-def test_file_that_cannot_be_finished(
-    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
-) -> None:
+def test_file_that_cannot_be_finished(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path) -> None:
     expected, run_dir = tmp_path / "expected", tmp_path / "run"
     options = {"train_iters": STEPS, "save_interval": 4, "hidden_dropout": 0.1}
     pools(1).run(jobs.train, "mdm", jobs.flags(token_files, expected, **options))

@@ -73,9 +73,7 @@ def resume(pools: Callable[[int], WorkerPool], tokens: Path, run_dir: Path, size
 
 
 @pytest.fixture(scope="module")
-def straight(
-    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def straight(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("straight")
     traces = pools(1).run(jobs.train, "mdm", jobs.flags(token_files, run_dir, **options(token_files)))
@@ -171,8 +169,9 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
         if is_manifest and moment == "after the manifest":
             die()
 
-    with mock.patch.object(checkpoint, "save_file", save_shard), mock.patch.object(
-        checkpoint, "write_atomically", write
+    with (
+        mock.patch.object(checkpoint, "save_file", save_shard),
+        mock.patch.object(checkpoint, "write_atomically", write),
     ):
         return main("mdm", argv)
 
@@ -262,7 +261,8 @@ def test_nothing_but_damaged_checkpoints_is_an_error(
     assert pools(1).run(jobs.train, "mdm", argv)[0].status == 0
     before = (run_dir / "metrics.jsonl").read_text()
     argv = jobs.flags(token_files, run_dir, load=run_dir, **options(token_files, train_iters=10))
-    for damage in (damage_contents, damage_size):  # the first shows only in the checksums, after the groups have started
+    # The first shows only in the checksums, after the groups have started.
+    for damage in (damage_contents, damage_size):
         damage(run_dir / "global_step5")
         (trace,) = pools(1).run(jobs.train, "mdm", argv)
         assert trace.status == 2

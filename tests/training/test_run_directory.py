@@ -75,7 +75,9 @@ def test_files_have_the_agreed_fields(runs: Callable[..., Run], token_files: Pat
         assert line["bits_per_byte"] is None  # these tokens have no text
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"tp_size": 2}), (2, {"pp_size": 2}), (2, {"zero_stage": 3})])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, {}), (2, {"tp_size": 2}), (2, {"pp_size": 2}), (2, {"zero_stage": 3})]
+)
 def test_parameters_are_those_of_the_whole_model(runs: Callable[..., Run], size: int, layout: dict[str, Any]) -> None:
     run = runs("mdm", size, train_iters=2, **layout)
     parameters = read(run.run_dir)["parameters"]

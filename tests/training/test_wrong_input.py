@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,15 @@ REPO = Path(__file__).resolve().parents[2]
 
 def refused(argv: list[str], *, processes: int = 1) -> str:
     """The message of a run that must not start, given to ``processes`` processes of which this is the first."""
-    started = time.monotonic()
     # No other process exists and none may be waited for: the check comes before any process group.
     world = {"WORLD_SIZE": str(processes), "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     process = Process(jobs.run_main, "mdm", argv, environment=world if processes > 1 else {})
-    status = process.wait(60)
+    status = process.wait(60)  # seconds on an idle machine
     lines = process.output.strip().splitlines()
     assert status == 2, process.output
     assert "Traceback" not in process.output
     assert lines[-1].startswith("error: ") and len([line for line in lines if "error:" in line]) == 1
     assert lines[-1].count(";") >= 2, "given; rule; fix"
-    assert time.monotonic() - started < 60
     return lines[-1]
 
 
@@ -94,7 +91,6 @@ def test_layout_that_does_not_fit(token_files: Path, tmp_path: Path, rule: str) 
 
 
 def test_unknown_flag_of_the_real_program(token_files: Path, tmp_path: Path) -> None:
-    started = time.monotonic()
     argv = [*jobs.flags(token_files, tmp_path / "run"), "--hiden-size", "64"]
     result = subprocess.run(
         [sys.executable, str(REPO / "pretrain_mdm.py"), *argv],
@@ -106,7 +102,6 @@ def test_unknown_flag_of_the_real_program(token_files: Path, tmp_path: Path) -> 
     assert result.returncode == 2
     assert "unknown argument '--hiden-size'" in result.stderr and "did you mean --hidden-size?" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
-    assert time.monotonic() - started < 60
 
 
 @pytest.fixture(scope="module")
