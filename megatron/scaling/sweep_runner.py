@@ -102,7 +102,7 @@ class Runner:
             if self._stopping.is_set():
                 return "stopped"
             ending = f"exit status {status}" if status else "stopped before its last step"
-            self.say(f"{run.name}: {ending}; see {run.folder / 'log.txt'}")
+            self.say(f"{run.name}: {ending}: {_last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})")
         return "failed"
 
     def _attempt(self, run: SweepRun, slot: int, descriptor: int) -> int:
@@ -139,6 +139,14 @@ class Runner:
         self._stopping.set()
         for child in list(self._children.values()):
             child.terminate()
+
+
+def _last_line(log: Path) -> str:
+    """The last line that a program printed, which after an error is its message."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
