@@ -219,7 +219,7 @@ def _compare_text(first: Run, second: Run) -> str:
             else ""
         )
     else:
-        verdict = f"the two cannot be told apart ({size})" + (
+        verdict = f"the two cannot be told apart (a difference of {size})" + (
             f"; {name}'s number is an upper bound, so it is no worse than this and may be better" if bound else ""
         )
     text = (

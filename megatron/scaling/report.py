@@ -298,6 +298,7 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 th { text-align: left; vertical-align: bottom; font-weight: 600; border-bottom: 1.5px solid #1d1d1f;
      padding: .3rem .6rem .3rem 0; }
 td { border-bottom: 1px solid #e2e2e4; padding: .3rem .6rem .3rem 0; vertical-align: top; }
+td:first-child { white-space: nowrap; }
 .warn { font-weight: 650; }
 @media print {
   @page { size: A4; margin: 14mm; }

@@ -189,13 +189,13 @@ def state(run: SweepRun) -> str:
     """"finished", "running", "failed" (its last attempt ended with an error), "interrupted" or "waiting"."""
     if is_locked(run):
         return "running"
-    if not (run.folder / "sweep.json").exists():
-        return "waiting"
     check_owner(run)
+    attempts = read_attempts(run)
+    if not attempts:
+        return "waiting"
     if is_finished(run):
         return "finished"
-    attempts = read_attempts(run)
-    return "failed" if attempts and attempts[-1]["returncode"] not in (0, None) else "interrupted"
+    return "failed" if attempts[-1]["returncode"] not in (0, None) else "interrupted"
 
 
 def is_finished(run: SweepRun) -> bool:
@@ -278,7 +278,7 @@ def is_locked(run: SweepRun) -> bool:
 
 
 def read_attempts(run: SweepRun) -> list[dict[str, Any]]:
-    """Past attempts, oldest first; a torn last line is one that was killed while writing and is left out."""
+    """Starts (``returncode`` None) and ends of training programs, oldest first; a line torn by a kill is left out."""
     file = run.folder / "attempts.jsonl"
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:

@@ -112,8 +112,10 @@ class Runner:
         if self.devices_per_job:
             first = slot * self.devices_per_job
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + self.devices_per_job)))
-        self.say(f"{run.name}: started (attempt {len(read_attempts(run)) + 1})")
+        starts = sum(record["returncode"] is None for record in read_attempts(run))
+        self.say(f"{run.name}: started (attempt {starts + 1})")
         started = time.time()
+        _note(run, {"started": started, "returncode": None})
         with open(run.folder / "log.txt", "ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
@@ -129,9 +131,7 @@ class Runner:
             status = child.wait()
             with self._guard:
                 del self._children[child.pid]
-        record = {"started": started, "seconds": round(time.time() - started, 1), "returncode": status}
-        with open(run.folder / "attempts.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        _note(run, {"started": started, "seconds": round(time.time() - started, 1), "returncode": status})
         return status
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -139,6 +139,14 @@ class Runner:
         self._stopping.set()
         for child in list(self._children.values()):
             child.terminate()
+
+
+def _note(run: SweepRun, record: dict[str, object]) -> None:
+    """Append to the run's attempts; a line torn by a kill is ended first."""
+    file = run.folder / "attempts.jsonl"
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write(("\n" if torn else "") + json.dumps(record) + "\n")
 
 
 def _last_line(log: Path) -> str:

@@ -16,9 +16,10 @@ import yaml
 
 from megatron.config.cli import build_parser
 from megatron.config.presets import preset_parameters
+from megatron.data.indexed import IndexedDataset
 from megatron.scaling.runs import load_run
 from megatron.scaling.sweep import hours, load_sweep, read_attempts, state, unmatched
-from megatron.scaling.sweep_runner import Runner, command_line
+from megatron.scaling.sweep_runner import Runner, command_line, make_subsets
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "tools/sweep.py")]
@@ -158,7 +159,8 @@ def test_failed_runs_are_restarted_and_reported(tmp_path, monkeypatch):
     results = Runner(sweep, attempts=1, say=lambda text: None).run(sweep.runs)
     assert results == {run.name: "failed" if run.objective == "mdm" else "finished" for run in sweep.runs}
     assert {state(run) for run in sweep.runs if run.objective == "mdm"} == {"failed"}
-    assert read_attempts(next(run for run in sweep.runs if run.objective == "mdm"))[0]["returncode"] == 3
+    first = next(run for run in sweep.runs if run.objective == "mdm")
+    assert [record["returncode"] for record in read_attempts(first)] == [None, 3]
     results = Runner(sweep, say=lambda text: None).run(sweep.runs)
     assert "failed" not in results.values()
     assert_complete_and_unmixed(sweep)
@@ -196,7 +198,7 @@ def test_kill_9_of_sweep_and_trainer_then_again(tmp_path):
     process.wait()
     os.kill(int((victim / "starts.txt").read_text().split()[-1]), signal.SIGKILL)
     wait_for(lambda: state(sweep.runs[2]) != "running")
-    assert state(sweep.runs[2]) == "interrupted"
+    assert [state(run) for run in sweep.runs[1:4]] == ["finished", "interrupted", "waiting"]
     with open(victim / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # what a kill can leave
     done = subprocess.run([*PROGRAM, str(path), "run"], capture_output=True, text=True, timeout=120)
@@ -272,3 +274,19 @@ def test_the_example_sweep_is_valid_and_matched():
     for run in sweep.runs:
         build_parser().parse_args(command_line(sweep, run)[2:])
     assert hours(sum(run.flops for run in sweep.runs), sweep.price) is not None
+
+
+def test_missing_subsets_are_cut_once_from_the_source(tmp_path):
+    source = str(ROOT / "tests/golden/data/rand_text_document")
+    data = {"source": source, "directory": str(tmp_path / "subsets")}
+    grid = {"objective": ["ar", "mdm"], "model": ["7M"], "unique_tokens": [4000], "epochs": [1]}
+    sweep = load_sweep(write_sweep(tmp_path, data=data, grid=grid))
+    said: list[str] = []
+    make_subsets(sweep, sweep.runs, said.append)
+    make_subsets(sweep, sweep.runs, said.append)
+    assert len(said) == 1
+    assert {run.flags["train-data-path"] for run in sweep.runs} == {str(tmp_path / "subsets/subset-4000_text_document")}
+    assert 2000 < IndexedDataset(str(sweep.runs[0].flags["train-data-path"])).sizes.sum() <= 4000
+    too_large = load_sweep(write_sweep(tmp_path, data=data, grid={**grid, "unique_tokens": [10**6]}))
+    with pytest.raises(ValueError, match="no subset of 1000000 tokens"):
+        make_subsets(too_large, too_large.runs, said.append)
