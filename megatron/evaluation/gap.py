@@ -111,9 +111,9 @@ def gap_metric(config: Config, engine: Engine) -> Callable[[], dict[str, float |
     Raises:
         ValueError: bad questions, no tokenizer for the run's data, or an objective without a likelihood here.
     """
-    from megatron.convert.huggingface import evaluation_objective
     from megatron.data.tokenizer import build_tokenizer
     from megatron.model import GPTModel
+    from megatron.objectives import evaluation_objective
 
     objective = evaluation_objective(config)
     is_causal = isinstance(objective.attention_mask, Causal)

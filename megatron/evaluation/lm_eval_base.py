@@ -5,6 +5,7 @@ Requests are spread over data-parallel ranks by lm-eval itself; tensor-parallel 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,10 +270,10 @@ class MegatronLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results besides the scores."""
-        parameters = sum(int(torch.Size(p.shard_spec.full_shape).numel()) for p in self.loaded.model.parameters())  # type: ignore[attr-defined]
+        shapes = [parameter.shard_spec.full_shape for parameter in self.loaded.model.parameters()]  # type: ignore[union-attr]
         return {
             "model_source": self.loaded.source,
-            "model_num_parameters": parameters,
+            "model_num_parameters": sum(math.prod(shape) for shape in shapes),
             "model_dtype": str(next(self.loaded.model.parameters()).dtype),
             "likelihood": self.describe(),
             "settings": self.fingerprint(),

@@ -190,7 +190,7 @@ class MegatronMDM(MegatronLM):
         self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
     ) -> list[Completion]:
         """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
-        own = {name: options.get(name, default) for name, default in self.generation.items()}
+        own: dict[str, Any] = {name: options.get(name, default) for name, default in self.generation.items()}
         settings = DiffusionSettings(**own, sampling=token_sampling(options))
         return continue_masked(
             self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,

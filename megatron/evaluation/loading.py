@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron.config.schema import Config
-from megatron.convert.huggingface import evaluation_objective
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
 from megatron.generation.cache import CachedDecoder
