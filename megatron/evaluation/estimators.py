@@ -48,10 +48,14 @@ class Estimator(Protocol):
     """One way to estimate the log-likelihood of the target tokens."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For people and tables."""
+        ...
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """``exact`` or ``bound``."""
+        ...
 
     def draws(self, length: int, *, key: str, start: int, count: int) -> Draws:
         """Draws ``start .. start+count-1`` for a target of ``length`` tokens; ``count`` is ignored by exact ones."""
