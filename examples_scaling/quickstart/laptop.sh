@@ -22,3 +22,4 @@ for objective in ar mdm; do
     train "$objective" --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS"
 done
 "$ENV_PYTHON" "$REPO/tools/report.py" "$RUN_DIR/ar" "$RUN_DIR/mdm" --output "$RUN_DIR/report"
+echo "took $((SECONDS / 60)) minutes"
