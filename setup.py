@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.18",
         "wandb>=0.22",
         "lm-eval==0.4.13",
+        "accelerate>=1",  # lm-eval's own hf model, to compare with
     ],
 }
 

@@ -56,7 +56,9 @@ class UncoverDisplay:
                 parts.append(f"{NEW}{text}{RESET}" if run_is_new and self.is_terminal else text)
                 run.clear()
 
-        for token, is_new in zip(tokens.tolist(), uncovered.tolist()):
+        for position, (token, is_new) in enumerate(zip(tokens.tolist(), uncovered.tolist())):
+            if position == 0 and token == self.tokenizer.eod_id:
+                continue  # only says that a document begins
             if token == self.mask_id:
                 flush()
                 parts.append("_")
