@@ -26,7 +26,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["pytest", "torch", "deepspeed", "deepspeed.pipe", "torch._inductor.compile_fx", "safetensors.torch"]
+# The last line is what DeepSpeed imports when an engine is built.
+PRELOAD = [
+    *("pytest", "torch", "deepspeed", "deepspeed.pipe", "torch._inductor.compile_fx", "safetensors.torch"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer", "numpy.ma"),
+]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 START_SECONDS = 240.0  # the first start imports torch and DeepSpeed, on cores that others use too
 GRACE_SECONDS = 5.0
@@ -59,9 +63,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# DeepSpeed keeps some process groups of every engine alive, each with threads of its own: after 60 engines a worker has
-# 600 threads. New workers are forked from a process with everything imported, in less than a second.
-JOBS_PER_GENERATION = 6
+# Engines of DeepSpeed stay alive (hooks of C++ tensors hold them), each with its groups and about ten of their threads.
+# New workers are forked from a process with everything imported, in less than a second.
+JOBS_PER_GENERATION = 16
 
 
 class WorkerPool:

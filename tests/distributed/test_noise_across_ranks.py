@@ -80,11 +80,16 @@ def test_data_parallel_ranks_draw_different_noise(runs: Callable[..., Run]) -> N
     for sample, seen in {**ranks[0], **ranks[1]}.items():  # the same noise per sample as one process draws
         assert torch.equal(seen["inputs"], reference[sample]["inputs"])
         assert torch.equal(seen["weights"], reference[sample]["weights"])
+    nested = []
     for step in range(5):
         own, others = ([ranks[dp][s] for s in sorted(ranks[dp]) if s // 8 == step] for dp in range(2))
         assert len(own) == len(others) == 4
         for mine, theirs in zip(own, others):
-            assert not torch.equal(mine["inputs"] == MASK_ID, theirs["inputs"] == MASK_ID)
+            masks = mine["inputs"] == MASK_ID, theirs["inputs"] == MASK_ID
+            assert not torch.equal(*masks)
+            nested.append(any(torch.equal(masks[0] & masks[1], mask) for mask in masks))
         # Times are spread over the global batch, not over each rank's part of it (a sequence without masks has none).
         weights = [float(seen["weights"].max()) for seen in own + others if (seen["weights"] > 0).any()]
         assert len(set(weights)) == len(weights) >= 6
+    # The same random numbers at another time would mask a part of the same tokens, in every pair.
+    assert sum(nested) <= len(nested) // 2

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distributed.jobs import Run
+from megatron import objectives as registry
 
 TOLERANCE = 1e-5
 # Processes and flags. Pipelines get more micro-batches than stages, so that several are in flight.
@@ -77,8 +78,15 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
     return check
 
 
-@pytest.mark.parametrize("objective", ["ar", "mdm"])
-@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize(
+    ("layout", "objective"),
+    [
+        (layout, objective)
+        for layout in LAYOUTS
+        for objective in ("ar", "mdm")
+        if "dp2" not in layout[1:] or objective == "mdm"
+    ],
+)
 def test_layout_equals_one_process(compare: Callable, objective: str, layout: str) -> None:
     size, changes = LAYOUTS[layout]
     compare(objective, size, **changes)
@@ -103,11 +111,17 @@ def test_variant_equals_one_process(compare: Callable, variant: str, layout: str
     compare("ar", size, **changes, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2"])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_objective_equals_one_process(compare: Callable, name: str, layout: str) -> None:
     (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS[layout]
     compare(objective, size, **changes, **options)
+
+
+def test_no_registered_objective_is_left_out() -> None:
+    covered = {"ar", "mdm", "permuted_ar", "masked_attention_ar", *(objective for objective, _ in OBJECTIVES.values())}
+    covered.add("masked_input_ar")  # chosen by its flag
+    assert covered == set(registry.OBJECTIVES)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
@@ -134,9 +148,15 @@ def test_zero3_with_every_tensor_partitioned(compare: Callable, tmp_path: Path) 
     compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=str(settings))
 
 
-@pytest.mark.parametrize("layout", [None, "tp2", "pp2", "zero2", "zero3", "tp2_pp2"])
-@pytest.mark.parametrize("variant", ["tied", "untied_gqa"])
-def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], layout: str | None, variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3")),
+        ("untied_gqa", "pp2"),
+        ("tied", "tp2_pp2"),
+    ],
+)
+def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], variant: str, layout: str | None) -> None:
     """Gradient norms too: DeepSpeed may drop the gradient of the output matrix and leave the first losses right."""
     size, changes = LAYOUTS[layout] if layout else (1, {})
     shape = VARIANTS.get(variant, {})
