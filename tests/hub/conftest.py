@@ -12,6 +12,9 @@ from tests.hub import fake_hub
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[fake_hub.Hub]:
+    # tests/run.sh keeps the suite off the network (HF_HUB_OFFLINE); the hub of these tests is on this machine.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf-cache"))
     state = fake_hub.Hub()
