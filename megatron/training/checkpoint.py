@@ -165,10 +165,18 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
         if path.name not in manifest["files"]:
             path.unlink()
     write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1))
-    if tag.exists():
-        shutil.rmtree(tag)
-    scratch.rename(tag)
+    replaced = run_dir / f"{tag.name}.replaced"
+    if tag.exists():  # of the same step, before the run was set back; deleted only when the new one stands
+        shutil.rmtree(replaced, ignore_errors=True)
+        tag.rename(replaced)
+    try:
+        scratch.rename(tag)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(tag)
+        raise
     write_atomically(run_dir / "latest", tag.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, torch.Tensor], *, step: int = 0) -> Path:

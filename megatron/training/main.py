@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 
 from megatron.config import parse
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def main(objective: str, argv: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def _is_expected(error: BaseException) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    return frame is not None and f"{os.sep}megatron{os.sep}" in frame.tb_frame.f_code.co_filename
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
 
 
 def _leave() -> None:
