@@ -1,0 +1,144 @@
+"""Hugging Face folders with a tokenizer: generation, fill-mask, ids as in training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from megatron.config.schema import DataConfig
+from megatron.convert.hf_folder import ExportOptions, export_folder, import_folder
+from megatron.convert.hf_tokenizer import MASK_TOKEN, _byte_characters
+from megatron.data.indexed import IndexedDatasetWriter
+from tests.convert.folders import our_logits
+from tests.convert.reference import make_config, random_tensors
+
+
+@pytest.fixture
+def gpt2_files(tmp_path: Path) -> DataConfig:
+    """A byte-level BPE in GPT-2's two files: 256 bytes, 43 merges, end of document = 299."""
+    characters = _byte_characters()
+    vocab = {character: index for index, character in enumerate(characters)}
+    merges = []
+    words = ["th", "the", "Ġthe", "an", "and", "in", "ing", "er", "Ġa", "Ġo"]
+    pairs = {"th": ("t", "h"), "the": ("th", "e"), "Ġthe": ("Ġ", "the"), "an": ("a", "n"), "and": ("an", "d"),
+             "in": ("i", "n"), "ing": ("in", "g"), "er": ("e", "r"), "Ġa": ("Ġ", "a"), "Ġo": ("Ġ", "o")}  # fmt: skip
+    for word in words:
+        vocab[word] = len(vocab)
+        merges.append(pairs[word])
+    for first in "bcdfgklmpqrstuvwxyzBCDFGKLMPQRSTU":
+        vocab[first + "o"] = len(vocab)
+        merges.append((first, "o"))
+    vocab["<|endoftext|>"] = len(vocab)
+    assert len(vocab) == 300
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (tmp_path / "merges.txt").write_text("\n".join(lines) + "\n")
+    files = {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}
+    return DataConfig(tokenizer_type="GPT2BPETokenizer", vocab_size=300, **files)
+
+
+def test_ar_generates(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    config = replace(make_config("ar"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    inputs = tokenizer("and the thing", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
+    expected = inputs["input_ids"][0]
+    for _ in range(6):
+        nxt = our_logits(config, random_tensors(config.model), expected[None])[0, -1].argmax()
+        if nxt == 299:
+            break
+        expected = torch.cat([expected, nxt[None]])
+    assert torch.equal(out[: len(expected)], expected)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 299
+
+
+def test_mdm_fills_masks(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    config = replace(make_config("mdm"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    fill = transformers.pipeline("fill-mask", model=str(tmp_path / "hf"))
+    assert fill.tokenizer.mask_token_id == fill.model.config.mask_token_id == 300
+    answers = fill(f"the {fill.tokenizer.mask_token} and", top_k=3)
+    ids = fill.tokenizer(f"the {MASK_TOKEN} and", return_tensors="pt")["input_ids"]
+    assert (ids == 300).sum() == 1
+    probabilities = our_logits(config, random_tensors(config.model), ids)[ids == 300][0].softmax(-1)
+    top = probabilities.topk(3)
+    assert [answer["token"] for answer in answers] == top.indices.tolist()
+    assert [answer["score"] for answer in answers] == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Hello world, the end", "größer — ½ 日本 \n\t x", "  two  spaces ", "don't stop"])
+def test_exported_gpt2_tokenizer_gives_the_ids_of_training(tmp_path: Path, gpt2_files: DataConfig, text: str) -> None:
+    from megatron.data.tokenizer import build_tokenizer
+
+    config = replace(make_config("mdm"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = build_tokenizer(gpt2_files).encode(text)
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == 299
+
+
+def test_exported_byte_tokenizer(tmp_path: Path) -> None:
+    config = make_config("mdm", vocab_size=257)
+    config = replace(config, data=DataConfig(tokenizer_type="ByteTokenizer"))
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "größer, 日本\x00\n"
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+    assert tokenizer.decode(list(text.encode()), clean_up_tokenization_spaces=False) == text
+    assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (256, 257)
+
+
+def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
+    """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data."""
+    prefix = str(tmp_path / "data_text_document")
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add_document([1, 2, 256])
+        writer.close({"format": 1, "tokenizer": {"type": "ByteTokenizer"}, "vocab_size": 257, "eod_id": 256})
+    config = make_config("mdm", vocab_size=257)
+    config = replace(config, data=DataConfig(train_data_path=[prefix]))
+    report = export_folder(
+        config, random_tensors(config.model), tmp_path / "hf", options=ExportOptions(trim_vocab=True)
+    )
+    assert (report["tokenizer"], report["vocab_rows"]) == (True, 258)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").mask_token_id == 257
+    for file in tmp_path.glob("data_text_document.*"):
+        file.unlink()
+    report = export_folder(config, random_tensors(config.model), tmp_path / "hf2")
+    assert report["tokenizer"] is False
+
+
+def test_tokenizer_of_an_imported_folder_goes_through_unchanged(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    config = replace(make_config("mdm"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "a")
+    back, tensors = import_folder(tmp_path / "a")
+    assert (back.data.tokenizer_type, back.data.vocab_size) == ("HFTokenizer", 301)
+    export_folder(back, tensors, tmp_path / "b", options=ExportOptions(origin=tmp_path / "a"))
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
+    for path in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_mask_token_beyond_the_next_id_gets_reserved_tokens(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    config = replace(make_config("mdm"), data=gpt2_files)
+    config = replace(config, objective=replace(config.objective, mask_token_id=310))
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.mask_token_id == 310
+    assert len(tokenizer) == 311
+
+
+def test_missing_gpt2_files_say_where_to_get_them(tmp_path: Path) -> None:
+    config = replace(make_config("ar"), data=DataConfig(tokenizer_type="GPT2BPETokenizer", vocab_size=300))
+    with pytest.raises(ValueError, match=r"download.sh --gpt2"):
+        export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
