@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.scaling.compare import conclusion, matched_pairs, summary_row
 from megatron.scaling.fit import load_fits
+from megatron.scaling.replicates import average_seeds
 from megatron.scaling.report import write_report
 from megatron.scaling.runs import find_runs
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     for first, second, found in matched_pairs(runs)[:12]:
         real = [str(item) for item in found if not item.layout]
         print(f"pair {first.name} / {second.name}: " + ("matched" if not real else "differs in " + "; ".join(real)))
-    print("\n".join(["", *conclusion(runs), "", f"report: {page}"]))
+    print("\n".join(["", *conclusion(average_seeds(runs)), "", f"report: {page}"]))
     return 0
 
 

@@ -106,7 +106,7 @@ def _check(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
 def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     runner = Runner(
         sweep, jobs=max(1, options.jobs), devices_per_job=options.devices_per_job, attempts=max(1, options.attempts),
-        say=lambda text: print(text, flush=True),
+        say=lambda text: print(text + "\n", end="", flush=True),  # one write: the jobs speak from threads
     )  # fmt: skip
     results = runner.run(runs)
     counts = Counter(results.values())

@@ -139,7 +139,7 @@ def summary_row(run: Run) -> dict[str, str]:
         "Parameters": format_count(run.parameters),
         "Unique tokens": format_count(run.unique_tokens),
         "Epochs": _epoch(run.epochs),
-        "Seed": str(run.seed),
+        "Seed": f"mean of {', '.join(map(str, run.seeds))}" if run.seeds else str(run.seed),
         "Training FLOPs": f"{float(run.info['train_flops']):.2e}",
         "Best validation, nats/token": "–",
         "Kind": run.label if run.is_exact or best is None else f"{run.label} ({best.num_mc} draws)",
@@ -260,10 +260,11 @@ def _scale_text(runs: Sequence[Run]) -> str:
             "This is far below the scale of the published comparisons (1e18 to 1e21 FLOPs, arXiv 2507.15857), so it "
             "shows the behaviour of these runs and not which objective wins at that scale. "
         )
-    seeds = {run.seed for run in runs}
-    if len(seeds) == 1:
+    if len({run.seed for run in runs}) == 1 and not any(run.seeds for run in runs):
         text += "All runs share one seed: "
     text += "± is the standard error over validation samples and noise draws; "
+    if any(run.seeds for run in runs):
+        return text + "the spread between training seeds is in it where a run is the mean of several, and only there."
     return text + "the spread between training seeds is not in it."
 
 

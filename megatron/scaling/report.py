@@ -15,6 +15,7 @@ from typing import Any
 from megatron.scaling import law_plots, plots
 from megatron.scaling.compare import Difference, conclusion, matched_pairs, summary_row
 from megatron.scaling.fit import Fit
+from megatron.scaling.replicates import average_seeds
 from megatron.scaling.runs import Run
 
 MAX_OVERLAID_RUNS = 6
@@ -35,6 +36,8 @@ def write_report(
 ) -> Path:
     """Write report.html, and each figure as PNG and SVG, into ``folder``.
 
+    Runs that differ only in their seed are shown as their mean; the table of runs has each of them too.
+
     Args:
         fits: laws fitted to these or other runs (tools/fit_laws.py), for the figures and the table of laws.
 
@@ -47,13 +50,15 @@ def write_report(
     if not runs:
         raise ValueError("no run given; a report shows at least one run; name run directories or folders of them")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = make_figures(runs, folder, fits)
+    shown = average_seeds(runs)
+    figures = make_figures(shown, folder, fits)
+    rows = [*runs, *(run for run in shown if run.seeds)]
     page = _page(
         title,
         [
-            _section("What these runs show", "".join(f"<p>{html.escape(text)}</p>" for text in conclusion(runs))),
+            _section("What these runs show", "".join(f"<p>{html.escape(text)}</p>" for text in conclusion(shown))),
             *[_figure(entry) for entry in figures],
-            _section("Runs", _table([summary_row(run) for run in runs]) + _table_notes(runs)),
+            _section("Runs", _table([summary_row(run) for run in rows]) + _table_notes(runs)),
             _section("Matched pairs", _pairs_html(runs)),
             _laws_html(fits),
             _downstream_html(runs),
@@ -246,7 +251,8 @@ def _notes_html() -> str:
         "it. A bound below an exact NLL therefore shows that the bounded model is better; a bound above it decides "
         "nothing by itself.",
         "<b>±</b> is one standard error over validation samples (and noise draws, for bounds). Differences under two "
-        "standard errors are not called differences.",
+        "standard errors are not called differences. Runs that differ only in their seed are drawn and compared as their "
+        "mean; its ± also holds the spread between the seeds.",
         "<b>Overfits from epoch e</b>: the last validation lies above the best one, at epoch e, by more than two "
         "standard errors of the difference.",
         "<b>Training FLOPs</b> are 6·N·D with N the parameters of the compute formula (4Lh² + 3Lh·ffn + 6Lh + Vh) and D "

@@ -50,7 +50,7 @@ class Run:
 
     ``valid`` holds the learning curve: the validations with the most common (num_mc, num_samples). Validations with
     other settings (for example a last one with more draws) are in ``other_valid``, so that a curve never mixes two
-    estimators.
+    estimators. ``seeds`` names the seeds of which this run is the mean (``replicates.py``); it is empty for one run.
     """
 
     path: Path
@@ -59,6 +59,7 @@ class Run:
     train: tuple[Mapping[str, Any], ...]
     valid: tuple[Validation, ...]
     other_valid: tuple[Validation, ...] = ()
+    seeds: tuple[int | None, ...] = ()
 
     @property
     def objective(self) -> str:
@@ -99,6 +100,7 @@ class Run:
 
     @property
     def seed(self) -> int | None:
+        """Seed of the run, of the first one where it is a mean."""
         return self.info["config"].get("run", {}).get("seed")
 
     @property
@@ -109,7 +111,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.objective.upper()} {self.size_name}"
+        """Objective and size, for legends and sentences."""
+        mean = f" (mean of {len(self.seeds)} seeds)" if self.seeds else ""
+        return f"{self.objective.upper()} {self.size_name}{mean}"
 
     @cached_property
     def best(self) -> Validation | None:

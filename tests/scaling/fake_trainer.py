@@ -1,7 +1,8 @@
 """Stands in for a training program in tests of sweeps: a launcher word before the real program, which it never starts.
 
 Writes run.json and metrics.jsonl as training does, one step after another, continues from the step in "latest", and notes
-every start in starts.txt. FAKE_STEP_SECONDS slows it down; FAKE_FAIL names an objective whose first start fails half-way.
+every start in starts.txt and its share of the cores in threads.txt. FAKE_STEP_SECONDS slows it down; FAKE_FAIL names an
+objective whose first start fails half-way.
 """
 
 import json
@@ -24,6 +25,7 @@ samples = round(float(flags["train-epochs"]) * unique / 10)
 label = "NLL (exact)" if objective == "ar" else "NLL bound"
 with open(folder / "starts.txt", "a") as file:
     file.write(f"{os.getpid()}\n")
+(folder / "threads.txt").write_text(os.environ.get("OMP_NUM_THREADS", ""))
 first = not (folder / "run.json").exists()
 config = {"model": {}, "objective": {"objective": objective}, "run": {"seed": int(flags["seed"]), "global_batch_size": 1}}
 config["optimizer"] = {"lr": float(flags["lr"])}

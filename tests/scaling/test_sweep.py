@@ -153,6 +153,17 @@ def test_runs_finish_and_are_not_repeated(tmp_path):
     assert set(starts(sweep).values()) == {1}
 
 
+@pytest.mark.parametrize(("jobs", "given", "expected"), [(2, None, "4"), (16, None, "1"), (2, "3", "3"), (1, None, "")])
+def test_jobs_share_the_cores(tmp_path, monkeypatch, jobs, given, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    sweep = load_sweep(write_sweep(tmp_path))
+    Runner(sweep, jobs=jobs, say=lambda text: None).run(sweep.runs[:2])
+    assert {(run.folder / "threads.txt").read_text() for run in sweep.runs[:2]} == {expected}
+
+
 def test_failed_runs_are_restarted_and_reported(tmp_path, monkeypatch):
     sweep = load_sweep(write_sweep(tmp_path))
     monkeypatch.setenv("FAKE_FAIL", "mdm")
@@ -269,7 +280,7 @@ def test_status_and_unknown_selection(tmp_path):
 
 def test_the_example_sweep_is_valid_and_matched():
     sweep = load_sweep(ROOT / "examples_scaling/sweeps/laptop.yaml")
-    assert len(sweep.runs) == 36
+    assert len(sweep.runs) == 44
     assert unmatched(sweep.runs) == []
     for run in sweep.runs:
         build_parser().parse_args(command_line(sweep, run)[2:])
