@@ -26,6 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megatron.config import parse
 from megatron.config.schema import Config
 from megatron.data.loader import build_loader
@@ -52,7 +54,9 @@ class RandomTokens:
 
 def benchmark_config(flags: list[str], steps: int) -> Config:
     """The training configuration of a benchmark: published recipe, no dropout unless asked for."""
-    defaults = ["--model", "7M", "--attention-dropout", "0", "--hidden-dropout", "0", "--num-workers", "2"]
+    defaults = ["--attention-dropout", "0", "--hidden-dropout", "0", "--num-workers", "2"]
+    if not any(flag.split("=")[0] in ("--model", "--num-layers") for flag in flags):
+        defaults += ["--model", "7M"]
     config = parse([*defaults, *flags, "--train-iters", str(steps)], prog="benchmark.py")
     unit = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
     padded = config.model.padded_vocab_size or -(-VOCAB_SIZE // unit) * unit

@@ -8,7 +8,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 trap 'echo "stopped; the same command continues"; exit 130' INT
 export OMP_WAIT_POLICY=PASSIVE   # threads that wait must not hold a core that another program wants
-echo "Training and evaluation take about 10 minutes on 2 CPU cores; the first run also installs packages (3 minutes or more)."
+echo "Training and evaluation take 7 to 10 minutes on 2 CPU cores; the first run also installs packages (3 minutes or more)."
 bash "$REPO/install.sh" ${INSTALL_FLAGS:+"$INSTALL_FLAGS"}
 TEXT="$RUN_DIR/text-$VOCAB_SIZE" TRAIN="$RUN_DIR/text-$VOCAB_SIZE/first_$DOCUMENTS"
 encode=(preprocess_data.py --append-eod --tokenizer-model "$TEXT/tokenizer")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.presets import PRESETS, swiglu_width
-from megatron.config.schema import Config, ModelConfig, RunConfig
+from megatron.config.schema import Config, ModelConfig, ObjectiveConfig, RunConfig
 
 PRESET_FIELDS = ("hidden_size", "kv_channels", "num_attention_heads", "num_layers")
 
@@ -262,6 +262,22 @@ def _validate_schedule(config: Config) -> None:
         )
 
 
+# Flags that belong to some objectives only.
+OBJECTIVE_FLAGS = {
+    "independent_t": ("mdm", "maskgit", "exact_count_mdm", "block_diffusion"),
+    "noise_schedule": ("mdm", "maskgit", "block_diffusion"),
+    "ar_ratio": ("mdm",),
+    "low_noise_start": ("mdm",),
+    "random_length_ratio": ("mdm",),
+    "block_size": ("block_diffusion",),
+    "input_mask_ratio": ("masked_input_ar",),
+    "num_order_list": ("permuted_ar",),
+    "use_order_list": ("permuted_ar",),
+    "use_predefined_order": ("permuted_ar",),
+    "randmask_ratio": ("masked_attention_ar",),
+}
+
+
 def _validate_objective(config: Config) -> None:
     from megatron.objectives import OBJECTIVES
 
@@ -273,26 +289,7 @@ def _validate_objective(config: Config) -> None:
         f"an objective is one of {', '.join(OBJECTIVES)}",
         "correct the name",
     )
-    for field, owners in {
-        "independent_t": ("mdm", "maskgit", "exact_count_mdm", "block_diffusion"),
-        "noise_schedule": ("mdm", "maskgit", "block_diffusion"),
-        "ar_ratio": ("mdm",),
-        "low_noise_start": ("mdm",),
-        "random_length_ratio": ("mdm",),
-        "block_size": ("block_diffusion",),
-        "input_mask_ratio": ("masked_input_ar",),
-        "num_order_list": ("permuted_ar",),
-        "use_order_list": ("permuted_ar",),
-        "use_predefined_order": ("permuted_ar",),
-        "randmask_ratio": ("masked_attention_ar",),
-    }.items():
-        flag = "--" + field.replace("_", "-")
-        _require(
-            not getattr(objective, field) or name in owners,
-            f"{flag} with objective {name}",
-            f"it belongs to {', '.join(owners)}",
-            f"drop it or pass --objective {owners[0]}",
-        )
+    _validate_owners(objective)
     for field in ("ar_ratio", "randmask_ratio", "input_mask_ratio", "random_length_ratio"):
         value = getattr(objective, field)
         flag = "--" + field.replace("_", "-")
@@ -325,6 +322,19 @@ def _validate_objective(config: Config) -> None:
         "pass --noise-schedule polynomial, or drop it",
     )
     _validate_block_size(name == "block_diffusion", objective.block_size, config.model.seq_length)
+
+
+def _validate_owners(objective: ObjectiveConfig) -> None:
+    """A flag of another objective would have no effect."""
+    name = objective.objective
+    for field, owners in OBJECTIVE_FLAGS.items():
+        flag = "--" + field.replace("_", "-")
+        _require(
+            not getattr(objective, field) or name in owners,
+            f"{flag} with objective {name}",
+            f"it belongs to {', '.join(owners)}",
+            f"drop it or pass --objective {owners[0]}",
+        )
 
 
 def _validate_block_size(is_needed: bool, block_size: int | None, seq_length: int) -> None:
