@@ -33,9 +33,9 @@ def positions(seq: int) -> torch.Tensor:
     return torch.stack((torch.where(whole < 5, whole, whole - 5), whole))
 
 
-def both_forms(mask, length: int) -> tuple[torch.Tensor, BlockMask]:
-    hidden = torch.zeros(2, length, 1)
-    options = {"position_ids": positions(length), "sample_ids": SAMPLE_IDS}
+def both_forms(mask, length: int, device: str = "cpu") -> tuple[torch.Tensor, BlockMask]:
+    hidden = torch.zeros(2, length, 1, device=device)
+    options = {"position_ids": positions(length).to(device), "sample_ids": SAMPLE_IDS.to(device)}
     dense, blocks = (visible_keys(mask, hidden, use_flex=flex, **options) for flex in (False, True))
     assert isinstance(dense, torch.Tensor) and isinstance(blocks, BlockMask)
     return dense, blocks
@@ -89,6 +89,21 @@ def test_blocks_and_dense_give_the_same_attention(mask, length):
     torch.testing.assert_close(attend_flex(query, key, value, blocks), expected, rtol=1e-4, atol=1e-5)
     sdpa = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense, enable_gqa=True)
     torch.testing.assert_close(sdpa, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("mask", "length"), MASKS, ids=str)
+def test_blocks_and_dense_give_the_same_gradients(mask, length):
+    """The compiled kernel in bf16, forward and backward, against the dense mask in fp32."""
+    dense, blocks = both_forms(mask, length, "cuda")
+    exact = [torch.randn(2, heads, length, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    expected, got = attention(*exact, dense), attend_flex(*rounded, blocks)
+    outward = torch.randn_like(expected)
+    expected.backward(outward)
+    got.backward(outward.bfloat16())
+    for right, ours in zip((expected, *(x.grad for x in exact)), (got, *(x.grad for x in rounded))):
+        assert (ours.float() - right).norm() / right.norm() < 0.02
 
 
 @pytest.mark.parametrize(("mask", "length"), MASKS, ids=str)

@@ -30,10 +30,11 @@ def reference(hidden, weight, labels, loss_weights) -> tuple[torch.Tensor, ...]:
     return loss.detach(), ce.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23])  # below, at and past the boundaries of chunks of 8
-def test_values_and_gradients(monkeypatch, rows):
-    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, "cpu", 8)
-    inputs = make_inputs(rows)
+def test_values_and_gradients(monkeypatch, rows, device):
+    monkeypatch.setitem(cross_entropy.CHUNK_ROWS, device, 8)
+    inputs = tuple(x.detach().to(device).requires_grad_(x.requires_grad) for x in make_inputs(rows))
     loss, ce = linear_cross_entropy(*inputs, ParallelContext())
     (3 * loss).backward()
     for got, wanted in zip((loss.detach(), ce, inputs[0].grad, inputs[1].grad), reference(*inputs)):
