@@ -262,6 +262,9 @@ def _encode_all(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            if sys.version_info < (3, 11, 5):
+                # cpython issue 94777: the pool waits for its thread that writes to the dead workers; without a reader it ends.
+                pool._call_queue._reader.close()  # type: ignore[attr-defined]
             raise ValueError(
                 f"one of {options.workers} workers was killed, probably for lack of memory; nothing was written; "
                 "use fewer --workers"
