@@ -16,7 +16,7 @@ from megatron.config.presets import PRESETS
 from megatron.scaling.fit import Fit, load_fits
 from megatron.scaling.planner import DEVICES, Model, Plan, device_hours, make_plan, preset_sizes
 from megatron.scaling.published import PUBLISHED
-from megatron.scaling.runs import format_count
+from megatron.scaling.runs import format_count, parse_count
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         sizes = _sizes(options.sizes)
         if not 0 < options.mfu <= 1 or options.devices < 1:
             raise ValueError(f"MFU {options.mfu:g} on {options.devices} devices was given; MFU is in (0, 1], devices at least 1")
-        plan = make_plan(models, unique_tokens=options.unique_tokens, flops=options.flops, sizes=sizes)
+        plan = make_plan(models, unique_tokens=parse_count(options.unique_tokens), flops=options.flops, sizes=sizes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--unique-tokens", type=float, required=True, metavar="TOKENS", help="tokens of data, such as 100e6")
+    add("--unique-tokens", required=True, metavar="TOKENS", help="tokens of data, such as 100M or 1e8")
     add("--flops", type=float, required=True, metavar="FLOPS", help="training compute (6*N*D), such as 1e20")
     add("--fits", type=Path, metavar="FILE", help="fits of tools/fit_laws.py; default: published coefficients")
     add("--sizes", nargs="+", metavar="SIZE", help="presets or parameter counts to choose from, such as 140M or 2.5e6")
@@ -63,7 +63,7 @@ def _sizes(names: list[str] | None) -> dict[str, float]:
     sizes = {}
     for name in names:
         try:
-            sizes[name] = presets[name] if name in presets else float(name)
+            sizes[name] = presets[name] if name in presets else parse_count(name)
         except ValueError:
             raise ValueError(
                 f"size {name!r} was given; a size is a number of parameters or a preset: {', '.join(PRESETS)}"

@@ -130,7 +130,7 @@ def facets(runs: Sequence[Run]) -> Figure:
             members = [run for run in runs if run.unique_tokens == budget]
             for run in members:
                 _draw_run(panel, run, style=styles[run.path], x="epoch", faint=True)
-            panel.set_title(f"{format_count(budget)} unique tokens")
+            panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
             _log_axis(panel, "epochs")
             _limit_height(panel, runs)
         for panel in grid.flat[len(budgets) :]:
@@ -157,7 +157,7 @@ def pareto(runs: Sequence[Run]) -> Figure:
             keep = (x > 0) & np.isfinite(y)
             panel.scatter(x[keep], y[keep], s=10, color=style.color, alpha=0.25, marker=style.marker, linewidths=0)
             front_x, front_y = frontier(x[keep], y[keep])
-            name = f"{objective.upper()} frontier – {members[0].label}"
+            name = f"{objective.upper()} frontier – {members[0].label}, {count_seeds(members)}"
             panel.step(front_x, front_y, where="post", color=style.color, linestyle=style.dash, label=name)
             panel.plot(front_x, front_y, linestyle="none", marker=style.marker, color=style.color, markersize=4)
         _log_axis(panel, "training FLOPs (6·N·D)")
@@ -166,6 +166,12 @@ def pareto(runs: Sequence[Run]) -> Figure:
         _limit_height(panel, runs)
         figure_legend(figure, panel)
     return figure
+
+
+def count_seeds(runs: Sequence[Run]) -> str:
+    """How many seeds stand behind each of these runs: "1 seed", "3 seeds", "1 to 3 seeds"."""
+    counts = sorted({max(1, len(run.seeds)) for run in runs})
+    return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seed{'s' * (counts[-1] > 1)}"
 
 
 def frontier(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +210,8 @@ def iso_loss(runs: Sequence[Run]) -> Figure | None:
         )
         for panel, (objective, unique, members) in zip(grid.flat, sets):
             _draw_contours(panel, members)
-            panel.set_title(f"{objective.upper()}, {format_count(unique)} tokens\n{members[0].label}, nats/token")
+            title = f"{objective.upper()}, {format_count(unique)} tokens\n{members[0].label}, nats/token, {count_seeds(members)}"
+            panel.set_title(title)
         for panel in grid.flat[len(sets) :]:
             panel.set_visible(False)
         for panel in grid[:, 0]:
@@ -314,7 +321,7 @@ def _log_axis(panel: Axes, label: str) -> None:
         return
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = panel.get_xlim()
-    if high / low < 30:
+    if high / low < 100:
         ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
         panel.set_xticks(ticks)
     panel.xaxis.set_minor_formatter(NullFormatter())
@@ -343,11 +350,11 @@ def figure_legend(figure: Figure, panel: Axes, columns: int = 4) -> None:
 
 
 def _sized_legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """One entry per objective and size, not per run."""
+    """One entry per objective and size, not per run; the panels say how many seeds."""
     seen: dict[str, Any] = {}
     for run, style in zip(runs, run_styles(runs)):
         seen.setdefault(
-            f"{run.title} – {run.label}",
+            f"{run.objective.upper()} {run.size_name} – {run.label}",
             plt.Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, markersize=4),
         )
     figure.legend(list(seen.values()), list(seen), loc="outside lower center", ncols=3)

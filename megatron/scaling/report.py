@@ -15,6 +15,7 @@ from typing import Any
 from megatron.scaling import law_plots, plots
 from megatron.scaling.compare import Difference, conclusion, matched_pairs, summary_row
 from megatron.scaling.fit import Fit
+from megatron.scaling.laws import DataConstrained
 from megatron.scaling.replicates import average_seeds
 from megatron.scaling.runs import Run
 
@@ -113,7 +114,7 @@ def make_figures(runs: Sequence[Run], folder: Path, fits: Sequence[Fit] = ()) ->
         by_objective = {fit.objective: fit for fit in fits}
         add(
             "data_value",
-            law_plots.data_value(fits),
+            law_plots.data_value(fits) if any(isinstance(fit.law, DataConstrained) for fit in fits) else None,
             "How many epochs of new data the repeated data is worth. Shaded: 95 % interval of the fit; dotted: published "
             "half-lives, not measured here.",
         )

@@ -156,9 +156,25 @@ class Run:
         return float(np.nanmax(tokens)) / speed / 3600 if speed and tokens.size else None
 
 
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def parse_count(text: str) -> float:
+    """A count as people write it: "100M", "40k", "1e8", "100000000".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    scale = next((scale for scale, suffix in _COUNTS if text.endswith(suffix)), None)
+    try:
+        return float(text) if scale is None else float(text[:-1]) * scale
+    except ValueError:
+        raise ValueError(f"{text!r} is not a count; a count is a number, with k, M, B or T at will; write 100M or 1e8") from None
+
+
 def format_count(value: float) -> str:
     """A count in words for labels: 912345 -> "0.91M", 100000 -> "100k", 425e6 -> "425M"."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for scale, suffix in _COUNTS:
         if value >= scale * 0.9:
             return f"{value / scale:.3g}{suffix}"
     return f"{value:.3g}"

@@ -148,7 +148,7 @@ def test_programs_fit_and_plan(tmp_path):
     assert fitted.returncode == 0, fitted.stderr
     assert "NLL bound" in fitted.stdout
     assert "<- chosen" in fitted.stdout
-    plan = [sys.executable, str(ROOT / "tools/plan.py"), "--unique-tokens", "2e5", "--flops", "1e14", "--json"]
+    plan = [sys.executable, str(ROOT / "tools/plan.py"), "--unique-tokens", "200k", "--flops", "1e14", "--json"]
     plan += ["--fits", str(tmp_path / "fits.json"), "--sizes", "3e5", "1e6", "3e6"]
     planned = subprocess.run(plan, capture_output=True, text=True, timeout=120)
     assert planned.returncode == 0, planned.stderr

@@ -8,6 +8,7 @@ import statistics
 import pytest
 from synthetic_runs import write_run
 
+from megatron.scaling import plots
 from megatron.scaling.compare import conclusion, summary_row
 from megatron.scaling.replicates import average_seeds, is_replicate
 from megatron.scaling.report import write_report
@@ -61,3 +62,13 @@ def test_report_shows_each_seed_and_the_mean_and_says_what_the_error_holds(seeds
     assert "(mean of 3 seeds) reaches its best" in text
     assert "is in it where a run is the mean of several" in text
     assert summary_row(seeds[0])["Seed"] == "1"
+
+
+def test_panels_say_how_many_seeds(seeds, tmp_path):
+    single = load_run(write_run(tmp_path / "longer", "mdm", epochs=80, seed=4))
+    mean = average_seeds(seeds)
+    assert plots.count_seeds(mean) == "3 seeds"
+    assert plots.count_seeds([single]) == "1 seed"
+    assert plots.count_seeds([*mean, single]) == "1 to 3 seeds"
+    figure = plots.facets([*mean, single])
+    assert figure.axes[0].get_title(loc="left") == "100k unique tokens, 1 to 3 seeds"

@@ -15,7 +15,7 @@ from synthetic_runs import write_run
 from megatron.scaling import plots
 from megatron.scaling.compare import comparisons, conclusion, differences, overfitting, plus_minus, summary_row
 from megatron.scaling.report import load_downstream, write_report
-from megatron.scaling.runs import find_runs, format_count, load_run
+from megatron.scaling.runs import find_runs, format_count, load_run, parse_count
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,6 +214,17 @@ def test_program_prints_the_comparison_and_fails_clearly(pair, tmp_path):
 @pytest.mark.parametrize(("value", "text"), [(912_345, "0.912M"), (100_000, "100k"), (425e6, "425M"), (12, "12")])
 def test_format_count(value, text):
     assert format_count(value) == text
+
+
+@pytest.mark.parametrize(("text", "value"), [("100M", 1e8), ("40k", 4e4), ("1.5B", 1.5e9), ("1e8", 1e8), ("7", 7.0)])
+def test_parse_count(text, value):
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["100X", "M", "", "1 M M"])
+def test_parse_count_refuses_what_is_none(text):
+    with pytest.raises(ValueError, match="is not a count"):
+        parse_count(text)
 
 
 def test_plus_minus_shows_the_digits_of_the_error():
