@@ -121,7 +121,7 @@ class BlendedDataset:
                 "positive weight; pass as many weights as data sets"
             )
         self.datasets = list(datasets)
-        self.weights = [weight / sum(weights) for weight in weights]
+        self.weights = (np.asarray(weights, dtype=np.float64) / np.sum(weights)).tolist()
         if order is None:
             if num_samples is None:
                 choices = np.repeat(np.arange(len(datasets)), [len(dataset) for dataset in datasets])
@@ -183,7 +183,8 @@ def build_dataset(
     order: BlendOrder | None = None
     if num_samples is not None:
         order = BlendOrder(blend_order(weights, num_samples), len(pairs))
-        shares = [math.ceil(num_samples * (weight / sum(weights)) * _HEADROOM) for weight in weights]
+        total = np.sum(weights, dtype=np.float64)  # Python's sum() rounds otherwise from 3.12 on; the order must not
+        shares = [math.ceil(num_samples * (weight / total) * _HEADROOM) for weight in weights]
         needed = [max(1, share, int(count)) for share, count in zip(shares, order.counts)]
     datasets = [
         GPTDataset(prefix, samples, seq_length, seed, name, cache_path) for (_, prefix), samples in zip(pairs, needed)

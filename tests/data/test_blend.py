@@ -15,7 +15,10 @@ from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset, cou
 
 def reference_order(weights: list[float], num_samples: int) -> list[int]:
     """Apply the rule of the largest deficit one sample after the other."""
-    shares = [weight / sum(weights) for weight in weights]
+    total = 0.0
+    for weight in weights:  # not sum(): from Python 3.12 on it compensates the rounding
+        total += weight
+    shares = [weight / total for weight in weights]
     counts = [0] * len(weights)
     order = []
     for sample in range(num_samples):
