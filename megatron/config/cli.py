@@ -129,7 +129,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         action: Any = argparse.BooleanOptionalAction if default is True or is_optional else "store_true"
         if default is True:
             arguments["help"] += " (default: on)"
-        group.add_argument(*spellings, action=action, **arguments)
+        added = group.add_argument(*spellings, action=action, **arguments)
+        added.help = arguments["help"]  # Python 3.10 adds the default once more
         return
     if meta["choices"]:
         lowered = {choice.lower(): choice for choice in meta["choices"]}

@@ -82,4 +82,5 @@ def _versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # names the CUDA build, which the metadata of PyPI's package do not
     return found

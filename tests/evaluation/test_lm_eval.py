@@ -84,6 +84,8 @@ def llama_of(run: Path):
             theirs + f"{n}.weight": state[ours + f"{n}.weight"] for n in ("input_layernorm", "post_attention_layernorm")
         }
     model.load_state_dict(weights, strict=True)
+    # Its vocabulary ends where the tokenizer's does: padding rows are no tokens.
+    model.generation_config.suppress_tokens = list(range(600, shape.padded_vocab_size))
     return model, loaded
 
 
