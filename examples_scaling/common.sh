@@ -42,7 +42,8 @@ find_python() {
 choose_launcher() {
   if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then   # one task a node, started by srun in multi_node.sh
     NNODES="$SLURM_STEP_NUM_NODES" NODE_RANK="$SLURM_NODEID"
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)"
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST")"
+    MASTER_ADDR="${MASTER_ADDR%%$'\n'*}"   # the first; head would end scontrol, and with it this script
   fi
   if [ "$LAUNCHER" = auto ]; then
     if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed

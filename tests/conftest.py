@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from distributed.pool import WorkerPool
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` skip themselves where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` skip themselves where there is none; tests that share worker pools stay in one process."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
+    if marked:
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shares_pools = "pools" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else str(item.path)))
 
 
 @pytest.fixture(scope="session")

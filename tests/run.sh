@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
-#   bash tests/run.sh                    everything (11 minutes on 2 CPU cores, and 3 to install)
+#   bash tests/run.sh                    everything (10 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,5 +15,6 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 echo "== ruff"; "$PYTHON" -m ruff check .
 echo "== mypy"; "$PYTHON" -m mypy
-# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped.
-echo "== pytest"; exec "$PYTHON" -m pytest --durations=15 "$@"
+# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
+# one takes the tests that run on several gloo workers, the other goes through the rest file by file.
+echo "== pytest"; exec "$PYTHON" -m pytest -n 2 --dist loadgroup --durations=15 "$@"

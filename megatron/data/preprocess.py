@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -258,19 +258,40 @@ def _encode_all(
             for batch in batches:
                 waiting.append(pool.submit(_encode_in_worker, batch, _too_many(summary, options)))
                 if len(waiting) >= _IN_FLIGHT * options.workers:
-                    yield waiting.popleft().result()
+                    yield _result(pool, waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield _result(pool, waiting.popleft())
         except BrokenProcessPool as error:
-            if sys.version_info < (3, 11, 5):
-                # cpython issue 94777: the pool waits for its thread that writes to the dead workers; without a reader it ends.
-                pool._call_queue._reader.close()  # type: ignore[attr-defined]
+            _abandon(pool)
             raise ValueError(
                 f"one of {options.workers} workers was killed, probably for lack of memory; nothing was written; "
                 "use fewer --workers"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(pool: ProcessPoolExecutor, future: Future[Encoded]) -> Encoded:
+    """The result of a task. Notices a killed worker also where the pool does not: one that dies while it sends a result
+    leaves the pool waiting for the rest of it for ever.
+
+    Raises:
+        BrokenProcessPool: a worker is gone.
+    """
+    internals: Any = pool
+    while not wait([future], timeout=1.0).done:
+        if any(worker.exitcode is not None for worker in list((internals._processes or {}).values())):
+            raise BrokenProcessPool("a worker was killed")
+    return future.result()
+
+
+def _abandon(pool: ProcessPoolExecutor) -> None:
+    """End the workers of a broken pool, and the waits of its threads for them (cpython issue 94777, on older versions)."""
+    internals: Any = pool
+    for worker in list((internals._processes or {}).values()):
+        worker.kill()
+    internals._call_queue._reader.close()
+    internals._result_queue._writer.close()
 
 
 _encoder: BatchEncoder | None = None  # of this worker process

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDataset, read_meta
+from megatron.data.preprocess import _result
 from megatron.data.tokenizer_types import ByteTokenizer
 
 from .conftest import GOLDEN, ROOT
@@ -311,3 +315,11 @@ def test_dtype_follows_the_vocabulary(tool, tmp_path: Path) -> None:
     data = IndexedDataset(tmp_path / "out_text_document")
     assert data.dtype == np.int32
     assert data[0].tolist() == [5, 70000, 1]
+
+
+def test_a_worker_that_died_while_it_sent_a_result_is_noticed() -> None:
+    """The pool waits for the rest of such a result for ever."""
+    dead = SimpleNamespace(exitcode=-9)
+    pool = SimpleNamespace(_processes={1: SimpleNamespace(exitcode=None), 2: dead})
+    with pytest.raises(BrokenProcessPool):
+        _result(pool, Future())  # type: ignore[arg-type]
