@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
-#   bash tests/run.sh                    everything (10 minutes on 2 CPU cores, and 3 to install)
+#   bash tests/run.sh                    everything (9 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -17,6 +17,7 @@ TINY = ["--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"
 
 def run(program: Path, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the figures below are those of a CPU
     command = [sys.executable, str(program), *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
 
