@@ -13,8 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from distributed.jobs import Run
-    from distributed.pool import WorkerPool
+    from layouts.jobs import Run
+    from layouts.pool import WorkerPool
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], WorkerPool]]:
     """``pools(n)``: the pool of n gloo workers, started when first asked for and kept for the session."""
-    from distributed.pool import WorkerPool
+    from layouts.pool import WorkerPool
 
     started: dict[int, WorkerPool] = {}
 
@@ -69,7 +69,7 @@ def runs(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Run]:
     """``runs(objective, size, **flags)``: a short run on ``size`` processes; tests that ask for the same one share it."""
-    from distributed import jobs
+    from layouts import jobs
 
     finished: dict[tuple, jobs.Run] = {}
 

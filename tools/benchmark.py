@@ -32,10 +32,10 @@ from megatron.config import parse
 from megatron.config.schema import Config
 from megatron.data.loader import build_loader
 from megatron.model import GPTModel
+from megatron.model.arithmetic import model_flops_per_token, peak_flops
 from megatron.objectives import ModelBatch, Objective, build_objective
 from megatron.parallel.context import ParallelContext
-from megatron.training.engine import Engine, init_distributed
-from megatron.training.metrics import model_flops_per_token, peak_flops
+from megatron.training.deepspeed.engine import Engine, init_distributed
 from megatron.training.optimizer import build_optimizer
 
 VOCAB_SIZE = 50257  # GPT-2

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.evaluation.compare import TableScorer, compare, make_questions, standard_methods, variances
-from megatron.evaluation.loading import load_model
+from megatron.evaluation.estimator_comparison import TableScorer, compare, make_questions, standard_methods, variances
+from megatron.evaluation.lm_eval.tasks import read_jsonl
 from megatron.evaluation.scorer import MaskedScorer
-from megatron.evaluation.tasks import read_jsonl
+from megatron.inference.model import load_model
 
 
 def main() -> None:

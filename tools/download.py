@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.convert import catalogue
-from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present
+from megatron.hub import catalogue
+from megatron.hub.download import DownloadError, RemoteFile, fetch, is_present
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

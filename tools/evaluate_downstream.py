@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.evaluation.downstream import run_downstream
+from megatron.evaluation.lm_eval.command import run_downstream
 
 if __name__ == "__main__":
     try:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.runs.reading import find_runs
 from megatron.scaling.fit import Fit, save_fits
 from megatron.scaling.laws import LAWS
 from megatron.scaling.observations import CHOICES, Observations, fit_observations, observe
-from megatron.scaling.runs import find_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.generation.program import run_generate
+from megatron.generation.command import run_generate
 
 if __name__ == "__main__":
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.inspection import inspect
+from megatron.data.prepare.inspection import inspect
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.sample_corpus import NGRAM_WORDS, read_documents, split_documents, write_jsonl
+from megatron.data.prepare.sample_corpus import NGRAM_WORDS, read_documents, split_documents, write_jsonl
 
 
 def main() -> int:

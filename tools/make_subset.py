@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.schema import DataConfig
 from megatron.data.indexed import clean_prefix
-from megatron.data.subset import Selection, subset_indexed, subset_jsonl
+from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.config.presets import PRESETS
+from megatron.runs.reading import format_count, parse_count
 from megatron.scaling.fit import Fit, load_fits
+from megatron.scaling.literature import PUBLISHED
 from megatron.scaling.planner import DEVICES, Model, Plan, device_hours, make_plan, preset_sizes
-from megatron.scaling.published import PUBLISHED
-from megatron.scaling.runs import format_count, parse_count
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.config.schema import DataConfig
-from megatron.data.preprocess import Encoded, PreprocessOptions, Summary, preprocess
-from megatron.data.readers import FORMATS, find_sources, total_bytes
+from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary, preprocess
+from megatron.data.prepare.readers import FORMATS, find_sources, total_bytes
 from megatron.data.tokenizer import TYPES, build_tokenizer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.convert.hf_folder import ExportOptions
-from megatron.convert.upload import UploadError, UploadPlan, stage, upload
+from megatron.hub.upload import UploadError, UploadPlan, stage, upload
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

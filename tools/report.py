@@ -9,11 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.scaling.compare import conclusion, matched_pairs, summary_row
+from megatron.runs.comparison import conclusion, matched_pairs, summary_row
+from megatron.runs.reading import find_runs
+from megatron.runs.replicates import average_seeds
 from megatron.scaling.fit import load_fits
-from megatron.scaling.replicates import average_seeds
-from megatron.scaling.report import write_report
-from megatron.scaling.runs import find_runs
+from megatron.scaling.report.page import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.scaling.compare import matched_pairs
-from megatron.scaling.runs import format_count
-from megatron.scaling.sweep import Sweep, SweepRun, hours, load_sweep, read_result, state, unmatched
-from megatron.scaling.sweep_runner import Runner, command_line, write_slurm
+from megatron.runs.comparison import matched_pairs
+from megatron.runs.reading import format_count
+from megatron.scaling.sweep.definition import Sweep, SweepRun, hours, load_sweep, read_result, state, unmatched
+from megatron.scaling.sweep.runner import Runner, command_line, write_slurm
 
 
 def main(arguments: list[str] | None = None) -> int:

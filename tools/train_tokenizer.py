@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.bpe_training import train_bpe
-from megatron.data.preprocess import parse_row
-from megatron.data.readers import FORMATS, Source, find_sources, read_batches
+from megatron.data.prepare.bpe_training import train_bpe
+from megatron.data.prepare.preprocess import parse_row
+from megatron.data.prepare.readers import FORMATS, Source, find_sources, read_batches
 
 
 def texts(sources: list[Source], key: str) -> Iterator[str]:

@@ -71,32 +71,7 @@ PRESETS: dict[str, Preset] = {
     "16183M": Preset(5120, 128, 40, 47),
 }
 
-# Vocabulary with which the paper counts parameters (GPT-2, not padded).
-PAPER_VOCAB_SIZE = 50257
-
 
 def swiglu_width(hidden_size: int) -> int:
     """Feed-forward width that the published models really have: floor(8h/3/64)·64 (the listed width is not used)."""
     return 8 * hidden_size // 3 // 64 * 64
-
-
-def compute_parameters(*, num_layers: int, hidden_size: int, ffn_hidden_size: int, vocab_size: int) -> int:
-    """Parameters N as the paper counts them for compute: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``."""
-    per_layer = 4 * hidden_size**2 + 3 * hidden_size * ffn_hidden_size + 6 * hidden_size
-    return num_layers * per_layer + vocab_size * hidden_size
-
-
-def training_flops(parameters: int, tokens: float) -> float:
-    """Training compute C = 6·N·D in FLOPs (Kaplan et al., arXiv 2001.08361)."""
-    return 6.0 * parameters * tokens
-
-
-def preset_parameters(name: str, vocab_size: int = PAPER_VOCAB_SIZE) -> int:
-    """Parameters N of a preset, as the paper counts them."""
-    preset = PRESETS[name]
-    return compute_parameters(
-        num_layers=preset.num_layers,
-        hidden_size=preset.hidden_size,
-        ffn_hidden_size=swiglu_width(preset.hidden_size),
-        vocab_size=vocab_size,
-    )

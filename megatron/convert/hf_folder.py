@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron.config.schema import Config, DataConfig
 from megatron.convert.canonical import check_tensors
-from megatron.convert.folders import new_folder
 from megatron.convert.hf_config import huggingface_config, read_config, write_config
 from megatron.convert.hf_tokenizer import end_of_document, named_tokenizer, tokenizer_size, write_tokenizer
 from megatron.convert.huggingface import (
@@ -31,6 +30,7 @@ from megatron.convert.huggingface import (
     trim_rows,
     write_weights,
 )
+from megatron.files import new_folder
 from megatron.model import Causal, Full, GPTModel
 
 CONFIG_FILES = ("config.json", "generation_config.json")

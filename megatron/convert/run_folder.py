@@ -12,15 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.checkpoint.files import find_checkpoint
+from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.writer import save_full_checkpoint
 from megatron.config import config_to_dict
-from megatron.config.presets import training_flops
 from megatron.config.schema import Config
-from megatron.convert.folders import new_folder
 from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
+from megatron.files import new_folder
+from megatron.model.arithmetic import parameters_for_compute, training_flops
 from megatron.objectives import evaluation_objective
-from megatron.training.checkpoint import CheckpointReader, find_checkpoint, save_full_checkpoint
-from megatron.training.metrics import parameters_for_compute
 
 ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron.objectives.base import ModelBatch, Objective
+from megatron.model.batch import ModelBatch
+from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 
 

@@ -2,7 +2,7 @@
 
 from lm_eval.__main__ import cli_evaluate
 
-import megatron.evaluation.lm_eval_models  # noqa: F401 - registers megatron_ar and megatron_mdm
+import megatron.evaluation.lm_eval.models  # noqa: F401 - registers megatron_ar and megatron_mdm
 
 if __name__ == "__main__":
     cli_evaluate()

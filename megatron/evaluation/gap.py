@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from megatron.evaluation.estimators import MaskedBound
+from megatron.evaluation.lm_eval.tasks import read_jsonl
 from megatron.evaluation.requests import encode_pair, windows
-from megatron.evaluation.scorer import CausalScorer, LogitsFn, MaskedScorer, Request
-from megatron.evaluation.tasks import read_jsonl
+from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
+from megatron.inference.logits import LogitsFn
 from megatron.model import Causal
 
 if TYPE_CHECKING:
     from megatron.config.schema import Config
-    from megatron.training.engine import Engine
+    from megatron.training.deepspeed.engine import Engine
 
 
 @dataclass(frozen=True)

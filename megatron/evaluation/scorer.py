@@ -9,24 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron.evaluation.estimators import Draws, Estimator, for_length
+from megatron.inference.logits import LogitsFn
 
 MAX_SCORED_POSITIONS = 8192  # logits rows at a time: 1.6 GB in fp32 for 50,304 tokens
 PAD_ID = 0  # any token: it is never attended
-
-
-class LogitsFn(Protocol):
-    """The model, as far as this package knows it."""
-
-    def __call__(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of ``input_ids`` [batch, seq] int64: [batch, seq, vocab], or [selected, vocab] (row-major order) with
-        ``positions`` [batch, seq] bool."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from megatron.evaluation.scorer import LogitsFn
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
+from megatron.inference.logits import LogitsFn
 
 # Called after every token: (row, all tokens of the row so far); returning True ends the row.
 StopFn = Callable[[int, list[int]], bool]

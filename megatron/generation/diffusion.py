@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.evaluation.scorer import LogitsFn
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
+from megatron.inference.logits import LogitsFn
 
 ORDERS = ("confidence", "margin", "entropy", "random", "ancestral")
 

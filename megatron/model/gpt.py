@@ -13,13 +13,13 @@ from megatron.config.schema import ModelConfig
 from megatron.model.block import TransformerBlock
 from megatron.model.cache import LayerCache
 from megatron.model.embedding import Embedding, FinalNorm, LMHead, tied_head
-from megatron.model.head import sample_losses, weighted_loss
+from megatron.model.loss import sample_losses, weighted_loss
 from megatron.model.mask import AttentionMask
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory, gather_last_dim
 
 if TYPE_CHECKING:
-    from megatron.objectives.base import ModelBatch
+    from megatron.model.batch import ModelBatch
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import ModelBatch, Objective
+from megatron.objectives.base import Objective
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.exact_count import ExactCountMDM
 from megatron.objectives.masked_attention_ar import MaskedAttentionAR

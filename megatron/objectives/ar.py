@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.model.mask import AttentionMask, Causal
-from megatron.objectives.base import EXACT, ModelBatch
+from megatron.objectives.base import EXACT
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron import randomness as noise
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.model.mask import AttentionMask, BlockDiffusion
-from megatron.objectives import noise
-from megatron.objectives.base import BOUND, EXACT, ModelBatch
+from megatron.objectives.base import BOUND, EXACT
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import Linear
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron import randomness as noise
 from megatron.config.schema import Config
-from megatron.objectives import noise
 from megatron.objectives.mdm import MaskedDiffusion
 
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.model.mask import AttentionMask, RandomKeyDrop
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import BOUND, ModelBatch
+from megatron.objectives.base import BOUND
 
 
 @dataclass(frozen=True)

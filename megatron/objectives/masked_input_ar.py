@@ -8,11 +8,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from megatron import randomness as noise
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.model.mask import AttentionMask, Causal
-from megatron.objectives import noise
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import BOUND, ModelBatch
+from megatron.objectives.base import BOUND
 
 
 @dataclass(frozen=True)

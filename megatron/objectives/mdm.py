@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from megatron import randomness as noise
 from megatron.config.schema import Config
+from megatron.model.batch import ModelBatch
 from megatron.model.mask import AttentionMask, Full, Segments
-from megatron.objectives import noise
-from megatron.objectives.base import BOUND, NO_BOUND, ModelBatch
+from megatron.objectives.base import BOUND, NO_BOUND
 from megatron.objectives.schedules import (
     Linear,
     Schedule,

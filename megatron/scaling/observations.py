@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.runs.reading import Run, Validation
 from megatron.scaling.fit import Fit, fit_law
 from megatron.scaling.laws import Law, Points
-from megatron.scaling.runs import Run, Validation
 
 CHOICES = ("final", "best", "curve")
 

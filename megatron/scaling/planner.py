@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron.config.presets import PRESETS, preset_parameters
+from megatron.config.presets import PRESETS
+from megatron.model.arithmetic import preset_parameters
 from megatron.scaling.fit import Fit, Interval
 from megatron.scaling.laws import Coefficients, Points, UShaped
-from megatron.scaling.published import (
+from megatron.scaling.literature import (
     CRITICAL_RANGE_TOKENS,
     PAPER_BEST,
     PAPER_BEST_UNIQUE_TOKENS,

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from megatron.config.schema import Config
-from megatron.objectives.base import ModelBatch
-from megatron.training.checkpoint import write_atomically
-from megatron.training.engine import Engine, StepResult
-from megatron.training.metrics import MetricsLog, Progress, Throughput, flops_after
+from megatron.files import write_atomically
+from megatron.model.arithmetic import flops_after
+from megatron.model.batch import ModelBatch
+from megatron.training.deepspeed.engine import Engine, StepResult
+from megatron.training.reporting import MetricsLog, Progress, Throughput
 
 
 @dataclass

@@ -5,26 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from megatron.checkpoint.files import read_manifest, remove_old_checkpoints
+from megatron.checkpoint.select import agree_on_checkpoint, changed_settings, noise_config, open_checkpoint
+from megatron.checkpoint.warm_start import AutoregressiveStart
+from megatron.checkpoint.writer import write_checkpoint
 from megatron.config.schema import Config
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset, describe
 from megatron.data.loader import build_loader
+from megatron.model.arithmetic import model_flops_per_token, parameters_for_compute
 from megatron.objectives import ModelBatch, build_objective
-from megatron.training.checkpoint import read_manifest, remove_old_checkpoints, write_checkpoint
-from megatron.training.engine import Engine, init_distributed
-from megatron.training.evaluate import evaluate
+from megatron.runs.record import write_run_record
+from megatron.training.deepspeed.engine import Engine, init_distributed
+from megatron.training.deepspeed.shards import ShardedState
 from megatron.training.loop import Loop, TrainState, state_from_dict, state_to_dict
-from megatron.training.metrics import (
-    MetricsLog,
-    Progress,
-    Throughput,
-    model_flops_per_token,
-    parameters_for_compute,
-)
+from megatron.training.reporting import MetricsLog, Progress, Throughput
 from megatron.training.resolve import ResolvedRun
-from megatron.training.restart import agree_on_checkpoint, changed_settings, noise_config, open_checkpoint
-from megatron.training.run_record import write_run_record
-from megatron.training.state import ShardedState
-from megatron.training.warm_start import AutoregressiveStart
+from megatron.training.validation import evaluate
 
 # The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
 VALIDATION_SEED = 1234

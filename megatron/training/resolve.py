@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from megatron.config.deepspeed import read_settings_file
+from megatron.checkpoint.files import checkpoint_tags, damaged_files, read_manifest
 from megatron.config.schema import Config, ModelConfig
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.indexed import read_meta
 from megatron.objectives import needs_mask_token
-from megatron.training.checkpoint import checkpoint_tags, damaged_files, read_manifest
+from megatron.training.deepspeed.settings import read_settings_file
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
 ARCHITECTURE = (

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron.config.schema import DataConfig
-from megatron.data.bpe_training import train_bpe
 from megatron.data.indexed import IndexedDataset
+from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, portable_spec, tokenizer_from_spec
 from megatron.data.tokenizer_types import ByteTokenizer, NullTokenizer, gpt2_bpe, hf_tokenizer
 

@@ -16,11 +16,12 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.evaluator import simple_evaluate
 
-from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
-from megatron.evaluation.tasks import task_loader
+from megatron.checkpoint.files import Fragment
+from megatron.checkpoint.writer import write_checkpoint
+from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
+from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.model import Causal, Full, GPTModel
 from megatron.parallel.context import ParallelContext
-from megatron.training.checkpoint import Fragment, write_checkpoint
 from tests.evaluation import tiny
 
 REPO = Path(__file__).resolve().parents[2]

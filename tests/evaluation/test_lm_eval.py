@@ -12,8 +12,8 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.evaluator import simple_evaluate
 
-from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
-from megatron.evaluation.tasks import task_loader
+from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
+from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.generation.diffusion import DiffusionSettings
 from tests.evaluation import tiny
 
@@ -55,7 +55,7 @@ def llama_of(run: Path):
     """LlamaForCausalLM with the tensors of a run, placed by hand."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron.evaluation.loading import load_model
+    from megatron.inference.model import load_model
 
     loaded = load_model(run)
     shape, state = loaded.config.model, loaded.model.state_dict()
@@ -168,7 +168,7 @@ def test_interrupted_evaluation_goes_on(runs, tasks, tmp_path, monkeypatch) -> N
 
 
 def test_greedy_only_and_likelihood_only(runs, tasks) -> None:
-    from megatron.evaluation.downstream import run_downstream
+    from megatron.evaluation.lm_eval.command import run_downstream
 
     with pytest.raises(ValueError, match="rank by"):
         run_downstream(["--load", str(runs["mdm"]), "--task_list", tasks["halves"], "--only_generate"])
@@ -218,7 +218,7 @@ def test_wrong_arguments(runs, make, message) -> None:
 
 
 def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> None:
-    from megatron.evaluation.downstream import run_downstream
+    from megatron.evaluation.lm_eval.command import run_downstream
 
     results = tmp_path / "out" / "results.json"
     flags = ["--load", str(runs["mdm"]), "--load-tag", "latest", "--task_list", f"{tasks['halves']},{tasks['words']}"]
@@ -257,7 +257,7 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
     ],
 )
 def test_wrong_flags(runs, tasks, flags, message) -> None:
-    from megatron.evaluation.downstream import run_downstream
+    from megatron.evaluation.lm_eval.command import run_downstream
 
     with pytest.raises(ValueError, match=message):
         run_downstream(["--load", str(runs["mdm"]), "--task_list", tasks["words"], *flags])
@@ -284,7 +284,7 @@ def test_a_data_set_that_cannot_be_fetched_says_how(indexed, monkeypatch) -> Non
 
 
 def test_all_nine_tasks_are_configured(indexed) -> None:
-    from megatron.evaluation.tasks import PAPER_TASKS, parse_task_list
+    from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list
 
     assert len(parse_task_list("all")) == 9
     assert [name for name, _ in PAPER_TASKS.values() if name not in indexed.all_tasks] == []

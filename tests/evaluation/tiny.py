@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.writer import save_full_checkpoint
 from megatron.config import Config, parse
 from megatron.model import Causal, Full, GPTModel
-from megatron.training.checkpoint import save_full_checkpoint
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",

@@ -8,9 +8,9 @@ import sys
 import torch.distributed as dist
 from lm_eval.evaluator import simple_evaluate
 
-from megatron.evaluation.lm_eval_models import MegatronAR, MegatronMDM
-from megatron.evaluation.loading import load_model
-from megatron.evaluation.tasks import task_loader
+from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
+from megatron.evaluation.lm_eval.tasks import task_loader
+from megatron.inference.model import load_model
 from megatron.parallel.context import ParallelContext
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.convert import catalogue
-from megatron.convert import hub as hub_module
-from megatron.convert.hub import DownloadError, RemoteFile, fetch, is_present, list_files
+from megatron.hub import catalogue
+from megatron.hub import download as hub_module
+from megatron.hub.download import DownloadError, RemoteFile, fetch, is_present, list_files
 from tests.hub.fake_hub import COMMIT, Fault, Hub
 from tools import download
 

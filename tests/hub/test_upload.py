@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import constants
 
 from megatron.config.schema import DataConfig
-from megatron.convert.model_card import model_card, without_local_paths
 from megatron.convert.run_folder import read_run, write_run
+from megatron.hub.model_card import model_card, without_local_paths
 from tests.convert.reference import make_config, random_tensors
 from tests.hub.fake_hub import Hub
 from tools.push_to_hub import main

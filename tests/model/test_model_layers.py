@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from plain_transformer import attention, causal, plain_logits, rms_norm, rotate_complex
 
-from megatron.config.presets import PRESETS, preset_parameters, swiglu_width
+from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import ModelConfig
 from megatron.config.validate import fill_model
 from megatron.model import Causal, Full, GPTModel, RandomKeyDrop
+from megatron.model.arithmetic import parameters_for_compute, preset_parameters
 from megatron.model.attention import SelfAttention
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
@@ -18,7 +19,6 @@ from megatron.model.rotary import RotaryEmbedding, apply_rotary
 from megatron.model.visibility import dense_mask
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
-from megatron.training.metrics import parameters_for_compute
 
 
 def make_config(**changes) -> ModelConfig:

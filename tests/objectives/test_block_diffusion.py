@@ -15,8 +15,8 @@ from objective_helpers import (
     within_standard_errors,
 )
 
+from megatron import randomness as noise
 from megatron.model import BlockDiffusion, Causal, Full
-from megatron.objectives import noise
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
 

@@ -15,8 +15,8 @@ from objective_helpers import (
     within_standard_errors,
 )
 
+from megatron import randomness as noise
 from megatron.model import Full
-from megatron.objectives import noise
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import MIN_MASK_PROB, mask_probability
 

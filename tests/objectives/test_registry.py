@@ -6,7 +6,7 @@ from objective_helpers import MASK_ID, SEQ, assert_same_batch, make_config, make
 
 from megatron.objectives import OBJECTIVES, build_objective, evaluation_objective, needs_mask_token
 from megatron.objectives.base import BOUND, EXACT, NO_BOUND, is_exact
-from megatron.training.evaluate import ValidationResult
+from megatron.training.validation import ValidationResult
 
 NEEDED = {
     "permuted_ar": ["--num-order-list", "4"],

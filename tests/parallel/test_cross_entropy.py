@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.model.head import sample_losses, weighted_loss
-from megatron.objectives.base import ModelBatch
+from megatron.model.batch import ModelBatch
+from megatron.model.loss import sample_losses, weighted_loss
 from megatron.parallel import cross_entropy
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.cross_entropy import linear_cross_entropy

@@ -7,11 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from megatron.config.presets import preset_parameters
+from megatron.model.arithmetic import preset_parameters
 from megatron.scaling.fit import Fit, fit_law, load_fits, save_fits
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, LAWS, U_SHAPED, Points, Reference
-from megatron.scaling.planner import compute_optimal, critical_compute
-from megatron.scaling.published import (
+from megatron.scaling.literature import (
     HOFFMANN,
     MDM_REPEATED,
     MUENNIGHOFF,
@@ -20,6 +19,7 @@ from megatron.scaling.published import (
     critical_unique_tokens,
     quokka_overfitting_epochs,
 )
+from megatron.scaling.planner import compute_optimal, critical_compute
 
 U_SHAPED_THETA = (1.8, 400.0, 0.34, 1500.0, 0.35, 2.0, 0.9, 0.35, 0.45)
 

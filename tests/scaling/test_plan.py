@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import write_run
+from runs.synthetic_runs import write_run
 
+from megatron.model.arithmetic import PEAK_FLOPS
+from megatron.runs.reading import find_runs
 from megatron.scaling.fit import Fit, fit_law, save_fits
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, U_SHAPED, Points, Reference
+from megatron.scaling.literature import PUBLISHED
 from megatron.scaling.observations import observe
 from megatron.scaling.planner import DEVICES, best_epochs, compute_optimal, critical_compute, device_hours, make_plan
-from megatron.scaling.published import PUBLISHED
-from megatron.scaling.runs import find_runs
-from megatron.training.metrics import PEAK_FLOPS
 
 ROOT = Path(__file__).resolve().parents[2]
 AR = (1.8, 400.0, 0.34, 1500.0, 0.35, 2.0, 0.9, 0.35, 0.45)  # u_shaped

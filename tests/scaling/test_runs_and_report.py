@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_runs import write_run
+from runs.synthetic_runs import write_run
 
-from megatron.scaling import plots
-from megatron.scaling.compare import comparisons, conclusion, differences, overfitting, plus_minus, summary_row
-from megatron.scaling.report import load_downstream, write_report
-from megatron.scaling.runs import find_runs, format_count, load_run, parse_count
+from megatron.runs.comparison import comparisons, conclusion, differences, overfitting, plus_minus, summary_row
+from megatron.runs.reading import find_runs, format_count, load_run, parse_count
+from megatron.scaling.report import plots
+from megatron.scaling.report.page import load_downstream, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 

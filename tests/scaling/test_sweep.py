@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from megatron.config.cli import build_parser
-from megatron.config.presets import preset_parameters
 from megatron.data.indexed import IndexedDataset
-from megatron.scaling.runs import load_run
-from megatron.scaling.sweep import hours, load_sweep, read_attempts, state, unmatched
-from megatron.scaling.sweep_runner import Runner, command_line, make_subsets
+from megatron.model.arithmetic import preset_parameters
+from megatron.runs.reading import load_run
+from megatron.scaling.sweep.definition import hours, load_sweep, read_attempts, state, unmatched
+from megatron.scaling.sweep.runner import Runner, command_line, make_subsets
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "tools/sweep.py")]

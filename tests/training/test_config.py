@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron.config import Config, build_parser, config_from_dict, config_to_dict, parse
-from megatron.config.deepspeed import deepspeed_settings
+from megatron.training.deepspeed.settings import deepspeed_settings
 
 SHAPE = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"]
 BASE = [*SHAPE, "--train-iters", "10", "--micro-batch-size", "2", "--global-batch-size", "8"]

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from distributed import jobs
-from distributed.pool import Process, WorkerPool
+from layouts import jobs
+from layouts.pool import Process, WorkerPool
 
-from megatron.training.checkpoint import checkpoint_tags, find_checkpoint
+from megatron.checkpoint.files import checkpoint_tags, find_checkpoint
 
 STEPS = 12
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from distributed.jobs import Run
+from layouts.jobs import Run
 
 from megatron.config.schema import OptimizerConfig
 from megatron.training.optimizer import build_optimizer, learning_rate

@@ -14,9 +14,9 @@ import torch
 
 from megatron.config import Config, parse
 from megatron.parallel.context import ParallelContext
-from megatron.training.engine import StepResult
+from megatron.training.deepspeed.engine import StepResult
 from megatron.training.loop import Loop, TrainState, state_from_dict, state_to_dict
-from megatron.training.metrics import MetricsLog, Progress, Throughput
+from megatron.training.reporting import MetricsLog, Progress, Throughput
 
 SHAPE = ["--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "1", "--seq-length", "10",
          "--vocab-size", "50", "--padded-vocab-size", "128"]  # fmt: skip

@@ -18,10 +18,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from distributed import jobs
-from distributed.pool import ENVIRONMENT, Process, WorkerPool
+from layouts import jobs
+from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
-from megatron.training.checkpoint import KINDS, CheckpointReader, checkpoint_tags, find_checkpoint
+from megatron.checkpoint.files import KINDS, checkpoint_tags, find_checkpoint
+from megatron.checkpoint.reader import CheckpointReader
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -142,7 +143,7 @@ def test_torchrun_with_a_killed_worker_resumes_bit_for_bit(
 
 def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     """``main()`` that kills itself at one moment of saving one step."""
-    from megatron.training import checkpoint
+    from megatron.checkpoint import writer as checkpoint
     from megatron.training.main import main
 
     save_file, write_atomically = checkpoint.save_file, checkpoint.write_atomically
@@ -307,7 +308,7 @@ def test_a_stopped_run_saves_exits_with_0_and_resumes(
 def train_with_validation(results: list[float], argv: list[str]) -> jobs.Trace:
     """Training whose validations give these losses."""
     from megatron.training import program
-    from megatron.training.evaluate import ValidationResult
+    from megatron.training.validation import ValidationResult
 
     queue = iter(results)
 

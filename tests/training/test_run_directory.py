@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import jobs
-from distributed.jobs import Run
-from distributed.pool import Process, WorkerPool
+from layouts import jobs
+from layouts.jobs import Run
+from layouts.pool import Process, WorkerPool
 
+from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
-from megatron.training.checkpoint import CheckpointReader
-from megatron.training.metrics import MetricsLog, Progress, format_seconds
+from megatron.training.reporting import MetricsLog, Progress, format_seconds
 
 NUMBER = (int, float)
 RUN_JSON: dict[str, Any] = {

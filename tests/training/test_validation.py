@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import jobs
-from distributed.pool import WorkerPool
+from layouts import jobs
+from layouts.pool import WorkerPool
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import jobs
-from distributed.pool import ENVIRONMENT, Process, WorkerPool
+from layouts import jobs
+from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,106 @@
+"""Start masked diffusion from an autoregressive checkpoint (``pretrain_mdm.py --finetune --load AR_RUN``).
+
+Every tensor is taken over, attention becomes bidirectional through the objective, and the embedding of the mask token,
+which the autoregressive model never read, starts as the mean of the token embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.files import Fragment
+from megatron.checkpoint.reader import CheckpointReader, fill_from_full
+
+VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
+
+
+class AutoregressiveStart:
+    """A :class:`CheckpointReader` of an autoregressive run that has a mask token.
+
+    Attributes:
+        specs: of the new model; the vocabulary may have more rows than the checkpoint.
+    """
+
+    def __init__(self, reader: CheckpointReader, *, vocab_size: int, mask_id: int, padded_vocab_size: int) -> None:
+        """Args:
+        reader: the autoregressive checkpoint.
+        vocab_size: vocabulary before padding.
+        mask_id: id of the mask token.
+        padded_vocab_size: rows of the new model.
+        """
+        self._reader = reader
+        self.path, self.manifest = reader.path, reader.manifest
+        own = {name: reader.tensor(name) for name in VOCABULARY_TENSORS if name in reader.specs}
+        self._changed = with_mask_embedding(
+            own, vocab_size=vocab_size, mask_id=mask_id, padded_vocab_size=padded_vocab_size
+        )
+        self.specs = dict(reader.specs)
+        for name, tensor in self._changed.items():
+            self.specs[name] = replace(self.specs[name], full_shape=tuple(tensor.shape), blocks=(padded_vocab_size,))
+
+    def read(self, fragment: Fragment) -> None:
+        """Fill a fragment of the weights; there is no optimizer state to continue."""
+        if fragment.name in self._changed:
+            fill_from_full(fragment, self._changed[fragment.name], self.specs[fragment.name])
+        else:
+            self._reader.read(fragment)
+
+
+def with_mask_embedding(
+    tensors: Mapping[str, Tensor], *, vocab_size: int, mask_id: int, padded_vocab_size: int | None = None
+) -> dict[str, Tensor]:
+    """Give an AR model a mask embedding: the mean of its token embeddings.
+
+    The row of the mask token was never an input: it holds noise, or what the softmax pushed it to. The mean says "some
+    token": it has the scale and the common direction of the embeddings, and where nothing else is known, the mean is
+    the input with the least summed squared distance to all tokens. (AR models adapted to diffusion: arXiv 2410.17891.)
+
+    Where the head has its own matrix, the row of the mask token becomes that of the padding: it is never a label, and the
+    AR model has already learned to give such rows no probability.
+
+    Args:
+        tensors: full canonical tensors [padded vocabulary, hidden] of the AR model, fp32.
+        vocab_size: tokens before padding; the mean runs over these rows, without the mask row.
+        mask_id: row of the mask token.
+        padded_vocab_size: rows of the new model; default: as many as there are, or as the mask token needs.
+
+    Returns:
+        A new dict; only the vocabulary tensors are copies.
+
+    Raises:
+        ValueError: the vocabulary or the mask token does not fit the rows.
+    """
+    embedding = tensors["word_embeddings.weight"]
+    rows = embedding.shape[0]
+    wanted = padded_vocab_size or max(rows, mask_id + 1)
+    if not (0 < vocab_size <= rows and 0 <= mask_id < wanted and wanted >= rows):
+        raise ValueError(
+            f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} in the new "
+            "model; the rows must hold the vocabulary and the mask token, and none may be lost; change --mask-token-id "
+            "or --padded-vocab-size"
+        )
+    out = dict(tensors)
+    tokens = torch.ones(vocab_size, dtype=torch.bool)
+    if mask_id < vocab_size:
+        tokens[mask_id] = False
+    mean = embedding[:vocab_size][tokens].double().mean(dim=0).to(embedding.dtype)
+    out["word_embeddings.weight"] = _grown(embedding, wanted, mean)
+    out["word_embeddings.weight"][mask_id] = mean
+    if "lm_head.weight" in tensors:
+        head = tensors["lm_head.weight"]
+        unused = head[vocab_size:].mean(dim=0) if rows > vocab_size else torch.zeros_like(head[0])
+        out["lm_head.weight"] = _grown(head, wanted, unused)
+        if mask_id >= vocab_size:
+            out["lm_head.weight"][mask_id] = unused
+    return out
+
+
+def _grown(matrix: Tensor, rows: int, value: Tensor) -> Tensor:
+    """Return a copy of [n, hidden] with ``rows`` rows, new ones set to ``value`` [hidden]."""
+    grown = value.repeat(rows, 1)
+    grown[: matrix.shape[0]] = matrix
+    return grown

@@ -1,0 +1,1 @@
+"""From text to token files, and what one asks of them."""

@@ -1,0 +1,232 @@
+"""The program behind ``tools/evaluate_downstream.py``: flags, one evaluation, its JSON and its table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.config import ModelConfig, build_parser
+from megatron.evaluation.estimators import ESTIMATORS
+from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list, task_loader
+
+DEFAULT_DRAWS = 128
+# Flags of training that evaluation reads; model sizes are compared with the checkpoint; others have no effect here.
+USED = {
+    "load", "load_tag", "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "seq_length",
+    "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type", "num_mc", "bf16", "seed", "local_rank",
+}  # fmt: skip
+MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {
+    "seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std", "model",
+    "make_vocab_size_divisible_by", "padded_vocab_size",
+}  # fmt: skip
+
+
+def build_downstream_parser() -> argparse.ArgumentParser:
+    """Evaluation flags in front of all training flags (which scripts pass along); absent ones are absent."""
+    parser = build_parser("evaluate_downstream.py")
+    parser.description = "Evaluate a checkpoint of any layout, or a Hugging Face export, on lm-eval and local tasks."
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    group = parser.add_argument_group("downstream evaluation (see docs/evaluation.md)")
+    add = group.add_argument
+    add("--task_list", default="all", metavar="TASKS", help=f"comma-separated: {', '.join(PAPER_TASKS)}, tasks of lm-eval, "
+        "FILE.jsonl; 'all' is the nine named (default: all)")  # fmt: skip
+    add("--results_path", metavar="FILE", help="write lm-eval's JSON here; finished answers go to FILE.cache/ and are not "
+        "computed again")  # fmt: skip
+    add("--eval_method", choices=("ar", "mc"), help="ar: chain rule from left to right; mc: Monte-Carlo bound (masked "
+        "diffusion; default there). --num-mc sets its draws")  # fmt: skip
+    add("--estimator", choices=ESTIMATORS, help="masked diffusion: likelihood estimator instead of --eval_method's")
+    add("--no_adaptive", action="store_true", help="always --num-mc draws, also where the ranking is decided")
+    add(
+        "--only_generate",
+        action="store_true",
+        help="masked diffusion: exact match by greedy decoding only, no likelihoods",
+    )
+    add("--only_mc_nll", action="store_true", help="masked diffusion: likelihoods only, no greedy decoding")
+    add("--eval_fp32", action="store_true", help="run in float32 whatever --bf16 says (default on CPU)")
+    add("--inference", action="store_true", help="accepted for existing scripts: this program never trains")
+    add("--limit", type=float, metavar="N", help="items per task (a fraction below 1)")
+    add("--num_fewshot", type=int, metavar="N", help="examples in the context; default: the task's own")
+    add("--gen_kwargs", metavar="K=V,...", help="generation: temperature, top_k, top_p, max_gen_toks; masked diffusion also "
+        "order, steps, block_length, guidance")  # fmt: skip
+    add("--log_samples", action="store_true", help="put every item and its scores into the JSON")
+    add("--fetch_only", action="store_true", help="fetch the data sets into the Hugging Face cache and exit")
+    parser._action_groups.insert(2, parser._action_groups.pop())
+    return parser
+
+
+def run_downstream(argv: Sequence[str] | None = None) -> int:
+    """Parse, evaluate, write and print.
+
+    Raises:
+        ValueError: wrong flags, model or task.
+    """
+    arguments = build_downstream_parser().parse_args(argv)
+    tasks = parse_task_list(arguments.task_list)
+    if not tasks:
+        raise ValueError("--task_list is empty; an evaluation needs a task; pass --task_list all or names")
+    refused = {"multiple_choice": "--only_generate computes no likelihoods to rank by; drop the flag or the task"}
+    loader = task_loader(tasks, refused if arguments.only_generate else None)
+    if arguments.fetch_only:
+        loader.load(tasks)
+        print(f"fetched: {', '.join(tasks)}")
+        return 0
+    if not hasattr(arguments, "load"):
+        raise ValueError("no --load; an evaluation needs a run directory or an export; pass --load PATH")
+    context = _start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
+    lm = build_lm(arguments, context)
+    if context.is_first_rank:
+        _say_what_has_no_effect(arguments)
+    from lm_eval.evaluator import simple_evaluate
+
+    results = simple_evaluate(
+        model=lm, tasks=tasks, task_manager=loader, limit=arguments.limit, num_fewshot=arguments.num_fewshot,
+        gen_kwargs=arguments.gen_kwargs, log_samples=arguments.log_samples, batch_size=lm.batch_size,
+    )  # fmt: skip
+    summary = lm.summary.merge(lm._gather(lm.summary)).as_dict()
+    if results is not None and context.is_first_rank:
+        results = finish_results(dict(results), summary, arguments)
+        if arguments.results_path:
+            _write(Path(arguments.results_path), results)
+        print(table(results))
+    context.barrier()
+    return 0
+
+
+def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
+    """The lm-eval model that the flags ask for."""
+    from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
+    from megatron.inference.model import load_model
+
+    names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
+    tokenizer = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    dtype = "bfloat16" if getattr(arguments, "bf16", False) and not arguments.eval_fp32 else "float32"
+    if context.device.type == "cpu":
+        dtype = "float32"  # bf16 matrix products are slow and coarse there
+    model = load_model(
+        arguments.load, tag=getattr(arguments, "load_tag", None), dtype=dtype, context=context,
+        tokenizer_options=tokenizer or None,
+    )  # fmt: skip
+    _check_model_flags(arguments, model.config.model)
+    options: dict[str, Any] = {
+        "model": model,
+        "batch_size": getattr(arguments, "micro_batch_size", None),
+        "max_length": getattr(arguments, "seq_length", None),
+        "cache_dir": f"{arguments.results_path}.cache" if arguments.results_path else None,
+    }
+    if not model.is_masked:
+        given = [
+            flag for flag in ("only_generate", "only_mc_nll", "estimator", "no_adaptive") if getattr(arguments, flag)
+        ]
+        given += ["eval_method mc"] * (arguments.eval_method == "mc")
+        if given:
+            raise ValueError(
+                f"--{given[0]} with {model.source}, an autoregressive model; it has one exact likelihood; drop the flag"
+            )
+        return MegatronAR(**options)
+    if arguments.only_generate and arguments.only_mc_nll:
+        raise ValueError("--only_generate and --only_mc_nll exclude each other; nothing would be left; drop one")
+    estimator = arguments.estimator or ("left-to-right" if arguments.eval_method == "ar" else "exact-count")
+    return MegatronMDM(
+        **options, estimator=estimator, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS),
+        adaptive=not arguments.no_adaptive, greedy="never" if arguments.only_mc_nll else "auto",
+        only_greedy=arguments.only_generate, seed=getattr(arguments, "seed", 1234),
+    )  # fmt: skip
+
+
+def _check_model_flags(arguments: argparse.Namespace, model: ModelConfig) -> None:
+    for name in sorted(MODEL_FIELDS):
+        given = getattr(arguments, name, None)
+        if given is not None and given != getattr(model, name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {given}, but the checkpoint has {getattr(model, name)}; the checkpoint's own shape is used; drop the "
+                "flag or load another checkpoint"
+            )
+
+
+def _say_what_has_no_effect(arguments: argparse.Namespace) -> None:
+    known = {action.dest for action in build_parser()._actions}
+    idle = sorted(name for name in vars(arguments) if name in known - USED - MODEL_FIELDS)
+    if idle:
+        print(
+            f"flags of training without effect on an evaluation: {', '.join('--' + n.replace('_', '-') for n in idle)}"
+        )
+    if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
+        print(
+            "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
+        )
+
+
+def _start_processes(tp_size: int) -> Any:
+    """The process groups of a launcher's environment, or a single process."""
+    import torch
+
+    from megatron.parallel.context import ParallelContext
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    elif tp_size > 1 and not torch.distributed.is_initialized():
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp_size} in a single process; the checkpoint's own layout does not matter here; "
+            f"drop the flag or start {tp_size} processes with torchrun"
+        )
+    return ParallelContext.create(tp_size=tp_size)
+
+
+def finish_results(results: dict[str, Any], summary: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Add what the likelihoods were; take out metrics that were not computed."""
+    for task, metrics in results["results"].items():
+        kind = results["configs"].get(task, {}).get("output_type")
+        dropped: tuple[str, ...] = ()
+        if kind == "loglikelihood" and arguments.only_generate:
+            dropped = ("perplexity",)
+        elif kind == "loglikelihood" and arguments.only_mc_nll:
+            dropped = ("acc",)
+        for name in [name for name in metrics if name.split(",")[0].removesuffix("_stderr") in dropped]:
+            del metrics[name]
+    results["likelihoods"] = summary
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line for each metric: value ± standard error over items, and what the likelihoods are."""
+    header = ("task", "items", "metric", "value", "likelihood", "± nats", "passes")
+    rows: list[tuple[str, ...]] = [header]
+    for task, metrics in results["results"].items():
+        own = results.get("likelihoods", {}).get(task, {})
+        error = own.get("rms_standard_error_nats")
+        for name, value in metrics.items():
+            metric, _, filter_name = name.partition(",")
+            if not isinstance(value, (int, float)) or metric.endswith("_stderr") or metric in ("alias", "sample_len"):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{filter_name}")
+            shown = f"{value:.4f}" + (f" ± {stderr:.4f}" if isinstance(stderr, float) and math.isfinite(stderr) else "")
+            items = str(results.get("n-samples", {}).get(task, {}).get("effective", ""))
+            kind = own.get("estimator", "")
+            if metric == "perplexity" and kind.startswith("bound"):
+                metric = "perplexity (upper bound)"
+            rows.append((task, items, metric, shown, kind, "" if error is None else f"{error:.3f}",
+                         f"{own['passes_per_answer']:.1f}" if own else ""))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    note = "value ± standard error over items; ± nats: rms standard error of a likelihood from its mask draws; passes per answer"
+    return "\n".join([*lines, note])
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    from lm_eval.utils import handle_non_serializable
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    temporary.replace(path)

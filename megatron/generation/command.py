@@ -1,0 +1,188 @@
+"""The program behind ``tools/generate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings
+from megatron.generation.display import UncoverDisplay
+from megatron.generation.sampling import TokenSampling
+from megatron.generation.text import (
+    GAP,
+    Completion,
+    continue_causal,
+    continue_masked,
+    encode_with_gaps,
+    fill_gaps,
+    finish,
+)
+
+
+def build_generate_parser() -> argparse.ArgumentParser:
+    """Flags of tools/generate.py."""
+    parser = argparse.ArgumentParser(
+        "generate.py", description="Generate text with a checkpoint of any layout or an export."
+    )
+    add = parser.add_argument_group("model").add_argument
+    add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
+    add(
+        "--load-tag",
+        metavar="TAG",
+        help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
+    )
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
+    add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
+    add("--tokenizer-model", metavar="PATH", help="Hugging Face tokenizer or SentencePiece model")
+    add("--tokenizer-type", metavar="TYPE", help="see pretrain_gpt.py --help")
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be repeated; masked diffusion fills [MASK] and [MASK:8] (one and "
+        "eight tokens) in it; without a gap the text is continued")  # fmt: skip
+    add("--prompt-file", metavar="FILE", help="one prompt a line")
+    add("--infix", metavar="TEXT", help="masked diffusion: text that stands behind the generated tokens")
+    add("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="tokens to add (default: 64)")
+    add("--num-samples", type=int, default=1, metavar="COUNT", help="results of every prompt (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end at this string; may be repeated")
+    add("--batch-size", type=int, default=8, metavar="ROWS", help="rows per forward pass (default: 8)")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)")
+    add("--top-k", type=int, default=0, metavar="TOKENS", help="draw from the k most likely tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens with this probability")
+    add("--seed", type=int, default=1234, help="the same seed gives the same text (default: 1234)")
+    add = parser.add_argument_group("masked diffusion").add_argument
+    add("--order", choices=ORDERS, default="confidence", help="what to uncover next (default: confidence)")
+    add("--steps", type=int, metavar="STEPS", help="forward passes in all; default: one per token")
+    add("--block-length", type=int, metavar="TOKENS", help="uncover from left to right in blocks; default: one block")
+    add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance against the same row without the "
+        "given tokens; 0: none")  # fmt: skip
+    add = parser.add_argument_group("output").add_argument
+    add("--show-steps", action=argparse.BooleanOptionalAction, default=None, help="show text being uncovered; default: on a "
+        "terminal, for one result")  # fmt: skip
+    add("--json", action="store_true", help="print one JSON object a line: prompt, sample, text, tokens")
+    return parser
+
+
+def run_generate(argv: Sequence[str] | None = None) -> int:
+    """Parse, generate, print.
+
+    Raises:
+        ValueError: wrong flags, no model, a prompt that does not fit.
+    """
+    from megatron.inference.model import load_model
+
+    arguments = build_generate_parser().parse_args(argv)
+    names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
+    tokenizer = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    loaded = load_model(
+        arguments.load, tag=arguments.load_tag, dtype=arguments.dtype, tokenizer_options=tokenizer or None
+    )
+    prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.num_samples)]
+    generate = _masked if loaded.is_masked else _causal
+    completions, shown = generate(loaded, prompts, arguments)
+    for index, (prompt, completion, text) in enumerate(zip(prompts, completions, shown)):
+        if arguments.json:
+            entry = {"prompt": prompt, "sample": index % arguments.num_samples, "text": completion.text}
+            print(json.dumps({**entry, "tokens": completion.tokens}))
+        else:
+            print(text if len(prompts) == 1 else f"--- {index + 1}\n{text}")
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt or [])
+    if arguments.prompt_file:
+        prompts += [line for line in Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines() if line]
+    return prompts or [""]
+
+
+def _sampling(arguments: argparse.Namespace) -> TokenSampling:
+    return TokenSampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
+    only_masked = {
+        "--infix": arguments.infix,
+        "--steps": arguments.steps,
+        "--block-length": arguments.block_length,
+        "--guidance": arguments.guidance,
+        "[MASK] gaps": any(GAP.search(prompt) for prompt in prompts),
+        "--show-steps": arguments.show_steps,
+        f"--order {arguments.order}": arguments.order != "confidence",
+    }
+    for flag, value in only_masked.items():
+        if value:
+            raise ValueError(f"{flag} with {loaded.source}, a causal model; it writes from left to right; drop it or load a "
+                             "masked diffusion model")  # fmt: skip
+    rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
+    completions = continue_causal(
+        loaded.decoder, loaded.require_tokenizer(), rows, max_new_tokens=arguments.max_new_tokens,
+        sampling=_sampling(arguments), stop_strings=arguments.stop, batch_size=arguments.batch_size,
+        forbidden=loaded.unused_ids, device=loaded.device,
+    )  # fmt: skip
+    return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
+
+
+def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
+    tokenizer = loaded.require_tokenizer()
+    settings = DiffusionSettings(
+        arguments.order, arguments.steps, arguments.block_length, arguments.guidance, _sampling(arguments)
+    )
+    sampler = DiffusionSampler(loaded.logits, mask_id=loaded.mask_id, forbidden=loaded.unused_ids, device=loaded.device)
+    show = arguments.show_steps
+    if show is None:
+        show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json
+    options = {
+        "settings": settings, "batch_size": arguments.batch_size,
+        "on_step": UncoverDisplay(tokenizer, mask_id=loaded.mask_id) if show else None,
+    }  # fmt: skip
+    if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
+        rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
+        completions = fill_gaps(sampler, tokenizer, rows, **options)
+        eod = tokenizer.eod_id
+        texts = [
+            finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions
+        ]
+        return [Completion(text, c.tokens) for text, c in zip(texts, completions)], texts
+    rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
+    completions = continue_masked(
+        sampler, tokenizer, rows, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop, **options
+    )
+    return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
+
+
+def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace) -> list[int]:
+    """A whole row: the prompt with its gaps, or prompt, new tokens and infix."""
+    tokenizer = loaded.require_tokenizer()
+    row = encode_with_gaps(tokenizer, prompt, mask_id=loaded.mask_id)
+    if arguments.infix is not None:
+        row += [loaded.mask_id] * (0 if GAP.search(prompt) else arguments.max_new_tokens)
+        row += encode_with_gaps(tokenizer, arguments.infix, mask_id=loaded.mask_id)
+    if tokenizer.eod_id is not None:
+        row = [tokenizer.eod_id, *row]  # a document begins after the end of another one
+    if len(row) > loaded.max_length:
+        raise ValueError(
+            f"the text with its gaps has {len(row)} tokens; the model holds {loaded.max_length}; shorten it or the gaps"
+        )
+    return row
+
+
+def _fitting(loaded: Any, prompt: str, max_new_tokens: int) -> list[int]:
+    """Ids of a prompt (EOD for an empty one), its left end cut where prompt and new tokens do not fit."""
+    room = loaded.max_length - max_new_tokens
+    if max_new_tokens < 1 or room < 1:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens}: prompt and new tokens share {loaded.max_length} positions; "
+            f"pass 1 to {loaded.max_length - 1}"
+        )
+    tokenizer = loaded.require_tokenizer()
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        if tokenizer.eod_id is None:
+            raise ValueError("an empty prompt, and the tokenizer has no EOD to start from; pass --prompt TEXT")
+        ids = [tokenizer.eod_id]
+    return ids[-room:]

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: downloads, catalogue, uploads with a model card."""

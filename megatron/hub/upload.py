@@ -1,0 +1,111 @@
+"""Put a run on the Hugging Face hub: weights for ``transformers``, its records and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+
+from megatron.checkpoint.files import MANIFEST, read_manifest
+from megatron.convert.hf_folder import ExportOptions, export_folder
+from megatron.convert.huggingface import attention_family
+from megatron.convert.run_folder import origin_of, read_run
+from megatron.hub.model_card import model_card, read_run_records, without_local_paths
+
+
+class UploadError(Exception):
+    """An upload that failed: what was asked, what happened, what to do."""
+
+
+@dataclass(frozen=True)
+class UploadPlan:
+    """What goes up.
+
+    Attributes:
+        repo_id: "owner/name".
+        tag: checkpoint of the run; default: the newest that verifies.
+        with_export: the Hugging Face export.
+        with_checkpoint: the checkpoint in this repository's format, optimizer state included, to continue training.
+        license_name: for the model card.
+        export: options of the export.
+    """
+
+    repo_id: str
+    tag: str | None = None
+    with_export: bool = True
+    with_checkpoint: bool = False
+    license_name: str | None = None
+    export: ExportOptions = ExportOptions()
+
+
+def stage(run: Path, folder: Path, plan: UploadPlan) -> list[tuple[str, int]]:
+    """Put everything that is to be uploaded into a new folder.
+
+    Args:
+        run: run directory.
+        folder: folder to make.
+        plan: what to include.
+
+    Returns:
+        Paths inside the folder and their bytes.
+
+    Raises:
+        ValueError: no run, no usable checkpoint, or an architecture that cannot be exported.
+    """
+    info, _ = read_run_records(run)
+    config, tensors, tag = read_run(run, tag=plan.tag)
+    step = int(read_manifest(tag)["step"])
+    family = attention_family(config) if plan.with_export else None
+    if plan.with_export:
+        options = (
+            plan.export if plan.export.origin else ExportOptions(**{**vars(plan.export), "origin": origin_of(tag)})
+        )
+        export_folder(config, tensors, folder, options=options)
+    folder.mkdir(parents=True, exist_ok=True)
+    del tensors
+    (folder / "run.json").write_text(json.dumps(without_local_paths(info), indent=1) + "\n", encoding="utf-8")
+    if (run / "metrics.jsonl").is_file():
+        shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+    if plan.with_checkpoint:
+        shutil.copytree(tag, folder / tag.name)
+        manifest = without_local_paths(read_manifest(tag))
+        (folder / tag.name / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (folder / "latest").write_text(tag.name, encoding="utf-8")
+    card = model_card(run, repo_id=plan.repo_id, step=step, family=family, license_name=plan.license_name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, endpoint: str | None = None) -> str:
+    """Create the repository if needed and upload a staged folder as one commit.
+
+    Files that arrived in an earlier, interrupted attempt are not sent again (the hub knows them by their hash).
+
+    Args:
+        folder: from :func:`stage`.
+        repo_id: "owner/name".
+        private: visibility of a repository that is created now.
+        endpoint: hub address; default: HF_ENDPOINT.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        UploadError: no connection, no permission, or the hub refused.
+    """
+    api = HfApi(endpoint=endpoint)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload run")
+    except Exception as error:  # transport errors have no common class across versions of huggingface_hub
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UploadError(
+            f"uploading to {repo_id} at {endpoint or constants.ENDPOINT} failed ({reason}); it needs a token with "
+            "write access and a steady connection; run: hf auth login (or set HF_TOKEN), and the same command again to "
+            "continue"
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,1 @@
+"""Trained models ready to be asked: loading, logits, cached decoding."""

@@ -1,0 +1,190 @@
+"""A trained model ready for inference: from a checkpoint of any layout, or from a Hugging Face export."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.files import MANIFEST, find_checkpoint
+from megatron.checkpoint.reader import CheckpointReader
+from megatron.config.schema import Config
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer_types import NullTokenizer
+from megatron.inference.decoder import CachedDecoder
+from megatron.model import Causal, Full, GPTModel
+from megatron.objectives import evaluation_objective
+from megatron.parallel.context import ParallelContext
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class InferenceModel:
+    """Model, tokenizer and what evaluation and generation ask about them.
+
+    Attributes:
+        model: in evaluation mode, on its device; causal or bidirectional as its objective is.
+        config: of the run that trained it.
+        tokenizer: None where none is known (scoring of token ids still works).
+        tokenizer_problem: why there is none.
+        context: this process; a model may be split over tensor-parallel ranks.
+        source: what was loaded, for people.
+        identity: hash of the loaded checkpoint, for caches.
+        is_masked: masked diffusion (bidirectional) rather than autoregressive.
+    """
+
+    model: GPTModel
+    config: Config
+    tokenizer: Tokenizer | None
+    context: ParallelContext
+    source: str
+    identity: str
+    is_masked: bool
+    tokenizer_problem: str = ""
+
+    @property
+    def max_length(self) -> int:
+        """Longest input in tokens: the sequence length of training."""
+        return self.config.model.seq_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token.
+
+        Raises:
+            ValueError: the model is autoregressive.
+        """
+        mask_id = self.config.objective.mask_token_id
+        if not self.is_masked or mask_id is None:
+            raise ValueError(
+                f"{self.source} is a causal model ({self.config.objective.objective}); only masked diffusion has a mask "
+                "token; use megatron_ar, --eval_method ar, or load another checkpoint"
+            )
+        return mask_id
+
+    @property
+    def unused_ids(self) -> list[int]:
+        """Rows of the padded vocabulary that are no token of the tokenizer (the mask token among them)."""
+        used = self.tokenizer.vocab_size if self.tokenizer is not None else self.config.data.vocab_size
+        return [] if used is None else list(range(used, self.config.model.padded_vocab_size or 0))
+
+    def logits(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The LogitsFn of this model (see ``scorer.py``)."""
+        return self.model.logits(input_ids, positions=positions)
+
+    def decoder(self) -> CachedDecoder:
+        """A fresh key/value cache around the model."""
+        return CachedDecoder(self.model)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"no tokenizer for {self.source} ({self.tokenizer_problem}); text needs the one that the model was trained "
+                "with; pass --vocab-file and --merge-file, or --tokenizer-model"
+            )
+        return self.tokenizer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    tag: str | None = None,
+    dtype: str = "float32",
+    context: ParallelContext | None = None,
+    tokenizer_options: dict[str, Any] | None = None,
+) -> InferenceModel:
+    """Load a run, one tag of it, or a Hugging Face export (a folder with config.json).
+
+    Args:
+        path: run directory, tag directory or export.
+        tag: such as ``global_step100`` or ``latest``; default: the newest tag that verifies.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        context: this process; every tensor-parallel rank keeps its share. The checkpoint's own layout does not matter.
+        tokenizer_options: fields of DataConfig (vocab_file, merge_file, tokenizer_model, tokenizer_type) that replace
+            those of the run.
+
+    Raises:
+        ValueError: nothing to load there, a damaged checkpoint, or an unknown dtype.
+    """
+    context = context or ParallelContext.create()
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}; a model runs in one of {', '.join(DTYPES)}; choose one of them")
+    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+        from megatron.convert.hf_folder import import_folder
+
+        config, tensors = import_folder(path)
+        stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
+        source, identity = str(path), _hash("\n".join(stamps).encode())
+        tensor_of = tensors.__getitem__
+    else:
+        folder, skipped = find_checkpoint(path, tag)
+        if folder is None:
+            raise ValueError(
+                f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load"
+            )
+        for complaint in skipped:
+            if context.is_first_rank:
+                print(f"skipped a damaged checkpoint: {complaint}", flush=True)
+        reader = CheckpointReader(folder)
+        config, tensor_of = reader.config, reader.tensor
+        source, identity = str(folder), _hash((folder / MANIFEST).read_bytes())
+    tokenizer, problem = _tokenizer(config, tokenizer_options or {})
+    mask = evaluation_objective(config).attention_mask
+    if not isinstance(mask, Causal | Full):
+        raise ValueError(
+            f"{source} was trained with objective {config.objective.objective}, which evaluates with "
+            f"{type(mask).__name__} attention; this evaluates causal models and full-sequence masked diffusion; use "
+            "pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint"
+        )
+    is_masked = isinstance(mask, Full)
+    model = GPTModel(config.model, context, mask=mask)
+    _load_tensors(model, tensor_of, context)
+    model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
+    return InferenceModel(model, config, tokenizer, context, source, identity + dtype, is_masked, problem)
+
+
+def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> None:
+    for parameter in model.parameters():
+        name, spec = parameter.canonical_name, parameter.shard_spec  # type: ignore[attr-defined]
+        shard = spec.shard(tensor_of(name), context.tp_rank, context.tp_size)
+        parameter.data.copy_(shard)
+
+
+def _tokenizer(config: Config, options: dict[str, Any]) -> tuple[Tokenizer | None, str]:
+    """The tokenizer of the options, else of the run; None and the reason where the run's cannot be built here."""
+    data = config.data
+    if options:  # another tokenizer replaces the run's altogether
+        fresh = dict.fromkeys(("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size"))
+        data = dataclasses.replace(data, **{**fresh, **options})
+    try:
+        tokenizer = build_tokenizer(data)
+    except (ValueError, OSError) as error:
+        if options:
+            raise
+        return None, str(error)
+    if isinstance(tokenizer, NullTokenizer):
+        return None, "the data were tokenised before they came here"
+    return tokenizer, ""
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""Parameters, FLOPs and device peaks: what a model costs, counted as the paper and the data sheets count."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron.config.presets import PRESETS, swiglu_width
+from megatron.config.schema import Config, ModelConfig
+from megatron.model.mask import AttentionMask, keys_per_token, positions_per_token
+
+# Vocabulary with which the paper counts parameters (GPT-2, not padded).
+PAPER_VOCAB_SIZE = 50257
+
+
+def compute_parameters(*, num_layers: int, hidden_size: int, ffn_hidden_size: int, vocab_size: int) -> int:
+    """Parameters N as the paper counts them for compute: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``."""
+    per_layer = 4 * hidden_size**2 + 3 * hidden_size * ffn_hidden_size + 6 * hidden_size
+    return num_layers * per_layer + vocab_size * hidden_size
+
+
+def training_flops(parameters: int, tokens: float) -> float:
+    """Training compute C = 6·N·D in FLOPs (Kaplan et al., arXiv 2001.08361)."""
+    return 6.0 * parameters * tokens
+
+
+def preset_parameters(name: str, vocab_size: int = PAPER_VOCAB_SIZE) -> int:
+    """Parameters N of a preset, as the paper counts them."""
+    preset = PRESETS[name]
+    return compute_parameters(
+        num_layers=preset.num_layers,
+        hidden_size=preset.hidden_size,
+        ffn_hidden_size=swiglu_width(preset.hidden_size),
+        vocab_size=vocab_size,
+    )
+
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def parameters_for_compute(model: ModelConfig, vocab_size: int) -> int:
+    """N of C = 6·N·D, as the paper counts it, with the run's own vocabulary (not padded)."""
+    assert model.num_layers and model.hidden_size and model.ffn_hidden_size
+    return compute_parameters(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        vocab_size=vocab_size,
+    )
+
+
+def total_parameters(model: ModelConfig) -> dict[str, int]:
+    """``total`` parameters as trained, padding rows included, and those of the ``embedding`` among them."""
+    from megatron.model import Full, GPTModel
+
+    assert model.padded_vocab_size
+    assert model.hidden_size
+    with torch.device("meta"):
+        parameters = GPTModel(model, mask=Full()).parameters()
+    embedding = model.padded_vocab_size * model.hidden_size
+    return {"total": sum(p.numel() for p in parameters), "embedding": embedding}
+
+
+def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fraction: float) -> float:
+    """FLOPs of forward and backward per token, for TFLOP/s and MFU.
+
+    ``6 · (matrix parameters of the blocks · c + V_padded · h · loss_fraction) + 12 · L · heads · kv · keys``: every matrix
+    product counts 2 in the forward and 4 in the backward pass; ``keys`` are those that a token attends to (S for
+    bidirectional, S/2 for causal attention); c is 1, or 2 for block diffusion, which computes a noised and a clean copy
+    (keys S + B); the head counts only for positions in the loss. Recomputation is not counted.
+
+    Args:
+        model: resolved model configuration.
+        mask: which keys a query sees.
+        loss_fraction: expected share of positions in the loss.
+    """
+    assert model.num_layers and model.hidden_size and model.ffn_hidden_size and model.padded_vocab_size
+    assert model.num_attention_heads and model.num_query_groups and model.kv_channels
+    heads_size = model.num_attention_heads * model.kv_channels
+    projections = model.hidden_size * model.kv_channels * (2 * model.num_attention_heads + 2 * model.num_query_groups)
+    feed_forward = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size
+    head = model.padded_vocab_size * model.hidden_size * loss_fraction
+    blocks = model.num_layers * (projections + feed_forward) * positions_per_token(mask)
+    attention = 12 * model.num_layers * heads_size * keys_per_token(mask, model.seq_length)
+    return 6 * (blocks + head) + attention
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of the device, or None where no data sheet applies (CPU, unlisted GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_after(samples: int, config: Config, parameters: int) -> float:
+    """Training compute 6·N·D after ``samples`` samples."""
+    return training_flops(parameters, samples * config.model.seq_length)

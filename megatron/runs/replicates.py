@@ -1,0 +1,76 @@
+"""Runs that differ in nothing but their seed, as one run with an error that holds the spread between seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron.runs.comparison import confounders
+from megatron.runs.reading import Run, Validation
+
+
+def average_seeds(runs: Sequence[Run]) -> list[Run]:
+    """Every group of runs that differ only in their seed as their mean (:func:`mean_run`), all other runs as they are.
+
+    The order is that of the first run of each group.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        group = next((group for group in groups if is_replicate(group[0], run)), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return [mean_run(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def is_replicate(first: Run, second: Run) -> bool:
+    """Whether two runs have different seeds and are otherwise of one configuration, estimator included."""
+    one, other = first.info["config"], second.info["config"]
+    if one.get("objective") != other.get("objective") or one["run"].get("num_mc") != other["run"].get("num_mc"):
+        return False
+    return [difference.field for difference in confounders(first, second)] == ["run.seed"]
+
+
+def mean_run(runs: Sequence[Run]) -> Run:
+    """The mean of replicates over the steps that all of them have reached.
+
+    The runs are judged on the same validation samples and noise, so averaging does not lessen that error; what it lessens
+    is the spread between seeds: ``se² = sd² / n + mean(se_i)²`` with sd the standard deviation between the n seeds.
+    """
+    first = runs[0]
+    curves = [{row.step: row for row in run.valid} for run in runs]
+    steps = [row.step for row in first.valid if all(row.step in curve for curve in curves)]
+    logs = [{int(row["step"]): row for row in run.train} for run in runs]
+    train_steps = [int(row["step"]) for row in first.train if all(int(row["step"]) in log for log in logs)]
+    return replace(
+        first,
+        name=f"{first.name} and {len(runs) - 1} more seed{'s' * (len(runs) > 2)}",
+        train=tuple(_mean_train([log[step] for log in logs]) for step in train_steps),
+        valid=tuple(_mean_validation([curve[step] for curve in curves]) for step in steps),
+        other_valid=(),
+        seeds=tuple(run.seed for run in runs),
+    )
+
+
+def _mean_train(rows: Sequence[Any]) -> dict[str, Any]:
+    losses = [row.get("loss") for row in rows]
+    mean = None if any(loss is None for loss in losses) else float(np.mean(losses))
+    return {**rows[0], "loss": mean}
+
+
+def _mean_validation(rows: Sequence[Validation]) -> Validation:
+    values = np.array([row.nll for row in rows])
+    between = float(values.std(ddof=1)) / math.sqrt(len(rows))
+    within = float(np.mean([row.nll_se for row in rows]))
+    bits = [row.bits_per_byte for row in rows]
+    return replace(
+        rows[0],
+        nll=float(values.mean()),
+        nll_se=math.hypot(between, within),
+        bits_per_byte=None if any(value is None for value in bits) else float(np.mean([value for value in bits if value])),
+    )

@@ -1,0 +1,103 @@
+"""Figures of fitted laws: what repeated data is worth, and from which compute on MDM overtakes AR."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from megatron.runs.comparison import comparisons
+from megatron.runs.reading import Run, format_count
+from megatron.scaling.fit import Fit
+from megatron.scaling.laws import DataConstrained
+from megatron.scaling.literature import CRITICAL_RANGE_TOKENS, PUBLISHED, critical_flops
+from megatron.scaling.planner import critical_compute
+from megatron.scaling.report.plots import RC, figure_legend, objective_style
+
+
+def data_value(fits: Sequence[Fit]) -> Figure:
+    """Worth of repeated data against epochs: effective unique epochs D'/U of data-constrained fits with their 95 %
+    interval, and the published half-lives, dashed thin. The diagonal is data as good as new."""
+    epochs = np.geomspace(1, 1000, 200)
+    with plt.rc_context(RC):
+        figure, panel = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
+        panel.plot(epochs, epochs, color="#999999", linewidth=1.0, label="as good as new")
+        for objective, coefficients in PUBLISHED.items():
+            rate = coefficients.values["R_D"]
+            style = objective_style(objective)
+            name = f"{objective.upper()} published, R_D = {rate:g}"
+            panel.plot(epochs, _worth(epochs, rate), color=style.color, linewidth=1.0, linestyle=":", label=name)
+        for fit in fits:
+            if not isinstance(fit.law, DataConstrained):
+                continue
+            style = objective_style(fit.objective)
+            rates = fit.samples[:, fit.law.names.index("R_D")]
+            low, high = np.quantile(_worth(epochs[None], rates[:, None]), [0.025, 0.975], axis=0)
+            panel.fill_between(epochs, low, high, color=style.color, alpha=0.18, linewidth=0)
+            name = f"{fit.objective.upper()} – {fit.label}, R_D = {fit.interval('R_D')}"
+            panel.plot(epochs, _worth(epochs, fit.interval("R_D").value), color=style.color, linestyle=style.dash, label=name)
+        panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="worth in epochs of new data (D'/U)")
+        panel.set_title("What repeated data is worth")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        figure_legend(figure, panel, columns=2)
+    return figure
+
+
+def critical_line(ar: Fit | None, mdm: Fit | None, runs: Sequence[Run]) -> Figure:
+    """Compute from which MDM is at or below AR, against unique tokens: the published line (with its range marked), the
+    fitted crossing with its interval, and where the given runs lie, filled where MDM's number is the lower one."""
+    budgets = sorted({run.unique_tokens for run in runs})
+    with plt.rc_context(RC):
+        figure, panel = plt.subplots(figsize=(6.6, 4.3), layout="constrained")
+        low, high = CRITICAL_RANGE_TOKENS
+        reach = np.geomspace(min([*budgets, low]) / 2, max([*budgets, high]) * 2, 400)
+        line = np.array([critical_flops(value) for value in reach])
+        inside = (reach >= low) & (reach <= high)
+        panel.plot(reach, line, color="#777777", linewidth=1.0, linestyle=":", label="published line, extrapolated")
+        panel.plot(reach[inside], line[inside], color="#444444", linewidth=2.2, label="published line (arXiv 2507.15857)")
+        if ar is not None and mdm is not None:
+            _fitted_crossings(panel, ar, mdm, budgets)
+        _mark_runs(panel, runs)
+        panel.set(xscale="log", yscale="log", xlabel="unique tokens", ylabel="training FLOPs (6·N·D)")
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+        panel.set_title("From which compute on MDM (bound) is at or below AR (exact)")
+        figure_legend(figure, panel, columns=2)
+    return figure
+
+
+def _worth(epochs: np.ndarray, rate: np.ndarray | float) -> np.ndarray:
+    return 1 - rate * np.expm1(-(epochs - 1) / rate)
+
+
+def _fitted_crossings(panel: Axes, ar: Fit, mdm: Fit, budgets: Sequence[int]) -> None:
+    """Crossings at up to five budgets of the runs; a crossing at infinity is not drawn."""
+    chosen = sorted({budgets[round(i)] for i in np.linspace(0, len(budgets) - 1, min(5, len(budgets)))})
+    label = "fitted crossing, 95 % interval"
+    for unique in chosen:
+        found = critical_compute(ar, mdm, unique)
+        if not math.isfinite(found.value):
+            continue
+        high = found.high if math.isfinite(found.high) else found.value * 1e3
+        error = [[found.value - found.low], [high - found.value]]
+        panel.errorbar(unique, found.value, yerr=error, fmt="D", color="#009E73", capsize=3, markersize=6, label=label)
+        label = ""
+
+
+def _mark_runs(panel: Axes, runs: Sequence[Run]) -> None:
+    """One marker per budget at the compute of the best MDM run."""
+    labels = {True: "runs: MDM lower", False: "runs: AR lower"}
+    for first, second in comparisons(runs):
+        if second.objective != "mdm" or first.best is None or second.best is None:
+            continue
+        ahead = second.best.nll <= first.best.nll
+        style = objective_style("mdm" if ahead else "ar")
+        panel.plot(
+            first.unique_tokens, second.best.flops, style.marker, color=style.color, markersize=8,
+            markerfacecolor=style.color if ahead else "white", label=labels.pop(ahead, ""), zorder=4,
+        )  # fmt: skip

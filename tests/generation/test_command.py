@@ -1,0 +1,108 @@
+"""tools/generate.py on tiny checkpoints: continuation, infilling, display, seeds, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+
+from megatron.generation.command import run_generate
+from megatron.generation.diffusion import Step
+from megatron.generation.display import UncoverDisplay
+from tests.evaluation import tiny
+from tests.generation.test_autoregressive import Letters
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", 400)
+    return {
+        name: str(tiny.make_run(folder / name, tiny.config_for(name, tokenizer, vocab_size=400, seq_length=48)))
+        for name in ("ar", "mdm")
+    }
+
+
+def run(capsys, *flags: str) -> str:
+    assert run_generate([*flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ar", "mdm"])
+def test_continuation_is_deterministic_by_seed(runs, capsys, name) -> None:
+    flags = [
+        "--load",
+        runs[name],
+        "--prompt",
+        "Return the path",
+        "--max-new-tokens",
+        "10",
+        "--temperature",
+        "1",
+        "--json",
+    ]
+    one, again, other = (run(capsys, *flags, "--num-samples", "2", "--seed", seed) for seed in ("1", "1", "2"))
+    assert one == again != other
+    first, second = (json.loads(line) for line in one.splitlines())
+    assert first["tokens"] != second["tokens"]
+    assert all(token < 400 for token in first["tokens"])
+
+
+def test_infilling_keeps_the_given_text(runs, capsys) -> None:
+    shown = run(capsys, "--load", runs["mdm"], "--prompt", "Return the", "--infix", " of the file.", "--max-new-tokens", "4",
+                "--temperature", "1")  # fmt: skip
+    assert shown.startswith("Return the")
+    assert shown.rstrip("\n").endswith(" of the file.")
+    shown = run(
+        capsys, "--load", runs["mdm"], "--prompt", "If[MASK:3] is true,[MASK:2] is raised.", "--order", "entropy"
+    )
+    assert shown.startswith("If")
+    assert " is true," in shown
+    assert shown.rstrip("\n").endswith(" is raised.")
+
+
+def test_steps_are_shown(runs, capsys) -> None:
+    shown = run(capsys, "--load", runs["mdm"], "--prompt", "a", "--max-new-tokens", "6", "--steps", "3", "--show-steps")
+    lines = shown.splitlines()
+    assert [line.split("]")[0] for line in lines[:3]] == ["[step 1, 4 masked", "[step 2, 2 masked", "[step 3, 0 masked"]
+    assert lines[0].count("_") >= 4
+
+
+def test_display_redraws_on_a_terminal() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    display = UncoverDisplay(Letters(), mask_id=99, stream=stream)
+    display(Step(0, torch.tensor([[0, 99, 2]]), torch.tensor([[False, False, True]])))
+    assert "a_\x1b[1;32mc\x1b[0m" in stream.getvalue()
+    display(Step(1, torch.tensor([[0, 1, 2]]), torch.tensor([[False, True, False]])))
+    assert "\x1b[1F\x1b[J" in stream.getvalue()
+    assert stream.getvalue().endswith("a\x1b[1;32mb\x1b[0mc\n")
+
+
+def test_stop_strings_cut_the_text(runs, capsys) -> None:
+    flags = ["--load", runs["ar"], "--prompt", "Return", "--max-new-tokens", "20"]
+    text = run(capsys, *flags).rstrip("\n")
+    stop = text[len("Return") + 4 : len("Return") + 6]
+    cut = run(capsys, *flags, "--stop", stop).rstrip("\n")
+    assert cut == "Return" + text[len("Return") :].split(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("ar", ["--infix", "x"], "causal"),
+        ("ar", ["--prompt", "a [MASK]"], "causal"),
+        ("mdm", ["--max-new-tokens", "48"], "share 48"),
+        ("mdm", ["--prompt", "[MASK:60]"], "holds 48"),
+        ("mdm", ["--temperature", "-1"], "temperature"),
+        ("mdm", ["--load-tag", "global_step9"], "global_step9"),
+    ],
+)
+def test_wrong_requests_are_refused(runs, name, flags, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_generate(["--load", runs[name], *flags])

@@ -1,0 +1,70 @@
+"""Loading for inference: any tag, the tokenizer, the objective; what cannot be loaded is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.inference.model import load_model
+from tests.evaluation import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tiny.build_tokenizer_file(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        name: tiny.make_run(folder / name, tiny.config_for(name, tokenizer, vocab_size=600)) for name in ("ar", "mdm")
+    }
+
+
+def test_weights_tokenizer_and_mask(runs) -> None:
+    loaded = load_model(runs["mdm"])
+    assert (loaded.is_masked, loaded.mask_id, loaded.max_length) == (True, 600, 96)
+    assert loaded.unused_ids == list(range(600, 640))
+    assert loaded.source.endswith("global_step3")
+    tensors = tiny.random_tensors(loaded.config)
+    for name, tensor in loaded.model.state_dict().items():
+        torch.testing.assert_close(tensor, tensors[name])
+    text = "Return the path of the file."
+    assert loaded.require_tokenizer().decode(loaded.require_tokenizer().encode(text)) == text
+
+
+def test_attention_follows_the_objective(runs) -> None:
+    for name in ("ar", "mdm"):
+        loaded = load_model(runs[name], tag="latest")
+        tokens = torch.arange(10)[None]
+        changed = tokens.clone()
+        changed[0, -1] = 77
+        with torch.inference_mode():
+            same = torch.equal(loaded.logits(tokens)[0, 0], loaded.logits(changed)[0, 0])
+        assert same == (name == "ar")
+    with pytest.raises(ValueError, match="megatron_ar"):
+        _ = load_model(runs["ar"]).mask_id
+
+
+def test_dtype_changes_the_identity(runs) -> None:
+    one, other = load_model(runs["ar"]), load_model(runs["ar"], dtype="bfloat16")
+    assert next(other.model.parameters()).dtype == torch.bfloat16
+    assert one.identity != other.identity != load_model(runs["mdm"]).identity
+    with pytest.raises(ValueError, match="bfloat16"):
+        load_model(runs["ar"], dtype="int8")
+
+
+def test_a_missing_tokenizer_is_named_when_text_is_needed(runs, tmp_path, tokenizer) -> None:
+    config = tiny.config_for("ar", tmp_path / "gone", vocab_size=600)
+    loaded = load_model(tiny.make_run(tmp_path / "run", config))
+    assert loaded.tokenizer is None
+    with pytest.raises(ValueError, match="--tokenizer-model"):
+        loaded.require_tokenizer()
+    again = load_model(tmp_path / "run", tokenizer_options={"tokenizer_model": str(tokenizer)})
+    assert again.require_tokenizer().vocab_size == 600
+
+
+def test_nothing_to_load(tmp_path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_model(tmp_path)

@@ -1,0 +1,86 @@
+"""Dropout under tensor parallelism: whole activations are dropped alike on all ranks, split heads independently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layouts import jobs
+from layouts.jobs import Run
+from layouts.pool import WorkerPool
+
+BOTH = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 5}
+
+
+def test_hidden_dropout_does_not_depend_on_tensor_parallelism(runs: Callable[..., Run]) -> None:
+    options = {"hidden_dropout": 0.1, "train_iters": 5}
+    expected = runs("ar", 1, **options).traces[0].losses
+    for trace in runs("ar", 2, tp_size=2, **options).traces:
+        assert trace.losses == pytest.approx(expected, abs=1e-5, rel=0)
+    assert runs("ar", 1, train_iters=5).traces[0].losses[0] != expected[0]  # something was dropped
+
+
+def test_replicated_activations_agree_across_ranks(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    argv = jobs.flags(token_files, tmp_path / "run", tp_size=2, **BOTH)
+    one, other = pools(2).run(jobs.train, "ar", argv, ("hidden",))
+    assert one.losses == other.losses
+    assert len(one.hidden) == 5 * 2 * 2  # steps, micro-batches, blocks
+    assert all(torch.equal(a, b) for a, b in zip(one.hidden, other.hidden))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_recomputation_repeats_the_dropout(runs: Callable[..., Run], size: int) -> None:
+    plain, again = (runs("ar", size, tp_size=size, recompute_activations=on, **BOTH) for on in (False, True))
+    assert [t.losses for t in plain.traces] == [t.losses for t in again.traces]
+    assert [t.grad_norms for t in plain.traces] == [t.grad_norms for t in again.traces]
+
+
+def test_data_parallel_ranks_drop_differently(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+    patterns = pools(2).run(dropped_by_the_step)
+    assert patterns[0][0] == patterns[0][1]  # the same step again: the same dropout
+    assert len({patterns[0][0], patterns[1][0], patterns[0][2], patterns[1][2]}) == 4  # other rank or other step
+
+
+def dropped_by_the_step() -> list[tuple[bool, ...]]:
+    """Which of 64 numbers are dropped at samples 8, 8 and 16, from the engine's own seeding."""
+    from types import SimpleNamespace
+
+    from megatron.parallel.context import ParallelContext
+    from megatron.training.deepspeed.engine import Engine
+
+    engine: Any = SimpleNamespace(
+        context=ParallelContext.create(), config=SimpleNamespace(run=SimpleNamespace(seed=1234))
+    )
+    patterns = []
+    for samples in (8, 8, 16):
+        Engine._seed_dropout(engine, samples)
+        patterns.append(tuple((torch.nn.functional.dropout(torch.ones(64), 0.5) == 0).tolist()))
+    return patterns
+
+
+def test_heads_of_different_ranks_drop_different_probabilities(pools: Callable[[int], WorkerPool]) -> None:
+    (out, state), (other_out, other_state) = pools(2).run(attend_with_dropout)
+    assert torch.equal(state, other_state)  # the stream for replicated activations advanced alike
+    assert not torch.equal(out, other_out)
+
+
+def attend_with_dropout() -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of equal queries, keys and values on every rank, after equal seeds."""
+    from megatron.config import parse
+    from megatron.model.attention import SelfAttention
+    from megatron.model.mask import Causal
+    from megatron.parallel.context import ParallelContext
+    from megatron.parallel.tensor import ParameterFactory
+
+    shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "16"]
+    model = parse([*shape, "--attention-dropout", "0.5", "--train-samples", "8", "--tp-size", "2"]).model
+    layer = SelfAttention(model, ParameterFactory(ParallelContext.create(tp_size=2), seed=1))
+    torch.manual_seed(7)
+    query, key, value = torch.randn(3, 2, 2, 16, 16).unbind()  # [batch, heads of this rank, seq, channels]
+    return layer._attend(query, key, value, Causal()), torch.get_rng_state()

@@ -1,0 +1,168 @@
+"""Every layout computes the same run: losses, gradient norms and validation of ten steps equal one process to 1e-5.
+
+A wrong reduction, a shard at the wrong offset, a bias added once per rank, a gradient counted twice or a lost tied
+gradient moves the second loss already; a wrong norm of split tensors moves the clipped gradient, hence the third.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layouts.jobs import Run
+from megatron import objectives as registry
+
+TOLERANCE = 1e-5
+# Processes and flags. Pipelines get more micro-batches than stages, so that several are in flight.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp_size": 2}),
+    "pp2": (2, {"pp_size": 2, "micro_batch_size": 2}),
+    "dp2": (2, {}),
+    "zero2": (2, {"zero_stage": 2, "micro_batch_size": 2}),
+    "zero3": (2, {"zero_stage": 3, "micro_batch_size": 2}),
+    "tp2_pp2": (4, {"tp_size": 2, "pp_size": 2}),
+    "tp2_dp2": (4, {"tp_size": 2, "zero_stage": 2}),
+    "pp2_dp2": (4, {"pp_size": 2, "micro_batch_size": 2}),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied_gqa": {"untie_embeddings_and_output_weights": True, "num_query_groups": 2},
+    "classic": {
+        "normalization": "layernorm",
+        "no_swiglu": True,
+        "no_use_rotary_position_embeddings": True,
+        "no_disable_bias_linear": True,
+        "max_position_embeddings": 40,
+    },
+    "permuted_ar": {"num_order_list": 4, "use_order_list": True},
+    "masked_attention_ar": {"randmask_ratio": 0.7},
+}
+# Of the other objectives, the flags besides their name. With a fifth of the sequences cut, every layout meets batches with
+# and without positions.
+OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked_input_ar": ("ar", {"input_mask_ratio": 0.5}),
+    "cosine": ("mdm", {"noise_schedule": "cosine"}),
+    "random_length": ("mdm", {"random_length_ratio": 0.2}),
+    "maskgit": ("maskgit", {}),
+    "exact_count": ("exact_count_mdm", {}),
+    "block_diffusion": ("block_diffusion", {"block_size": 8}),
+    "one_token_blocks": ("block_diffusion", {"block_size": 1}),
+}
+VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
+LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
+                "cpu_optimizer")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[Run, Run]]:
+    """``compare(objective, size, **flags)``: that run equals the one process that has none of the layout's flags."""
+
+    def check(objective: str, size: int, **changes: Any) -> tuple[Run, Run]:
+        common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
+        plain = {name: value for name, value in changes.items() if name not in LAYOUT_FLAGS}
+        reference, run = runs(objective, 1, **common, **plain), runs(objective, size, **common, **changes)
+        expected = reference.traces[0]
+        assert len(set(expected.losses)) == 10
+        for trace in run.traces:  # every rank must know the loss of the whole batch
+            assert trace.losses == pytest.approx(expected.losses, abs=TOLERANCE, rel=0)
+            assert trace.grad_norms == pytest.approx(expected.grad_norms, abs=TOLERANCE, rel=TOLERANCE)
+        assert list(run.valid) == list(reference.valid) == [5, 10]
+        for step, record in run.valid.items():
+            for name in ("nll", "nll_se"):
+                assert record[name] == pytest.approx(reference.valid[step][name], abs=TOLERANCE, rel=0)
+        return reference, run
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("layout", "objective"),
+    [
+        (layout, objective)
+        for layout in LAYOUTS
+        for objective in ("ar", "mdm")
+        if "dp2" not in layout[1:] or objective == "mdm"
+    ],
+)
+def test_layout_equals_one_process(compare: Callable, objective: str, layout: str) -> None:
+    size, changes = LAYOUTS[layout]
+    compare(objective, size, **changes)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("untied_gqa", "tp2"),
+        ("untied_gqa", "pp2"),
+        ("untied_gqa", "zero3"),
+        ("classic", "tp2"),
+        ("classic", "pp2"),
+        ("permuted_ar", "tp2"),
+        ("classic_permuted", "tp2_pp2"),
+        ("masked_attention_ar", "dp2"),
+        ("masked_attention_ar", "tp2_pp2"),
+    ],
+)
+def test_variant_equals_one_process(compare: Callable, variant: str, layout: str) -> None:
+    size, changes = LAYOUTS[layout]
+    compare("ar", size, **changes, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("layout", ["tp2_pp2", "dp2"])
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_objective_equals_one_process(compare: Callable, name: str, layout: str) -> None:
+    (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS[layout]
+    compare(objective, size, **changes, **options)
+
+
+def test_no_registered_objective_is_left_out() -> None:
+    covered = {"ar", "mdm", "permuted_ar", "masked_attention_ar", *(objective for objective, _ in OBJECTIVES.values())}
+    covered.add("masked_input_ar")  # chosen by its flag
+    assert covered == set(registry.OBJECTIVES)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_pp2"])
+def test_recomputed_activations_change_nothing(compare: Callable, layout: str) -> None:
+    size, changes = LAYOUTS[layout]
+    compare("ar", size, **changes, recompute_activations=True, **VARIANTS["masked_attention_ar"])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_optimizer_in_host_memory_changes_nothing(compare: Callable, size: int) -> None:
+    compare("mdm", size, cpu_optimizer=True)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
+def test_accumulation_changes_nothing(compare: Callable, micro_batch_size: int) -> None:
+    _, run = compare("mdm", 1, micro_batch_size=micro_batch_size)
+    assert len(run.traces[0].batches) == 10 * 8 // micro_batch_size
+
+
+def test_zero3_with_every_tensor_partitioned(compare: Callable, tmp_path: Path) -> None:
+    """By default DeepSpeed keeps tensors as small as these whole on every rank, which would test little."""
+    settings = tmp_path / "zero3.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=str(settings))
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3")),
+        ("untied_gqa", "pp2"),
+        ("tied", "tp2_pp2"),
+    ],
+)
+def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], variant: str, layout: str | None) -> None:
+    """Gradient norms too: DeepSpeed may drop the gradient of the output matrix and leave the first losses right."""
+    size, changes = LAYOUTS[layout] if layout else (1, {})
+    shape = VARIANTS.get(variant, {})
+    run = runs("mdm", size, bf16=True, train_iters=5, **changes, **shape)
+    exact = runs("mdm", 1, train_iters=5, **shape)
+    for trace in run.traces:
+        assert trace.losses == pytest.approx(exact.traces[0].losses, rel=0.02)
+        assert trace.losses[1:] != exact.traces[0].losses[1:]
+        assert trace.grad_norms == pytest.approx(exact.traces[0].grad_norms, rel=0.03)

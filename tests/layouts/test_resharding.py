@@ -1,0 +1,77 @@
+"""A run moves from layout to layout, optimizer state included, and its losses go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layouts import jobs
+from layouts.pool import WorkerPool
+
+STEPS = 5
+# Issue 3's matrix first, then the ZeRO stages and the optimizer in host memory.
+CHAIN: list[tuple[int, dict[str, Any]]] = [
+    (2, {"tp_size": 2}),
+    (2, {"pp_size": 2}),
+    (4, {"tp_size": 2, "pp_size": 2}),
+    (2, {"zero_stage": 1}),
+    (1, {}),
+    (2, {"zero_stage": 3}),
+    (4, {"tp_size": 2, "zero_stage": 2}),
+    (2, {"cpu_optimizer": True}),
+    (1, {}),
+]
+VARIANT = {"untie_embeddings_and_output_weights": True, "num_query_groups": 2, "no_disable_bias_linear": True}
+
+
+def test_losses_continue_through_every_layout(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    total = STEPS * (len(CHAIN) + 1)
+    schedule = {"lr_decay_samples": 8 * total, "save_interval": STEPS, "micro_batch_size": 2, **VARIANT}
+
+    def run(size: int, save: Path, steps: int, **changes: Any) -> list[jobs.Trace]:
+        argv = jobs.flags(token_files, save, train_iters=steps, **schedule, **changes)
+        return pools(size).run(jobs.train, "mdm", argv)
+
+    (straight,) = run(1, tmp_path / "straight", total)
+    previous = tmp_path / "straight"
+    for number, (size, layout) in enumerate(CHAIN, start=1):
+        done = STEPS * number
+        here = tmp_path / f"leg{number}"
+        traces = run(size, here, done + STEPS, load=previous, load_tag=f"global_step{done}", **layout)
+        for trace in traces:
+            assert trace.losses == pytest.approx(straight.losses[done : done + STEPS], abs=1e-5, rel=0), layout
+            assert trace.grad_norms == pytest.approx(straight.grad_norms[done : done + STEPS], rel=1e-4), layout
+        previous = here
+
+
+def test_a_forgotten_optimizer_would_show(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """The matrix means something: without the moments the losses differ by far more than its tolerance."""
+    schedule = {"lr_decay_samples": 8 * 10, "save_interval": STEPS}
+    argv = jobs.flags(token_files, tmp_path / "straight", train_iters=10, **schedule)
+    (straight,) = pools(1).run(jobs.train, "mdm", argv)
+    load = {"load": tmp_path / "straight", "load_tag": "global_step5", "no_load_optim": True}
+    argv = jobs.flags(token_files, tmp_path / "without", train_iters=10, **schedule, **load)
+    (without,) = pools(1).run(jobs.train, "mdm", argv)
+    assert without.losses[0] == straight.losses[5]
+    assert abs(without.losses[2] - straight.losses[7]) > 1e-3
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"pp_size": 2}), (2, {"zero_stage": 2})])
+def test_bf16_runs_continue_bit_for_bit(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int, layout: dict[str, Any]
+) -> None:
+    """The fp32 masters are saved, not the bf16 weights made from them."""
+    options = {"bf16": True, "save_interval": 3, "train_iters": 6, **layout}
+    straight = pools(size).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path / "straight", **options))
+    load = {"load": tmp_path / "straight", "load_tag": "global_step3"}
+    again = pools(size).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path / "again", **options, **load))
+    for before, after in zip(straight, again):
+        assert after.losses == before.losses[3:]
+        assert after.grad_norms == before.grad_norms[3:]
