@@ -13,7 +13,7 @@ export PATH
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-echo "== ruff"; "$PYTHON" -m ruff check .
+echo "== ruff"; "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check --quiet .
 echo "== mypy"; "$PYTHON" -m mypy
 # Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
 # one takes the tests that run on several gloo workers, the other goes through the rest file by file.
