@@ -1,7 +1,7 @@
 """Compare the packages of the running Python with what ``setup.py`` asks for. Needs only pip; used by install.sh.
 
-    python tools/check_environment.py [--with eval,test]             a table; exit status 1 when a package is missing
-    python tools/check_environment.py --missing [--with eval,test]   only the missing requirements, one a line, for pip
+python tools/check_environment.py [--with eval,test]             a table; exit status 1 when a package is missing
+python tools/check_environment.py --missing [--with eval,test]   only the missing requirements, one a line, for pip
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
             models.update({name: fit for name, fit in fits.items() if name in models})
         sizes = _sizes(options.sizes)
         if not 0 < options.mfu <= 1 or options.devices < 1:
-            raise ValueError(f"MFU {options.mfu:g} on {options.devices} devices was given; MFU is in (0, 1], devices at least 1")
+            raise ValueError(
+                f"MFU {options.mfu:g} on {options.devices} devices was given; MFU is in (0, 1], devices at least 1"
+            )
         plan = make_plan(models, unique_tokens=parse_count(options.unique_tokens), flops=options.flops, sizes=sizes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,8 +18,12 @@ from megatron.scaling.report.page import write_report
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories")
-    parser.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)"
+    )
     parser.add_argument("--fits", type=Path, metavar="FILE", help="laws of tools/fit_laws.py, for their figures")
     parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
     options = parser.parse_args(arguments)
@@ -32,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for run in runs[:12]:
         row = summary_row(run)
-        print(f"{row['Run']}: {row['Best validation, nats/token']} nats/token, {row['Kind']}; overfits: {row['Overfits']}")
+        print(
+            f"{row['Run']}: {row['Best validation, nats/token']} nats/token, {row['Kind']}; overfits: {row['Overfits']}"
+        )
     for first, second, found in matched_pairs(runs)[:12]:
         real = [str(item) for item in found if not item.layout]
         print(f"pair {first.name} / {second.name}: " + ("matched" if not real else "differs in " + "; ".join(real)))

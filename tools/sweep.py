@@ -39,7 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="NAME", help="these runs, or all whose name contains the text (default: all)")
     add("--jobs", type=int, default=1, metavar="COUNT", help="run: at the same time (default: 1)")
     add("--devices-per-job", type=int, default=0, metavar="COUNT", help="run: GPUs each job sees (default: all)")
-    add("--attempts", type=int, default=2, metavar="COUNT", help="run: starts before a run counts as failed (default: 2)")
+    add(
+        "--attempts",
+        type=int,
+        default=2,
+        metavar="COUNT",
+        help="run: starts before a run counts as failed (default: 2)",
+    )
     add("--output", type=Path, metavar="DIR", help="slurm: folder of the job script (default: OUTPUT/slurm)")
     return parser
 
@@ -48,7 +54,9 @@ def _selected(sweep: Sweep, only: list[str] | None) -> list[SweepRun]:
     if not only:
         return list(sweep.runs)
     names = {run.name for run in sweep.runs}
-    found = [run for run in sweep.runs if any(text == run.name or (text not in names and text in run.name) for text in only)]
+    found = [
+        run for run in sweep.runs if any(text == run.name or (text not in names and text in run.name) for text in only)
+    ]
     if not found:
         raise ValueError(f"no run matches {', '.join(only)}; runs are named as `list` shows")
     return found
@@ -70,7 +78,11 @@ def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
         time = "" if needed is None else f", {needed:.3g} h"
         print(f"{name}: {size}{flops:.3g} FLOPs{time}")
     if sweep.price:
-        device = f"{sweep.price['peak_tflops']} TFLOP/s" if "peak_tflops" in sweep.price else sweep.price.get("device", "H100")
+        device = (
+            f"{sweep.price['peak_tflops']} TFLOP/s"
+            if "peak_tflops" in sweep.price
+            else sweep.price.get("device", "H100")
+        )
         print(f"hours on {sweep.price.get('devices', 1)} x {device} at {float(sweep.price.get('mfu', 0.4)):.0%} MFU, "
               "training only, one run after another")  # fmt: skip
     else:
@@ -85,7 +97,9 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
         counts[current] += 1
         result = read_result(run)
         done = f" {min(1.0, result.samples_done / max(1, int(result.info['train_samples']))):.0%}" if result else ""
-        best = f", best {result.best.nll:.4f} ± {result.best.nll_se:.4f} {result.label}" if result and result.best else ""
+        best = (
+            f", best {result.best.nll:.4f} ± {result.best.nll_se:.4f} {result.label}" if result and result.best else ""
+        )
         print(f"{run.name}: {current}{done if current != 'finished' else ''}{best}")
     print(", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
     return 0

@@ -193,7 +193,7 @@ def conclusion(runs: Sequence[Run]) -> list[str]:
 
 
 def plus_minus(value: float, error: float) -> str:
-    """"3.710 ± 0.004", with the digits that the error carries; without a finite error only the value."""
+    """ "3.710 ± 0.004", with the digits that the error carries; without a finite error only the value."""
     if not math.isfinite(error) or error <= 0:
         return f"{value:.3f}"
     digits = min(6, max(2, 1 - math.floor(math.log10(error))))
@@ -253,7 +253,11 @@ def _scale_text(runs: Sequence[Run]) -> str:
     """How far the numbers carry: scale, seeds, and what ± covers."""
     sizes = [run.parameters for run in runs]
     flops = max(float(run.info["train_flops"]) for run in runs)
-    span = format_count(min(sizes)) if min(sizes) == max(sizes) else f"{format_count(min(sizes))} to {format_count(max(sizes))}"
+    span = (
+        format_count(min(sizes))
+        if min(sizes) == max(sizes)
+        else f"{format_count(min(sizes))} to {format_count(max(sizes))}"
+    )
     text = f"Scale: {span} parameters, at most {flops:.1e} training FLOPs a run. "
     if flops < 1e18:
         text += (

@@ -169,7 +169,9 @@ def parse_count(text: str) -> float:
     try:
         return float(text) if scale is None else float(text[:-1]) * scale
     except ValueError:
-        raise ValueError(f"{text!r} is not a count; a count is a number, with k, M, B or T at will; write 100M or 1e8") from None
+        raise ValueError(
+            f"{text!r} is not a count; a count is a number, with k, M, B or T at will; write 100M or 1e8"
+        ) from None
 
 
 def format_count(value: float) -> str:
@@ -233,7 +235,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
             "give the folder that was passed as --save"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); it is written once at the start; start the run again") from None
+        raise ValueError(
+            f"{file} is not valid JSON ({error}); it is written once at the start; start the run again"
+        ) from None
     if info.get("format") != FORMAT:
         raise ValueError(
             f"{file} has format {info.get('format')}; this version reads format {FORMAT}; "
@@ -241,7 +245,9 @@ def _read_info(folder: Path) -> dict[str, Any]:
         )
     missing = [key for key in _REQUIRED if key not in info]
     if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}; every run.json names them; start the run again to write it")
+        raise ValueError(
+            f"{file} lacks {', '.join(missing)}; every run.json names them; start the run again to write it"
+        )
     return info
 
 

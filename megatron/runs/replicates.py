@@ -72,5 +72,7 @@ def _mean_validation(rows: Sequence[Validation]) -> Validation:
         rows[0],
         nll=float(values.mean()),
         nll_se=math.hypot(between, within),
-        bits_per_byte=None if any(value is None for value in bits) else float(np.mean([value for value in bits if value])),
+        bits_per_byte=None
+        if any(value is None for value in bits)
+        else float(np.mean([value for value in bits if value])),
     )

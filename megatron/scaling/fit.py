@@ -281,9 +281,7 @@ def _held_out(
         return None, None
     weights = np.array(masks, dtype=np.float64)
     starts = np.repeat(phi[None], len(masks), axis=0)
-    solutions, _ = minimize(
-        problem, starts, log_loss, huber_delta=HUBER_IN_SD * noise, weights=weights, iterations=150
-    )
+    solutions, _ = minimize(problem, starts, log_loss, huber_delta=HUBER_IN_SD * noise, weights=weights, iterations=150)
     residual = problem.residuals(solutions, log_loss)[0]
     left_out = np.concatenate([residual[index][~masks[index]] for index in range(5)])
     rms = [float(np.sqrt(np.mean(np.square(values)))) for values in (left_out, residual[5][largest])]

@@ -65,9 +65,7 @@ class Reference:
     @staticmethod
     def of(points: Points) -> Reference:
         """The geometric mean of the data."""
-        means = [
-            float(np.log(value).mean()) for value in (points.parameters, points.tokens, points.unique_tokens)
-        ]
+        means = [float(np.log(value).mean()) for value in (points.parameters, points.tokens, points.unique_tokens)]
         return Reference(*means)
 
 
@@ -227,9 +225,7 @@ class UShaped:
         u = np.log(points.unique_tokens) - reference.log_u
         exponent = np.minimum(p + kappa * log_r + gamma * x - delta * u, 50.0)
         penalty = np.where(repeats > 1e-9, np.exp(exponent), 0.0)
-        gradient = np.stack(
-            [penalty, penalty * kappa * log_r, penalty * gamma * x, -penalty * delta * u], axis=-1
-        )
+        gradient = np.stack([penalty, penalty * kappa * log_r, penalty * gamma * x, -penalty * delta * u], axis=-1)
         return base + penalty, np.concatenate([base_gradient, gradient], axis=-1)
 
     def to_theta(self, phi: Array, reference: Reference) -> Array:

@@ -58,7 +58,9 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
             rows += [(run.compute_parameters, row.tokens, run.unique_tokens, row.nll, index) for row in chosen]
         table = np.array(rows, dtype=np.float64).reshape(-1, 5)
         points = Points.of(table[:, 0], table[:, 1], table[:, 2])
-        found.append(Observations(objective, labels.pop(), points, table[:, 3], table[:, 4].astype(int), tuple(skipped)))
+        found.append(
+            Observations(objective, labels.pop(), points, table[:, 3], table[:, 4].astype(int), tuple(skipped))
+        )
     return found
 
 
@@ -68,9 +70,7 @@ def fit_observations(law: Law, data: Observations, *, num_bootstrap: int = 400, 
     Raises:
         ValueError: too few points for the law.
     """
-    fitted = fit_law(
-        law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed
-    )
+    fitted = fit_law(law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed)
     return Fit(**{**vars(fitted), "objective": data.objective, "label": data.label})
 
 

@@ -157,7 +157,9 @@ def choose(objective: str, model: Model, *, unique_tokens: float, flops: float, 
         if isinstance(model, Coefficients)
         else Interval(float(value[0]), low, high),
         label=model.label if isinstance(model, Fit) else ("NLL (exact)" if objective == "ar" else "NLL bound"),
-        source=model.source if isinstance(model, Coefficients) else f"fit of {model.num_runs} runs, {model.law.equation}",
+        source=model.source
+        if isinstance(model, Coefficients)
+        else f"fit of {model.num_runs} runs, {model.law.equation}",
         optimal_epochs=optimum.value if optimum else None,
         notes=tuple(_notes(objective, model, point, [names[0], names[-1]], names[row])),
     )
@@ -184,7 +186,8 @@ def make_plan(
         raise ValueError(f"no law for {', '.join(sorted(missing))}; a plan compares ar and mdm; fit runs of both")
     sizes = sizes or preset_sizes()
     choices = {
-        name: choose(name, models[name], unique_tokens=unique_tokens, flops=flops, sizes=sizes) for name in ("ar", "mdm")
+        name: choose(name, models[name], unique_tokens=unique_tokens, flops=flops, sizes=sizes)
+        for name in ("ar", "mdm")
     }
     ar, mdm = models["ar"], models["mdm"]
     if isinstance(ar, Fit) and isinstance(mdm, Fit):
@@ -204,7 +207,14 @@ def _plan_from_fits(ar: Fit, mdm: Fit, choices: Mapping[str, Choice], *, unique_
     )
     notes = ["AR is an exact NLL and MDM an upper bound: a predicted tie favours MDM."]
     return Plan(
-        unique_tokens, flops, choices, better, reason, critical_compute(ar, mdm, unique_tokens), probability, tuple(notes)
+        unique_tokens,
+        flops,
+        choices,
+        better,
+        reason,
+        critical_compute(ar, mdm, unique_tokens),
+        probability,
+        tuple(notes),
     )
 
 
@@ -226,7 +236,9 @@ def _plan_from_line(choices: Mapping[str, Choice], *, unique_tokens: float, flop
             f"{unique_tokens:.3g} unique tokens is outside of the data of that line ({low:.3g} to {high:.3g}): extrapolated."
         )
     # The line is published without an interval.
-    return Plan(unique_tokens, flops, choices, better, reason, Interval(threshold, math.nan, math.nan), None, tuple(notes))
+    return Plan(
+        unique_tokens, flops, choices, better, reason, Interval(threshold, math.nan, math.nan), None, tuple(notes)
+    )
 
 
 def _published_interval(objective: str, loss: float) -> Interval:

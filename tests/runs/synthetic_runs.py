@@ -29,12 +29,25 @@ def curve(objective: str, epoch: float, parameters: int, unique: int) -> tuple[f
 
 def config(objective: str, samples: int, seed: int, **model: Any) -> dict[str, Any]:
     return {
-        "model": {"model": None, "num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 128, **model},
+        "model": {
+            "model": None,
+            "num_layers": 3,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "seq_length": 128,
+            **model,
+        },
         "objective": {"objective": objective, "mask_token_id": None},
         "data": {"train_data_path": ["corpus/train"], "valid_data_path": ["corpus/valid"], "num_workers": 2},
         "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
         "parallel": {"tensor_model_parallel_size": 1},
-        "run": {"seed": seed, "train_samples": samples, "global_batch_size": 16, "save": f"runs/{objective}", "num_mc": 1},
+        "run": {
+            "seed": seed,
+            "train_samples": samples,
+            "global_batch_size": 16,
+            "save": f"runs/{objective}",
+            "num_mc": 1,
+        },
     }
 
 
@@ -82,12 +95,22 @@ def write_run(
         noise = rng.normal(0, 0.06 if objective == "ar" else 0.25)
         loss = curve(objective, position(step)["epoch"], parameters, unique)[1] + noise
         speed = {"tokens_per_second": 6000 + rng.normal(0, 150), "tflops": 0.03, "mfu": None, "seconds": 0.34}
-        rows.append({"kind": "train", **position(step), "loss": loss, "lr": 1e-3, "grad_norm": 0.8, **speed, "skipped_steps": 0})
+        rows.append(
+            {"kind": "train", **position(step), "loss": loss, "lr": 1e-3, "grad_norm": 0.8, **speed, "skipped_steps": 0}
+        )
     for step in map(int, np.unique(np.geomspace(max(1, steps // 300), steps, validations).astype(int))):
         nll = curve(objective, position(step)["epoch"], parameters, unique)[0] + rng.normal(0, 0.008)
         error, draws = (0.012, 1) if objective == "ar" else (0.025, 4)
-        value = {"nll": nll, "nll_se": error, "ppl": math.exp(nll), "bits_per_byte": nll / math.log(2) / 2.1, "best": False}
-        rows.append({"kind": "valid", **position(step), "label": info["label"], "num_mc": draws, "num_samples": 160, **value})
+        value = {
+            "nll": nll,
+            "nll_se": error,
+            "ppl": math.exp(nll),
+            "bits_per_byte": nll / math.log(2) / 2.1,
+            "best": False,
+        }
+        rows.append(
+            {"kind": "valid", **position(step), "label": info["label"], "num_mc": draws, "num_samples": 160, **value}
+        )
     rows.sort(key=lambda row: (row["step"], row["kind"]))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if downstream:

@@ -27,7 +27,11 @@ with open(folder / "starts.txt", "a") as file:
     file.write(f"{os.getpid()}\n")
 (folder / "threads.txt").write_text(os.environ.get("OMP_NUM_THREADS", ""))
 first = not (folder / "run.json").exists()
-config = {"model": {}, "objective": {"objective": objective}, "run": {"seed": int(flags["seed"]), "global_batch_size": 1}}
+config = {
+    "model": {},
+    "objective": {"objective": objective},
+    "run": {"seed": int(flags["seed"]), "global_batch_size": 1},
+}
 config["optimizer"] = {"lr": float(flags["lr"])}
 info = {
     "format": 1, "objective": objective, "label": label, "config": config, "train_samples": samples, "train_flops": 1.0,
@@ -44,7 +48,9 @@ with open(metrics, "a", buffering=1) as file:
     for step in range(done + 1, samples + 1):
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0")))
         place = {"step": step, "samples": step, "tokens": step * 10, "epoch": step * 10 / unique, "flops": 1.0 * step}
-        file.write(json.dumps({"kind": "train", **place, "loss": 5.0, "tokens_per_second": 1.0, "seed": flags["seed"]}) + "\n")
+        file.write(
+            json.dumps({"kind": "train", **place, "loss": 5.0, "tokens_per_second": 1.0, "seed": flags["seed"]}) + "\n"
+        )
         if step == samples:
             number = {"nll": 4.0 + unique / 1e6, "nll_se": 0.01, "label": label, "num_mc": 1, "num_samples": 8}
             file.write(json.dumps({"kind": "valid", **place, **number, "bits_per_byte": None}) + "\n")

@@ -178,7 +178,9 @@ def test_too_few_points_and_bad_losses_are_refused():
 def test_fits_survive_the_file(tmp_path):
     theta, points = DESIGNS["chinchilla"]
     losses = exact(CHINCHILLA, theta, points) * np.exp(np.random.default_rng(0).normal(0, 0.01, len(points)))
-    fit = Fit(**{**vars(fit_law(CHINCHILLA, points, losses, num_bootstrap=20)), "objective": "ar", "label": "NLL (exact)"})
+    fit = Fit(
+        **{**vars(fit_law(CHINCHILLA, points, losses, num_bootstrap=20)), "objective": "ar", "label": "NLL (exact)"}
+    )
     save_fits([fit], tmp_path / "fits.json")
     [again] = load_fits(tmp_path / "fits.json")
     assert again.interval("alpha").value == pytest.approx(fit.interval("alpha").value)

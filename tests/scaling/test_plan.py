@@ -26,7 +26,9 @@ MDM = (1.75, 800.0, 0.36, 4000.0, 0.36, 500.0, 50.0)  # data_constrained: worse 
 
 
 def synthetic_fit(law, theta, objective, seed):
-    n, u, e = (a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e9, 4), [1, 3, 10, 40, 150]))
+    n, u, e = (
+        a.ravel() for a in np.meshgrid(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e9, 4), [1, 3, 10, 40, 150])
+    )
     points = Points.of(n, u * e, u)
     truth = law.loss(law.to_phi(np.array([theta]), Reference()), points, Reference())[0][0]
     losses = truth * np.exp(np.random.default_rng(seed).normal(0, 0.005, len(truth)))
@@ -139,7 +141,9 @@ def test_programs_fit_and_plan(tmp_path):
     for unique in (50_000, 200_000, 800_000):
         for size in (300_000, 900_000, 2_700_000):
             for objective in ("ar", "mdm"):
-                write_run(tmp_path / f"runs/{objective}-{unique}-{size}", objective, parameters=size, unique=unique, epochs=60)
+                write_run(
+                    tmp_path / f"runs/{objective}-{unique}-{size}", objective, parameters=size, unique=unique, epochs=60
+                )
     command = [sys.executable, str(ROOT / "tools/fit_laws.py"), str(tmp_path / "runs")]
     fitted = subprocess.run(
         [*command, "--points", "curve", "--bootstrap", "40", "--output", str(tmp_path / "fits.json")],

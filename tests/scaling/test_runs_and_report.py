@@ -156,7 +156,9 @@ def test_summary_marks_bounds(pair):
 
 
 def test_report_of_two_runs_is_self_contained(pair, tmp_path):
-    scores = {"results": {"piqa": {"acc,none": 0.56, "acc_stderr,none": 0.01, "alias": "piqa"}, "empty": {"alias": "x"}}}
+    scores = {
+        "results": {"piqa": {"acc,none": 0.56, "acc_stderr,none": 0.01, "alias": "piqa"}, "empty": {"alias": "x"}}
+    }
     (pair[1] / "downstream-100m.json").write_text(json.dumps(scores))
     page = write_report(find_runs(pair), tmp_path / "out").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -175,7 +177,11 @@ def test_report_of_a_sweep_has_frontier_and_contours(tmp_path):
             write_run(tmp_path / f"runs/{objective}-{parameters}", objective, parameters=parameters, epochs=60)
     write_run(tmp_path / "runs/mdm-other", "mdm", unique=400_000, epochs=20)
     page = write_report(find_runs([tmp_path / "runs"]), tmp_path / "out").read_text()
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"curves_by_budget.png", "pareto.png", "iso_loss.png"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "curves_by_budget.png",
+        "pareto.png",
+        "iso_loss.png",
+    }
     assert page.count("<figure") == 3
 
 

@@ -79,7 +79,12 @@ def test_epochs_by_objective_excluded_runs_and_own_flags(tmp_path):
     sweep = load_sweep(
         write_sweep(
             tmp_path,
-            grid={"objective": ["ar", "mdm"], "model": ["7M"], "unique_tokens": [100], "epochs": {"ar": [1], "mdm": [1, 9]}},
+            grid={
+                "objective": ["ar", "mdm"],
+                "model": ["7M"],
+                "unique_tokens": [100],
+                "epochs": {"ar": [1], "mdm": [1, 9]},
+            },
             exclude=[{"objective": "mdm", "epochs": 9.0}],
             objectives={"mdm": {"num_mc": 4}},
         )
@@ -181,7 +186,9 @@ def test_failed_runs_are_restarted_and_reported(tmp_path, monkeypatch):
 def test_a_changed_file_cannot_continue_old_results(tmp_path):
     sweep = load_sweep(write_sweep(tmp_path))
     Runner(sweep, say=lambda text: None).run(sweep.runs[:1])
-    changed = load_sweep(write_sweep(tmp_path, flags={"lr": 0.002, "seq-length": 10, "valid-data-path": "corpus-valid"}))
+    changed = load_sweep(
+        write_sweep(tmp_path, flags={"lr": 0.002, "seq-length": 10, "valid-data-path": "corpus-valid"})
+    )
     with pytest.raises(ValueError, match=r"other flags \(lr: 0.001 before, 0.002 now\)"):
         Runner(changed, say=lambda text: None).run(changed.runs)
     (sweep.runs[1].folder).mkdir(parents=True)
@@ -273,7 +280,9 @@ def test_status_and_unknown_selection(tmp_path):
     done = subprocess.run([*PROGRAM, str(path), "status"], capture_output=True, text=True, timeout=120)
     assert "2 finished, 6 waiting" in done.stdout
     assert "NLL" in done.stdout
-    failed = subprocess.run([*PROGRAM, str(path), "run", "--only", "nothing"], capture_output=True, text=True, timeout=120)
+    failed = subprocess.run(
+        [*PROGRAM, str(path), "run", "--only", "nothing"], capture_output=True, text=True, timeout=120
+    )
     assert failed.returncode == 2
     assert "no run matches" in failed.stderr
 

@@ -39,7 +39,12 @@ def run_install(*arguments: str, script: Path = REPO / "install.sh", **environme
     env = {**os.environ, "VIRTUAL_ENV": sys.prefix, **environment}
     env = {name: value for name, value in env.items() if value != "" and not name.startswith("CONDA")}
     return subprocess.run(
-        ["bash", str(script), *arguments], capture_output=True, text=True, env=env, timeout=280, stdin=subprocess.DEVNULL
+        ["bash", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=280,
+        stdin=subprocess.DEVNULL,
     )
 
 

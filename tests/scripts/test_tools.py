@@ -12,7 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *ROOT.glob("pretrain_*.py")])
-TINY = ["--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2", "--seq-length", "32", "--micro-batch-size", "2"]
+TINY = [
+    "--num-layers",
+    "1",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "2",
+    "--seq-length",
+    "32",
+    "--micro-batch-size",
+    "2",
+]
 
 
 def run(program: Path, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -39,7 +50,12 @@ def test_benchmark_measures_and_writes_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert json.loads(done.stdout) == result
-    assert (result["objective"], result["precision"], result["global_batch"], result["sequence"]) == ("mdm", "fp32", 2, 32)
+    assert (result["objective"], result["precision"], result["global_batch"], result["sequence"]) == (
+        "mdm",
+        "fp32",
+        2,
+        32,
+    )
     assert result["layout"] == {"tp": 1, "pp": 1, "dp": 1}
     assert result["steps"] == 3
     seconds = result["step_seconds"]

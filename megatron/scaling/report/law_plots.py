@@ -40,7 +40,9 @@ def data_value(fits: Sequence[Fit]) -> Figure:
             low, high = np.quantile(_worth(epochs[None], rates[:, None]), [0.025, 0.975], axis=0)
             panel.fill_between(epochs, low, high, color=style.color, alpha=0.18, linewidth=0)
             name = f"{fit.objective.upper()} – {fit.label}, R_D = {fit.interval('R_D')}"
-            panel.plot(epochs, _worth(epochs, fit.interval("R_D").value), color=style.color, linestyle=style.dash, label=name)
+            panel.plot(
+                epochs, _worth(epochs, fit.interval("R_D").value), color=style.color, linestyle=style.dash, label=name
+            )
         panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="worth in epochs of new data (D'/U)")
         panel.set_title("What repeated data is worth")
         for axis in (panel.xaxis, panel.yaxis):
@@ -60,7 +62,9 @@ def critical_line(ar: Fit | None, mdm: Fit | None, runs: Sequence[Run]) -> Figur
         line = np.array([critical_flops(value) for value in reach])
         inside = (reach >= low) & (reach <= high)
         panel.plot(reach, line, color="#777777", linewidth=1.0, linestyle=":", label="published line, extrapolated")
-        panel.plot(reach[inside], line[inside], color="#444444", linewidth=2.2, label="published line (arXiv 2507.15857)")
+        panel.plot(
+            reach[inside], line[inside], color="#444444", linewidth=2.2, label="published line (arXiv 2507.15857)"
+        )
         if ar is not None and mdm is not None:
             _fitted_crossings(panel, ar, mdm, budgets)
         _mark_runs(panel, runs)

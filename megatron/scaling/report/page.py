@@ -95,7 +95,9 @@ def make_figures(runs: Sequence[Run], folder: Path, fits: Sequence[Fit] = ()) ->
             "a run starts to overfit.",
         )
     else:
-        add("curves_by_budget", plots.facets(validated), f"Validation loss against epochs, one panel per budget. {bars}")
+        add(
+            "curves_by_budget", plots.facets(validated), f"Validation loss against epochs, one panel per budget. {bars}"
+        )
     if len(validated) > 2:
         add(
             "pareto",
@@ -140,7 +142,9 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
     if not rows:
         return ""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -172,7 +176,11 @@ def _pairs_html(runs: Sequence[Run]) -> str:
 def _differences_html(found: Sequence[Difference]) -> str:
     real = [html.escape(str(item)) for item in found if not item.layout]
     layout = [html.escape(str(item)) for item in found if item.layout]
-    text = "matched: only the objective differs." if not real else f'<span class="warn">not matched</span>: {"; ".join(real)}.'
+    text = (
+        "matched: only the objective differs."
+        if not real
+        else f'<span class="warn">not matched</span>: {"; ".join(real)}.'
+    )
     if layout:
         text += f" Layout differs too, which should not change the numbers: {'; '.join(layout)}."
     return text
@@ -198,7 +206,9 @@ def _laws_html(fits: Sequence[Fit]) -> str:
                 "Largest left-out runs": shown[2],
             }
         )
-    return _section("Laws", _table(rows) + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>")
+    return _section(
+        "Laws", _table(rows) + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>"
+    )
 
 
 def _downstream_html(runs: Sequence[Run]) -> str:

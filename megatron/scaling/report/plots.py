@@ -99,7 +99,9 @@ def learning_curves(runs: Sequence[Run]) -> Figure:
     faint, the best point starred, and a line where a run starts to overfit."""
     with plt.rc_context(RC):
         figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.3), sharey=True, layout="constrained")
-        for panel, (x, label) in zip(axes, (("epoch", "epochs over the unique tokens"), ("flops", "training FLOPs (6·N·D)"))):
+        for panel, (x, label) in zip(
+            axes, (("epoch", "epochs over the unique tokens"), ("flops", "training FLOPs (6·N·D)"))
+        ):
             for run, style in zip(runs, run_styles(runs)):
                 _draw_run(panel, run, style=style, x=x)
             _log_axis(panel, label)
@@ -124,7 +126,12 @@ def facets(runs: Sequence[Run]) -> Figure:
     styles = dict(zip([run.path for run in runs], run_styles(runs)))
     with plt.rc_context(RC):
         figure, grid = plt.subplots(
-            rows, columns, figsize=(1.4 + 3.3 * columns, 0.9 + 3.1 * rows), sharey=True, squeeze=False, layout="constrained"
+            rows,
+            columns,
+            figsize=(1.4 + 3.3 * columns, 0.9 + 3.1 * rows),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
         )
         for panel, budget in zip(grid.flat, budgets):
             members = [run for run in runs if run.unique_tokens == budget]

@@ -87,20 +87,26 @@ def load_sweep(path: Path) -> Sweep:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML ({error}); a sweep is one YAML file; see docs/scaling.md") from None
+        raise ValueError(
+            f"{path} cannot be read as YAML ({error}); a sweep is one YAML file; see docs/scaling.md"
+        ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no mapping; a sweep names at least grid, data and output; see docs/scaling.md")
     _check_keys(path, "the sweep", data, _KEYS, required={"grid", "data", "output"})
     _check_keys(path, "grid", data["grid"], set(_GRID), required={"objective", "model", "unique_tokens", "epochs"})
     flags = _dashed(data.get("flags") or {})
     if wrong := sorted(_OWNED & flags.keys()):
-        raise ValueError(f"{path}: flags name {', '.join(wrong)}; the grid or the sweep sets these; remove them from flags")
+        raise ValueError(
+            f"{path}: flags name {', '.join(wrong)}; the grid or the sweep sets these; remove them from flags"
+        )
     runs = tuple(_expand(data, flags, Path(data["output"])))
     if not runs:
         raise ValueError(f"{path}: the grid is empty; every axis needs a value; check grid and exclude")
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path}: the grid names {', '.join(twice)} twice; values of an axis must differ; remove repetitions")
+        raise ValueError(
+            f"{path}: the grid names {', '.join(twice)} twice; values of an axis must differ; remove repetitions"
+        )
     launcher = data.get("launcher") or ["python"]
     return Sweep(
         name=str(data.get("name", path.stem)),
@@ -120,10 +126,14 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
     models = grid["model"] if isinstance(grid["model"], dict) else {name: {} for name in _listed(grid["model"])}
     for objective in _listed(grid["objective"]):
         epochs = grid["epochs"].get(objective, []) if isinstance(grid["epochs"], dict) else grid["epochs"]
-        axes = itertools.product(models, _listed(grid["unique_tokens"]), _listed(epochs), _listed(grid.get("seed", 1234)))
+        axes = itertools.product(
+            models, _listed(grid["unique_tokens"]), _listed(epochs), _listed(grid.get("seed", 1234))
+        )
         for model, unique, length, seed in axes:
             place = {"objective": objective, "model": str(model), "unique_tokens": int(float(unique))}
-            size = _parameters(str(model), _dashed(models[model] or {}), int(data.get("vocab_size") or PAPER_VOCAB_SIZE))
+            size = _parameters(
+                str(model), _dashed(models[model] or {}), int(data.get("vocab_size") or PAPER_VOCAB_SIZE)
+            )
             place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": int(seed)}
             if any(all(place.get(key) == value for key, value in rule.items()) for rule in data.get("exclude") or []):
                 continue
@@ -145,7 +155,12 @@ def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, 
     if unique <= 0 or epochs <= 0:
         raise ValueError(f"unique_tokens {unique} and epochs {epochs:g} are in the grid; both must be positive")
     explicit = {key: flags[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size") if key in flags}
-    flags = {**flags, "train-data-path": _data_prefix(data["data"], unique), "train-epochs": epochs, "seed": place["seed"]}
+    flags = {
+        **flags,
+        "train-data-path": _data_prefix(data["data"], unique),
+        "train-epochs": epochs,
+        "seed": place["seed"],
+    }
     if place["objective"] not in ("ar", "mdm"):
         flags["objective"] = place["objective"]
     if not explicit:
@@ -187,7 +202,7 @@ def _data_prefix(data: Mapping[str, Any], unique: int) -> str:
 
 
 def state(run: SweepRun) -> str:
-    """"finished", "running", "failed" (its last attempt ended with an error), "interrupted" or "waiting"."""
+    """ "finished", "running", "failed" (its last attempt ended with an error), "interrupted" or "waiting"."""
     if is_locked(run):
         return "running"
     check_owner(run)
@@ -206,7 +221,9 @@ def is_finished(run: SweepRun) -> bool:
     if result is None or not result.is_finished:
         return False
     last = max((int(row["step"]) for row in result.train), default=0)
-    if any(flag.startswith("valid-data-path") for flag in run.flags) and (not result.valid or result.valid[-1].step < last):
+    if any(flag.startswith("valid-data-path") for flag in run.flags) and (
+        not result.valid or result.valid[-1].step < last
+    ):
         return False
     attempts = read_attempts(run)
     ended_well = bool(attempts) and attempts[-1]["returncode"] == 0
@@ -351,6 +368,8 @@ def _check_keys(path: Path, where: str, data: Any, known: set[str], *, required:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: {where} is {type(data).__name__}; it must be a mapping; see docs/scaling.md")
     if unknown := sorted(data.keys() - known):
-        raise ValueError(f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(sorted(known))}"
+        )
     if missing := sorted(required - data.keys()):
         raise ValueError(f"{path}: {where} lacks {', '.join(missing)}; add them; see docs/scaling.md")

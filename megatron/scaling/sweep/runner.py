@@ -102,7 +102,9 @@ class Runner:
             if self._stopping.is_set():
                 return "stopped"
             ending = f"exit status {status}" if status else "stopped before its last step"
-            self.say(f"{run.name}: {ending}: {_last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})")
+            self.say(
+                f"{run.name}: {ending}: {_last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})"
+            )
         return "failed"
 
     def _attempt(self, run: SweepRun, slot: int, descriptor: int) -> int:
@@ -137,7 +139,9 @@ class Runner:
         Threads of several jobs that spin while they wait would hold each other's cores: two jobs of two threads on two cores
         were measured to train 5.6 times slower than two jobs of one thread.
         """
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        environment = dict(
+            os.environ, PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        )
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         if self.devices_per_job:
@@ -216,7 +220,7 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
         "set -euo pipefail",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f'name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})"',
-        f'exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "tools/sweep.py"))} '
+        f"exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tools/sweep.py'))} "
         f'{shlex.quote(str(sweep.path.resolve()))} run --only "$name"',
     ]
     script = folder / "sweep.slurm"
