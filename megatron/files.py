@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron.errors import UserError
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file in one step, so that a reader sees the old or the new one."""
@@ -31,8 +33,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(
-            f"{path} exists and is not empty; a conversion never overwrites; remove it or give another output folder"
+        raise UserError(
+            f"{path} exists and is not empty",
+            "a conversion never overwrites",
+            "remove it or give another output folder",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron.config import parse
 from megatron.config.schema import Config
 from megatron.data.loader import build_loader
+from megatron.errors import UserError
 from megatron.model import GPTModel
 from megatron.model.arithmetic import model_flops_per_token, peak_flops
 from megatron.objectives import ModelBatch, Objective, build_objective
@@ -192,9 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         config = benchmark_config(flags, options.warmup + options.steps)
         single = config.run.global_batch_size == config.run.micro_batch_size
         if options.compare_plain and not single:
-            raise ValueError(
-                "--compare-plain with accumulation or several ranks; the plain step is one process and one micro-batch; "
-                "make --global-batch-size equal to --micro-batch-size"
+            raise UserError(
+                "--compare-plain with accumulation or several ranks",
+                "the plain step is one process and one micro-batch",
+                "make --global-batch-size equal to --micro-batch-size",
             )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

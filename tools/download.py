@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if needed > free:
             raise DownloadError(
-                f"{needed:,} bytes are needed and {free:,} are free; the files must fit; give another --data-dir"
+                f"{needed:,} bytes are needed and {free:,} are free", "the files must fit", "give another --data-dir"
             )
         for absent in missing:
             for file, place in absent:

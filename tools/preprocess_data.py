@@ -27,6 +27,7 @@ from megatron.config.schema import DataConfig
 from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary, preprocess
 from megatron.data.prepare.readers import FORMATS, find_sources, total_bytes
 from megatron.data.tokenizer import TYPES, build_tokenizer
+from megatron.errors import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> Summary:
         raise ValueError("--max-errors must be at least 0 and --workers at least 1; raise them")
     sources = find_sources(args.input, args.input_format)
     if any(source.format == "text" for source in sources) and len(args.json_keys) > 1:
-        raise ValueError(f"--json-keys {' '.join(args.json_keys)} with plain text; it has one text; give one key")
+        raise UserError(f"--json-keys {' '.join(args.json_keys)} with plain text", "it has one text", "give one key")
     options = PreprocessOptions(
         output_prefix=os.path.expanduser(args.output_prefix),
         keys=tuple(dict.fromkeys(args.json_keys)),
@@ -120,9 +121,10 @@ def run(args: argparse.Namespace) -> Summary:
     if not args.overwrite:
         for key in options.keys:
             if os.path.exists(options.prefix(key) + ".idx"):
-                raise ValueError(
-                    f"{options.prefix(key)}.idx exists; finished data is not replaced by accident; "
-                    "choose another --output-prefix or add --overwrite"
+                raise UserError(
+                    f"{options.prefix(key)}.idx exists",
+                    "finished data is not replaced by accident",
+                    "choose another --output-prefix or add --overwrite",
                 )
     tokenizer = build_tokenizer(
         DataConfig(

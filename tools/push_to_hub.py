@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.convert.hf_folder import ExportOptions
+from megatron.errors import UserError
 from megatron.hub.upload import UploadError, UploadPlan, stage, upload
 
 
@@ -40,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def plan_of(args: argparse.Namespace) -> UploadPlan:
     """Turn the flags into a plan."""
     if args.no_export and not args.with_checkpoint:
-        raise ValueError("--no-export without --with-checkpoint; an upload holds weights; add --with-checkpoint")
+        raise UserError("--no-export without --with-checkpoint", "an upload holds weights", "add --with-checkpoint")
     export = ExportOptions(
         dtype=args.dtype,
         trim_vocab=args.trim_vocab,

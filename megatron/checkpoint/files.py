@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron.errors import UserError
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 
@@ -67,16 +69,19 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     path = tag / MANIFEST
     if not path.is_file():
         kind = "a DeepSpeed checkpoint" if list(tag.glob("mp_rank_*")) else "no checkpoint of this project"
-        raise ValueError(
-            f"{tag} has no {MANIFEST} ({kind}); a checkpoint is complete only with its manifest; "
-            "convert others with tools/convert_checkpoint.py, or choose another --load"
+        raise UserError(
+            f"{tag} has no {MANIFEST} ({kind})",
+            "a checkpoint is complete only with its manifest",
+            "convert others with tools/convert_checkpoint.py, or choose another --load",
         )
     try:
         manifest = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); it must be JSON; choose another --load-tag") from error
+        raise UserError(f"{path} cannot be read ({error})", "it must be JSON", "choose another --load-tag") from error
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')}; this version reads {FORMAT}; update the project")
+        raise UserError(
+            f"{path} has format {manifest.get('format')}", f"this version reads {FORMAT}", "update the project"
+        )
     return manifest
 
 
@@ -141,9 +146,10 @@ def find_checkpoint(load: Path, tag: str | None = None, *, checksums: bool = Tru
             return candidate, skipped
         skipped.append(f"{candidate.name}: {'; '.join(complaints)}")
     if skipped:
-        raise ValueError(
-            f"no checkpoint in {load} can be used ({' | '.join(skipped)}); files must match their manifest; "
-            "restore them or choose another --load"
+        raise UserError(
+            f"no checkpoint in {load} can be used ({' | '.join(skipped)})",
+            "files must match their manifest",
+            "restore them or choose another --load",
         )
     return None, skipped
 

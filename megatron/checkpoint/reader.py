@@ -11,6 +11,7 @@ from safetensors import safe_open
 from megatron.checkpoint.files import Fragment, read_manifest
 from megatron.config import config_from_dict
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.parallel.sharding import ShardSpec
 
 
@@ -76,17 +77,19 @@ class CheckpointReader:
 
     def _spec(self, name: str) -> ShardSpec:
         if name not in self.specs:
-            raise ValueError(
-                f"checkpoint {self.path} has no tensor {name}; it was saved from another architecture; "
-                "load it with the model flags in its manifest.json"
+            raise UserError(
+                f"checkpoint {self.path} has no tensor {name}",
+                "it was saved from another architecture",
+                "load it with the model flags in its manifest.json",
             )
         return self.specs[name]
 
     def _tp_size(self, name: str, kind: str) -> int:
         if (kind, name) not in self._tp_sizes:
-            raise ValueError(
-                f"checkpoint {self.path} has no {kind} of {name}; it holds weights only or is incomplete; "
-                "pass --no-load-optim or --finetune to start with a fresh optimizer"
+            raise UserError(
+                f"checkpoint {self.path} has no {kind} of {name}",
+                "it holds weights only or is incomplete",
+                "pass --no-load-optim or --finetune to start with a fresh optimizer",
             )
         return self._tp_sizes[kind, name]
 
@@ -114,8 +117,9 @@ class CheckpointReader:
                 result[low - start : high - start] = saved[low - first : high - first]
                 filled += high - low
         if filled != numel:
-            raise ValueError(
-                f"checkpoint {self.path}: {kind} of {name} has {filled} of {numel} elements; a shard is missing; "
-                "load another tag with --load-tag"
+            raise UserError(
+                f"checkpoint {self.path}: {kind} of {name} has {filled} of {numel} elements",
+                "a shard is missing",
+                "load another tag with --load-tag",
             )
         return result

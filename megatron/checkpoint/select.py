@@ -11,6 +11,7 @@ from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.warm_start import AutoregressiveStart
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import named_seed
 
@@ -47,9 +48,10 @@ def agree_on_checkpoint(config: Config, context: ParallelContext) -> Path | None
             return candidate
         complaints.append(f"{candidate.name} ({', '.join(found)})")
     if complaints:
-        raise ValueError(
-            f"no checkpoint in {load} can be used: {'; '.join(complaints)}; files must match their manifest; restore "
-            "them or choose another --load"
+        raise UserError(
+            f"no checkpoint in {load} can be used: {'; '.join(complaints)}",
+            "files must match their manifest",
+            "restore them or choose another --load",
         )
     return None
 

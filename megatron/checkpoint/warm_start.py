@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader, fill_from_full
+from megatron.errors import UserError
 
 VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
 
@@ -78,10 +79,13 @@ def with_mask_embedding(
     rows = embedding.shape[0]
     wanted = padded_vocab_size or max(rows, mask_id + 1)
     if not (0 < vocab_size <= rows and 0 <= mask_id < wanted and wanted >= rows):
-        raise ValueError(
-            f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} in the new "
-            "model; the rows must hold the vocabulary and the mask token, and none may be lost; change --mask-token-id "
-            "or --padded-vocab-size"
+        raise UserError(
+            (
+                f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} "
+                "in the new model"
+            ),
+            "the rows must hold the vocabulary and the mask token, and none may be lost",
+            "change --mask-token-id or --padded-vocab-size",
         )
     out = dict(tensors)
     tokens = torch.ones(vocab_size, dtype=torch.bool)

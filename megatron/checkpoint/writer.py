@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from megatron.checkpoint.files import FORMAT, MANIFEST, Fragment, file_checksum
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.files import write_atomically
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
@@ -138,15 +139,17 @@ def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, to
         parameters = dict(GPTModel(config.model, mask=Full()).named_parameters())
     specs = {p.canonical_name: p.shard_spec for p in parameters.values()}  # type: ignore[attr-defined]
     if missing := sorted(set(specs) - set(tensors)):
-        raise ValueError(f"tensors {missing} are missing; the model has them; check the source and its configuration")
+        raise UserError(
+            f"tensors {missing} are missing", "the model has them", "check the source and its configuration"
+        )
     if extra := sorted(set(tensors) - set(specs)):
-        raise ValueError(
-            f"tensors {extra} are not part of the model; nothing is dropped silently; check the configuration"
+        raise UserError(
+            f"tensors {extra} are not part of the model", "nothing is dropped silently", "check the configuration"
         )
     for name, spec in specs.items():
         if tuple(tensors[name].shape) != spec.full_shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)}; the model has {spec.full_shape}; check the sizes"
+            raise UserError(
+                f"{name} has shape {tuple(tensors[name].shape)}", f"the model has {spec.full_shape}", "check the sizes"
             )
     fragments = [Fragment("weight", name, 0, 1, 0, tensors[name].reshape(-1)) for name in specs]
     state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, "config": config}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron.config.schema import Config
+from megatron.errors import UserError
 
 GROUP_TITLES = {
     "model": "model",
@@ -102,9 +103,10 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         given = values.get(section.name, {})
         known = {field.name for field in dataclasses.fields(cls)}
         if extra := sorted(set(given) - known):
-            raise ValueError(
-                f"configuration section {section.name!r} has unknown fields {extra}; this version knows only the flags "
-                "of --help; load it with the version that wrote it"
+            raise UserError(
+                f"configuration section {section.name!r} has unknown fields {extra}",
+                "this version knows only the flags of --help",
+                "load it with the version that wrote it",
             )
         sections[section.name] = cls(**given)
     return Config(**sections)

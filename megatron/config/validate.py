@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import Config, ModelConfig, ObjectiveConfig, RunConfig
+from megatron.errors import UserError
 
 PRESET_FIELDS = ("hidden_size", "kv_channels", "num_attention_heads", "num_layers")
 
@@ -32,25 +33,27 @@ def fill_model(model: ModelConfig) -> ModelConfig:
     values = {name: getattr(model, name) for name in PRESET_FIELDS}
     if model.model is not None:
         if model.model not in PRESETS:
-            raise ValueError(
-                f"--model {model.model!r} is not a preset; presets are {', '.join(PRESETS)}; choose one of them or give "
-                "--num-layers, --hidden-size and --num-attention-heads"
+            raise UserError(
+                f"--model {model.model!r} is not a preset",
+                f"presets are {', '.join(PRESETS)}",
+                "choose one of them or give --num-layers, --hidden-size and --num-attention-heads",
             )
         preset = PRESETS[model.model]._asdict()
         values = {name: preset[name] if value is None else value for name, value in values.items()}
     missing = [name for name in PRESET_FIELDS if values[name] is None and name != "kv_channels"]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ValueError(
-            f"the model has no {flags}; a model needs a preset or explicit sizes; pass --model 7M or {flags}"
+        raise UserError(
+            f"the model has no {flags}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flags}"
         )
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     assert hidden is not None and heads is not None
     if values["kv_channels"] is None:
         if hidden % heads:
-            raise ValueError(
-                f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}; channels per head must be a "
-                "whole number; change one of them or pass --kv-channels"
+            raise UserError(
+                f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}",
+                "channels per head must be a whole number",
+                "change one of them or pass --kv-channels",
             )
         values["kv_channels"] = hidden // heads
     ffn = model.ffn_hidden_size or (swiglu_width(hidden) if model.swiglu else 4 * hidden)
@@ -92,7 +95,7 @@ def validate(config: Config) -> None:
 
 def _require(condition: object, given: str, rule: str, fix: str) -> None:
     if not condition:
-        raise ValueError(f"{given}; {rule}; {fix}")
+        raise UserError(f"{given}", f"{rule}", f"{fix}")
 
 
 def _positive(config: Config) -> None:

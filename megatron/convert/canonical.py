@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
+from megatron.errors import UserError
 
 VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
 
@@ -86,9 +87,10 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     if types:
         problems.append("not floating point: " + _some(types))
     if problems:
-        raise ValueError(
-            f"{source}: {'; '.join(problems)}; every tensor of the model must be there and nothing else, so nothing "
-            "was converted; check that the files belong to one model and that its configuration is the right one"
+        raise UserError(
+            f"{source}: {'; '.join(problems)}",
+            "every tensor of the model must be there and nothing else, so nothing was converted",
+            "check that the files belong to one model and that its configuration is the right one",
         )
 
 
@@ -100,7 +102,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 def _number(value: int | None) -> int:
     """Return a resolved number of the configuration."""
     if value is None:
-        raise ValueError(
-            "the model configuration has an unset size; shapes need all of them; pass a resolved configuration"
+        raise UserError(
+            "the model configuration has an unset size", "shapes need all of them", "pass a resolved configuration"
         )
     return value

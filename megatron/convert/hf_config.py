@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron.convert.huggingface import CLASSES, MODEL_TYPES
+from megatron.errors import UserError
 
 
 def huggingface_config(
@@ -79,14 +80,17 @@ def read_config(folder: Path) -> tuple[Config, str]:
         raw = json.loads(path.read_text(encoding="utf-8"))
         architectures = raw.get("architectures")
     except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); a Hugging Face folder needs its config.json; download the folder again"
+        raise UserError(
+            f"{path} cannot be read ({error})",
+            "a Hugging Face folder needs its config.json",
+            "download the folder again",
         ) from error
     families = {name: family for family, name in CLASSES.items()}
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in families:
-        raise ValueError(
-            f"{path} is of {architectures}; only LlamaForCausalLM and EuroBertForMaskedLM have the blocks of this "
-            "repository; other models cannot be read"
+        raise UserError(
+            f"{path} is of {architectures}",
+            "only LlamaForCausalLM and EuroBertForMaskedLM have the blocks of this repository",
+            "other models cannot be read",
         )
     family = families[architectures[0]]
     theirs = _transformers_config(family, raw, path)
@@ -112,8 +116,8 @@ def read_config(folder: Path) -> tuple[Config, str]:
     mask = theirs.mask_token_id if family == "mdm" else None
     objective = ObjectiveConfig(objective=family, mask_token_id=mask)
     if mask is not None and not 0 <= mask < theirs.vocab_size:
-        raise ValueError(
-            f"{path}: mask_token_id {mask} is outside of the {theirs.vocab_size} rows; it must be a row; correct it"
+        raise UserError(
+            f"{path}: mask_token_id {mask} is outside of the {theirs.vocab_size} rows", "it must be a row", "correct it"
         )
     run = RunConfig(bf16=str(raw.get("dtype", raw.get("torch_dtype"))).endswith("bfloat16"))
     return Config(model=model, objective=objective, data=DataConfig(vocab_size=theirs.vocab_size), run=run), family
@@ -126,15 +130,16 @@ def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:
 
         Class: Any = transformers.LlamaConfig if family == "ar" else transformers.EuroBertConfig
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is of {CLASSES[family]}, which the installed transformers lacks; EuroBert came with transformers "
-            "5; run: pip install -U transformers"
+        raise UserError(
+            f"{path} is of {CLASSES[family]}, which the installed transformers lacks",
+            "EuroBert came with transformers 5",
+            "run: pip install -U transformers",
         ) from error
     try:
         return Class(**{name: value for name, value in raw.items() if name != "auto_map"})
     except Exception as error:  # transformers raises classes of its own for each rule
-        raise ValueError(
-            f"{path} is not a valid {Class.__name__} ({error}); transformers refuses it too; correct the file"
+        raise UserError(
+            f"{path} is not a valid {Class.__name__} ({error})", "transformers refuses it too", "correct the file"
         ) from error
 
 
@@ -157,7 +162,8 @@ def _check_supported(theirs: Any, path: Path) -> None:
     }
     wrong = [f"{name} {value!r} (must be {wanted[name]!r})" for name, value in found.items() if value != wanted[name]]
     if wrong:
-        raise ValueError(
-            f"{path} has {', '.join(wrong)}; the model of this repository has no such variant, and ignoring it would "
-            "change the logits; this folder cannot be read"
+        raise UserError(
+            f"{path} has {', '.join(wrong)}",
+            "the model of this repository has no such variant, and ignoring it would change the logits",
+            "this folder cannot be read",
         )

@@ -30,6 +30,7 @@ from megatron.convert.huggingface import (
     trim_rows,
     write_weights,
 )
+from megatron.errors import UserError
 from megatron.files import new_folder
 from megatron.model import Causal, Full, GPTModel
 
@@ -131,10 +132,10 @@ def import_folder(path: str | Path, *, with_tokenizer: bool = True) -> tuple[Con
     tied = not config.model.untie_embeddings_and_output_weights
     if tied and "lm_head.weight" in weights:  # some writers store the tied matrix twice
         if not torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.empty(0))):
-            raise ValueError(
-                f"{folder}: config.json ties the output to the embedding, the file holds another lm_head.weight; they "
-                "must "
-                'be equal; set "tie_word_embeddings" to false in config.json if the head is its own'
+            raise UserError(
+                f"{folder}: config.json ties the output to the embedding, the file holds another lm_head.weight",
+                "they must be equal",
+                'set "tie_word_embeddings" to false in config.json if the head is its own',
             )
         del weights["lm_head.weight"]
     check_tensors(weights, huggingface_shapes(config.model, rows), source=str(folder))
@@ -143,9 +144,10 @@ def import_folder(path: str | Path, *, with_tokenizer: bool = True) -> tuple[Con
     data = DataConfig(tokenizer_type="NullTokenizer", vocab_size=rows)
     if used is not None:
         if used > rows:
-            raise ValueError(
-                f"{folder}: the tokenizer has {used} ids, the embedding {rows} rows; every id needs a row; remove the "
-                "tokens that were added, or pass --no-tokenizer"
+            raise UserError(
+                f"{folder}: the tokenizer has {used} ids, the embedding {rows} rows",
+                "every id needs a row",
+                "remove the tokens that were added, or pass --no-tokenizer",
             )
         data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(folder), vocab_size=used)
     return replace(config, data=data), tensors
@@ -191,9 +193,10 @@ def compare_logits(config: Config, tensors: Mapping[str, Tensor], folder: Path, 
             # Unusually large weights amplify rounding: then the measure is how far fp32 is from fp64 in our own model.
             limit = max(limit, 4 * float((ours - model.double().logits(ids)).abs().max()))
     if not difference <= limit:
-        raise ValueError(
-            f"{folder}: the largest difference of logits is {difference:.3g}; transformers must agree within "
-            f"{limit:.3g}; this is an error of the conversion or of that version of transformers: please report it"
+        raise UserError(
+            f"{folder}: the largest difference of logits is {difference:.3g}",
+            f"transformers must agree within {limit:.3g}",
+            "this is an error of the conversion or of that version of transformers: please report it",
         )
     return difference
 

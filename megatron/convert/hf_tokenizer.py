@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.config.schema import DataConfig
 from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import UserError
 
 MASK_TOKEN = "<|mask|>"
 EOD_TOKEN = "<|endoftext|>"
@@ -115,9 +116,10 @@ def _build(data: DataConfig, source: str | None) -> Any:
         if not (
             data.vocab_file and data.merge_file and Path(data.vocab_file).is_file() and Path(data.merge_file).is_file()
         ):
-            raise ValueError(
-                f"the GPT-2 tokenizer files are {data.vocab_file} and {data.merge_file}, not found here; the export "
-                "needs them; run ./download.sh --gpt2 and pass --vocab-file and --merge-file, or pass --tokenizer NAME"
+            raise UserError(
+                f"the GPT-2 tokenizer files are {data.vocab_file} and {data.merge_file}, not found here",
+                "the export needs them",
+                "run ./download.sh --gpt2 and pass --vocab-file and --merge-file, or pass --tokenizer NAME",
             )
         vocab = json.loads(Path(data.vocab_file).read_text(encoding="utf-8"))
         lines = Path(data.merge_file).read_text(encoding="utf-8").splitlines()
@@ -133,9 +135,10 @@ def _build(data: DataConfig, source: str | None) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         return AutoTokenizer.from_pretrained(data.tokenizer_model)
     if kind == "SentencePieceTokenizer":
-        raise ValueError(
-            f"the run used the SentencePiece model {data.tokenizer_model}; it is not converted here; pass --tokenizer "
-            "with a Hugging Face tokenizer of the same ids, or --no-tokenizer"
+        raise UserError(
+            f"the run used the SentencePiece model {data.tokenizer_model}",
+            "it is not converted here",
+            "pass --tokenizer with a Hugging Face tokenizer of the same ids, or --no-tokenizer",
         )
     return None
 
@@ -191,7 +194,8 @@ def _add_mask(tokenizer: Any, mask_id: int) -> None:
             tokenizer.add_tokens([f"<|reserved_{index}|>" for index in range(size, mask_id)], special_tokens=True)
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     if tokenizer.mask_token_id != mask_id:
-        raise ValueError(
-            f"the mask token of the run is id {mask_id}, the tokenizer made it {tokenizer.mask_token_id}; they must "
-            "agree; pass --tokenizer with a tokenizer whose ids are those of the training data"
+        raise UserError(
+            f"the mask token of the run is id {mask_id}, the tokenizer made it {tokenizer.mask_token_id}",
+            "they must agree",
+            "pass --tokenizer with a tokenizer whose ids are those of the training data",
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron.config.schema import Config, ModelConfig
 from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
+from megatron.errors import UserError
 from megatron.model import Causal, Full
 from megatron.objectives import evaluation_objective
 
@@ -46,9 +47,10 @@ def attention_family(config: Config) -> str:
         return "ar"
     if isinstance(mask, Full):
         return "mdm"
-    raise ValueError(
-        f"objective {config.objective.objective} evaluates with {type(mask).__name__} attention; LlamaForCausalLM is "
-        "causal and EuroBertForMaskedLM bidirectional; keep the model in this repository's format"
+    raise UserError(
+        f"objective {config.objective.objective} evaluates with {type(mask).__name__} attention",
+        "LlamaForCausalLM is causal and EuroBertForMaskedLM bidirectional",
+        "keep the model in this repository's format",
     )
 
 
@@ -70,10 +72,10 @@ def check_expressible(model: ModelConfig) -> None:
     if (model.hidden_size or 0) % (model.num_attention_heads or 1):
         problems.append(f"--hidden-size {model.hidden_size} with {model.num_attention_heads} heads (must divide)")
     if problems:
-        raise ValueError(
-            f"the model was trained with {', '.join(problems)}; LlamaForCausalLM and EuroBertForMaskedLM have only "
-            "RMSNorm, SwiGLU, no biases and RoPE; keep it in this repository's format, or train with the default "
-            "architecture"
+        raise UserError(
+            f"the model was trained with {', '.join(problems)}",
+            "LlamaForCausalLM and EuroBertForMaskedLM have only RMSNorm, SwiGLU, no biases and RoPE",
+            "keep it in this repository's format, or train with the default architecture",
         )
 
 
@@ -166,23 +168,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file in files:
         path = folder / file
         if Path(file).name != file or not path.is_file():
-            raise ValueError(
-                f"{folder} has no {file}; weights are read from safetensors only (pickled .bin files can run code); "
-                "download the folder again, or save the model with save_pretrained"
+            raise UserError(
+                f"{folder} has no {file}",
+                "weights are read from safetensors only (pickled .bin files can run code)",
+                "download the folder again, or save the model with save_pretrained",
             )
         try:
             with safe_open(path, framework="pt") as opened:
                 found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({error}); a safetensors file must be "
-                "complete; download or copy it again"
+            raise UserError(
+                f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged ({error})",
+                "a safetensors file must be complete",
+                "download or copy it again",
             ) from error
         misplaced = [name for name in found if name in tensors or (places is not None and places.get(name) != file)]
         if misplaced:
-            raise ValueError(
-                f"{path} holds {', '.join(sorted(misplaced)[:8])}, which the index does not place there; every tensor "
-                "has one place; the folder mixes two models"
+            raise UserError(
+                f"{path} holds {', '.join(sorted(misplaced)[:8])}, which the index does not place there",
+                "every tensor has one place",
+                "the folder mixes two models",
             )
         tensors.update(found)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIX)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron.convert.canonical import canonical_shapes, check_tensors
 from megatron.convert.unpickle import load_pickled
+from megatron.errors import UserError
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -60,15 +61,17 @@ def find_published(path: str | Path) -> Path:
         return path
     latest = path / "latest"
     if not latest.is_file():
-        raise ValueError(
-            f"{path} holds neither layer_KK-model_TT-model_states.pt files nor a file `latest`; a DeepSpeed-pipeline "
-            "checkpoint has one of them; give the folder that contains `latest`, or one global_stepN folder"
+        raise UserError(
+            f"{path} holds neither layer_KK-model_TT-model_states.pt files nor a file `latest`",
+            "a DeepSpeed-pipeline checkpoint has one of them",
+            "give the folder that contains `latest`, or one global_stepN folder",
         )
     tag = latest.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"[\w.\-]+", tag) or not (path / tag).is_dir():
-        raise ValueError(
-            f"{latest} names {tag!r}, and {path} has no such folder; `latest` must name a checkpoint beside it; give "
-            "the global_stepN folder itself"
+        raise UserError(
+            f"{latest} names {tag!r}, and {path} has no such folder",
+            "`latest` must name a checkpoint beside it",
+            "give the global_stepN folder itself",
         )
     return path / tag
 
@@ -88,17 +91,18 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
             ``args`` asks for something that our model does not have. Nothing is written in any case.
     """
     if objective not in ("ar", "mdm"):
-        raise ValueError(
-            f"objective {objective!r} given; published checkpoints were trained as ar or mdm; pass one of these"
+        raise UserError(
+            f"objective {objective!r} given", "published checkpoints were trained as ar or mdm", "pass one of these"
         )
     folder = find_published(path)
     files, tp_size = _list_files(folder)
     state = load_pickled(folder / "mp_rank_00_model_states.pt")
     args = state.get("args") if isinstance(state, dict) else None
     if not isinstance(args, argparse.Namespace):
-        raise ValueError(
-            f"{folder}/mp_rank_00_model_states.pt has no `args`; the configuration is read from that "
-            "argparse.Namespace; check that this is a Megatron-DeepSpeed checkpoint"
+        raise UserError(
+            f"{folder}/mp_rank_00_model_states.pt has no `args`",
+            "the configuration is read from that argparse.Namespace",
+            "check that this is a Megatron-DeepSpeed checkpoint",
         )
     _check_args(args, tp_size, folder)
     layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
@@ -123,9 +127,13 @@ def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
     for name, file in layer_files.items():
         match = LAYER_FILE.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"{folder} holds {name}; every layer file must be called layer_KK-model_TT-model_states.pt, because "
-                "every tensor must be accounted for; move the file away if it does not belong to the model"
+            raise UserError(
+                f"{folder} holds {name}",
+                (
+                    "every layer file must be called layer_KK-model_TT-model_states.pt, because every tensor "
+                    "must be accounted for"
+                ),
+                "move the file away if it does not belong to the model",
             )
         keys[int(match[1]), int(match[2])] = file
     layers = sorted({layer for layer, _ in keys})
@@ -137,10 +145,10 @@ def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
         missing.append("mp_rank_00_model_states.pt")
     if missing or set(keys) - expected:
         extra = [keys[key].name for key in sorted(set(keys) - expected)]
-        raise ValueError(
-            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}; unexpected "
-            f"{', '.join(extra) or 'nothing'}; tp {tp_size} needs every layer of every rank; download or copy the "
-            "checkpoint again"
+        raise UserError(
+            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}",
+            f"unexpected {', '.join(extra) or 'nothing'}",
+            f"tp {tp_size} needs every layer of every rank; download or copy the checkpoint again",
         )
     return {layer: [keys[layer, rank] for rank in range(tp_size)] for layer in layers}, tp_size
 
@@ -150,22 +158,27 @@ def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
     for name, accepted in SWITCHES.items():
         value = getattr(args, name, None)
         if value not in accepted:
-            raise ValueError(
-                f"{folder}: args.{name} is {value!r}; the model here has no such variant (accepted: {accepted[0]!r}); "
-                "this checkpoint cannot be converted"
+            raise UserError(
+                f"{folder}: args.{name} is {value!r}",
+                f"the model here has no such variant (accepted: {accepted[0]!r})",
+                "this checkpoint cannot be converted",
             )
     heads, groups = args.num_attention_heads, getattr(args, "num_key_value_heads", None)
     if groups not in (None, heads):
-        raise ValueError(
-            f"{folder}: args.num_key_value_heads is {groups} with {heads} query heads; the row order of grouped-query "
-            "weights in this layout is not documented, and a guess would give a wrong model; convert it with the code "
-            "that wrote it"
+        raise UserError(
+            f"{folder}: args.num_key_value_heads is {groups} with {heads} query heads",
+            (
+                "the row order of grouped-query weights in this layout is not documented, and a guess would "
+                "give a wrong model"
+            ),
+            "convert it with the code that wrote it",
         )
     recorded = getattr(args, "tensor_model_parallel_size", tp_size)
     if recorded != tp_size:
-        raise ValueError(
-            f"{folder} has files of {tp_size} tensor-parallel ranks, args says {recorded}; all ranks' files are "
-            "needed; download or copy the checkpoint again"
+        raise UserError(
+            f"{folder} has files of {tp_size} tensor-parallel ranks, args says {recorded}",
+            "all ranks' files are needed",
+            "download or copy the checkpoint again",
         )
 
 
@@ -200,24 +213,29 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
             init_method_std=float(args.init_method_std),
         )
     except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: the model cannot be derived ({error}); args must hold the sizes of a Megatron-DeepSpeed GPT "
-            "and layer 02 its first block; check that this is such a checkpoint"
+        raise UserError(
+            f"{folder}: the model cannot be derived ({error})",
+            "args must hold the sizes of a Megatron-DeepSpeed GPT and layer 02 its first block",
+            "check that this is such a checkpoint",
         ) from error
     wanted = set(range(1, model.num_layers + (4 if untied else 3)))  # type: ignore[operator]
     if set(layers) != wanted:
-        raise ValueError(
-            f"{folder} has layer files {min(layers)} to {max(layers)}; {model.num_layers} blocks with "
-            f"{'its own' if untied else 'a tied'} output head need files 1 to {max(wanted)}; the folder is incomplete "
-            "or its args belong to another model"
+        raise UserError(
+            f"{folder} has layer files {min(layers)} to {max(layers)}",
+            (
+                f"{model.num_layers} blocks with {('its own' if untied else 'a tied')} output head need files "
+                f"1 to {max(wanted)}"
+            ),
+            "the folder is incomplete or its args belong to another model",
         )
     width, allowed = model.ffn_hidden_size, {getattr(args, "ffn_hidden_size", None)}
     if swiglu:
         allowed.add(8 * hidden // 3 // 64 * 64)  # what the reference code uses, whatever the launch script lists
     if width not in allowed:
-        raise ValueError(
-            f"{folder}: the feed-forward weights are {width} wide, args says {args.ffn_hidden_size}; they must agree; "
-            "the folder mixes files of two models"
+        raise UserError(
+            f"{folder}: the feed-forward weights are {width} wide, args says {args.ffn_hidden_size}",
+            "they must agree",
+            "the folder mixes files of two models",
         )
     return model
 
@@ -230,16 +248,18 @@ def _join_layers(layers: dict[int, list[dict[str, Tensor]]], model: ModelConfig,
         where = f"{folder.name}/layer_{layer:02d}"
         names = list(ranks[0])
         if any(set(rank) != set(names) for rank in ranks):
-            raise ValueError(
-                f"{where}: the tensor-parallel ranks hold different tensors; every rank must hold its part of each; "
-                "download or copy the checkpoint again"
+            raise UserError(
+                f"{where}: the tensor-parallel ranks hold different tensors",
+                "every rank must hold its part of each",
+                "download or copy the checkpoint again",
             )
         for name in names:
             parts = [rank[name] for rank in ranks]
             if not all(isinstance(part, Tensor) for part in parts):
-                raise ValueError(
-                    f"{where}: {name} is a {type(parts[0]).__name__}; a layer file holds only tensors; this checkpoint "
-                    "comes from another code and is not converted"
+                raise UserError(
+                    f"{where}: {name} is a {type(parts[0]).__name__}",
+                    "a layer file holds only tensors",
+                    "this checkpoint comes from another code and is not converted",
                 )
             if layer == 1 or layer == last + 1:
                 canonical = name
@@ -256,9 +276,10 @@ def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Ten
     if len(parts) == 1:
         return parts[0]
     if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
-        raise ValueError(
-            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}; tensor-parallel ranks hold "
-            "equal parts; the folder mixes files of two models"
+        raise UserError(
+            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}",
+            "tensor-parallel ranks hold equal parts",
+            "the folder mixes files of two models",
         )
     if name.startswith("self_attention.query_key_value."):
         return _stack(parts, 3)
@@ -269,9 +290,10 @@ def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Ten
     if name in ("word_embeddings.weight", "lm_head.weight"):
         return torch.cat(parts, dim=0)
     if any(not torch.equal(part, parts[0]) for part in parts):
-        raise ValueError(
-            f"{where}: {name} differs between tensor-parallel ranks; a replicated tensor must be the same on all; the "
-            "files come from different steps, or the run had drifted"
+        raise UserError(
+            f"{where}: {name} differs between tensor-parallel ranks",
+            "a replicated tensor must be the same on all",
+            "the files come from different steps, or the run had drifted",
         )
     return parts[0]
 

@@ -19,6 +19,7 @@ from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
+from megatron.errors import UserError
 from megatron.files import new_folder
 from megatron.model.arithmetic import parameters_for_compute, training_flops
 from megatron.objectives import evaluation_objective
@@ -41,9 +42,10 @@ def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[
     """
     folder, skipped = find_checkpoint(Path(path), tag)
     if folder is None:
-        raise ValueError(
-            f"{path} holds no checkpoint; a run has global_stepN folders with a manifest.json; give the folder that "
-            "was passed as --save"
+        raise UserError(
+            f"{path} holds no checkpoint",
+            "a run has global_stepN folders with a manifest.json",
+            "give the folder that was passed as --save",
         )
     for complaint in skipped:
         print(f"skipped a damaged checkpoint: {complaint}", flush=True)

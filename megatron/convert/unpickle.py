@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from megatron.errors import UserError
+
 ZIP_MAGIC = b"PK\x03\x04"
 
 
@@ -60,10 +62,16 @@ def load_pickled(path: str | Path) -> Any:
         try:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
             if refused:
-                raise ValueError(
-                    f"{path} asks for {', '.join(refused)}; only tensors, plain containers and argparse.Namespace are "
-                    "loaded, because a pickle can run any code; do not use this file unless you know who wrote it, and "
-                    "then save its tensors again as safetensors"
+                raise UserError(
+                    f"{path} asks for {', '.join(refused)}",
+                    (
+                        "only tensors, plain containers and argparse.Namespace are loaded, because a pickle can run "
+                        "any code"
+                    ),
+                    (
+                        "do not use this file unless you know who wrote it, and then save its tensors again as "
+                        "safetensors"
+                    ),
                 )
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (
@@ -76,9 +84,10 @@ def load_pickled(path: str | Path) -> Any:
             IndexError,
         ) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"{path} cannot be read as plain tensors and containers ({reason}); nothing else is loaded from a "
-                "pickle; download the file again, or save its tensors as safetensors with the torch that wrote it"
+            raise UserError(
+                f"{path} cannot be read as plain tensors and containers ({reason})",
+                "nothing else is loaded from a pickle",
+                "download the file again, or save its tensors as safetensors with the torch that wrote it",
             ) from error
 
 
@@ -88,9 +97,10 @@ def _check_archive(path: Path) -> None:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != ZIP_MAGIC:
-        raise ValueError(
-            f"{path} ({size:,} bytes) is not a torch zip checkpoint; files are read only in the format of torch >= "
-            "1.6; download it again, or load and save it again with a recent torch"
+        raise UserError(
+            f"{path} ({size:,} bytes) is not a torch zip checkpoint",
+            "files are read only in the format of torch >= 1.6",
+            "download it again, or load and save it again with a recent torch",
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -98,17 +108,20 @@ def _check_archive(path: Path) -> None:
             packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
             damaged = None if packed else archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path} ({size:,} bytes) is truncated or damaged ({error}); a checkpoint file must be complete; download "
-            "or copy it again"
+        raise UserError(
+            f"{path} ({size:,} bytes) is truncated or damaged ({error})",
+            "a checkpoint file must be complete",
+            "download or copy it again",
         ) from error
     if damaged is not None:
-        raise ValueError(
-            f"{path} is damaged: the checksum of its part {damaged} is wrong; a checkpoint file must be intact; "
-            "download or copy it again"
+        raise UserError(
+            f"{path} is damaged: the checksum of its part {damaged} is wrong",
+            "a checkpoint file must be intact",
+            "download or copy it again",
         )
     if packed or sum(name.endswith("/data.pkl") for name in names) != 1:
-        raise ValueError(
-            f"{path} is a zip archive, but not one that torch.save wrote; it needs one data.pkl and uncompressed "
-            "parts; check that it is the right file"
+        raise UserError(
+            f"{path} is a zip archive, but not one that torch.save wrote",
+            "it needs one data.pkl and uncompressed parts",
+            "check that it is the right file",
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.indexed import clean_prefix
+from megatron.errors import UserError
 
 _BLOCK = 4096  # samples per row of running counts
 _MAX_LANES = 8192
@@ -27,8 +28,8 @@ def read_data_path_file(path: str | Path) -> list[str]:
     try:
         lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read the data path file {path} ({error}); it must be a text file; check the path"
+        raise UserError(
+            f"cannot read the data path file {path} ({error})", "it must be a text file", "check the path"
         ) from error
     try:
         if len(lines) == 1:
@@ -36,9 +37,10 @@ def read_data_path_file(path: str | Path) -> list[str]:
         problem = f"{len(lines)} lines"
     except ValueError as error:
         problem = str(error).lower()
-    raise ValueError(
-        f"data path file {path}: {problem}; it must hold one line of quoted pairs; write for example "
-        '"0.3 path/a" "0.7 path/b"'
+    raise UserError(
+        f"data path file {path}: {problem}",
+        "it must hold one line of quoted pairs",
+        'write for example "0.3 path/a" "0.7 path/b"',
     )
 
 
@@ -60,14 +62,15 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
         words += [first, rest.strip()] if rest and _as_weight(first) is not None else [item]
     pairs = [(_as_weight(weight), prefix) for weight, prefix in zip(words[::2], words[1::2])]
     if not words or len(words) % 2 or any(weight is None or not prefix for weight, prefix in pairs):
-        raise ValueError(
-            f"data path {' '.join(items)!r}; it must be one prefix, or pairs of a weight and a prefix; "
-            "write for example 0.3 path/a 0.7 path/b"
+        raise UserError(
+            f"data path {' '.join(items)!r}",
+            "it must be one prefix, or pairs of a weight and a prefix",
+            "write for example 0.3 path/a 0.7 path/b",
         )
     bad = [prefix for weight, prefix in pairs if not (weight or 0.0) > 0 or weight == float("inf")]
     if bad:
-        raise ValueError(
-            f"weight of {bad[0]} in {' '.join(items)!r}; weights must be positive; drop it or raise its weight"
+        raise UserError(
+            f"weight of {bad[0]} in {' '.join(items)!r}", "weights must be positive", "drop it or raise its weight"
         )
     return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
 

@@ -12,6 +12,7 @@ import numpy as np
 from megatron.data.blend import BlendOrder, blend_order, parse_blend
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.order import default_cache_folders, load_or_build_maps, plan_order
+from megatron.errors import UserError
 
 _HEADROOM = 1.005  # Megatron asks each data set of a blend for this much more than its share
 
@@ -116,9 +117,10 @@ class BlendedDataset:
             ValueError: weights and data sets do not match, or a data set has too few samples.
         """
         if len(weights) != len(datasets) or not datasets or min(weights, default=0.0) <= 0:
-            raise ValueError(
-                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets; each data set needs one "
-                "positive weight; pass as many weights as data sets"
+            raise UserError(
+                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets",
+                "each data set needs one positive weight",
+                "pass as many weights as data sets",
             )
         self.datasets = list(datasets)
         self.weights = (np.asarray(weights, dtype=np.float64) / np.sum(weights)).tolist()
@@ -131,9 +133,10 @@ class BlendedDataset:
         self.order = order
         for dataset, needed in zip(self.datasets, self.order.counts):
             if needed > len(dataset):
-                raise ValueError(
-                    f"{dataset.documents.prefix} has {len(dataset)} samples; the blend needs {needed} of it; "
-                    "build it with more samples"
+                raise UserError(
+                    f"{dataset.documents.prefix} has {len(dataset)} samples",
+                    f"the blend needs {needed} of it",
+                    "build it with more samples",
                 )
         self.num_samples = len(self.order)
         self.tokens_per_epoch = sum(dataset.tokens_per_epoch for dataset in self.datasets)

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from megatron.errors import UserError
+
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.generic]] = {
@@ -52,11 +54,15 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); it must be as tools/preprocess_data.py wrote it; delete it to do without"
+        raise UserError(
+            f"{path} is not JSON ({error})",
+            "it must be as tools/preprocess_data.py wrote it",
+            "delete it to do without",
         ) from error
     if not isinstance(meta, dict):
-        raise ValueError(f"{path} holds a {type(meta).__name__}; it must hold a JSON object; delete it to do without")
+        raise UserError(
+            f"{path} holds a {type(meta).__name__}", "it must hold a JSON object", "delete it to do without"
+        )
     return meta
 
 
@@ -80,9 +86,10 @@ class IndexedDataset:
         self.prefix = clean_prefix(prefix)
         for suffix in (".idx", ".bin"):
             if not os.path.isfile(self.prefix + suffix):
-                raise ValueError(
-                    f"no data at {self.prefix}: {self.prefix + suffix} does not exist; a data path is the common part "
-                    "of PREFIX.bin and PREFIX.idx; check the path or make the data with tools/preprocess_data.py"
+                raise UserError(
+                    f"no data at {self.prefix}: {self.prefix + suffix} does not exist",
+                    "a data path is the common part of PREFIX.bin and PREFIX.idx",
+                    "check the path or make the data with tools/preprocess_data.py",
                 )
         self._read_index(Path(self.prefix + ".idx"))
         self._map_tokens(Path(self.prefix + ".bin"))
@@ -92,17 +99,19 @@ class IndexedDataset:
         with path.open("rb") as file:
             head = file.read(HEADER.size)
         if head[: len(MAGIC)] != MAGIC:
-            raise ValueError(
-                f"{path} starts with {head[: len(MAGIC)]!r} ({found} bytes); a Megatron index starts with {MAGIC!r}; "
-                "make the data again with tools/preprocess_data.py"
+            raise UserError(
+                f"{path} starts with {head[: len(MAGIC)]!r} ({found} bytes)",
+                f"a Megatron index starts with {MAGIC!r}",
+                "make the data again with tools/preprocess_data.py",
             )
         if len(head) < HEADER.size:
             raise ValueError(_truncated(path, HEADER.size, found))
         _, version, code, count, doc_count = HEADER.unpack(head)
         if version != 1 or code not in DTYPES or not np.issubdtype(DTYPES[code], np.integer):
-            raise ValueError(
-                f"{path} has version {version} and dtype code {code}; only version 1 with integer tokens (codes 1-5 "
-                "and 8) can be read; make the data again with tools/preprocess_data.py"
+            raise UserError(
+                f"{path} has version {version} and dtype code {code}",
+                "only version 1 with integer tokens (codes 1-5 and 8) can be read",
+                "make the data again with tools/preprocess_data.py",
             )
         expected = HEADER.size + 12 * count + 8 * doc_count
         if found not in (expected, expected + count):  # Megatron-Core appends one mode byte per sequence to some files
@@ -178,7 +187,9 @@ class IndexedDatasetWriter:
         self.prefix = clean_prefix(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise ValueError(f"dtype {self.dtype}; an index can name {sorted(map(str, _CODES))}; use uint16 or int32")
+            raise UserError(
+                f"dtype {self.dtype}", f"an index can name {sorted(map(str, _CODES))}", "use uint16 or int32"
+            )
         os.makedirs(os.path.dirname(os.path.abspath(self.prefix)), exist_ok=True)
         self._bin = open(self.prefix + ".bin.tmp", "ab")  # noqa: SIM115 - closed by close() or abort()
         _lock(self._bin, self.prefix)
@@ -203,15 +214,17 @@ class IndexedDatasetWriter:
             ValueError: the lengths disagree, or an id does not fit the dtype.
         """
         if len(tokens) != int(sizes.sum()):
-            raise ValueError(
-                f"{len(tokens)} tokens for sizes that add up to {int(sizes.sum())}; they must be equal; "
-                "pass tokens and sizes of the same documents"
+            raise UserError(
+                f"{len(tokens)} tokens for sizes that add up to {int(sizes.sum())}",
+                "they must be equal",
+                "pass tokens and sizes of the same documents",
             )
         limits = np.iinfo(self.dtype)
         if tokens.dtype != self.dtype and len(tokens) and (tokens.min() < limits.min or tokens.max() > limits.max):
-            raise ValueError(
-                f"token ids {tokens.min()} to {tokens.max()}; {self.dtype} holds {limits.min} to {limits.max}; "
-                "use int32"
+            raise UserError(
+                f"token ids {tokens.min()} to {tokens.max()}",
+                f"{self.dtype} holds {limits.min} to {limits.max}",
+                "use int32",
             )
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._sizes.append(sizes.astype(np.int32))
@@ -283,8 +296,10 @@ def _lock(file: BinaryIO, prefix: str) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(
-            f"another process is writing {prefix}; one writer per data set; wait for it or choose another output prefix"
+        raise UserError(
+            f"another process is writing {prefix}",
+            "one writer per data set",
+            "wait for it or choose another output prefix",
         ) from None
     except OSError:
         pass

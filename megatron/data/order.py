@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.errors import UserError
+
 _FORMAT = 1
 _STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 22  # documents per step of the boundary search: bounds its memory
@@ -66,9 +68,9 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
         ValueError: a non-positive size, or one epoch is asked for and is shorter than one sample.
     """
     if seq_length < 1 or (num_samples is not None and num_samples < 1):
-        raise ValueError(f"{num_samples} samples of {seq_length} tokens; both must be at least 1; raise them")
+        raise UserError(f"{num_samples} samples of {seq_length} tokens", "both must be at least 1", "raise them")
     if tokens_per_epoch < 1:
-        raise ValueError("the data set has no tokens; it needs at least one; check the input of the preprocessing")
+        raise UserError("the data set has no tokens", "it needs at least one", "check the input of the preprocessing")
 
     def samples_in(num_epochs: int) -> int:
         return (num_epochs * tokens_per_epoch - 1) // seq_length
@@ -76,9 +78,10 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
     if num_samples is None:
         num_epochs, separate = 1, False
         if samples_in(1) < 1:
-            raise ValueError(
-                f"the data set has {tokens_per_epoch} tokens and seq_length is {seq_length}; one pass needs at least "
-                "one token more than that; use more data or a smaller --seq-length"
+            raise UserError(
+                f"the data set has {tokens_per_epoch} tokens and seq_length is {seq_length}",
+                "one pass needs at least one token more than that",
+                "use more data or a smaller --seq-length",
             )
     else:
         num_epochs = -(-(num_samples * seq_length + 1) // tokens_per_epoch)

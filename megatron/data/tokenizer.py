@@ -16,6 +16,7 @@ from megatron.data.tokenizer_types import (
     gpt2_bpe,
     hf_tokenizer,
 )
+from megatron.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.config.schema import DataConfig
@@ -60,16 +61,18 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
     metas = _data_metas(config)
     tokenizer = tokenizer_from_spec(_spec_of(config, metas))
     if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids; they must agree; "
-            "leave --vocab-size out (it is for NullTokenizer)"
+        raise UserError(
+            f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
+            "they must agree",
+            "leave --vocab-size out (it is for NullTokenizer)",
         )
     for prefix, meta in metas.items():
         made = (meta.get("vocab_size", tokenizer.vocab_size), meta.get("eod_id", tokenizer.eod_id))
         if tokenizer.eod_id is not None and made != (tokenizer.vocab_size, tokenizer.eod_id):
-            raise ValueError(
-                f"{prefix} was made with a tokenizer of {made[0]} ids and EOD {made[1]}; {tokenizer.name} has "
-                f"{tokenizer.vocab_size} and {tokenizer.eod_id}; use the tokenizer of the data or preprocess again"
+            raise UserError(
+                f"{prefix} was made with a tokenizer of {made[0]} ids and EOD {made[1]}",
+                f"{tokenizer.name} has {tokenizer.vocab_size} and {tokenizer.eod_id}",
+                "use the tokenizer of the data or preprocess again",
             )
     return tokenizer
 
@@ -88,14 +91,14 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
         "NullTokenizer": ("vocab_size",),
     }
     if kind is None:
-        raise ValueError(
-            f"tokenizer type {spec.get('type')!r}; it must be one of {', '.join(TYPES)}; choose one of them"
+        raise UserError(
+            f"tokenizer type {spec.get('type')!r}", f"it must be one of {', '.join(TYPES)}", "choose one of them"
         )
     flags = {"model": "--tokenizer-model"}
     for entry in needs.get(kind, ()):
         if spec.get(entry) is None:
             flag = flags.get(entry, "--" + entry.replace("_", "-"))
-            raise ValueError(f"{kind} without {flag}; it cannot be built without; add {flag}")
+            raise UserError(f"{kind} without {flag}", "it cannot be built without", f"add {flag}")
     if kind == "GPT2BPETokenizer":
         return gpt2_bpe(spec["vocab_file"], spec["merge_file"])
     if kind == "HFTokenizer":
@@ -142,9 +145,10 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
         used["sentencepiecetokenizer"] = used["hftokenizer"]
         unused = [key for key, value in files.items() if value and key not in used.get(kind.lower(), ())]
         if unused:
-            raise ValueError(
-                f"{unused[0]} {files[unused[0]]} with {kind}, which does not read it; give one tokenizer; "
-                "drop the flag or change --tokenizer-type"
+            raise UserError(
+                f"{unused[0]} {files[unused[0]]} with {kind}, which does not read it",
+                "give one tokenizer",
+                "drop the flag or change --tokenizer-type",
             )
         return {"type": kind, "vocab_size": config.vocab_size, **files}
     for prefix, meta in metas.items():
@@ -155,7 +159,8 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
                 if spec.get(key) and beside.exists():
                     spec[key] = os.path.normpath(beside)
             return spec
-    raise ValueError(
-        "no tokenizer: neither a flag nor the data (PREFIX.meta.json) names one; the vocabulary must be known; add "
-        "--vocab-file and --merge-file (GPT-2 BPE), --tokenizer-model, or --tokenizer-type ByteTokenizer"
+    raise UserError(
+        "no tokenizer: neither a flag nor the data (PREFIX.meta.json) names one",
+        "the vocabulary must be known",
+        "add --vocab-file and --merge-file (GPT-2 BPE), --tokenizer-model, or --tokenizer-type ByteTokenizer",
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.word_cache import WordCache, applies_to
+from megatron.errors import UserError
 
 GPT2_EOD = "<|endoftext|>"
 _EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -59,7 +60,9 @@ class SentencePieceTokenizer:
         try:
             processor.Load(str(_existing(model, "--tokenizer-model")))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{model} ({error}); it must be a SentencePiece model; check --tokenizer-model") from error
+            raise UserError(
+                f"{model} ({error})", "it must be a SentencePiece model", "check --tokenizer-model"
+            ) from error
         self._processor = processor
         self._model = model
         self.name = f"SentencePieceTokenizer({Path(model).name})"
@@ -118,9 +121,10 @@ class NullTokenizer:
         words = text.split()
         bad = next((word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)), None)
         if bad is not None:
-            raise ValueError(
-                f"{bad!r} is no token id; NullTokenizer reads ids 0 to {self.vocab_size - 1} separated by spaces; "
-                "choose another --tokenizer-type for text"
+            raise UserError(
+                f"{bad!r} is no token id",
+                f"NullTokenizer reads ids 0 to {self.vocab_size - 1} separated by spaces",
+                "choose another --tokenizer-type for text",
             )
         return [int(word) for word in words]
 
@@ -146,9 +150,10 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
     try:
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
     except Exception as error:
-        raise ValueError(
-            f"cannot read a BPE from {vocab_file} and {merge_file} ({error}); they must be GPT-2's vocab.json and "
-            "merges.txt; check --vocab-file and --merge-file"
+        raise UserError(
+            f"cannot read a BPE from {vocab_file} and {merge_file} ({error})",
+            "they must be GPT-2's vocab.json and merges.txt",
+            "check --vocab-file and --merge-file",
         ) from error
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -172,20 +177,27 @@ def hf_tokenizer(model: str) -> FastTokenizer:
     elif path.is_dir():
         files = {file.name: file for file in path.glob("*.json")}
     elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ValueError(f"--tokenizer-model {model} does not exist; a path must be a folder or a file; check the path")
+        raise UserError(
+            f"--tokenizer-model {model} does not exist", "a path must be a folder or a file", "check the path"
+        )
     else:
         files = _hub_files(model)
     if "tokenizer.json" not in files:
-        raise ValueError(
-            f"no tokenizer.json in {model}; a Hugging Face tokenizer needs one; for a SentencePiece .model file use "
-            "--tokenizer-type SentencePieceTokenizer, for vocab.json and merges.txt use --vocab-file and --merge-file"
+        raise UserError(
+            f"no tokenizer.json in {model}",
+            "a Hugging Face tokenizer needs one",
+            (
+                "for a SentencePiece .model file use --tokenizer-type SentencePieceTokenizer, for vocab.json "
+                "and merges.txt use --vocab-file and --merge-file"
+            ),
         )
     try:
         backend = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
     except Exception as error:
-        raise ValueError(
-            f"{files['tokenizer.json']} ({error}); it must be a tokenizer.json of the tokenizers library; "
-            "check --tokenizer-model"
+        raise UserError(
+            f"{files['tokenizer.json']} ({error})",
+            "it must be a tokenizer.json of the tokenizers library",
+            "check --tokenizer-model",
         ) from error
     named: dict[str, str] = {}
     for config in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -210,9 +222,10 @@ def _hub_files(name: str) -> dict[str, Path]:
             absent = isinstance(error, hub.errors.EntryNotFoundError)
             if files or (absent and not isinstance(error, hub.errors.LocalEntryNotFoundError)):
                 continue
-            raise ValueError(
-                f"tokenizer {name}: no such file or folder, and the hub gave {type(error).__name__}; --tokenizer-model "
-                "is a folder, a tokenizer.json or a hub name; check it and the network (or HF_HOME, the cache)"
+            raise UserError(
+                f"tokenizer {name}: no such file or folder, and the hub gave {type(error).__name__}",
+                "--tokenizer-model is a folder, a tokenizer.json or a hub name",
+                "check it and the network (or HF_HOME, the cache)",
             ) from error
     return files
 
@@ -220,7 +233,7 @@ def _hub_files(name: str) -> dict[str, Path]:
 def _existing(path: str, flag: str) -> Path:
     found = Path(path).expanduser()
     if not found.is_file():
-        raise ValueError(f"{flag} {path} does not exist; it must be a readable file; check the path")
+        raise UserError(f"{flag} {path} does not exist", "it must be a readable file", "check the path")
     return found
 
 
@@ -229,4 +242,4 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{module} is not installed; this tokenizer needs it; run pip install {module}") from error
+        raise UserError(f"{module} is not installed", "this tokenizer needs it", f"run pip install {module}") from error

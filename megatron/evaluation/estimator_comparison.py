@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.errors import UserError
 from megatron.evaluation.adaptive import Question, RaceSettings, race
 from megatron.evaluation.estimators import EnumeratedBound, Estimator, make_estimator
 from megatron.evaluation.scorer import MaskedScorer, Request, Tally
@@ -33,8 +34,8 @@ def make_questions(
     longest = CONTEXT_TOKENS + max(answer_tokens)
     usable = [document for document in documents if len(document) > longest]
     if not usable:
-        raise ValueError(
-            f"no document has more than {longest} tokens; questions are cut from long texts; give other texts"
+        raise UserError(
+            f"no document has more than {longest} tokens", "questions are cut from long texts", "give other texts"
         )
     questions = []
     for index in range(number):

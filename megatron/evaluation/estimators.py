@@ -26,6 +26,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from megatron.errors import UserError
+
 MIN_MASK_PROB = 1e-3  # the training loss draws p from [1e-3, 1]; 1/p has infinite variance without the floor
 
 
@@ -128,8 +130,10 @@ class MaskedBound:
 
     def __post_init__(self) -> None:
         if self.mask not in ("bernoulli", "exact_count"):
-            raise ValueError(
-                f"mask {self.mask!r} is not known; the bound masks by 'bernoulli' or 'exact_count'; choose one of them"
+            raise UserError(
+                f"mask {self.mask!r} is not known",
+                "the bound masks by 'bernoulli' or 'exact_count'",
+                "choose one of them",
             )
 
     @property
@@ -280,8 +284,8 @@ def make_estimator(name: str, *, seed: int = 1234) -> Estimator:
         return LeftToRight()
     if name == "random-order":
         return RandomOrder(seed=seed)
-    raise ValueError(
-        f"estimator {name!r} is not known; it names a likelihood estimator; use one of {', '.join(ESTIMATORS)}"
+    raise UserError(
+        f"estimator {name!r} is not known", "it names a likelihood estimator", f"use one of {', '.join(ESTIMATORS)}"
     )
 
 

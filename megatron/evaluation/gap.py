@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron.errors import UserError
 from megatron.evaluation.estimators import MaskedBound
 from megatron.evaluation.lm_eval.tasks import read_jsonl
 from megatron.evaluation.requests import encode_pair, windows
@@ -56,8 +57,10 @@ class GapTask:
                 context = context or ([] if eod_id is None else [eod_id])
                 pieces = windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
                 if len(pieces) > 1:
-                    raise ValueError(
-                        f"{path} line {number}: an answer has {len(target)} tokens; a row holds {row_length}; shorten it"
+                    raise UserError(
+                        f"{path} line {number}: an answer has {len(target)} tokens",
+                        f"a row holds {row_length}",
+                        "shorten it",
                     )
                 requests.append(pieces[0])
             questions.append(tuple(requests))
@@ -120,9 +123,10 @@ def gap_metric(config: Config, engine: Engine) -> Callable[[], dict[str, float |
     is_causal = isinstance(objective.attention_mask, Causal)
     mask_id = None if is_causal else config.objective.mask_token_id
     if not is_causal and mask_id is None:
-        raise ValueError(
-            f"--gap-task with objective {config.objective.objective}; answers are scored by causal models and by masked "
-            "diffusion; drop the flag"
+        raise UserError(
+            f"--gap-task with objective {config.objective.objective}",
+            "answers are scored by causal models and by masked diffusion",
+            "drop the flag",
         )
     tokenizer, length = build_tokenizer(config.data), config.model.seq_length
     assert config.run.gap_task is not None

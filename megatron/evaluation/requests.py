@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.errors import UserError
 from megatron.evaluation.scorer import Request
 
 
@@ -39,9 +40,10 @@ def windows(context: Sequence[int], target: Sequence[int], *, row_length: int, k
         key: noise key; pieces after the first have their own.
     """
     if row_length < 2 or not context:
-        raise ValueError(
-            f"rows of {row_length} tokens with {len(context)} context tokens; a window holds at least one context and one "
-            "target token; use a longer --seq-length, and EOD as context of a text without one"
+        raise UserError(
+            f"rows of {row_length} tokens with {len(context)} context tokens",
+            "a window holds at least one context and one target token",
+            "use a longer --seq-length, and EOD as context of a text without one",
         )
     tokens, offset, piece = [*context, *target], len(context), row_length - 1
     result = []

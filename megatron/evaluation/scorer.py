@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron.errors import UserError
 from megatron.evaluation.estimators import Draws, Estimator, for_length
 from megatron.inference.logits import LogitsFn
 
@@ -142,11 +143,12 @@ class MaskedScorer:
     def tally(self, request: Request, estimator: Estimator, *, num_draws: int) -> Tally:
         """An empty tally of the request, cut to ``max_length``; short targets enumerate all masks (see for_length)."""
         if not request.target:
-            raise ValueError("a request has no target tokens; a likelihood needs at least one; drop the request")
+            raise UserError("a request has no target tokens", "a likelihood needs at least one", "drop the request")
         if len(request.target) > self.max_length:
-            raise ValueError(
-                f"a target has {len(request.target)} tokens; one pass holds {self.max_length}; "
-                "score it in windows (windows() in megatron/evaluation/requests.py does)"
+            raise UserError(
+                f"a target has {len(request.target)} tokens",
+                f"one pass holds {self.max_length}",
+                "score it in windows (windows() in megatron/evaluation/requests.py does)",
             )
         room = self.max_length - len(request.target)
         context = request.context[max(len(request.context) - room, 0) :]
@@ -341,9 +343,10 @@ def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 def _causal_row(request: Request, max_length: int) -> tuple[int, ...]:
     if not request.context or not request.target or len(request.target) > max_length:
-        raise ValueError(
-            f"a request has {len(request.context)} context and {len(request.target)} target tokens; a causal score needs "
-            f"at least one of each and at most {max_length} targets; use EOD as context and windows() for long targets"
+        raise UserError(
+            f"a request has {len(request.context)} context and {len(request.target)} target tokens",
+            f"a causal score needs at least one of each and at most {max_length} targets",
+            "use EOD as context and windows() for long targets",
         )
     return (request.context + request.target)[-(max_length + 1) :]
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from megatron.errors import UserError
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
 from megatron.inference.logits import LogitsFn
 
@@ -67,7 +68,7 @@ def generate_autoregressive(
         sample_numbers: random stream of each row; default 0, 1, 2, ...
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt is empty; a causal model needs a first token; start it with the EOD token")
+        raise UserError("a prompt is empty", "a causal model needs a first token", "start it with the EOD token")
     device = torch.device(device)
     streams = sampling.generators(list(sample_numbers or range(len(prompts))), device)
     rows = [list(prompt) for prompt in prompts]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import UserError
 from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.sampling import TokenSampling
@@ -41,8 +42,13 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", metavar="PATH", help="Hugging Face tokenizer or SentencePiece model")
     add("--tokenizer-type", metavar="TYPE", help="see pretrain_gpt.py --help")
     add = parser.add_argument_group("text").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="may be repeated; masked diffusion fills [MASK] and [MASK:8] (one and "
-        "eight tokens) in it; without a gap the text is continued")  # fmt: skip
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be repeated; masked diffusion fills [MASK] and [MASK:8] (one and "
+        "eight tokens) in it; without a gap the text is continued",
+    )
     add("--prompt-file", metavar="FILE", help="one prompt a line")
     add("--infix", metavar="TEXT", help="masked diffusion: text that stands behind the generated tokens")
     add("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="tokens to add (default: 64)")
@@ -58,11 +64,20 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add("--order", choices=ORDERS, default="confidence", help="what to uncover next (default: confidence)")
     add("--steps", type=int, metavar="STEPS", help="forward passes in all; default: one per token")
     add("--block-length", type=int, metavar="TOKENS", help="uncover from left to right in blocks; default: one block")
-    add("--guidance", type=float, default=0.0, metavar="W", help="classifier-free guidance against the same row without the "
-        "given tokens; 0: none")  # fmt: skip
+    add(
+        "--guidance",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="classifier-free guidance against the same row without the given tokens; 0: none",
+    )
     add = parser.add_argument_group("output").add_argument
-    add("--show-steps", action=argparse.BooleanOptionalAction, default=None, help="show text being uncovered; default: on a "
-        "terminal, for one result")  # fmt: skip
+    add(
+        "--show-steps",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show text being uncovered; default: on a terminal, for one result",
+    )
     add("--json", action="store_true", help="print one JSON object a line: prompt, sample, text, tokens")
     return parser
 
@@ -116,14 +131,23 @@ def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
     }
     for flag, value in only_masked.items():
         if value:
-            raise ValueError(f"{flag} with {loaded.source}, a causal model; it writes from left to right; drop it or load a "
-                             "masked diffusion model")  # fmt: skip
+            raise UserError(
+                f"{flag} with {loaded.source}, a causal model",
+                "it writes from left to right",
+                "drop it or load a masked diffusion model",
+            )
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
     completions = continue_causal(
-        loaded.decoder, loaded.require_tokenizer(), rows, max_new_tokens=arguments.max_new_tokens,
-        sampling=_sampling(arguments), stop_strings=arguments.stop, batch_size=arguments.batch_size,
-        forbidden=loaded.unused_ids, device=loaded.device,
-    )  # fmt: skip
+        loaded.decoder,
+        loaded.require_tokenizer(),
+        rows,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=_sampling(arguments),
+        stop_strings=arguments.stop,
+        batch_size=arguments.batch_size,
+        forbidden=loaded.unused_ids,
+        device=loaded.device,
+    )
     return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
 
 
@@ -137,9 +161,10 @@ def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
     if show is None:
         show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json
     options = {
-        "settings": settings, "batch_size": arguments.batch_size,
+        "settings": settings,
+        "batch_size": arguments.batch_size,
         "on_step": UncoverDisplay(tokenizer, mask_id=loaded.mask_id) if show else None,
-    }  # fmt: skip
+    }
     if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
         rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
         completions = fill_gaps(sampler, tokenizer, rows, **options)
@@ -165,8 +190,10 @@ def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace) -> l
     if tokenizer.eod_id is not None:
         row = [tokenizer.eod_id, *row]  # a document begins after the end of another one
     if len(row) > loaded.max_length:
-        raise ValueError(
-            f"the text with its gaps has {len(row)} tokens; the model holds {loaded.max_length}; shorten it or the gaps"
+        raise UserError(
+            f"the text with its gaps has {len(row)} tokens",
+            f"the model holds {loaded.max_length}",
+            "shorten it or the gaps",
         )
     return row
 

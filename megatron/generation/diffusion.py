@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron.errors import UserError
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
 from megatron.inference.logits import LogitsFn
 
@@ -49,12 +50,12 @@ class DiffusionSettings:
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
-            raise ValueError(
-                f"order {self.order!r} is not known; it says what to uncover next; use one of {', '.join(ORDERS)}"
+            raise UserError(
+                f"order {self.order!r} is not known", "it says what to uncover next", f"use one of {', '.join(ORDERS)}"
             )
         for name, value in (("steps", self.steps), ("block_length", self.block_length)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value} is not positive; it counts from 1; leave it out for the default")
+                raise UserError(f"{name} {value} is not positive", "it counts from 1", "leave it out for the default")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class DiffusionSampler:
         """
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
-            raise ValueError(
-                f"rows have lengths {sorted(lengths)}; one call fills rows of equal length; group them first"
+            raise UserError(
+                f"rows have lengths {sorted(lengths)}", "one call fills rows of equal length", "group them first"
             )
         tokens = torch.tensor([list(row) for row in rows], device=self.device)
         given = tokens != self.mask_id

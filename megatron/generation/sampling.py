@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron.errors import UserError
+
 
 @dataclass(frozen=True)
 class TokenSampling:
@@ -25,13 +27,13 @@ class TokenSampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(
-                f"temperature {self.temperature} is negative; it divides the logits; use 0 (greedy) or more"
+            raise UserError(
+                f"temperature {self.temperature} is negative", "it divides the logits", "use 0 (greedy) or more"
             )
         if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k} is negative; it counts tokens; use 0 (all) or more")
+            raise UserError(f"top_k {self.top_k} is negative", "it counts tokens", "use 0 (all) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is not in (0, 1]; it is a probability; use 1 to keep all tokens")
+            raise UserError(f"top_p {self.top_p} is not in (0, 1]", "it is a probability", "use 1 to keep all tokens")
 
     def generators(self, rows: list[int], device: torch.device) -> list[torch.Generator]:
         """One stream for each sample number, so that a sample does not depend on its batch mates."""

@@ -77,14 +77,16 @@ def resolve(item: Item, *, endpoint: str | None = None) -> list[tuple[RemoteFile
         everything = list_files(item.repo_id, item.repo_type, select=lambda path: True, endpoint=endpoint)
         some = ", ".join(file.path for file in everything[:12]) or "nothing"
         raise DownloadError(
-            f"{item.title}: {item.repo_id} has no such file; it holds {some}; check the name that you gave, or fetch "
-            f"with: hf download --repo-type {item.repo_type} {item.repo_id}"
+            f"{item.title}: {item.repo_id} has no such file",
+            f"it holds {some}",
+            f"check the name that you gave, or fetch with: hf download --repo-type {item.repo_type} {item.repo_id}",
         )
     pairs = [(file, item.place(file.path)) for file in files]
     outside = [place for _, place in pairs if Path(place).is_absolute() or ".." in Path(place).parts]
     if outside or len({place for _, place in pairs}) != len(pairs):
         raise DownloadError(
-            f"{item.title}: {item.repo_id} lists {outside or 'two files of one name'}; files must have their own "
-            "places under the data folder; nothing is fetched"
+            f"{item.title}: {item.repo_id} lists {outside or 'two files of one name'}",
+            "files must have their own places under the data folder",
+            "nothing is fetched",
         )
     return pairs

@@ -23,6 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from megatron.errors import Failure
+
 STATE_FOLDER = ".download"
 ATTEMPTS = 6  # transport errors in a row, without a new byte, before giving up
 CHUNK_BYTES = 1 << 22
@@ -30,7 +32,7 @@ CHUNK_BYTES = 1 << 22
 PLAIN_HTTP_LIMIT_BYTES = 50 * 10**9
 
 
-class DownloadError(Exception):
+class DownloadError(Failure):
     """A download that could not end right: what was asked, what happened, what to do."""
 
 
@@ -66,9 +68,12 @@ def list_files(
     except Exception as error:  # transport errors have no common class across versions of huggingface_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(
-            f"cannot list {repo_type} {repo_id} at {endpoint or constants.ENDPOINT} ({reason}); the repository must "
-            "exist and be reachable; check the connection and HF_ENDPOINT, and for a private or gated repository set "
-            "HF_TOKEN or run: hf auth login"
+            f"cannot list {repo_type} {repo_id} at {endpoint or constants.ENDPOINT} ({reason})",
+            "the repository must exist and be reachable",
+            (
+                "check the connection and HF_ENDPOINT, and for a private or gated repository set HF_TOKEN or "
+                "run: hf auth login"
+            ),
         ) from error
     files = []
     commit = str(info.sha)
@@ -129,9 +134,9 @@ def fetch(file: RemoteFile, destination: Path, *, endpoint: str | None = None, w
             print(f"{file.path}: wrong checksum ({actual[:12]}…, expected {file.digest[:12]}…)", flush=True)
             partial.unlink()
     raise DownloadError(
-        f"{file.path} of {file.repo_id} arrived damaged twice: hash {actual}, the hub lists {file.digest}; a file is "
-        "kept only when they agree; something between here and the hub changes it: try again later, another network or "
-        "HF_ENDPOINT"
+        f"{file.path} of {file.repo_id} arrived damaged twice: hash {actual}, the hub lists {file.digest}",
+        "a file is kept only when they agree",
+        "something between here and the hub changes it: try again later, another network or HF_ENDPOINT",
     )
 
 
@@ -164,8 +169,9 @@ def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds
             if refused or failures + 1 >= ATTEMPTS:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise DownloadError(
-                    f"{file.path} of {file.repo_id} stopped at {max(size, 0):,} of {file.size:,} bytes ({reason}); the "
-                    "hub must deliver the whole file; what arrived is kept: run the same command again to continue"
+                    f"{file.path} of {file.repo_id} stopped at {max(size, 0):,} of {file.size:,} bytes ({reason})",
+                    "the hub must deliver the whole file",
+                    "what arrived is kept: run the same command again to continue",
                 ) from error
             print(f"{file.path}: connection lost ({type(error).__name__}), continuing", flush=True)
             time.sleep(wait_seconds * 2**failures)
@@ -197,8 +203,9 @@ def _fetch_large(file: RemoteFile, partial: Path, endpoint: str | None) -> None:
         )
     except Exception as error:  # see list_files
         raise DownloadError(
-            f"{file.path} of {file.repo_id} ({file.size:,} bytes) failed ({error}); files of this size need hf_xet and "
-            "a steady connection; run: pip install hf_xet, and the same command again"
+            f"{file.path} of {file.repo_id} ({file.size:,} bytes) failed ({error})",
+            "files of this size need hf_xet and a steady connection",
+            "run: pip install hf_xet, and the same command again",
         ) from error
     os.replace(found, partial)
 
@@ -229,8 +236,9 @@ def _locked(partial: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DownloadError(
-                f"{partial.name} is being written by another process; one download of a file runs at a time; wait for "
-                "the other"
+                f"{partial.name} is being written by another process",
+                "one download of a file runs at a time",
+                "wait for the other",
             ) from error
         try:
             yield

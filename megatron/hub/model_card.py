@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import UserError
+
 CURVE_ROWS = 12  # validations shown
 
 USAGE = {
@@ -32,9 +34,10 @@ def read_run_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); the model card is written from it; give the folder that was passed as "
-            "--save"
+        raise UserError(
+            f"{path} cannot be read ({error})",
+            "the model card is written from it",
+            "give the folder that was passed as --save",
         ) from error
     rows = []
     metrics = run / "metrics.jsonl"

@@ -13,10 +13,11 @@ from megatron.checkpoint.files import MANIFEST, read_manifest
 from megatron.convert.hf_folder import ExportOptions, export_folder
 from megatron.convert.huggingface import attention_family
 from megatron.convert.run_folder import origin_of, read_run
+from megatron.errors import Failure
 from megatron.hub.model_card import model_card, read_run_records, without_local_paths
 
 
-class UploadError(Exception):
+class UploadError(Failure):
     """An upload that failed: what was asked, what happened, what to do."""
 
 
@@ -104,8 +105,8 @@ def upload(folder: Path, repo_id: str, *, private: bool, endpoint: str | None = 
     except Exception as error:  # transport errors have no common class across versions of huggingface_hub
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UploadError(
-            f"uploading to {repo_id} at {endpoint or constants.ENDPOINT} failed ({reason}); it needs a token with "
-            "write access and a steady connection; run: hf auth login (or set HF_TOKEN), and the same command again to "
-            "continue"
+            f"uploading to {repo_id} at {endpoint or constants.ENDPOINT} failed ({reason})",
+            "it needs a token with write access and a steady connection",
+            "run: hf auth login (or set HF_TOKEN), and the same command again to continue",
         ) from error
     return str(commit.commit_url)

@@ -15,6 +15,7 @@ from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import Config
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
+from megatron.errors import UserError
 from megatron.inference.decoder import CachedDecoder
 from megatron.model import Causal, Full, GPTModel
 from megatron.objectives import evaluation_objective
@@ -66,9 +67,10 @@ class InferenceModel:
         """
         mask_id = self.config.objective.mask_token_id
         if not self.is_masked or mask_id is None:
-            raise ValueError(
-                f"{self.source} is a causal model ({self.config.objective.objective}); only masked diffusion has a mask "
-                "token; use megatron_ar, --eval_method ar, or load another checkpoint"
+            raise UserError(
+                f"{self.source} is a causal model ({self.config.objective.objective})",
+                "only masked diffusion has a mask token",
+                "use megatron_ar, --eval_method ar, or load another checkpoint",
             )
         return mask_id
 
@@ -93,9 +95,10 @@ class InferenceModel:
             ValueError: there is none.
         """
         if self.tokenizer is None:
-            raise ValueError(
-                f"no tokenizer for {self.source} ({self.tokenizer_problem}); text needs the one that the model was trained "
-                "with; pass --vocab-file and --merge-file, or --tokenizer-model"
+            raise UserError(
+                f"no tokenizer for {self.source} ({self.tokenizer_problem})",
+                "text needs the one that the model was trained with",
+                "pass --vocab-file and --merge-file, or --tokenizer-model",
             )
         return self.tokenizer
 
@@ -124,7 +127,7 @@ def load_model(
     context = context or ParallelContext.create()
     path = Path(path)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; a model runs in one of {', '.join(DTYPES)}; choose one of them")
+        raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         from megatron.convert.hf_folder import import_folder
 
@@ -135,8 +138,8 @@ def load_model(
     else:
         folder, skipped = find_checkpoint(path, tag)
         if folder is None:
-            raise ValueError(
-                f"{path} holds no checkpoint; a run has global_stepN folders, an export config.json; correct --load"
+            raise UserError(
+                f"{path} holds no checkpoint", "a run has global_stepN folders, an export config.json", "correct --load"
             )
         for complaint in skipped:
             if context.is_first_rank:
@@ -147,10 +150,13 @@ def load_model(
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
     mask = evaluation_objective(config).attention_mask
     if not isinstance(mask, Causal | Full):
-        raise ValueError(
-            f"{source} was trained with objective {config.objective.objective}, which evaluates with "
-            f"{type(mask).__name__} attention; this evaluates causal models and full-sequence masked diffusion; use "
-            "pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint"
+        raise UserError(
+            (
+                f"{source} was trained with objective {config.objective.objective}, which evaluates with "
+                f"{type(mask).__name__} attention"
+            ),
+            "this evaluates causal models and full-sequence masked diffusion",
+            "use pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint",
         )
     is_masked = isinstance(mask, Full)
     model = GPTModel(config.model, context, mask=mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.model.batch import ModelBatch
 from megatron.objectives.ar import Autoregressive
 from megatron.objectives.base import Objective
@@ -61,9 +62,10 @@ def build_objective(config: Config) -> Objective:
     """The objective of a resolved configuration."""
     name = config.objective.objective
     if name not in OBJECTIVES:
-        raise ValueError(
-            f"--objective {name!r} is not known; an objective is one of {', '.join(sorted(OBJECTIVES))}; "
-            "correct the name or add it to megatron/objectives"
+        raise UserError(
+            f"--objective {name!r} is not known",
+            f"an objective is one of {', '.join(sorted(OBJECTIVES))}",
+            "correct the name or add it to megatron/objectives",
         )
     return OBJECTIVES[name].from_config(config)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron.errors import UserError
+
 FORMAT = 1
 _REQUIRED = ("objective", "label", "config", "parameters", "unique_tokens", "train_samples", "train_flops")
 
@@ -169,8 +171,8 @@ def parse_count(text: str) -> float:
     try:
         return float(text) if scale is None else float(text[:-1]) * scale
     except ValueError:
-        raise ValueError(
-            f"{text!r} is not a count; a count is a number, with k, M, B or T at will; write 100M or 1e8"
+        raise UserError(
+            f"{text!r} is not a count", "a count is a number, with k, M, B or T at will", "write 100M or 1e8"
         ) from None
 
 
@@ -212,9 +214,10 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         else:
             found = sorted(file.parent for file in path.glob("**/run.json"))
         if not found:
-            raise ValueError(
-                f"{path} holds no run.json; a report needs run directories as written by --save; "
-                "give the folder that was passed as --save, or a folder of such folders"
+            raise UserError(
+                f"{path} holds no run.json",
+                "a report needs run directories as written by --save",
+                "give the folder that was passed as --save, or a folder of such folders",
             )
         folders.update({folder.resolve(): folder for folder in found})
     runs = [load_run(folder) for folder in folders.values()]
@@ -230,23 +233,25 @@ def _read_info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no run.json; a run directory holds run.json and metrics.jsonl; "
-            "give the folder that was passed as --save"
+        raise UserError(
+            f"{folder} has no run.json",
+            "a run directory holds run.json and metrics.jsonl",
+            "give the folder that was passed as --save",
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file} is not valid JSON ({error}); it is written once at the start; start the run again"
+        raise UserError(
+            f"{file} is not valid JSON ({error})", "it is written once at the start", "start the run again"
         ) from None
     if info.get("format") != FORMAT:
-        raise ValueError(
-            f"{file} has format {info.get('format')}; this version reads format {FORMAT}; "
-            "use the version of the code that wrote it"
+        raise UserError(
+            f"{file} has format {info.get('format')}",
+            f"this version reads format {FORMAT}",
+            "use the version of the code that wrote it",
         )
     missing = [key for key in _REQUIRED if key not in info]
     if missing:
-        raise ValueError(
-            f"{file} lacks {', '.join(missing)}; every run.json names them; start the run again to write it"
+        raise UserError(
+            f"{file} lacks {', '.join(missing)}", "every run.json names them", "start the run again to write it"
         )
     return info
 
@@ -266,9 +271,10 @@ def _read_metrics(file: Path) -> list[dict[str, Any]]:
             # Only the text after the last newline can be torn: each row is written with its newline in one call.
             if number == len(lines):
                 break
-            raise ValueError(
-                f"{file}, line {number} is not JSON: {line[:60]!r}; each line is one object; "
-                "delete that line, or start the run again"
+            raise UserError(
+                f"{file}, line {number} is not JSON: {line[:60]!r}",
+                "each line is one object",
+                "delete that line, or start the run again",
             ) from None
         if isinstance(row, dict):
             rows.append(row)
@@ -291,10 +297,10 @@ def _validation(row: Mapping[str, Any], folder: Path) -> Validation:
             bits_per_byte=None if row.get("bits_per_byte") is None else float(row["bits_per_byte"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'metrics.jsonl'}, validation at step {row.get('step')}: missing or wrong field {error}; "
-            "validation rows carry step, samples, tokens, epoch, flops, nll, nll_se, label, num_mc and num_samples; "
-            "validate the run again"
+        raise UserError(
+            f"{folder / 'metrics.jsonl'}, validation at step {row.get('step')}: missing or wrong field {error}",
+            "validation rows carry step, samples, tokens, epoch, flops, nll, nll_se, label, num_mc and num_samples",
+            "validate the run again",
         ) from None
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from megatron.errors import UserError
 from megatron.scaling.laws import LAWS, Law, Points, Reference
 from megatron.scaling.solve import Problem, minimize
 
@@ -131,9 +132,10 @@ class Fit:
             ValueError: another format or an unknown law.
         """
         if data.get("format") != FORMAT or data.get("law") not in LAWS:
-            raise ValueError(
-                f"a fit of format {data.get('format')} and law {data.get('law')!r} was given; this version reads format "
-                f"{FORMAT} with law {', '.join(LAWS)}; fit again with tools/fit_laws.py"
+            raise UserError(
+                f"a fit of format {data.get('format')} and law {data.get('law')!r} was given",
+                f"this version reads format {FORMAT} with law {', '.join(LAWS)}",
+                "fit again with tools/fit_laws.py",
             )
         law = LAWS[data["law"]]
         return Fit(
@@ -174,12 +176,13 @@ def fit_law(
     """
     losses = np.asarray(losses, dtype=np.float64)
     if len(points) < len(law.names) + 2:
-        raise ValueError(
-            f"{len(points)} losses were given; the law {law.name} has {len(law.names)} parameters and needs at least "
-            f"{len(law.names) + 2} losses; run more sizes, budgets or epochs, or fit a law with fewer parameters"
+        raise UserError(
+            f"{len(points)} losses were given",
+            f"the law {law.name} has {len(law.names)} parameters and needs at least {len(law.names) + 2} losses",
+            "run more sizes, budgets or epochs, or fit a law with fewer parameters",
         )
     if not np.all(np.isfinite(losses) & (losses > 0)):
-        raise ValueError("a loss is not positive and finite; a fit needs positive losses; leave diverged runs out")
+        raise UserError("a loss is not positive and finite", "a fit needs positive losses", "leave diverged runs out")
     group = np.arange(len(points)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     rng = np.random.default_rng(seed)
     reference = Reference.of(points)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.errors import UserError
 from megatron.runs.reading import Run, Validation
 from megatron.scaling.fit import Fit, fit_law
 from megatron.scaling.laws import Law, Points
@@ -45,9 +46,10 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
         members = [run for run in runs if run.objective == objective]
         labels = {run.label for run in members}
         if len(labels) > 1:
-            raise ValueError(
-                f"runs of {objective} are labelled {', '.join(sorted(labels))}; one fit takes one kind of number; "
-                "fit them apart"
+            raise UserError(
+                f"runs of {objective} are labelled {', '.join(sorted(labels))}",
+                "one fit takes one kind of number",
+                "fit them apart",
             )
         rows: list[tuple[float, float, float, float, int]] = []
         skipped = []

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron.config.presets import PRESETS
+from megatron.errors import UserError
 from megatron.model.arithmetic import preset_parameters
 from megatron.scaling.fit import Fit, Interval
 from megatron.scaling.laws import Coefficients, Points, UShaped
@@ -183,7 +184,7 @@ def make_plan(
     if not (unique_tokens > 0 and flops > 0):
         raise ValueError(f"unique tokens {unique_tokens:g} and FLOPs {flops:g} were given; both must be positive")
     if missing := {"ar", "mdm"} - models.keys():
-        raise ValueError(f"no law for {', '.join(sorted(missing))}; a plan compares ar and mdm; fit runs of both")
+        raise UserError(f"no law for {', '.join(sorted(missing))}", "a plan compares ar and mdm", "fit runs of both")
     sizes = sizes or preset_sizes()
     choices = {
         name: choose(name, models[name], unique_tokens=unique_tokens, flops=flops, sizes=sizes)

@@ -11,15 +11,26 @@ from megatron.config.schema import Config, ModelConfig
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.indexed import read_meta
+from megatron.errors import UserError
 from megatron.objectives import needs_mask_token
 from megatron.training.deepspeed.settings import read_settings_file
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
 ARCHITECTURE = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
-    "normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base",
-    "disable_bias_linear", "untie_embeddings_and_output_weights",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "use_rotary_position_embeddings",
+    "rotary_base",
+    "disable_bias_linear",
+    "untie_embeddings_and_output_weights",
+)
 
 
 @dataclass(frozen=True)
@@ -72,21 +83,24 @@ def resolve(config: Config, *, run_name: str) -> ResolvedRun:
 
 def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:
     if direct and file:
-        raise ValueError(
-            f"--{kind}-data-path and --{kind}-data-path-file are both given; the data are named once; drop one of them"
+        raise UserError(
+            f"--{kind}-data-path and --{kind}-data-path-file are both given",
+            "the data are named once",
+            "drop one of them",
         )
     return read_data_path_file(file) if file else list(direct)
 
 
 def _check_presence(config: Config, train_paths: list[str], valid_paths: list[str]) -> None:
     if not train_paths and not config.run.skip_train:
-        raise ValueError(
-            "no training data; a run needs a prefix of .bin/.idx files; pass --train-data-path or --train-data-path-file "
-            "(tools/preprocess_data.py makes them)"
+        raise UserError(
+            "no training data",
+            "a run needs a prefix of .bin/.idx files",
+            "pass --train-data-path or --train-data-path-file (tools/preprocess_data.py makes them)",
         )
     if not valid_paths and (config.run.skip_train or config.run.eval_interval is not None):
         flag = "--skip-train" if config.run.skip_train else "--eval-interval"
-        raise ValueError(f"{flag} without validation data; validation needs data; pass --valid-data-path")
+        raise UserError(f"{flag} without validation data", "validation needs data", "pass --valid-data-path")
 
 
 def resolve_vocab_size(config: Config, paths: list[str]) -> int:
@@ -107,9 +121,10 @@ def resolve_vocab_size(config: Config, paths: list[str]) -> int:
     sizes = {size for size in recorded if size}
     if len(sizes) == 1:
         return sizes.pop()
-    raise ValueError(
-        f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'}); embedding and mask id depend on it; "
-        "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N"
+    raise UserError(
+        f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
+        "embedding and mask id depend on it",
+        "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
     )
 
 
@@ -128,7 +143,9 @@ def newest_manifest(config: Config) -> dict | None:
     if (load / "latest").is_file():
         return read_manifest(load / (load / "latest").read_text().strip())  # raises: says what is wrong with it
     if config.run.finetune or config.run.skip_train:
-        raise ValueError(f"--load {load} holds no checkpoint; --finetune and --skip-train need one; correct the path")
+        raise UserError(
+            f"--load {load} holds no checkpoint", "--finetune and --skip-train need one", "correct the path"
+        )
     return None
 
 
@@ -142,9 +159,10 @@ def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> 
         differing = [n for n in ARCHITECTURE if n in known and n in saved and saved[n] != getattr(model, n)]
         if differing:
             listed = ", ".join(f"{name} {saved[name]} (here {getattr(model, name)})" for name in differing)
-            raise ValueError(
-                f"--load {config.run.load} is a checkpoint of another architecture: {listed}; both must be equal; "
-                "pass the checkpoint's model flags or another --load"
+            raise UserError(
+                f"--load {config.run.load} is a checkpoint of another architecture: {listed}",
+                "both must be equal",
+                "pass the checkpoint's model flags or another --load",
             )
         _check_objective(config, checkpoint["config"]["objective"]["objective"])
         padded = model.padded_vocab_size or saved["padded_vocab_size"]
@@ -152,11 +170,17 @@ def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> 
         if is_widened and needs_mask_token(config.objective.objective):
             padded = max(padded, -(-(vocab_size + 1) // unit) * unit)  # room for the mask token
     if padded < vocab_size:
-        raise ValueError(f"the padded vocabulary {padded} is below the vocabulary {vocab_size}; every token needs a row; "
-                         "raise --padded-vocab-size or use the tokenizer of the checkpoint")  # fmt: skip
+        raise UserError(
+            f"the padded vocabulary {padded} is below the vocabulary {vocab_size}",
+            "every token needs a row",
+            "raise --padded-vocab-size or use the tokenizer of the checkpoint",
+        )
     if padded % tp:
-        raise ValueError(f"the padded vocabulary {padded} is not divisible by tensor-parallel size {tp}; every rank holds "
-                         "an equal share; choose another --tensor-model-parallel-size")  # fmt: skip
+        raise UserError(
+            f"the padded vocabulary {padded} is not divisible by tensor-parallel size {tp}",
+            "every rank holds an equal share",
+            "choose another --tensor-model-parallel-size",
+        )
     return replace(model, padded_vocab_size=padded)
 
 
@@ -164,9 +188,10 @@ def _check_objective(config: Config, saved: str | None) -> None:
     own = config.objective.objective
     is_fresh = config.run.finetune or config.run.skip_train
     if saved is not None and saved != own and not is_fresh:
-        raise ValueError(
-            f"--load {config.run.load} is a checkpoint of objective {saved}, this run trains {own}; a run continues with its "
-            "own objective; pass --finetune to start a new run from its weights"
+        raise UserError(
+            f"--load {config.run.load} is a checkpoint of objective {saved}, this run trains {own}",
+            "a run continues with its own objective",
+            "pass --finetune to start a new run from its weights",
         )
 
 
@@ -180,9 +205,10 @@ def _resolve_mask_id(config: Config, vocab_size: int, checkpoint: dict | None) -
     candidates = (config.objective.mask_token_id, saved, vocab_size)
     mask_id = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= mask_id < padded:
-        raise ValueError(
-            f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size}); masked "
-            f"tokens need an embedding; pass --padded-vocab-size {padded + 128} or --mask-token-id of an unused token"
+        raise UserError(
+            f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size})",
+            "masked tokens need an embedding",
+            f"pass --padded-vocab-size {padded + 128} or --mask-token-id of an unused token",
         )
     return replace(config, objective=replace(config.objective, mask_token_id=mask_id))
 
@@ -198,9 +224,10 @@ def _resolve_lengths(config: Config, unique_tokens: int) -> Config:
     assert samples is not None
     steps = samples // run.global_batch_size
     if steps < 1:
-        raise ValueError(
-            f"{samples} training samples are less than one global batch of {run.global_batch_size}; a run has at least one "
-            "step; train longer or lower --global-batch-size"
+        raise UserError(
+            f"{samples} training samples are less than one global batch of {run.global_batch_size}",
+            "a run has at least one step",
+            "train longer or lower --global-batch-size",
         )
     samples = steps * run.global_batch_size
     decay = optimizer.lr_decay_samples or samples
@@ -208,9 +235,10 @@ def _resolve_lengths(config: Config, unique_tokens: int) -> Config:
     if optimizer.lr_warmup_fraction is not None:
         warmup = int(optimizer.lr_warmup_fraction * decay)
     if warmup >= decay and optimizer.lr_decay_style != "constant":
-        raise ValueError(
-            f"the warm-up of {warmup} samples leaves nothing of the {decay} decay samples; warm-up must be shorter; "
-            "lower --lr-warmup-samples"
+        raise UserError(
+            f"the warm-up of {warmup} samples leaves nothing of the {decay} decay samples",
+            "warm-up must be shorter",
+            "lower --lr-warmup-samples",
         )
     return replace(
         config,
@@ -228,7 +256,8 @@ def _check_writable(run_dir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ValueError(
-            f"the run directory {run_dir} cannot be written ({error.strerror}); metrics and checkpoints go there; "
-            "choose another --save or change its permissions"
+        raise UserError(
+            f"the run directory {run_dir} cannot be written ({error.strerror})",
+            "metrics and checkpoints go there",
+            "choose another --save or change its permissions",
         ) from error

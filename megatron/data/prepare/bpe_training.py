@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.data.tokenizer_types import GPT2_EOD, FastTokenizer, hf_tokenizer
+from megatron.errors import UserError
 
 MIN_VOCAB = 257  # every byte and the end-of-document token
 
@@ -31,13 +32,16 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, folder: str | Path) -> F
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_VOCAB:
-        raise ValueError(
-            f"vocab_size {vocab_size}; a byte-level BPE needs {MIN_VOCAB} ids for bytes and end of document; "
-            "raise it or use --tokenizer-type ByteTokenizer"
+        raise UserError(
+            f"vocab_size {vocab_size}",
+            f"a byte-level BPE needs {MIN_VOCAB} ids for bytes and end of document",
+            "raise it or use --tokenizer-type ByteTokenizer",
         )
     folder = Path(folder)
     if folder.exists() and not (folder / "tokenizer.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and holds no tokenizer.json; it would be overwritten; choose a new folder")
+        raise UserError(
+            f"{folder} exists and holds no tokenizer.json", "it would be overwritten", "choose a new folder"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -27,6 +27,7 @@ import numpy as np
 from megatron.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron.data.prepare.readers import Batch, Source, read_batches
 from megatron.data.tokenizer import Tokenizer, portable_spec, tokenizer_from_spec
+from megatron.errors import UserError
 
 _IN_FLIGHT = 4  # batches per worker
 _SHOWN_ERRORS = 20
@@ -170,9 +171,10 @@ def preprocess(
         MalformedInput: too many malformed rows.
     """
     if options.append_eod and tokenizer.eod_id is None:
-        raise ValueError(
-            f"--append-eod with {tokenizer.name}, which has no end-of-document token; one is needed; "
-            "leave --append-eod out or use another tokenizer"
+        raise UserError(
+            f"--append-eod with {tokenizer.name}, which has no end-of-document token",
+            "one is needed",
+            "leave --append-eod out or use another tokenizer",
         )
     summary = Summary(text_bytes=dict.fromkeys(options.keys, 0))
     started = time.monotonic()
@@ -193,7 +195,7 @@ def preprocess(
         if _too_many(summary, options):
             raise MalformedInput(summary, options)
         if not all(summary.tokens.get(key) for key in options.keys):
-            raise ValueError("the input holds no text; at least one token is needed; check --input and --json-keys")
+            raise UserError("the input holds no text", "at least one token is needed", "check --input and --json-keys")
         for key, writer in zip(options.keys, writers):
             writer.close(_meta(key, tokenizer, options, summary))
     summary.seconds = time.monotonic() - started
@@ -263,9 +265,10 @@ def _encode_all(
                 yield _result(pool, waiting.popleft())
         except BrokenProcessPool as error:
             _abandon(pool)
-            raise ValueError(
-                f"one of {options.workers} workers was killed, probably for lack of memory; nothing was written; "
-                "use fewer --workers"
+            raise UserError(
+                f"one of {options.workers} workers was killed, probably for lack of memory",
+                "nothing was written",
+                "use fewer --workers",
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import UserError
+
 FORMATS = ("jsonl", "text", "parquet", "datasets")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
 _BATCH_ROWS = 2048
@@ -71,15 +73,16 @@ def find_sources(inputs: Sequence[str], format: str | None = None) -> list[Sourc
                 [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             )
         if not paths:
-            raise ValueError(
-                f"--input {text}: nothing to read there; it must be a file, a folder or a pattern; check it"
+            raise UserError(
+                f"--input {text}: nothing to read there", "it must be a file, a folder or a pattern", "check it"
             )
         for file in paths:
             kind = format or _format_of(file)
             if kind is None:
-                raise ValueError(
-                    f"--input {file}: its name does not tell the format; known are {', '.join(_SUFFIXES)} (and .gz); "
-                    f"add --input-format {'|'.join(FORMATS)}"
+                raise UserError(
+                    f"--input {file}: its name does not tell the format",
+                    f"known are {', '.join(_SUFFIXES)} (and .gz)",
+                    f"add --input-format {'|'.join(FORMATS)}",
                 )
             sources.append(Source(file, kind))
     return sources
@@ -95,9 +98,10 @@ def _saved_dataset(path: Path) -> Source:
             splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         except (ValueError, KeyError, TypeError):
             splits = ["train"]
-        raise ValueError(
-            f"--input {path} holds the splits {', '.join(splits)}; one data set is made of one split; "
-            f"choose one, for example --input {path / splits[0]}"
+        raise UserError(
+            f"--input {path} holds the splits {', '.join(splits)}",
+            "one data set is made of one split",
+            f"choose one, for example --input {path / splits[0]}",
         )
     return Source(path, "datasets")
 
@@ -178,11 +182,11 @@ def _parquet(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("pyarrow is not installed; parquet input needs it; run pip install pyarrow") from error
+        raise UserError("pyarrow is not installed", "parquet input needs it", "run pip install pyarrow") from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} ({error}); it must be a parquet file; check --input and --input-format") from error
+        raise UserError(f"{path} ({error})", "it must be a parquet file", "check --input and --input-format") from error
     with file:
         _check_columns(path, file.schema_arrow.names, keys)
         for part in file.iter_batches(batch_size=_BATCH_ROWS // 4, columns=list(keys)):
@@ -193,7 +197,7 @@ def _datasets(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("datasets is not installed; this input needs it; run pip install datasets") from error
+        raise UserError("datasets is not installed", "this input needs it", "run pip install datasets") from error
     data = datasets.load_from_disk(str(path))
     _check_columns(path, data.column_names, keys)
     data = data.select_columns(list(keys))
@@ -206,6 +210,8 @@ def _datasets(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]
 def _check_columns(path: Path, columns: Sequence[str], keys: Sequence[str]) -> None:
     missing = [key for key in keys if key not in columns]
     if missing:
-        raise ValueError(
-            f"{path} has the columns {', '.join(columns)}, not {missing[0]}; --json-keys names columns; choose of them"
+        raise UserError(
+            f"{path} has the columns {', '.join(columns)}, not {missing[0]}",
+            "--json-keys names columns",
+            "choose of them",
         )

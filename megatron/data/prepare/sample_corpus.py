@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.errors import UserError
+
 NGRAM_WORDS = 13  # the usual length in contamination checks of language models
 _MIN_CHARS = 200  # a shorter class goes into its module's document; a shorter document is left out
 _SKIPPED_FOLDERS = {"__pycache__", "ensurepip", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"}
@@ -125,7 +127,7 @@ def split_documents(
         ValueError: a fraction out of range, or too little text for both sides.
     """
     if not 0 < validation_fraction <= 0.5:
-        raise ValueError(f"validation fraction {validation_fraction}; it must be above 0 and at most 0.5; try 0.05")
+        raise UserError(f"validation fraction {validation_fraction}", "it must be above 0 and at most 0.5", "try 0.05")
     rng = random.Random(seed)
     groups = _connected(documents)
     rng.shuffle(groups)
@@ -147,8 +149,8 @@ def split_documents(
             train.append(document)
             kept += _size(document)
     if not train or not validation:
-        raise ValueError(
-            f"{budget} bytes in {len(documents)} documents; both sides need one at least; raise --max-bytes"
+        raise UserError(
+            f"{budget} bytes in {len(documents)} documents", "both sides need one at least", "raise --max-bytes"
         )
     rng.shuffle(train)
     rng.shuffle(validation)

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, clean_prefix, read_meta
 from megatron.data.tokenizer import Tokenizer
+from megatron.errors import UserError
 
 _RUN_TOKENS = 1 << 26  # tokens copied at once
 
@@ -40,17 +41,20 @@ class Selection:
             ValueError: not exactly one size is given, or the data set is too small for it.
         """
         if (self.documents is None) == (self.tokens is None):
-            raise ValueError(
-                f"--documents {self.documents} and --tokens {self.tokens} given; a subset has one size; pass one of "
-                "them"
+            raise UserError(
+                f"--documents {self.documents} and --tokens {self.tokens} given",
+                "a subset has one size",
+                "pass one of them",
             )
         count = len(sizes)
         order = np.arange(count) if self.seed is None else np.random.default_rng(self.seed).permutation(count)
         if self.documents is not None:
             chosen = self.documents
             if not 0 < chosen <= count:
-                raise ValueError(
-                    f"--documents {chosen} of a data set with {count:,}; the subset must lie in it; lower the number"
+                raise UserError(
+                    f"--documents {chosen} of a data set with {count:,}",
+                    "the subset must lie in it",
+                    "lower the number",
                 )
         else:
             ends = np.cumsum(sizes[order], dtype=np.int64)
@@ -58,10 +62,13 @@ class Selection:
             limit = self.tokens or 0
             chosen = int(np.searchsorted(ends, limit, side="right"))
             if chosen == 0 or limit > total:
-                raise ValueError(
-                    f"--tokens {self.tokens} of a data set with {total:,} tokens, its first chosen document having "
-                    f"{int(ends[0]) if count else 0:,}; at least one document must fit and the data must reach; change "
-                    "--tokens"
+                raise UserError(
+                    (
+                        f"--tokens {self.tokens} of a data set with {total:,} tokens, its first chosen document "
+                        f"having {(int(ends[0]) if count else 0):,}"
+                    ),
+                    "at least one document must fit and the data must reach",
+                    "change --tokens",
                 )
         return np.sort(order[:chosen]).astype(np.int64)
 
@@ -127,9 +134,10 @@ def subset_jsonl(
     """
     _refuse_existing(output)
     if selection.tokens is not None and tokenizer is None:
-        raise ValueError(
-            f"--tokens {selection.tokens} of a JSONL file; counting needs a tokenizer; pass for instance --vocab-file "
-            "and --merge-file, or use --documents"
+        raise UserError(
+            f"--tokens {selection.tokens} of a JSONL file",
+            "counting needs a tokenizer",
+            "pass for instance --vocab-file and --merge-file, or use --documents",
         )
     offsets, sizes = _scan_lines(source, tokenizer, key)
     chosen = selection.choose(sizes)
@@ -187,11 +195,11 @@ def _text(line: bytes, key: str, where: str) -> str:
     try:
         text = json.loads(line)[key]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: no {key!r} ({error!r}); every line is a JSON object with that field; pass --json-key"
+        raise UserError(
+            f"{where}: no {key!r} ({error!r})", "every line is a JSON object with that field", "pass --json-key"
         ) from error
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {key!r} is a {type(text).__name__}; it must be text; pass --json-key")
+        raise UserError(f"{where}: {key!r} is a {type(text).__name__}", "it must be text", "pass --json-key")
     return text
 
 
@@ -234,7 +242,7 @@ def _bytes_per_token(spec: Any, folder: Path) -> np.ndarray | None:
 
 def _refuse_existing(path: str) -> None:
     if os.path.exists(path):
-        raise ValueError(f"{path} exists; a subset never replaces a data set; remove it or choose another --output")
+        raise UserError(f"{path} exists", "a subset never replaces a data set", "remove it or choose another --output")
 
 
 def _moved(spec: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
+from megatron.errors import UserError
 from megatron.evaluation.requests import ResultCache, encode_pair
 from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
@@ -58,12 +59,12 @@ class MegatronLM(TemplateLM):
     ) -> None:
         super().__init__()
         if unknown := sorted(set(tokenizer) - set(LOAD_OPTIONS)):
-            raise ValueError(
-                f"model argument {unknown[0]!r} is not known; see the class docstring; correct --model_args"
+            raise UserError(
+                f"model argument {unknown[0]!r} is not known", "see the class docstring", "correct --model_args"
             )
         if model is None:
             if load is None:
-                raise ValueError("no model was given; a path is needed; pass --model_args load=RUN_DIRECTORY")
+                raise UserError("no model was given", "a path is needed", "pass --model_args load=RUN_DIRECTORY")
             model = load_model(load, tag=load_tag, dtype=dtype, tokenizer_options=tokenizer or None)
         if device is not None and torch.device(device).type != model.device.type:
             model.model.to(device)
@@ -106,9 +107,10 @@ class MegatronLM(TemplateLM):
     def eot_token_id(self) -> int:
         """End of document, also the context of texts that have none."""
         if self.tokenizer.eod_id is None:
-            raise ValueError(
-                f"tokenizer {self.tokenizer.name} has no end-of-document token; a text without context is scored after it; "
-                "use the tokenizer of the training data"
+            raise UserError(
+                f"tokenizer {self.tokenizer.name} has no end-of-document token",
+                "a text without context is scored after it",
+                "use the tokenizer of the training data",
             )
         return self.tokenizer.eod_id
 
@@ -242,9 +244,10 @@ class MegatronLM(TemplateLM):
         new = int(options.pop("max_gen_toks"))
         room = self.max_length - new
         if room < 1:
-            raise ValueError(
-                f"a task generates {new} tokens; prompt and continuation share {self.max_length} positions; "
-                "lower max_gen_toks with --gen_kwargs max_gen_toks=N"
+            raise UserError(
+                f"a task generates {new} tokens",
+                f"prompt and continuation share {self.max_length} positions",
+                "lower max_gen_toks with --gen_kwargs max_gen_toks=N",
             )
         tokens = [(self.tok_encode(prompt) or [self.eot_token_id])[-room:] for prompt in prompts]
         return [completion.text for completion in self.complete(tokens, options=options, until=until, new=new)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import ModelConfig, build_parser
+from megatron.errors import UserError
 from megatron.evaluation.estimators import ESTIMATORS
 from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list, task_loader
 
@@ -70,7 +71,7 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
     arguments = build_downstream_parser().parse_args(argv)
     tasks = parse_task_list(arguments.task_list)
     if not tasks:
-        raise ValueError("--task_list is empty; an evaluation needs a task; pass --task_list all or names")
+        raise UserError("--task_list is empty", "an evaluation needs a task", "pass --task_list all or names")
     refused = {"multiple_choice": "--only_generate computes no likelihoods to rank by; drop the flag or the task"}
     loader = task_loader(tasks, refused if arguments.only_generate else None)
     if arguments.fetch_only:
@@ -78,7 +79,7 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         print(f"fetched: {', '.join(tasks)}")
         return 0
     if not hasattr(arguments, "load"):
-        raise ValueError("no --load; an evaluation needs a run directory or an export; pass --load PATH")
+        raise UserError("no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
     context = _start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
     lm = build_lm(arguments, context)
     if context.is_first_rank:
@@ -126,12 +127,14 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         ]
         given += ["eval_method mc"] * (arguments.eval_method == "mc")
         if given:
-            raise ValueError(
-                f"--{given[0]} with {model.source}, an autoregressive model; it has one exact likelihood; drop the flag"
+            raise UserError(
+                f"--{given[0]} with {model.source}, an autoregressive model",
+                "it has one exact likelihood",
+                "drop the flag",
             )
         return MegatronAR(**options)
     if arguments.only_generate and arguments.only_mc_nll:
-        raise ValueError("--only_generate and --only_mc_nll exclude each other; nothing would be left; drop one")
+        raise UserError("--only_generate and --only_mc_nll exclude each other", "nothing would be left", "drop one")
     estimator = arguments.estimator or ("left-to-right" if arguments.eval_method == "ar" else "exact-count")
     return MegatronMDM(
         **options, estimator=estimator, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS),
@@ -145,9 +148,10 @@ def _check_model_flags(arguments: argparse.Namespace, model: ModelConfig) -> Non
         given = getattr(arguments, name, None)
         if given is not None and given != getattr(model, name):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} {given}, but the checkpoint has {getattr(model, name)}; the checkpoint's own shape is used; drop the "
-                "flag or load another checkpoint"
+            raise UserError(
+                f"{flag} {given}, but the checkpoint has {getattr(model, name)}",
+                "the checkpoint's own shape is used",
+                "drop the flag or load another checkpoint",
             )
 
 
@@ -175,9 +179,10 @@ def _start_processes(tp_size: int) -> Any:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     elif tp_size > 1 and not torch.distributed.is_initialized():
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp_size} in a single process; the checkpoint's own layout does not matter here; "
-            f"drop the flag or start {tp_size} processes with torchrun"
+        raise UserError(
+            f"--tensor-model-parallel-size {tp_size} in a single process",
+            "the checkpoint's own layout does not matter here",
+            f"drop the flag or start {tp_size} processes with torchrun",
         )
     return ParallelContext.create(tp_size=tp_size)
 

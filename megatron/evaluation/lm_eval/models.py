@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval.api.registry import register_model
 
+from megatron.errors import UserError
 from megatron.evaluation.adaptive import Question, RaceSettings, race
 from megatron.evaluation.estimators import LeftToRight, make_estimator
 from megatron.evaluation.lm_eval.base import Group, MegatronLM
@@ -28,8 +29,8 @@ class MegatronAR(MegatronLM):
     def __init__(self, load: str | None = None, **options: Any) -> None:
         super().__init__(load, **options)
         if self.loaded.is_masked:
-            raise ValueError(
-                f"{self.loaded.source} is a masked diffusion model; megatron_ar runs causal ones; use megatron_mdm"
+            raise UserError(
+                f"{self.loaded.source} is a masked diffusion model", "megatron_ar runs causal ones", "use megatron_mdm"
             )
         self.scorer = CausalScorer(
             self.loaded.logits, max_length=self.max_length, batch_size=self.batch_size, device=self.device

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import UserError
+
 # The nine tasks of arXiv 2507.15857: our name -> (lm-eval's name, data set on the Hugging Face hub).
 PAPER_TASKS = {
     "arc_easy": ("arc_easy", "allenai/ai2_arc"),
@@ -60,12 +62,12 @@ def local_task(path: Path) -> dict[str, Any]:
     kind = next((kind for kind, fields in FIELDS.items() if fields <= set(items[0])), None)
     if kind is None:
         kinds = "; ".join(", ".join(sorted(fields)) for fields in FIELDS.values())
-        raise ValueError(f"{path} has fields {sorted(items[0])}; a task needs one of: {kinds}; rename the fields")
+        raise UserError(f"{path} has fields {sorted(items[0])}", f"a task needs one of: {kinds}", "rename the fields")
     for number, item in enumerate(items, 1):
         if not FIELDS[kind] <= set(item):
             missing = sorted(FIELDS[kind] - set(item))
-            raise ValueError(
-                f"{path} line {number} has no {missing}; all lines are {kind} items like the first; complete it"
+            raise UserError(
+                f"{path} line {number} has no {missing}", f"all lines are {kind} items like the first", "complete it"
             )
     config: dict[str, Any] = {
         "task": path.stem,
@@ -114,7 +116,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         ValueError: see :func:`local_task`.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no file; a .jsonl task is read from disk; correct the path")
+        raise UserError(f"{path} is no file", "a .jsonl task is read from disk", "correct the path")
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -122,16 +124,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error.msg}); every line is one object; correct it"
+            raise UserError(
+                f"{path} line {number} is not JSON ({error.msg})", "every line is one object", "correct it"
             ) from error
         if not isinstance(item, dict):
-            raise ValueError(
-                f"{path} line {number} is a {type(item).__name__}; every line is one JSON object; correct it"
+            raise UserError(
+                f"{path} line {number} is a {type(item).__name__}", "every line is one JSON object", "correct it"
             )
         items.append(item)
     if not items:
-        raise ValueError(f"{path} is empty; a task needs at least one item; add lines")
+        raise UserError(f"{path} is empty", "a task needs at least one item", "add lines")
     return items
 
 
@@ -160,9 +162,10 @@ def task_loader(names: Sequence[str], refused: Mapping[str, str] | None = None) 
         def _load_one(self, name: Any) -> Any:
             spec = task_spec(name) if isinstance(name, str) else name
             if isinstance(spec, str) and spec not in self.all_tasks:
-                raise ValueError(
-                    f"task {name!r} is not known; a task is one of {', '.join(PAPER_TASKS)}, any task of lm-eval, or a .jsonl "
-                    "file; correct --task_list"
+                raise UserError(
+                    f"task {name!r} is not known",
+                    f"a task is one of {', '.join(PAPER_TASKS)}, any task of lm-eval, or a .jsonl file",
+                    "correct --task_list",
                 )
             try:
                 return super().load([spec])

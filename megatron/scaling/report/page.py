@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megatron.errors import UserError
 from megatron.runs.comparison import Difference, conclusion, matched_pairs, summary_row
 from megatron.runs.reading import Run
 from megatron.runs.replicates import average_seeds
@@ -49,7 +50,7 @@ def write_report(
         ValueError: no run was given.
     """
     if not runs:
-        raise ValueError("no run given; a report shows at least one run; name run directories or folders of them")
+        raise UserError("no run given", "a report shows at least one run", "name run directories or folders of them")
     folder.mkdir(parents=True, exist_ok=True)
     shown = average_seeds(runs)
     figures = make_figures(shown, folder, fits)
@@ -240,9 +241,10 @@ def load_downstream(folder: Path) -> dict[str, str]:
         try:
             results = json.loads(file.read_text(encoding="utf-8"))["results"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f'{file} is not an lm-eval result; such a file is JSON with a "results" object; '
-                "delete it or write it again with the evaluation tool"
+            raise UserError(
+                f"{file} is not an lm-eval result",
+                'such a file is JSON with a "results" object',
+                "delete it or write it again with the evaluation tool",
             ) from None
         for task, metrics in results.items():
             values = {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, (int, float))}

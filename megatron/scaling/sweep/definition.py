@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from megatron.config.presets import PRESETS, swiglu_width
+from megatron.errors import UserError
 from megatron.model.arithmetic import PAPER_VOCAB_SIZE, compute_parameters, preset_parameters
 from megatron.runs.reading import Run, load_run
 from megatron.scaling.planner import DEVICES
@@ -87,25 +88,27 @@ def load_sweep(path: Path) -> Sweep:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} cannot be read as YAML ({error}); a sweep is one YAML file; see docs/scaling.md"
+        raise UserError(
+            f"{path} cannot be read as YAML ({error})", "a sweep is one YAML file", "see docs/scaling.md"
         ) from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no mapping; a sweep names at least grid, data and output; see docs/scaling.md")
+        raise UserError(
+            f"{path} holds no mapping", "a sweep names at least grid, data and output", "see docs/scaling.md"
+        )
     _check_keys(path, "the sweep", data, _KEYS, required={"grid", "data", "output"})
     _check_keys(path, "grid", data["grid"], set(_GRID), required={"objective", "model", "unique_tokens", "epochs"})
     flags = _dashed(data.get("flags") or {})
     if wrong := sorted(_OWNED & flags.keys()):
-        raise ValueError(
-            f"{path}: flags name {', '.join(wrong)}; the grid or the sweep sets these; remove them from flags"
+        raise UserError(
+            f"{path}: flags name {', '.join(wrong)}", "the grid or the sweep sets these", "remove them from flags"
         )
     runs = tuple(_expand(data, flags, Path(data["output"])))
     if not runs:
-        raise ValueError(f"{path}: the grid is empty; every axis needs a value; check grid and exclude")
+        raise UserError(f"{path}: the grid is empty", "every axis needs a value", "check grid and exclude")
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"{path}: the grid names {', '.join(twice)} twice; values of an axis must differ; remove repetitions"
+        raise UserError(
+            f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
     launcher = data.get("launcher") or ["python"]
     return Sweep(
@@ -143,7 +146,7 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
 
 
 def _epochs(length: Any, parameters: int, unique_tokens: int) -> float:
-    """Epochs, given as a number or as compute ("1e19 FLOPs"), which makes them C / (6·N·U) for each size."""
+    """Epochs, given as a number or as compute "1e19 FLOPs", which makes them C / (6·N·U) for each size."""
     text = str(length).lower()
     if not text.endswith("flops"):
         return float(length)
@@ -174,9 +177,10 @@ def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int
     """Parameters N for compute, of a preset or of the explicit shape."""
     if not explicit:
         if model not in PRESETS:
-            raise ValueError(
-                f"model {model} is neither a preset nor given flags; a model is a preset name or a name with num-layers, "
-                f"hidden-size and heads; presets: {', '.join(PRESETS)}"
+            raise UserError(
+                f"model {model} is neither a preset nor given flags",
+                "a model is a preset name or a name with num-layers, hidden-size and heads",
+                f"presets: {', '.join(PRESETS)}",
             )
         return preset_parameters(model, vocab_size)
     if missing := {"num-layers", "hidden-size"} - explicit.keys():
@@ -194,9 +198,10 @@ def _data_prefix(data: Mapping[str, Any], unique: int) -> str:
         return str(Path(data.get("directory") or Path(data["source"]).parent) / f"subset-{unique}_text_document")
     prefixes = {int(float(key)): str(value) for key, value in data.items()}
     if unique not in prefixes:
-        raise ValueError(
-            f"no data for {unique} unique tokens; data maps every number of the grid to a prefix, or names a source to cut "
-            f"subsets from; listed are {', '.join(map(str, sorted(prefixes)))}"
+        raise UserError(
+            f"no data for {unique} unique tokens",
+            "data maps every number of the grid to a prefix, or names a source to cut subsets from",
+            f"listed are {', '.join(map(str, sorted(prefixes)))}",
         )
     return prefixes[unique]
 
@@ -249,9 +254,10 @@ def check_owner(run: SweepRun) -> None:
     if stored != wanted:
         names = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
         changes = ", ".join(f"{key}: {stored.get(key)!r} before, {wanted.get(key)!r} now" for key in names)
-        raise ValueError(
-            f"{run.folder} was started with other flags ({changes}); one directory holds one configuration; "
-            "restore the flags, change output, or delete that directory"
+        raise UserError(
+            f"{run.folder} was started with other flags ({changes})",
+            "one directory holds one configuration",
+            "restore the flags, change output, or delete that directory",
         )
 
 
@@ -263,9 +269,10 @@ def claim(run: SweepRun) -> None:
     if file.exists():
         return
     if (run.folder / "run.json").exists():
-        raise ValueError(
-            f"{run.folder} holds a run that no sweep started; one directory holds one configuration; "
-            "change output, or delete that directory"
+        raise UserError(
+            f"{run.folder} holds a run that no sweep started",
+            "one directory holds one configuration",
+            "change output, or delete that directory",
         )
     temporary = file.with_name("sweep.json.tmp")
     temporary.write_text(json.dumps({"format": 1, "flags": _plain(run)}, indent=1), encoding="utf-8")
@@ -312,7 +319,9 @@ def hours(flops: float, price: Mapping[str, Any]) -> float | None:
     if not price:
         return None
     if "peak_tflops" not in price and price.get("device", "H100") not in DEVICES:
-        raise ValueError(f"price names device {price['device']}; known are {', '.join(DEVICES)}; or give peak_tflops")
+        raise UserError(
+            f"price names device {price['device']}", f"known are {', '.join(DEVICES)}", "or give peak_tflops"
+        )
     peak = float(price["peak_tflops"]) * 1e12 if "peak_tflops" in price else DEVICES[price.get("device", "H100")]
     return flops / (peak * float(price.get("mfu", 0.4)) * int(price.get("devices", 1))) / 3600
 
@@ -345,7 +354,7 @@ def _objective_flags() -> set[str]:
 
 
 def _exact_count(count: int) -> str:
-    """A count in a name: short where nothing is lost ("1.5M"), else all digits, so that names cannot collide."""
+    """A count in a name: short where nothing is lost "1.5M", else all digits, so that names cannot collide."""
     for scale, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= scale and count * 100 % scale == 0:
             return f"{count / scale:.10g}{suffix}"
@@ -366,10 +375,10 @@ def _listed(value: Any) -> list[Any]:
 
 def _check_keys(path: Path, where: str, data: Any, known: set[str], *, required: set[str]) -> None:
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: {where} is {type(data).__name__}; it must be a mapping; see docs/scaling.md")
+        raise UserError(f"{path}: {where} is {type(data).__name__}", "it must be a mapping", "see docs/scaling.md")
     if unknown := sorted(data.keys() - known):
         raise ValueError(
             f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(sorted(known))}"
         )
     if missing := sorted(required - data.keys()):
-        raise ValueError(f"{path}: {where} lacks {', '.join(missing)}; add them; see docs/scaling.md")
+        raise UserError(f"{path}: {where} lacks {', '.join(missing)}", "add them", "see docs/scaling.md")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import Config
+from megatron.errors import UserError
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
 MAX_BUCKET_ELEMENTS = 500_000_000
@@ -103,22 +104,23 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     try:
         given = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: {error}; it must be a JSON file; correct it") from error
+        raise UserError(f"--deepspeed_config {path}: {error}", "it must be a JSON file", "correct it") from error
     if not isinstance(given, dict):
-        raise ValueError(
-            f"--deepspeed_config {path} holds a {type(given).__name__}; it must be a JSON object; correct it"
+        raise UserError(
+            f"--deepspeed_config {path} holds a {type(given).__name__}", "it must be a JSON object", "correct it"
         )
     for key, reason in REFUSED.items():
         if key in given:
-            raise ValueError(f"--deepspeed_config {path} has {key!r}; {reason}; remove it from the file")
+            raise UserError(f"--deepspeed_config {path} has {key!r}", f"{reason}", "remove it from the file")
     if given.get("fp16", {}).get("enabled", False):
-        raise ValueError(f"--deepspeed_config {path} enables fp16; runs are bf16 or fp32; remove it and pass --bf16")
+        raise UserError(f"--deepspeed_config {path} enables fp16", "runs are bf16 or fp32", "remove it and pass --bf16")
     return given
 
 
 def _agree(path: Path, name: str, given: Any, expected: Any, flag: str) -> None:
     if given not in ("auto", expected):
-        raise ValueError(
-            f"--deepspeed_config {path} sets {name} to {given}, the flags to {expected}; they must agree; "
-            f"change the file or {flag}"
+        raise UserError(
+            f"--deepspeed_config {path} sets {name} to {given}, the flags to {expected}",
+            "they must agree",
+            f"change the file or {flag}",
         )

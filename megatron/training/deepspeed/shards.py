@@ -15,6 +15,7 @@ import torch
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.warm_start import AutoregressiveStart
+from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 
@@ -57,9 +58,10 @@ class ShardedState:
             saved = reader.specs.get(name)
             if saved is None or saved.full_shape != spec.full_shape:
                 found = "no such tensor" if saved is None else f"shape {saved.full_shape}"
-                raise ValueError(
-                    f"checkpoint {reader.path}: {name}: {found}, this model has {spec.full_shape}; architectures must be "
-                    "equal; pass the model flags of the checkpoint (see its manifest.json)"
+                raise UserError(
+                    f"checkpoint {reader.path}: {name}: {found}, this model has {spec.full_shape}",
+                    "architectures must be equal",
+                    "pass the model flags of the checkpoint (see its manifest.json)",
                 )
         if with_optimizer:
             self._create_moments(int(reader.manifest["optimizer_steps"]))
