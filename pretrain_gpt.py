@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron.training.main import main
+from megatron.commands.pretrain import pretrain
 
 if __name__ == "__main__":
-    sys.exit(main(objective="ar"))
+    sys.exit(pretrain(objective="ar"))

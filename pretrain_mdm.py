@@ -1,8 +1,8 @@
-"""Pretrain a masked diffusion language model (``--help`` lists every flag)."""
+"""Pretrain a masked-diffusion language model (``--help`` lists every flag)."""
 
 import sys
 
-from megatron.training.main import main
+from megatron.commands.pretrain import pretrain
 
 if __name__ == "__main__":
-    sys.exit(main(objective="mdm"))
+    sys.exit(pretrain(objective="mdm"))

@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.22",
     "sentencepiece>=0.2",
     "numpy>=1.26",
+    "typing-extensions>=4.10",
     "safetensors>=0.6",
     "matplotlib>=3.9",
     "scipy>=1.13",

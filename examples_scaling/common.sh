@@ -4,12 +4,23 @@
 # Every number below is an environment variable; further arguments of a script go to the program unchanged and win:
 #   MODEL=7M EPOCHS=2 bash examples_scaling/training/ar/140m_100M.sh --log-interval 1
 #   bash examples_scaling/training/ar/140m_100M.sh --dry-run       print the command, run nothing
-# Running a script again continues its run from the newest checkpoint in RUN_DIR.
+#   bash examples_scaling/training/ar/140m_100M.sh --help          print what the script does and these lines
+# Running a script again continues its run from the newest checkpoint in RUN_DIR. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a
+# checkpoint and end the script with status 75 ("run it again"; 0 is the real end), as does: touch RUN_DIR.stop
+# Ctrl-C twice ends it at once with status 130.
 set -euo pipefail
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 
-die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 1; }   # what was given, the rule, the fix
+die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 2; }   # what was given, the rule, the fix
+head_of() { sed -n '/^# shellcheck/d; /^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
+DRY_RUN=0
+for argument in "$@"; do
+  case "$argument" in
+    --dry-run) DRY_RUN=1 ;;
+    -h|--help) head_of "$0"; echo; head_of "${BASH_SOURCE[0]}"; exit 0 ;;
+  esac
+done
 gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
 
 # Data: the quickstart set (100M training tokens of C4, GPT-2 BPE). A prefix is a path without .bin/.idx.
@@ -34,8 +45,55 @@ GPUS="$(gpu_count)"
 : "${EXIT_DURATION_IN_MINS:=}" "${TENSORBOARD_DIR:=}" "${WANDB_PROJECT:=}"
 
 find_python() {
-  ENV_PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1
+  if [ "$DRY_RUN" = 1 ]; then ENV_PYTHON="$(bash "$REPO/install.sh" --print-python 2>/dev/null || echo "$REPO/.venv/bin/python")"
+  else ENV_PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1; fi
   BIN="$(dirname "$ENV_PYTHON")"
+}
+
+# supervise COMMAND...: runs it (with --dry-run prints it) and returns its status. A stop reaches it once, whoever sends it
+# and whatever launcher stands between: launchers know few signals, kill after 30 s, or leave their processes behind. So
+# training is asked by its kill-switch file, which all nodes see; everything else gets SIGTERM, as a whole process group.
+supervise() {
+  local status=0 child
+  if [ "$DRY_RUN" = 1 ]; then printf '%q ' "$@"; echo; return; fi
+  STOPS="" INTERRUPTED=0
+  set -m   # a process group of its own: Ctrl-C in a terminal comes through here
+  "$@" & child=$!
+  set +m
+  trap 'pass_on TERM "$child"' TERM; trap 'pass_on USR1 "$child"' USR1; trap 'pass_on HUP "$child"' HUP
+  trap 'pass_on INT "$child"' INT
+  until INTERRUPTED=0; status=0; wait "$child" || status=$?; [ "$INTERRUPTED" = 0 ]; do :; done
+  trap - TERM USR1 HUP INT
+  [ -z "$STOPS" ] || [ -z "${STOP_FILE:-}" ] || rm -f "$STOP_FILE"
+  case "$STOPS" in *INT*INT*) exit 130 ;; esac
+  if [ -n "$STOPS" ] && [ "$status" = 0 ]; then status=75; fi   # what would follow is not started
+  if [ "$status" = 75 ]; then echo "stopped; the same command continues"; fi
+  return "$status"
+}
+
+# pass_on SIGNAL CHILD: the trap of supervise.
+pass_on() {
+  INTERRUPTED=1 STOPS="$STOPS $1"
+  case "$STOPS" in *INT*INT*) kill -KILL -- "-$2" || true; return ;; esac   # Ctrl-C twice; a checkpoint is whole or absent
+  if [ -n "${STOP_FILE:-}" ]; then mkdir -p "$(dirname "$STOP_FILE")"; touch "$STOP_FILE"
+  else kill -TERM -- "-$2" || true; fi
+}
+
+# DeepSpeed runs on this one node, without a word, where it finds no file or no host in it.
+check_hostfile() {
+  local line hosts=" " host slots number=0
+  [ -f "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE" "it names a file" "check the name"
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1)) line="${line%%#*}"
+    [[ "$line" =~ [^[:space:]] ]] || continue
+    [[ "$line" =~ ^[[:space:]]*([^[:space:]=]+)[[:space:]]+slots=([0-9]+)[[:space:]]*$ ]] || die "$HOSTFILE, line $number: $line" \
+      "a line is: host slots=8" "mend the line"
+    host="${BASH_REMATCH[1]}" slots="${BASH_REMATCH[2]}"
+    [ "$((10#$slots))" -gt 0 ] || die "$HOSTFILE, line $number: $line" "a host has at least one slot" "mend or remove the line"
+    case "$hosts" in *" $host "*) die "$HOSTFILE, line $number: $host again" "a host has one line" "remove one of them" ;; esac
+    hosts="$hosts$host "
+  done <"$HOSTFILE"
+  [ "$hosts" != " " ] || die "$HOSTFILE names no host" "a line is: host slots=8" "fill it in"
 }
 
 # Fills LAUNCH with what starts one program on all processes: python, torchrun or deepspeed.
@@ -53,35 +111,38 @@ choose_launcher() {
   case "$LAUNCHER" in
     python) LAUNCH=("$ENV_PYTHON") ;;
     torchrun)
-      LAUNCH=("$BIN/torchrun" --nproc-per-node "$GPUS_PER_NODE")
+      LAUNCH=("$ENV_PYTHON" "$REPO/tools/_torchrun.py" --nproc-per-node "$GPUS_PER_NODE")
       if [ "$NNODES" -gt 1 ]; then
         LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
       else LAUNCH+=(--standalone); fi ;;
     deepspeed)
       LAUNCH=("$BIN/deepspeed" --master_port "$MASTER_PORT")
-      if [ -n "$HOSTFILE" ]; then LAUNCH+=(--hostfile "$HOSTFILE"); else LAUNCH+=(--num_gpus "$GPUS_PER_NODE"); fi ;;
+      if [ -n "$HOSTFILE" ]; then check_hostfile; LAUNCH+=(--hostfile "$HOSTFILE"); else LAUNCH+=(--num_gpus "$GPUS_PER_NODE"); fi ;;
     *) die "LAUNCHER=$LAUNCHER" "the launchers are auto, python, torchrun and deepspeed" "unset LAUNCHER to choose by the machine" ;;
   esac
 }
 
-# launch PROGRAM FLAGS...: runs (or with --dry-run prints) one program of the repository.
+# launch PROGRAM FLAGS...: runs one program of the repository.
 launch() {
-  local program="$1" argument dry_run=0 flags=(); shift
+  local program="$1" argument previous="" flags=() STOP_FILE=""; shift
   for argument in "$@"; do
-    if [ "$argument" = --dry-run ]; then dry_run=1; else flags+=("$argument"); fi
+    [ "$previous" != --kill-switch-file ] || STOP_FILE="$argument"
+    case "$argument" in --kill-switch-file=*) STOP_FILE="${argument#*=}" ;; esac
+    [ "$argument" = --dry-run ] || flags+=("$argument")
+    previous="$argument"
   done
   find_python
   choose_launcher
-  if [ "$dry_run" = 1 ]; then printf '%q ' "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"; echo; return; fi
-  "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
+  supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
 }
 
-# once FILE TOOL FLAGS...: runs tools/TOOL unless FILE, its output, is there. The tools write complete files or none.
-once() {
-  local file="$1" tool="$2"; shift 2
+# tool NAME FLAGS...: runs tools/NAME. once FILE NAME FLAGS...: unless FILE, its output, is there; tools write whole files.
+tool() {
+  local name="$1"; shift
   [ -n "${ENV_PYTHON:-}" ] || find_python
-  [ -e "$file" ] || "$ENV_PYTHON" "$REPO/tools/$tool" "$@"
+  supervise "$ENV_PYTHON" "$REPO/tools/$name" "$@"
 }
+once() { if [ ! -e "$1" ]; then tool "${@:2}"; fi; }
 
 program_of() {
   case "$1" in
@@ -110,11 +171,12 @@ train() {
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION" --clip-grad "$CLIP_GRAD"
     --weight-decay "$WEIGHT_DECAY" --adam-beta1 "$ADAM_BETA1" --adam-beta2 "$ADAM_BETA2"
     --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" --num-mc "$NUM_MC" --log-interval "$LOG_INTERVAL"
-    --save "$RUN_DIR" --load "$RUN_DIR" --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST"
+    --save "$RUN_DIR" --load "$RUN_DIR" --kill-switch-file "$RUN_DIR.stop" --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST"
     ${EXIT_DURATION_IN_MINS:+--exit-duration-in-mins "$EXIT_DURATION_IN_MINS"}
     ${TENSORBOARD_DIR:+--tensorboard-dir "$TENSORBOARD_DIR"}
     ${WANDB_PROJECT:+--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$RUN_NAME"})
   if [ -n "$TRAIN_SAMPLES" ]; then FLAGS+=(--train-samples "$TRAIN_SAMPLES"); else FLAGS+=(--train-epochs "$EPOCHS"); fi
+  [ "$DRY_RUN" = 1 ] || rm -f "$RUN_DIR.stop"   # of a stop that came while no step was made
   launch "$program" "${FLAGS[@]}" "$@"
 }
 

@@ -1,51 +1,201 @@
-"""The only way a finished file or folder comes to be: whole or not at all."""
+"""The only way a finished file or folder comes to be: whole, on the disk, or not at all.
+
+Both are made under a temporary name beside the target, ``.NAME.PID.RANDOM.tmp``, and renamed. A failure removes it; after a
+kill it stays, harmless, until :func:`remove_leftovers`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError
+
+Content = str | bytes | Callable[[BinaryIO], object]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file in one step, so that a reader sees the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def replace_file(path: str | Path, content: Content) -> None:
+    """Make or replace a file in one step: a reader, also after a crash, sees the old one or the new one.
+
+    Args:
+        path: file to write, in a folder that exists. A device or a pipe is written to directly.
+        content: text (UTF-8), bytes, or a function that writes them to the file it is given.
+
+    Raises:
+        Failure: the file could not be written; an older one is as it was. Errors that ``content`` itself raises pass.
+    """
+    path = Path(path)
+    with written_whole(path):
+        if _is_stream(path):
+            with open(path, "ab") as stream:
+                _write(stream, content)
+            return
+        temporary = temporary_name(path)
+        try:
+            with open(temporary, "xb") as file:
+                _write(file, content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def replace_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends well, and disappears when it does not.
 
     Args:
-        path: folder to make; it may exist only if it is empty.
+        path: folder to make; the folders above it are made too.
+        replace: take the place of a folder that is not empty; otherwise that is refused.
 
     Raises:
-        ValueError: there is something at ``path`` already. It is never overwritten.
+        UserError: there is something at ``path`` already.
+        Failure: it could not be written; what was at ``path`` is as it was.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or (not replace and any(path.iterdir()))):
         raise UserError(
-            f"{path} exists and is not empty",
-            "a conversion never overwrites",
-            "remove it or give another output folder",
+            f"{path} exists and is not empty", "a finished folder is never overwritten", "remove it or give another one"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = temporary_name(path)
+    with written_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            path.rmdir()
-        temporary.rename(path)
+        with written_whole(path):
+            for file in (file for file in temporary.rglob("*") if file.is_file()):
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            if replace:
+                _exchange(temporary, path)
+            else:
+                temporary.rename(path)  # onto nothing or an empty folder
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[None]:
+    """Turn an error of the operating system into a :class:`Failure` that names ``path`` and the cure.
+
+    An error that names another file belongs to whatever the block reads, and passes.
+    """
+    path = Path(path)
+    try:
+        yield
+    except OSError as error:
+        named = path if error.filename is None else Path(os.fsdecode(error.filename))
+        if not named.name.lstrip(".").startswith(f"{path.name}.") and named not in (path, *path.parents):
+            raise
+        raise Failure(
+            f"{path} could not be written ({error.strerror or error})",
+            "it needs a writable folder with room on the disk; nothing half-written is left",
+            "free space, mend permissions or choose another place",
+        ) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` that no other process, thread or machine uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path, *, name: str = "*", older_than_seconds: float = 24 * 3600) -> list[Path]:
+    """Delete temporary files and folders that killed processes left in ``folder``; return their paths.
+
+    Args:
+        name: of the targets; a pattern.
+        older_than_seconds: younger ones may belong to a living process. A caller that holds a lock passes 0.
+    """
+    removed = []
+    for path in folder.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process was faster, or it is not ours
+            if time.time() - path.lstat().st_mtime < older_than_seconds:
+                continue
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            removed.append(path)
+    return removed
+
+
+@contextmanager
+def one_at_a_time(lock: Path, *, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Let one process at a time into the block; ``waiting`` is called once by one that must wait.
+
+    The lock goes with its process. On a file system without locks everyone enters at once, so that it only saves work:
+    what the block makes must be whole by other means.
+
+    Raises:
+        Failure: ``lock`` cannot be made.
+    """
+    with written_whole(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable, on file systems that can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``; a folder that is there goes aside first and comes back on failure."""
+    aside = new.with_suffix(".replaced")  # no leftover to sweep: between the two renames it is the only one
+    if path.exists():
+        path.rename(aside)
+    try:
+        new.rename(path)
+    except OSError:
+        if aside.exists():
+            aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether ``path`` is a device, a pipe, or a name of standard output, wherever that goes."""
+    if path.is_symlink() and (path.is_relative_to("/dev") or path.is_relative_to("/proc")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _write(file: BinaryIO, content: Content) -> None:
+    if callable(content):
+        content(file)
+    else:
+        file.write(content.encode() if isinstance(content, str) else content)

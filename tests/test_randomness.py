@@ -1,43 +1,91 @@
-"""Noise is a function of (seed, stream, index) and of nothing else."""
+"""Random numbers are a function of (seed, purpose, index) and of nothing else."""
 
 import numpy as np
 import pytest
 
 from megatron import randomness as noise
+from megatron.randomness import Purpose
+
+NOISE_7 = [0.37283175037958094, 0.7587750444085439]
+TIMES_OF_SCHEME_1 = [0.17756174472866693, 0.3025617447286669, 0.7852280191285685]
+EVALUATION_TIMES = [0.5560978818906173, 0.18109788189061726, 0.7953556943906173]
+ESTIMATOR_NOISE = [0.4104838711720249, 0.5314351869257254]
+WEIGHT_SEED = 1433362220103589966
 
 
-def draws(seed: int, index: int, stream: int = noise.STREAM_SAMPLE) -> tuple[float, ...]:
-    return tuple(noise.generator(seed, index, stream).random(4))
+def draws(seed: int, purpose: Purpose | str, index: int) -> tuple[float, ...]:
+    return tuple(noise.generator(seed, purpose, index).random(4))
 
 
 def test_the_same_arguments_give_the_same_numbers():
-    assert draws(1, 5) == draws(1, 5)
+    assert draws(1, Purpose.NOISE, 5) == draws(1, Purpose.NOISE, 5)
 
 
 def test_different_arguments_give_different_numbers():
-    arguments = [(s, i, stream) for s in (0, 1, 2**63 - 1, -1) for i in (0, 1, 2, 10**12) for stream in (0, 1, 2)]
+    purposes = [*Purpose, "a", "b"]
+    arguments = [(s, p, i) for s in (0, 1, 2**63 - 1, -1) for p in purposes for i in (0, 1, 2, 10**12)]
     assert len({draws(*a) for a in arguments}) == len(arguments)
 
 
 def test_long_streams_of_neighbours_do_not_overlap():
     """Neighbouring indices must not be one stream read from neighbouring places."""
-    first, second = (noise.generator(1, index).random(20_000) for index in (0, 1))
+    first, second = (noise.generator(1, Purpose.NOISE, index).random(20_000) for index in (0, 1))
     assert not np.isin(first, second).any()
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
 
 
-def test_stratified_times_cover_every_step_evenly():
-    times = noise.diffusion_times(1, np.arange(64), global_batch_size=16)
-    for step in range(4):
-        part = np.sort(times[step * 16 : step * 16 + 16])
-        assert np.allclose(np.diff(part), 1 / 16) and 0 <= part[0] < 1 / 16
-    assert len(np.unique(np.round(times[::16] * 1e9))) == 4  # each step has its own start
+def test_radical_inverses_are_even_over_prefixes_and_runs():
+    for size in (1, 2, 8, 64):
+        assert sorted(noise.radical_inverse(np.arange(size)).tolist()) == [i / size for i in range(size)]
+        run = np.sort(noise.radical_inverse(np.arange(37, 37 + size)))
+        assert np.array_equal(np.floor(run * size), np.arange(size))
+    assert noise.radical_inverse(np.array([1, 6, 2**40])).tolist() == [0.5, 0.375, 2.0**-41]
 
 
-def test_each_stratified_time_is_uniform():
-    times = noise.diffusion_times(1, 3 + 16 * np.arange(4000), global_batch_size=16)  # place 3 of many steps
+def test_streams_of_runs_before_the_schemes_are_unchanged():
+    """Numbers that the code before this module drew: runs and evaluations of then go on with them."""
+    assert noise.generator(1234, Purpose.NOISE, 7).random(2).tolist() == NOISE_7
+    times = noise.diffusion_times(1234, np.arange(16), global_batch_size=8, scheme=1)
+    assert times[[0, 1, 15]].tolist() == TIMES_OF_SCHEME_1
+    assert noise.evaluation_times(np.array([0, 5, 700]), draw=1, num_draws=3).tolist() == EVALUATION_TIMES
+    assert noise.generator(1234, "q", 3).random(2).tolist() == ESTIMATOR_NOISE
+    assert noise.named_seed(1234, "layers.0.mlp.dense_4h_to_h.weight") == WEIGHT_SEED
+
+
+@pytest.mark.parametrize("scheme", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 15, 16])
+def test_every_step_holds_one_time_in_each_stratum(count, scheme):
+    times = noise.diffusion_times(1, np.arange(4 * count), global_batch_size=count, scheme=scheme).reshape(4, count)
+    assert (times >= 0).all() and (times < 1).all()
+    assert (np.sort(np.floor(times * count), axis=1) == np.arange(count)).all()
+    assert np.allclose(np.diff(np.sort(times, axis=1), axis=1), 1 / count)
+    assert len(np.unique(np.round(times[:, 0] * 1e9))) == 4  # each step has its own start
+
+
+@pytest.mark.parametrize("scheme", [1, 2])
+@pytest.mark.parametrize(("place", "count"), [(3, 16), (8, 16), (14, 15), (0, 1)])
+def test_each_stratified_time_is_uniform(place, count, scheme):
+    ids = place + count * np.arange(4000)  # one place of many steps
+    times = noise.diffusion_times(1, ids, global_batch_size=count, scheme=scheme)
     counts, _ = np.histogram(times, bins=10, range=(0, 1))
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared with 9 degrees of freedom, 0.1 %
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("ranks", [8, 16, 32])
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+def test_data_parallel_ranks_have_equal_head_rows(ranks, accumulated, micro_batch_size):
+    """The head computes masked tokens only, and a step waits for the rank that has most of them."""
+    shape, seq_length, steps = (accumulated, ranks, micro_batch_size), 2048, 50
+    batch = int(np.prod(shape))
+    busiest = {}
+    for scheme in (1, 2):
+        t = noise.diffusion_times(1234, np.arange(steps * batch), global_batch_size=batch, scheme=scheme)
+        masked = np.random.default_rng(0).binomial(seq_length, (1 - 1e-3) * t + 1e-3)
+        rows = masked.reshape(steps, *shape).sum(-1)  # [step, micro-batch, rank]
+        busiest[scheme] = float((rows.max(axis=2) / rows.mean(axis=2)).max())
+    assert busiest[2] <= 1.15, f"busiest rank at {ranks} ranks: {busiest[2]:.3f} of the mean, in any step"
+    assert busiest[1] > 1.8, f"scheme 1: {busiest[1]:.2f}"
 
 
 @pytest.mark.parametrize("stratified", [True, False])

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,22 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.config import parse
 from megatron.config.schema import Config
-from megatron.data.loader import build_loader
+from megatron.config.shape import Shape, padded_size
+from megatron.data.dataset import Pieces
+from megatron.data.loader import build_loader, to_device
 from megatron.errors import UserError
-from megatron.model import GPTModel
+from megatron.files import replace_file
 from megatron.model.arithmetic import model_flops_per_token, peak_flops
-from megatron.objectives import ModelBatch, Objective, build_objective
+from megatron.model.batch import ModelBatch
+from megatron.model.gpt import GPTModel
+from megatron.objectives import Objective, build_objective, parse
+from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
-from megatron.training.deepspeed.engine import Engine, init_distributed
+from megatron.parallel.launch import Launch
+from megatron.training.deepspeed.engine import Engine
 from megatron.training.optimizer import build_optimizer
+from tools._run import run
 
 VOCAB_SIZE = 50257  # GPT-2
 
@@ -52,36 +58,45 @@ class RandomTokens:
         """Sample ``index``: [seq + 1] int64."""
         return np.random.default_rng(index).integers(0, VOCAB_SIZE, self.seq_length + 1)
 
+    def pieces(self, index: int) -> Pieces:
+        """Every sample is one document."""
+        length = self.seq_length + 1
+        return Pieces(np.full(length, index), np.zeros(length, dtype=np.int64))
+
 
 def benchmark_config(flags: list[str], steps: int) -> Config:
     """The training configuration of a benchmark: published recipe, no dropout unless asked for."""
     defaults = ["--attention-dropout", "0", "--hidden-dropout", "0", "--num-workers", "2"]
     if not any(flag.split("=")[0] in ("--model", "--num-layers") for flag in flags):
         defaults += ["--model", "7M"]
-    config = parse([*defaults, *flags, "--train-iters", str(steps)], prog="benchmark.py")
-    unit = config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
-    padded = config.model.padded_vocab_size or -(-VOCAB_SIZE // unit) * unit
-    samples = config.run.train_samples
+    world_size = Launch.from_environment().world_size
+    config = parse([*defaults, *flags, "--train-iters", str(steps)], prog="benchmark.py", world_size=world_size)
+    parallel, run = config.parallel, config.run
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)
+    shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or rows)
+    batch = run.global_batch_size or run.micro_batch_size * (world_size // (tp * pp))
     return replace(
         config,
-        model=replace(config.model, padded_vocab_size=padded),
+        model=shape.recorded(config.model),
         objective=replace(config.objective, mask_token_id=VOCAB_SIZE),
-        optimizer=replace(config.optimizer, lr_decay_samples=samples),
+        optimizer=replace(config.optimizer, lr_decay_samples=steps * batch),
+        run=replace(run, global_batch_size=batch, train_samples=steps * batch),
     )
 
 
-def plain_step(config: Config, objective: Objective) -> Callable[[ModelBatch], None]:
+def plain_step(config: Config, objective: Objective) -> Callable[[ModelBatch[torch.Tensor]], None]:
     """A training step of the same model without this project's loss: all logits, full softmax, mean over the loss."""
-    model = GPTModel(config.model, mask=objective.attention_mask, seed=config.run.seed)
+    model = GPTModel(Shape.of(config.model), seed=config.run.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if config.run.bf16 else torch.float32)
     optimizer = build_optimizer(model.parameters(), config.optimizer)
 
-    def step(batch: ModelBatch) -> None:
-        batch = batch.to(device)
-        logits = model.logits(batch.input_ids, position_ids=batch.position_ids, sample_ids=batch.sample_ids).float()
-        ce = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-        loss = (ce * batch.loss_weights.flatten()).sum() / batch.normalizer
+    def step(batch: ModelBatch[torch.Tensor]) -> None:
+        inputs, targets = to_device(batch, device)
+        logits = model.logits(inputs, objective.attention_mask).float()
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
+        loss = (ce * targets.loss_weights.flatten()).sum() / targets.num_tokens.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
         optimizer.step()
@@ -101,9 +116,12 @@ def timed(action: Callable[[], Any], context: ParallelContext) -> float:
     return time.perf_counter() - started
 
 
-def run(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> dict[str, Any]:
+def measure(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> dict[str, Any]:
     """Time ``steps`` steps after ``warmup`` ones; see the module's docstring."""
-    context = init_distributed(config)
+    connection = connect(Launch.from_environment(), timeout_minutes=config.parallel.distributed_timeout_minutes)
+    context = ParallelContext.create(
+        tp_size=config.parallel.tensor_model_parallel_size, pp_size=config.parallel.pipeline_model_parallel_size
+    )
     objective = build_objective(config)
     engine = Engine(config, objective, context)
     assert config.run.global_batch_size
@@ -115,16 +133,16 @@ def run(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> dict
         last_sample=(warmup + steps) * config.run.global_batch_size * (2 if compare_plain else 1),
         num_workers=config.data.num_workers,
     )
-    batches = iter(loader)
     plain = plain_step(config, objective) if compare_plain else None
     times: dict[str, list[float]] = {"engine": [], "plain": []}
-    for index in range(warmup + steps):
-        consumed = index * config.run.global_batch_size
-        seconds = timed(lambda consumed=consumed: engine.train_step(batches, consumed_samples=consumed), context)  # type: ignore[misc]
-        times["engine"].append(seconds)
-        if plain is not None:
-            batch = next(batches)
-            times["plain"].append(timed(lambda batch=batch: plain(batch), context))  # type: ignore[misc]
+    with loader as batches:
+        for index in range(warmup + steps):
+            consumed = index * config.run.global_batch_size
+            step = partial(engine.train_step, batches, consumed_samples=consumed)
+            times["engine"].append(timed(step, context))
+            if plain is not None:
+                times["plain"].append(timed(partial(plain, next(batches)), context))
+    connection.leave()
     return report(config, objective, context, {name: values[warmup:] for name, values in times.items() if values})
 
 
@@ -133,7 +151,7 @@ def report(
 ) -> dict[str, Any]:
     """Rates from step times; medians, because single steps of a shared machine vary."""
     flops = model_flops_per_token(
-        config.model,
+        Shape.of(config.model),
         mask=objective.attention_mask,
         loss_fraction=objective.loss_fraction,
     )
@@ -145,7 +163,7 @@ def report(
     result: dict[str, Any] = {
         "objective": config.objective.objective,
         "model": config.model.model,
-        "layout": {"tp": context.tp_size, "pp": context.pp_size, "dp": context.dp_size},
+        "layout": {"tp": context.tp.size, "pp": context.pp.size, "dp": context.dp.size},
         "precision": "bf16" if config.run.bf16 else "fp32",
         "sequence": config.model.seq_length,
         "global_batch": config.run.global_batch_size,
@@ -179,7 +197,7 @@ def _machine(context: ParallelContext) -> dict[str, Any]:
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Parse, run, print JSON on the first rank."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -189,26 +207,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compare-plain", action="store_true", help="alternate with plain PyTorch steps (one process)")
     parser.add_argument("--json", type=Path, default=None, help="also write the result here")
     options, flags = parser.parse_known_args(argv)
-    try:
-        config = benchmark_config(flags, options.warmup + options.steps)
-        single = config.run.global_batch_size == config.run.micro_batch_size
-        if options.compare_plain and not single:
-            raise UserError(
-                "--compare-plain with accumulation or several ranks",
-                "the plain step is one process and one micro-batch",
-                "make --global-batch-size equal to --micro-batch-size",
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    result = run(config, steps=options.steps, warmup=options.warmup, compare_plain=options.compare_plain)
-    if os.environ.get("RANK", "0") == "0":
+    config = benchmark_config(flags, options.warmup + options.steps)
+    single = config.run.global_batch_size == config.run.micro_batch_size
+    if options.compare_plain and not single:
+        raise UserError(
+            "--compare-plain with accumulation or several ranks",
+            "the plain step is one process and one micro-batch",
+            "make --global-batch-size equal to --micro-batch-size",
+        )
+    result = measure(config, steps=options.steps, warmup=options.warmup, compare_plain=options.compare_plain)
+    if Launch.from_environment().is_first_rank:
         text = json.dumps(result, indent=1)
         print(text)
         if options.json is not None:
-            options.json.write_text(text + "\n")
-    return 0
+            replace_file(options.json, text + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

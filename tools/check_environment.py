@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-try:
-    from packaging.requirements import Requirement
-except ImportError:  # a fresh virtual environment has only pip, which carries a copy
-    from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef,assignment]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.errors import UserError
+from tools._run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Optional accelerators: distribution names, and what runs in their place.
@@ -26,6 +26,15 @@ ACCELERATORS = {
     "flash-attn": (("flash-attn",), "torch's scaled_dot_product_attention"),
     "liger": (("liger-kernel",), "PyTorch's SwiGLU"),
 }
+
+
+def parsed(requirement: str) -> Any:
+    """The name and the versions of a requirement such as ``torch>=2.11,<2.14``."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # a fresh virtual environment has only pip, which carries a copy
+        from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef,assignment]
+    return Requirement(requirement)
 
 
 def installed_version(name: str) -> str | None:
@@ -38,7 +47,7 @@ def installed_version(name: str) -> str | None:
 
 def satisfied(requirement: str) -> bool:
     """Tell whether an installed distribution meets a requirement such as ``torch>=2.11,<2.14``."""
-    wanted = Requirement(requirement)
+    wanted = parsed(requirement)
     version = installed_version(wanted.name)
     return version is not None and wanted.specifier.contains(version, prereleases=True)
 
@@ -56,7 +65,7 @@ def extra_names(text: str) -> list[str]:
     names = [name for name in text.replace(",", " ").split() if name]
     for name in names:
         if name not in known:
-            raise ValueError(f"--with {name}: the choices are {', '.join(known)}; separate several with commas")
+            raise UserError(f"--with {name}", f"the choices are {', '.join(known)}", "separate several with commas")
     return [name for name in dict.fromkeys(names) if name not in ACCELERATORS]
 
 
@@ -71,7 +80,7 @@ def print_table(groups: dict[str, list[str]]) -> None:
     for group, items in groups.items():
         print(f"{group}:")
         for item in items:
-            name = Requirement(item).name
+            name = parsed(item).name
             version = installed_version(name)
             state = "ok" if satisfied(item) else f"MISSING (needs {item})"
             print(f"  {name:<16} {version or '-':<14} {state}")
@@ -87,11 +96,7 @@ def main() -> int:
     parser.add_argument("--with", dest="extras", default="", metavar="NAMES", help="extras too: eval,logging,test")
     parser.add_argument("--missing", action="store_true", help="print only missing requirements, one a line")
     options = parser.parse_args()
-    try:
-        groups = requirements(extra_names(options.extras))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    groups = requirements(extra_names(options.extras))
     if options.missing:
         print("\n".join(missing(groups)))
         return 0
@@ -104,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -4,6 +4,8 @@
 python tools/compare_estimators.py --load RUN --text validation.jsonl --output figures.json
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -11,15 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.evaluation.estimator_comparison import TableScorer, compare, make_questions, standard_methods, variances
-from megatron.evaluation.lm_eval.tasks import read_jsonl
-from megatron.evaluation.scorer import MaskedScorer
-from megatron.inference.model import load_model
+from megatron.errors import UserError
+from megatron.files import replace_file
+from tools._run import run
 
 
-def main() -> None:
-    """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def answer_lengths(text: str) -> list[int]:
+    """The numbers of ``--answer-tokens``."""
+    words = text.split(",")
+    if not all(word.isdecimal() and 1 <= int(word) <= 12 for word in words):
+        raise UserError(f"--answer-tokens {text}", "all 2^n masks of an answer are run", "give numbers from 1 to 12")
+    return [int(word) for word in words]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--load", required=True, metavar="RUN")
     parser.add_argument("--load-tag", metavar="TAG")
     parser.add_argument(
@@ -35,13 +43,31 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=128, metavar="ROWS")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
-    arguments = parser.parse_args()
-    lengths = [int(word) for word in arguments.answer_tokens.split(",")]
-    if max(lengths) > 12:
-        raise ValueError(f"--answer-tokens {max(lengths)}: all 2^n masks are run; use 12 or fewer")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, measure, print, write."""
+    arguments = _arguments()
+    lengths = answer_lengths(arguments.answer_tokens)
+    from megatron.evaluation.estimator_comparison import (
+        TableScorer,
+        compare,
+        make_questions,
+        read_texts,
+        standard_methods,
+        variances,
+    )
+    from megatron.evaluation.requests import whole_number
+    from megatron.evaluation.scorer import MaskedScorer
+    from megatron.inference.model import load_model
+
+    for name in ("questions", "repeats", "batch_size", "variance_tokens"):
+        if (value := getattr(arguments, name)) is not None:
+            whole_number("--" + name.replace("_", "-"), value)
     loaded = load_model(arguments.load, tag=arguments.load_tag)
     tokenizer = loaded.require_tokenizer()
-    documents = [tokenizer.encode(item["text"]) for item in read_jsonl(Path(arguments.text))]
+    documents = [tokenizer.encode(text) for text in read_texts(Path(arguments.text))]
     if arguments.variance_tokens is not None:
         lengths = [arguments.variance_tokens]
     questions = make_questions(documents, number=arguments.questions, answer_tokens=lengths)
@@ -56,6 +82,9 @@ def main() -> None:
             print(
                 f"{name:<24} {value:10.4f} nats²  {value / found['bernoulli-independent']:7.3f} of independent-t Bernoulli"
             )
+        print(
+            f"variance of one estimate at {lengths[0]} passes over {arguments.repeats} seeds, mean of {len(questions)} answers"
+        )
         return
     table = TableScorer(scorer, questions)
     right = sum(int(values.argmax()) == 0 for values in table.truth) / len(questions)
@@ -66,13 +95,12 @@ def main() -> None:
         table, questions, table.truth, methods=standard_methods(), repeats=arguments.repeats,
         report=lambda text: print(text, flush=True),
     )  # fmt: skip
+    print(
+        "agreement ± standard error over seeds (the questions are fixed); rms nats: error of one likelihood, 0 for the bound"
+    )
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps({"accuracy_of_the_bound": right, "rows": rows}, indent=1))
+        replace_file(arguments.output, json.dumps({"accuracy_of_the_bound": right, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

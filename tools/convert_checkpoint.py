@@ -7,19 +7,16 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.schema import Config
-from megatron.convert.hf_folder import (
-    ExportOptions,
-    compare_logits,
-    export_folder,
-    import_folder,
-    verify_weights,
-)
-from megatron.convert.published import PublishedCheckpoint, read_published
-from megatron.convert.run_folder import origin_of, read_run, write_run
+from tools._run import run
+
+if TYPE_CHECKING:
+    from megatron.config.schema import Config
+    from megatron.convert.hf_folder import ExportOptions
+    from megatron.convert.published import PublishedCheckpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,12 +69,16 @@ def with_tokenizer_files(config: Config, args: argparse.Namespace) -> Config:
 
 def read_published_source(args: argparse.Namespace) -> PublishedCheckpoint:
     """Read the published checkpoint that the flags name."""
+    from megatron.convert.published import read_published
+
     found = read_published(args.source, objective=args.objective)
     return replace(found, config=with_tokenizer_files(found.config, args))
 
 
 def export_options(args: argparse.Namespace, origin: Path | None) -> ExportOptions:
     """Turn the flags of an export into options."""
+    from megatron.convert.hf_folder import ExportOptions
+
     return ExportOptions(
         dtype=args.dtype,
         trim_vocab=args.trim_vocab,
@@ -91,6 +92,9 @@ def export_options(args: argparse.Namespace, origin: Path | None) -> ExportOptio
 
 def convert(args: argparse.Namespace) -> dict:
     """Run one command; returns what was written."""
+    from megatron.convert.hf_folder import compare_logits, export_folder, import_folder, verify_weights
+    from megatron.convert.run_folder import origin_of, read_run, write_run
+
     if args.command == "from-published":
         found = read_published_source(args)
         difference = verify_weights(found.config, found.tensors) if args.verify else None
@@ -109,19 +113,14 @@ def convert(args: argparse.Namespace) -> dict:
     return export_folder(found.config, found.tensors, args.target, options=export_options(args, None))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Convert and print a report as JSON. Returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Convert and print a report as JSON."""
     args = parse_args(argv)
-    try:
-        report = convert(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = convert(args)
     if report.get("tokenizer") is False and not args.no_tokenizer:
         print("note: the run names no tokenizer; pass --tokenizer, or --vocab-file and --merge-file", file=sys.stderr)
     print(json.dumps({"command": args.command, "source": args.source, "target": args.target, **report}))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,11 +7,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.hub import catalogue
-from megatron.hub.download import DownloadError, RemoteFile, fetch, is_present
+from megatron.errors import Failure
+from megatron.files import replace_file
+from tools._run import run
+
+if TYPE_CHECKING:
+    from megatron.hub import catalogue
+    from megatron.hub.download import RemoteFile
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -51,6 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def chosen_items(args: argparse.Namespace) -> list[catalogue.Item]:
     """Turn the options into what to fetch. Everything except the tokenizer itself brings the tokenizer along."""
+    from megatron.hub import catalogue
+
     items = []
     others = args.c4_subsets is not None or args.ar_checkpoint or args.mdm_checkpoint or args.gpt2
     if args.quickstart or args.text or not others:
@@ -76,9 +84,11 @@ def report(item: catalogue.Item, pairs: list[tuple[RemoteFile, str]], missing: l
 
 def next_steps(root: Path, items: list[catalogue.Item], places: list[str]) -> None:
     """Write the data path files of the quickstart and say how to go on."""
+    from megatron.hub import catalogue
+
     for name, prefix in (("train", catalogue.TRAIN_PREFIX), ("valid", catalogue.VALID_PREFIX)):
         if f"{prefix}.bin" in places:
-            (root / "c4_100m" / f"{name}_data_path.txt").write_text(f'"1.0 {root / prefix}"\n', encoding="utf-8")
+            replace_file(root / "c4_100m" / f"{name}_data_path.txt", f'"1.0 {root / prefix}"\n')
             print(f"{name} data: {root / prefix} (data path file: {root}/c4_100m/{name}_data_path.txt)")
     for tag in sorted({str(Path(place).parent.parent) for place in places if "/layer_" in place}):
         objective = "mdm" if "mdm" in tag else "ar"
@@ -93,36 +103,32 @@ def is_below_here(path: str) -> bool:
     return Path(path).resolve().is_relative_to(Path.cwd().resolve())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """List everything first, check the disk, then fetch. Returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """List everything first, check the disk, then fetch."""
     args = parse_args(argv)
+    from megatron.hub import catalogue
+    from megatron.hub.download import fetch, is_present
+
     root = Path(os.path.relpath(args.data_dir)) if is_below_here(args.data_dir) else Path(args.data_dir)
-    try:
-        items = chosen_items(args)
-        plans = [catalogue.resolve(item) for item in items]
-        missing = [[(file, place) for file, place in plan if not is_present(file, root / place)] for plan in plans]
-        for item, plan, absent in zip(items, plans, missing):
-            report(item, plan, absent)
-        needed = sum(file.size for absent in missing for file, _ in absent)
-        root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
-        print(f"in all {needed / 1e6:,.1f} MB into {root}/ ({free / 1e6:,.0f} MB free)", flush=True)
-        if args.dry_run:
-            return 0
-        if needed > free:
-            raise DownloadError(
-                f"{needed:,} bytes are needed and {free:,} are free", "the files must fit", "give another --data-dir"
-            )
-        for absent in missing:
-            for file, place in absent:
-                fetch(file, root / place)
-        next_steps(root, items, [place for plan in plans for _, place in plan])
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    items = chosen_items(args)
+    plans = [catalogue.resolve(item) for item in items]
+    missing = [[(file, place) for file, place in plan if not is_present(file, root / place)] for plan in plans]
+    for item, plan, absent in zip(items, plans, missing):
+        report(item, plan, absent)
+    needed = sum(file.size for absent in missing for file, _ in absent)
+    free = shutil.disk_usage(next(path for path in (root, *root.absolute().parents) if path.exists())).free
+    print(f"in all {needed / 1e6:,.1f} MB into {root}/ ({free / 1e6:,.0f} MB free)", flush=True)
+    if args.dry_run:
+        return
+    if needed > free:
+        given = f"{needed:,} bytes are needed and {free:,} are free"
+        raise Failure(given, "the files must fit", "give another --data-dir")
+    for absent in missing:
+        for file, place in absent:
+            fetch(file, root / place)
+    next_steps(root, items, [place for plan in plans for _, place in plan])
     print(f"done: {sum(len(plan) for plan in plans)} files checked, {sum(len(absent) for absent in missing)} fetched")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.evaluation.lm_eval.command import run_downstream
+from tools._run import run
+
+
+def main() -> int:
+    """Evaluate as the flags say."""
+    from megatron.evaluation.lm_eval.command import run_downstream
+
+    return run_downstream()
+
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_downstream())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run(main)

@@ -11,11 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.generation.command import run_generate
+from tools._run import run
+
+
+def main() -> int:
+    """Generate as the flags say."""
+    from megatron.generation.command import run_generate
+
+    return run_generate()
+
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run_generate())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run(main)

@@ -10,7 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.prepare.inspection import inspect
+from megatron.config.ranges import whole
+from megatron.errors import UserError
+from tools._run import run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -18,10 +20,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prefix", nargs="+", help="common part of PREFIX.bin and PREFIX.idx")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="TOKENS", help="ids must be below it (default: PREFIX.meta.json)"
+        "--vocab-size",
+        type=whole(1, 2**31 - 1),
+        metavar="TOKENS",
+        help="ids must be below it (default: PREFIX.meta.json)",
     )
-    parser.add_argument("--eod-id", type=int, metavar="ID", help="end-of-document id (default: PREFIX.meta.json)")
+    parser.add_argument(
+        "--eod-id", type=whole(0, 2**31 - 1), metavar="ID", help="end-of-document id (default: PREFIX.meta.json)"
+    )
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for repeated documents")
+    parser.add_argument(
+        "--record", action="store_true", help="write digests and largest id to PREFIX.meta.json, for --verify-data"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a data set")
     return parser.parse_args(argv)
 
@@ -59,15 +69,19 @@ def show(report: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Inspect every prefix. Returns the exit status."""
     args = parse_args(argv)
+    from megatron.data.prepare.inspection import inspect, record
+
     status = 0
     for prefix in args.prefix:
         try:
             report = inspect(prefix, vocab_size=args.vocab_size, eod_id=args.eod_id, duplicates=not args.no_duplicates)
-        except ValueError as error:
+            if args.record and not report["problems"]:
+                record(report)
+        except UserError as error:  # the other data sets are inspected all the same
             print(f"error: {error}", file=sys.stderr)
-            status = 1
+            status = max(status, error.exit_status)
             continue
-        status = status or (1 if report["problems"] else 0)
+        status = max(status, 1 if report["problems"] else 0)
         if args.json:
             print(json.dumps(report))
         else:
@@ -76,4 +90,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

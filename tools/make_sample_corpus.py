@@ -12,35 +12,41 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.data.prepare.sample_corpus import NGRAM_WORDS, read_documents, split_documents, write_jsonl
+from megatron.config.ranges import real, whole
+from tools._run import run
 
 
-def main() -> int:
-    """Write the two files; errors become one message and exit status 1."""
+def main() -> None:
+    """Write the two files."""
+    from megatron.data.prepare.sample_corpus import NGRAM_WORDS, read_documents, split_documents, write_jsonl
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder of the two files")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of the split and the order (default: 1234)")
-    parser.add_argument("--max-bytes", type=int, metavar="BYTES", help="text in both files together (default: all)")
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.05, metavar="FRACTION", help="of the bytes (default: 0.05)"
+        "--seed", type=whole(0, 2**63 - 1), default=1234, help="seed of the split and the order (default: 1234)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=whole(1, 10**15), metavar="BYTES", help="text in both files together (default: all)"
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=real(0, 0.5),
+        default=0.05,
+        metavar="FRACTION",
+        help="of the bytes (default: 0.05)",
     )
     args = parser.parse_args()
-    try:
-        documents = read_documents()
-        train, validation = split_documents(
-            documents, seed=args.seed, validation_fraction=args.validation_fraction, max_bytes=args.max_bytes
-        )
-        for name, side in (("train", train), ("validation", validation)):
-            size = write_jsonl(args.output_dir / f"{name}.jsonl", side)
-            print(f"{args.output_dir / name}.jsonl: {len(side):,} documents, {size:,} bytes of text")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    documents = read_documents()
+    train, validation = split_documents(
+        documents, seed=args.seed, validation_fraction=args.validation_fraction, max_bytes=args.max_bytes
+    )
+    for name, side in (("train", train), ("validation", validation)):
+        size = write_jsonl(args.output_dir / f"{name}.jsonl", side)
+        print(f"{args.output_dir / name}.jsonl: {len(side):,} documents, {size:,} bytes of text")
     print(f"no run of {NGRAM_WORDS} words is in both files")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,13 +6,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.schema import DataConfig
-from megatron.data.indexed import clean_prefix
-from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.config.ranges import whole
+from megatron.files import replace_file
+from tools._run import run
+
+if TYPE_CHECKING:
+    from megatron.data.tokenizer import Tokenizer
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,13 +24,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog="Random samples of one seed are nested; documents keep their order."
     )
     add = parser.add_argument
-    add("--input", required=True, metavar="PATH", help="a .jsonl file, or the prefix of PREFIX.bin and PREFIX.idx")
+    add(
+        "--input",
+        required=True,
+        metavar="PATH",
+        help="a .jsonl file (also compressed), or the prefix of PREFIX.bin and PREFIX.idx",
+    )
     add("--output", required=True, metavar="PATH", help="the same kind: a .jsonl file, or a prefix")
     size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--documents", type=int, metavar="DOCUMENTS", help="this many documents")
-    size.add_argument("--tokens", type=int, metavar="TOKENS", help="as many documents as fit into this many tokens")
+    size.add_argument("--documents", type=whole(1, 2**63 - 1), metavar="DOCUMENTS", help="this many documents")
+    size.add_argument(
+        "--tokens", type=whole(1, 2**63 - 1), metavar="TOKENS", help="as many documents as fit into this many tokens"
+    )
     add("--random", action="store_true", help="a random sample instead of the first documents")
-    add("--seed", type=int, default=1234, help="seed of --random (default: 1234)")
+    add("--seed", type=whole(0, 2**63 - 1), default=1234, help="seed of --random (default: 1234)")
     add("--json-key", default="text", metavar="NAME", help="JSONL: field with the text (default: text)")
     add("--data-path-file", metavar="FILE", help="also write the line for --train-data-path-file here")
     for flag in ("--tokenizer-type", "--vocab-file", "--merge-file", "--tokenizer-model"):
@@ -37,30 +47,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def counting_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
     """Build the tokenizer that the flags name, if any."""
+    from megatron.config.schema import DataConfig
+    from megatron.data.tokenizer import build_tokenizer
+
     names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
     given = {name: getattr(args, name) for name in names}
     return build_tokenizer(DataConfig(**given)) if any(given.values()) else None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make the subset and print what it is. Returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Make the subset and print what it is."""
     args = parse_args(argv)
+    from megatron.data.indexed import clean_prefix
+    from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
+
     selection = Selection(args.documents, args.tokens, args.seed if args.random else None)
-    try:
-        if Path(args.input).is_file() and not args.input.endswith((".bin", ".idx")):
-            report = subset_jsonl(
-                args.input, args.output, selection, tokenizer=counting_tokenizer(args), key=args.json_key
-            )
-        else:
-            report = subset_indexed(clean_prefix(args.input), args.output, selection)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if Path(args.input).is_file() and not args.input.endswith((".bin", ".idx")):
+        report = subset_jsonl(args.input, args.output, selection, tokenizer=counting_tokenizer(args), key=args.json_key)
+    else:
+        report = subset_indexed(clean_prefix(args.input), args.output, selection)
     if args.data_path_file:
-        Path(args.data_path_file).write_text(report["data_path_line"] + "\n", encoding="utf-8")
+        replace_file(args.data_path_file, report["data_path_line"] + "\n")
     print(json.dumps(report, indent=1))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
 """Encode text into Megatron token files: OUTPUT_KEY_document.bin, .idx and .meta.json.
 
-Input is JSONL (also .gz), plain text, parquet or a folder saved by the `datasets` library; several inputs, folders and
-patterns are read in order. The output appears complete or not at all. See docs/data.md.
+Input is JSON lines and plain text (also .gz, .bz2, .xz, .zst), parquet or a folder saved by the `datasets` library; several
+inputs, folders and patterns are read in order. The output appears complete or not at all. See docs/data.md.
 
   tools/preprocess_data.py --input c4.jsonl --output-prefix data/c4 --vocab-file vocab.json --merge-file merges.txt \\
       --append-eod --workers 8                       # GPT-2 BPE, makes data/c4_text_document.bin and .idx
   tools/preprocess_data.py --input books/ --output-prefix data/books --tokenizer-type ByteTokenizer --append-eod
 
 Malformed rows (no JSON, no such key, no text, no UTF-8) are reported by file and line and counted. By default one is
-too many: the whole input is checked, nothing is written, and the exit status is 1. --max-errors N leaves out up to N,
+too many: the whole input is checked, nothing is written, and the exit status is 2. --max-errors N leaves out up to N,
 --skip-errors any number.
 """
 
@@ -20,24 +20,30 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.config.schema import DataConfig
-from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary, preprocess
-from megatron.data.prepare.readers import FORMATS, find_sources, total_bytes
-from megatron.data.tokenizer import TYPES, build_tokenizer
+from megatron.config.ranges import whole
 from megatron.errors import UserError
+from tools._run import run
+
+if TYPE_CHECKING:
+    from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags; Megatron's spellings."""
+    from megatron.data.prepare.readers import FORMATS
+    from megatron.data.tokenizer import TYPES
+
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     group = parser.add_argument_group("input")
     group.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
+    group.add_argument("--root", metavar="DIR", help="folder of relative inputs (default: the working directory)")
     group.add_argument("--input-format", choices=FORMATS, help="default: by file name")
     group.add_argument(
         "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys or columns (default: text)"
@@ -49,7 +55,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="plain text: a document is a file (default) or a block between blank lines",
     )
     group.add_argument(
-        "--max-errors", type=int, default=0, metavar="ROWS", help="malformed rows to leave out (default: 0)"
+        "--max-errors",
+        type=whole(0, 10**12),
+        default=0,
+        metavar="ROWS",
+        help="malformed rows to leave out (default: 0)",
     )
     group.add_argument("--skip-errors", action="store_true", help="leave out any number of malformed rows")
     group = parser.add_argument_group("tokenizer")
@@ -61,15 +71,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--tokenizer-model", metavar="PATH", help="HF name, folder or tokenizer.json; SentencePiece .model"
     )
-    group.add_argument("--vocab-size", type=int, metavar="TOKENS", help="vocabulary of NullTokenizer")
+    group.add_argument("--vocab-size", type=whole(1, 2**31 - 1), metavar="TOKENS", help="vocabulary of NullTokenizer")
     group.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, metavar="PATH", help="start of the output names")
     group.add_argument("--overwrite", action="store_true", help="replace data sets of this name")
     group.add_argument("--dataset-impl", choices=("mmap",), default="mmap", help="format of the output: always mmap")
-    group.add_argument("--workers", type=int, metavar="PROCESSES", help="encoding processes (default: the cores)")
     group.add_argument(
-        "--log-interval", type=int, default=10, metavar="SECONDS", help="between progress lines in a log"
+        "--workers", type=whole(1, 4096), metavar="PROCESSES", help="encoding processes (default: the cores)"
+    )
+    group.add_argument(
+        "--log-interval", type=whole(1, 10**6), default=10, metavar="SECONDS", help="between progress lines in a log"
     )
     return parser.parse_args(argv)
 
@@ -103,11 +115,21 @@ class Progress:
         self._bar.close()
 
 
-def run(args: argparse.Namespace) -> Summary:
-    """Preprocess as the flags say. Raises ValueError for wrong flags or input."""
+def encode(args: argparse.Namespace) -> None:
+    """Preprocess as the flags say.
+
+    Raises:
+        UserError: wrong flags or input.
+    """
+    from megatron.config.schema import DataConfig
+    from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
+    from megatron.data.prepare.readers import find_sources, total_bytes
+    from megatron.data.tokenizer import build_tokenizer
+
     if args.max_errors < 0 or (args.workers is not None and args.workers < 1):
-        raise ValueError("--max-errors must be at least 0 and --workers at least 1; raise them")
-    sources = find_sources(args.input, args.input_format)
+        given = f"--max-errors {args.max_errors} and --workers {args.workers}"
+        raise UserError(given, "they are at least 0 and at least 1", "raise them")
+    sources = find_sources(args.input, args.input_format, root=args.root)
     if any(source.format == "text" for source in sources) and len(args.json_keys) > 1:
         raise UserError(f"--json-keys {' '.join(args.json_keys)} with plain text", "it has one text", "give one key")
     options = PreprocessOptions(
@@ -141,7 +163,6 @@ def run(args: argparse.Namespace) -> Summary:
     finally:
         progress.close()
     report(options, summary, tokenizer.name)
-    return summary
 
 
 def report(options: PreprocessOptions, summary: Summary, tokenizer: str) -> None:
@@ -163,18 +184,10 @@ def report(options: PreprocessOptions, summary: Summary, tokenizer: str) -> None
     print(f"{seconds:.1f} s: {documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s")
 
 
-def main() -> int:
-    """Run; errors become one message and exit status 1."""
-    try:
-        run(parse_args())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def main() -> None:
+    """Parse and encode."""
+    encode(parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -6,12 +6,15 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron.convert.hf_folder import ExportOptions
 from megatron.errors import UserError
-from megatron.hub.upload import UploadError, UploadPlan, stage, upload
+from tools._run import run
+
+if TYPE_CHECKING:
+    from megatron.hub.upload import UploadPlan
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def plan_of(args: argparse.Namespace) -> UploadPlan:
     """Turn the flags into a plan."""
+    from megatron.convert.hf_folder import ExportOptions
+    from megatron.hub.upload import UploadPlan
+
     if args.no_export and not args.with_checkpoint:
         raise UserError("--no-export without --with-checkpoint", "an upload holds weights", "add --with-checkpoint")
     export = ExportOptions(
@@ -52,24 +58,20 @@ def plan_of(args: argparse.Namespace) -> UploadPlan:
     return UploadPlan(args.repo_id, args.tag, not args.no_export, args.with_checkpoint, args.license, export)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Stage, show and upload. Returns the exit status."""
+def main(argv: list[str] | None = None) -> None:
+    """Stage, show and upload."""
     args = parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory(prefix="push-") as scratch:
-            folder = Path(args.output) if args.output else Path(scratch) / "upload"
-            files = stage(Path(args.run), folder, plan_of(args))
-            for name, size in files:
-                print(f"  {size / 1e6:>12,.3f} MB  {name}")
-            print(f"{len(files)} files, {sum(size for _, size in files) / 1e6:,.1f} MB, to {args.repo_id}", flush=True)
-            if args.dry_run:
-                return 0
+    from megatron.hub.upload import stage, upload
+
+    with tempfile.TemporaryDirectory(prefix="push-") as scratch:
+        folder = Path(args.output) if args.output else Path(scratch) / "upload"
+        files = stage(Path(args.run), folder, plan_of(args))
+        for name, size in files:
+            print(f"  {size / 1e6:>12,.3f} MB  {name}")
+        print(f"{len(files)} files, {sum(size for _, size in files) / 1e6:,.1f} MB, to {args.repo_id}", flush=True)
+        if not args.dry_run:
             print(upload(folder, args.repo_id, private=args.private))
-    except (ValueError, OSError, UploadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,26 +7,33 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.runs.comparison import matched_pairs
-from megatron.runs.reading import format_count
-from megatron.scaling.sweep.definition import Sweep, SweepRun, hours, load_sweep, read_result, state, unmatched
-from megatron.scaling.sweep.runner import Runner, command_line, write_slurm
+from megatron.errors import require
+from tools._run import run as run_tool
+
+if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.scaling.sweep.definition import Sweep, SweepRun
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Do what the action says; returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        sweep = load_sweep(options.sweep)
-        runs = _selected(sweep, options.only)
-        return {"list": _list, "price": _price, "status": _status, "check": _check, "run": _run, "slurm": _slurm}[
-            options.action
-        ](sweep, runs, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from megatron.scaling.sweep.definition import load_sweep
+
+    require(options.jobs >= 1, f"--jobs {options.jobs} was given", "at least one run runs", "give 1 or more")
+    require(options.attempts >= 1, f"--attempts {options.attempts} was given", "a run is started", "give 1 or more")
+    require(
+        options.devices_per_job >= 0,
+        f"--devices-per-job {options.devices_per_job} was given",
+        "a job sees some devices, or with 0 all",
+        "give 0 or more",
+    )
+    sweep = load_sweep(options.sweep)
+    actions = {"list": _list, "price": _price, "status": _status, "check": _check, "run": _run, "slurm": _slurm}
+    return actions[options.action](sweep, _selected(sweep, options.only), options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,12 +64,13 @@ def _selected(sweep: Sweep, only: list[str] | None) -> list[SweepRun]:
     found = [
         run for run in sweep.runs if any(text == run.name or (text not in names and text in run.name) for text in only)
     ]
-    if not found:
-        raise ValueError(f"no run matches {', '.join(only)}; runs are named as `list` shows")
+    require(found, f"--only {' '.join(only)}", "no run has such a name", "see the names with: list")
     return found
 
 
 def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.scaling.sweep.runner import command_line
+
     for run in runs:
         print(f"{run.name}\n    {' '.join(command_line(sweep, run))}")
     print(f"{len(runs)} runs")
@@ -70,6 +78,9 @@ def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> in
 
 
 def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.runs.counts import format_count
+    from megatron.scaling.sweep.definition import hours
+
     for run in [*runs, None]:
         flops = run.flops if run else sum(other.flops for other in runs)
         name = run.name if run else f"{len(runs)} runs together"
@@ -91,6 +102,9 @@ def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
 
 
 def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.runs.comparison import plus_minus
+    from megatron.scaling.sweep.state import read_result, state
+
     counts: Counter[str] = Counter()
     for run in runs:
         current = state(run)
@@ -98,7 +112,9 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
         result = read_result(run)
         done = f" {min(1.0, result.samples_done / max(1, int(result.info['train_samples']))):.0%}" if result else ""
         best = (
-            f", best {result.best.nll:.4f} ± {result.best.nll_se:.4f} {result.label}" if result and result.best else ""
+            f", best {plus_minus(result.best.nll, result.best.nll_se)} (± over {result.best.error_unit}) {result.label}"
+            if result and result.best
+            else ""
         )
         print(f"{run.name}: {current}{done if current != 'finished' else ''}{best}")
     print(", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
@@ -107,19 +123,27 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
 
 def _check(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     """Exit status 1 where something besides the objective differs within a comparison."""
+    from megatron.runs.matching import matched_pairs
+    from megatron.scaling.sweep.definition import unmatched
+    from megatron.scaling.sweep.state import read_result
+
     found = unmatched(runs)
     results = [result for run in runs if (result := read_result(run)) is not None]
     for first, second, differing in matched_pairs(results):
         same_place = first.name.split("-", 1)[1] == second.name.split("-", 1)[1]
         if same_place:
-            found += [f"{first.name} and {second.name}, as run: {item}" for item in differing if not item.layout]
+            found += [
+                f"{first.name} and {second.name}, as run: {item}" for item in differing if item.weight != "layout"
+            ]
     print("\n".join(found) if found else "matched: within every comparison only the objective differs")
     return 1 if found else 0
 
 
 def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.scaling.sweep.runner import Runner
+
     runner = Runner(
-        sweep, jobs=max(1, options.jobs), devices_per_job=options.devices_per_job, attempts=max(1, options.attempts),
+        sweep, jobs=options.jobs, devices_per_job=options.devices_per_job, attempts=options.attempts,
         say=lambda text: print(text + "\n", end="", flush=True),  # one write: the jobs speak from threads
     )  # fmt: skip
     results = runner.run(runs)
@@ -131,10 +155,12 @@ def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int
 
 
 def _slurm(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.scaling.sweep.runner import write_slurm
+
     script = write_slurm(sweep, runs, options.output or sweep.output / "slurm")
     print(f"sbatch {script}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Exact likelihood of a whole validation set.
-# CHECKPOINT: run directory. MODEL: its size. VALID_DATA, TOKENIZER_FLAGS, SEQ_LENGTH: see common.sh.
+# CHECKPOINT: run directory; the result goes to its evaluations/. MODEL: its size. VALID_DATA, TOKENIZER_FLAGS, SEQ_LENGTH: see common.sh.
 : "${MODEL:=140M}" "${RUN_NAME:=ar_140m_100M}"
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

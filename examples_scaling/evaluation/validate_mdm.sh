@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Likelihood bound, with its standard error, of a whole validation set: NUM_MC noise draws a sample,
 # the same samples and the same noise for every checkpoint.
-# CHECKPOINT: run directory. MODEL: its size. VALID_DATA, TOKENIZER_FLAGS, SEQ_LENGTH: see common.sh.
+# CHECKPOINT: run directory; the result goes to its evaluations/. MODEL: its size. VALID_DATA, TOKENIZER_FLAGS, SEQ_LENGTH: see common.sh.
 : "${MODEL:=140M}" "${RUN_NAME:=mdm_140m_100M}" "${NUM_MC:=8}"
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -6,10 +6,9 @@
 : "${EVAL_INTERVAL:=100}" "${EVAL_ITERS:=full}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=1}" "${LOG_INTERVAL:=50}" "${TOKENIZER_FLAGS=}"
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-trap 'echo "stopped; the same command continues"; exit 130' INT
 export OMP_WAIT_POLICY=PASSIVE   # threads that wait must not hold a core that another program wants
 echo "Training and evaluation take 7 to 10 minutes on 2 CPU cores; the first run also installs packages (3 minutes or more)."
-bash "$REPO/install.sh" ${INSTALL_FLAGS:+"$INSTALL_FLAGS"}
+supervise bash "$REPO/install.sh" ${INSTALL_FLAGS:+"$INSTALL_FLAGS"}
 TEXT="$RUN_DIR/text-$VOCAB_SIZE" TRAIN="$RUN_DIR/text-$VOCAB_SIZE/first_$DOCUMENTS"
 encode=(preprocess_data.py --append-eod --tokenizer-model "$TEXT/tokenizer")
 once "$TEXT/validation.jsonl" make_sample_corpus.py --output-dir "$TEXT" --validation-fraction 0.03
@@ -19,7 +18,7 @@ once "$TEXT/all_text_document.idx" "${encode[@]}" --input "$TEXT/train.jsonl" --
 once "$TRAIN.idx" make_subset.py --input "$TEXT/all_text_document" --output "$TRAIN" --documents "$DOCUMENTS"   # little data, often
 for objective in ar mdm; do
   RUN_DIR="$RUN_DIR/$objective" TRAIN_DATA="$TRAIN" VALID_DATA="$TEXT/valid_text_document" \
-    train "$objective" --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS"
+    train "$objective" --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" "$@"
 done
-"$ENV_PYTHON" "$REPO/tools/report.py" "$RUN_DIR/ar" "$RUN_DIR/mdm" --output "$RUN_DIR/report"
+tool report.py "$RUN_DIR/ar" "$RUN_DIR/mdm" --output "$RUN_DIR/report"
 echo "took $((SECONDS / 60)) minutes"

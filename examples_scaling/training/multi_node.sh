@@ -6,14 +6,18 @@
 # Submit from the repository. To end before a time limit and continue with the next job: EXIT_DURATION_IN_MINS=1430.
 #SBATCH --job-name=megatron
 #SBATCH --ntasks-per-node=1
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --exclusive
+#SBATCH --output=%x-%j.log
 set -euo pipefail
 # sbatch runs a copy of this file from its spool folder, so the repository is where the job was submitted.
 if [ -n "${SLURM_JOB_ID:-}" ]; then EXAMPLES="$SLURM_SUBMIT_DIR/examples_scaling"
 else EXAMPLES="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"; fi
+case " $* " in *" --help "*|*" -h "*) sed -n '2,/^#SBATCH/{/^#SBATCH/d; s/^# \{0,1\}//p;}' "$0"; exit 0 ;; esac
 SCRIPT="$EXAMPLES/${1:?which training script? for instance training/mdm/140m_100M.sh}"; shift
-[ -f "$SCRIPT" ] || { echo "error: no file $SCRIPT; scripts are named from examples_scaling/; see ls $EXAMPLES/training/*" >&2; exit 1; }
+[ -f "$SCRIPT" ] || { echo "error: no file $SCRIPT; scripts are named from examples_scaling/; see ls $EXAMPLES/training/*" >&2; exit 2; }
 
-if [ -n "${SLURM_JOB_ID:-}" ]; then exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$SCRIPT" "$@"; fi
-[ -n "${HOSTFILE:-}" ] || { echo "error: neither a SLURM job nor HOSTFILE; several nodes need one of them; see the head of $0" >&2; exit 1; }
+if [ -n "${SLURM_JOB_ID:-}" ]; then   # srun does not inherit sbatch's --cpus-per-task, and gives one core without it
+  exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --kill-on-bad-exit=1 bash "$SCRIPT" "$@"
+fi
+[ -n "${HOSTFILE:-}" ] || { echo "error: neither a SLURM job nor HOSTFILE; several nodes need one of them; see the head of $0" >&2; exit 2; }
 exec bash "$SCRIPT" "$@"

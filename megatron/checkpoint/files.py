@@ -1,25 +1,29 @@
-"""Files of a run directory: manifests, tags, verification, atomic replacement."""
+"""Files of a checkpoint: fragments, the manifest that certifies itself and them, and their verification."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError
+from megatron.files import replace_file
 
-FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+LATEST = "latest"
+NEXT = "latest.next"  # what `latest` will hold when the save in progress is through: it outlives a kill between the renames
+FORMAT = 2  # 2 carries a checksum of itself; 1, without it, is still read
+SEAL = "sha256"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Fragment:
     """A flat range of one tensor-parallel shard, as one rank holds it.
 
     Attributes:
-        kind: "weight", "exp_avg" or "exp_avg_sq".
+        kind: "weight", "exp_avg" or "exp_avg_sq"; readers leave kinds alone that they do not ask for.
         name: canonical name of the tensor.
         tp_rank, tp_size: which shard.
         start: first element of the range in the flattened shard.
@@ -49,51 +53,85 @@ class Fragment:
 
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def read_manifest(tag: Path) -> dict[str, Any]:
-    """The manifest of a tag.
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to the disk, with the permissions that the umask gives (the library makes 0600).
 
     Raises:
-        ValueError: it is absent, unreadable or of another format.
+        Failure: it could not be written.
+    """
+    try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        raise Failure(
+            f"{path} could not be written ({error})",
+            "tensors need a writable folder with room for them",
+            "free space or choose another folder",
+        ) from error
+
+
+def step_of(tag: Path) -> int | None:
+    """The step in the name of a tag; None where it is no name of a tag."""
+    match = re.fullmatch(r"global_step([0-9]{1,18})", tag.name)
+    return int(match.group(1)) if match else None
+
+
+def tag_folders(run_dir: Path) -> list[Path]:
+    """Folders of a run that are named like a tag, complete or not, highest step first."""
+    tags = [path for path in run_dir.glob("global_step*") if step_of(path) is not None and path.is_dir()]
+    return sorted(tags, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def write_manifest(tag: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest, sealed with a checksum of its own content."""
+    content = json.loads(json.dumps({**manifest, "format": FORMAT}))
+    content.pop(SEAL, None)
+    replace_file(tag / MANIFEST, json.dumps({**content, SEAL: _content_checksum(content)}, indent=1))
+
+
+def read_manifest(tag: Path) -> dict[str, Any]:
+    """The manifest of a tag, certified by its own checksum (format 1 had none; its fields are checked by type).
+
+    Raises:
+        UserError: it is absent, unreadable, damaged or of a format that this version does not know.
     """
     path = tag / MANIFEST
     if not path.is_file():
         kind = "a DeepSpeed checkpoint" if list(tag.glob("mp_rank_*")) else "no checkpoint of this project"
         raise UserError(
-            f"{tag} has no {MANIFEST} ({kind})",
+            f"{tag} has no {MANIFEST} ({kind if tag.is_dir() else 'there is no such folder'})",
             "a checkpoint is complete only with its manifest",
             "convert others with tools/convert_checkpoint.py, or choose another --load",
         )
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})", "it must be JSON", "choose another --load-tag") from error
-    if manifest.get("format") != FORMAT:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"cannot be read ({error})") from error
+    if not isinstance(manifest, dict):
+        raise _damaged(path, "holds no JSON object")
+    version = manifest.get("format")
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(
-            f"{path} has format {manifest.get('format')}", f"this version reads {FORMAT}", "update the project"
+            f"{path} has format {version!r}", f"this version reads 1 to {FORMAT}", "update the project, or load another"
         )
+    if version > 1 or SEAL in manifest:
+        content = {key: value for key, value in manifest.items() if key != SEAL}
+        if manifest.get(SEAL) != _content_checksum(content):
+            raise _damaged(path, "fails its own checksum")
+    if wrong := [name for name, holds in _FIELDS.items() if not holds(manifest.get(name))]:
+        raise _damaged(path, f"holds no valid {', '.join(wrong)}")
     return manifest
-
-
-def checkpoint_tags(run_dir: Path) -> list[Path]:
-    """Folders of complete tags, newest step first."""
-    tags = [path for path in run_dir.glob("global_step*") if (path / MANIFEST).is_file() and _step_of(path) is not None]
-    return sorted(tags, key=lambda path: _step_of(path) or 0, reverse=True)
-
-
-def _step_of(path: Path) -> int | None:
-    match = re.fullmatch(r"global_step(\d+)", path.name)
-    return int(match.group(1)) if match else None
 
 
 def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
@@ -103,60 +141,77 @@ def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool =
         tag: folder with a manifest.
         part, parts: check every ``parts``-th file from ``part`` on, to share the work between ranks.
         checksums: read the files; otherwise only their sizes are compared.
+
+    Raises:
+        UserError: the manifest cannot be used.
     """
     files = sorted(read_manifest(tag)["files"].items())
     for name, expected in files[part::parts]:
         path = tag / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            yield f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif checksums and file_checksum(path) != expected["sha256"]:
-            yield f"{name} fails its checksum"
+        try:
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != expected["bytes"]:
+                yield f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            elif checksums and file_checksum(path) != expected["sha256"]:
+                yield f"{name} fails its checksum"
+        except OSError as error:
+            yield f"{name} cannot be read ({error.strerror or error})"
 
 
-def find_checkpoint(load: Path, tag: str | None = None, *, checksums: bool = True) -> tuple[Path | None, list[str]]:
-    """The checkpoint that ``--load`` and ``--load-tag`` mean.
+def _content_checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a JSON value, whatever its layout on the page."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    Args:
-        load: folder of a run, or of one tag.
-        tag: name of a tag, or "latest"; default: the newest one that verifies.
-        checksums: verify contents, not only sizes.
 
-    Returns:
-        The folder of the tag, or None where the run has no checkpoint yet; and what was skipped and why.
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(
+        f"{path} {how}", "a manifest must be as it was written", "restore it, or choose another --load-tag"
+    )
 
-    Raises:
-        ValueError: the tag asked for is absent or damaged, or every checkpoint is.
-    """
-    if (load / MANIFEST).is_file():
-        candidates = [load]
-    elif tag is not None:
-        name = (load / "latest").read_text().strip() if tag == "latest" and (load / "latest").is_file() else tag
-        read_manifest(load / name)
-        candidates = [load / name]
-    else:
-        candidates = checkpoint_tags(load)
-        if not candidates and (load / "latest").is_file():
-            read_manifest(load / (load / "latest").read_text().strip())  # says what kind of checkpoint it is
-    skipped: list[str] = []
-    for candidate in candidates:
-        complaints = list(damaged_files(candidate, checksums=checksums))
-        if not complaints:
-            return candidate, skipped
-        skipped.append(f"{candidate.name}: {'; '.join(complaints)}")
-    if skipped:
-        raise UserError(
-            f"no checkpoint in {load} can be used ({' | '.join(skipped)})",
-            "files must match their manifest",
-            "restore them or choose another --load",
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+
+
+def _is_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_tensor(tensor) for tensor in value.values())
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether this describes a :class:`ShardSpec`."""
+    if not isinstance(value, dict) or not isinstance(value.get("shape"), list):
+        return False
+    shape, dim, blocks = value["shape"], value.get("dim"), value.get("blocks")
+    if not (isinstance(blocks, list) and all(_is_count(number) for number in [*shape, *blocks])):
+        return False
+    return dim is None or (_is_count(dim) and dim < len(shape) and sum(blocks) == shape[dim])
+
+
+def _is_files(value: Any) -> bool:
+    """Whether these are plain names with sizes and checksums, at least one."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            Path(name).name == name
+            and isinstance(file, dict)
+            and _is_count(file.get("bytes"))
+            and isinstance(file.get("sha256"), str)
+            for name, file in value.items()
         )
-    return None, skipped
+    )
 
 
-def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> None:
-    """Delete all but the newest ``keep_last`` tags and those of the steps in ``keep``."""
-    for tag in checkpoint_tags(run_dir)[keep_last:]:
-        if _step_of(tag) not in keep:
-            (tag / MANIFEST).unlink()  # first, so that a half-deleted tag is no checkpoint
-            shutil.rmtree(tag)
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "consumed_samples": _is_count,
+    "optimizer_steps": _is_count,
+    "config": _is_config,
+    "tensors": _is_tensors,
+    "files": _is_files,
+}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron.checkpoint.files import Fragment, read_manifest
 from megatron.config import config_from_dict
 from megatron.config.schema import Config
 from megatron.errors import UserError
 from megatron.parallel.sharding import ShardSpec
+
+KEY = re.compile(r"([^/]+)/(.+)/([0-9]+)-([0-9]+)/([0-9]+)")  # see Fragment.key
 
 
 def fill_from_full(fragment: Fragment, full: torch.Tensor, spec: ShardSpec) -> None:
@@ -42,15 +45,6 @@ class CheckpointReader:
         self._index: dict[tuple[str, str, int], list[tuple[int, str, str]]] = {}
         self._tp_sizes: dict[tuple[str, str], int] = {}
         self._read_headers()
-
-    @property
-    def names(self) -> list[str]:
-        """Canonical names of all tensors."""
-        return list(self.specs)
-
-    def has(self, kind: str) -> bool:
-        """Whether the checkpoint holds this kind for every tensor (weights only, for instance, has no moments)."""
-        return all((kind, name) in self._tp_sizes for name in self.specs)
 
     def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
         """A whole tensor, fp32, on the CPU.
@@ -94,32 +88,40 @@ class CheckpointReader:
         return self._tp_sizes[kind, name]
 
     def _read_headers(self) -> None:
+        """Index what the shards hold: every key of the form kind/name/tp_rank-tp_size/start, whatever its kind."""
         for file_name in self.manifest["files"]:
-            file = safe_open(self.path / file_name, framework="pt")
+            path = self.path / file_name
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} cannot be read ({error})", "a shard must be as it was written", "choose another --load-tag"
+                ) from error
             self._files[file_name] = file
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                kind, name, layout, start = key.rsplit("/", 3)
-                tp_rank, tp_size = (int(part) for part in layout.split("-"))
-                self._tp_sizes[kind, name] = tp_size
-                self._index.setdefault((kind, name, tp_rank), []).append((int(start), file_name, key))
+                if match := KEY.fullmatch(key):
+                    kind, name, tp_rank, tp_size, start = match.groups()
+                    self._tp_sizes[kind, name] = int(tp_size)
+                    self._index.setdefault((kind, name, int(tp_rank)), []).append((int(start), file_name, key))
         for fragments in self._index.values():
             fragments.sort()
 
     def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> torch.Tensor:
         """Elements start … start + numel − 1 of one flattened shard."""
-        result = torch.empty(numel)
-        filled = 0
+        pieces, position = [], start
         for first, file_name, key in self._index.get((kind, name, tp_rank), []):
             saved = self._files[file_name].get_slice(key)
-            length = saved.get_shape()[0]
-            low, high = max(start, first), min(start + numel, first + length)
-            if low < high:
-                result[low - start : high - start] = saved[low - first : high - first]
-                filled += high - low
-        if filled != numel:
+            high = min(start + numel, first + saved.get_shape()[0])
+            if first <= position < high:
+                pieces.append((position, high, saved, first))
+                position = high
+        if position != start + numel:  # seen before memory is taken for what a manifest merely claims
             raise UserError(
-                f"checkpoint {self.path}: {kind} of {name} has {filled} of {numel} elements",
+                f"checkpoint {self.path}: {kind} of {name} has {position - start} of {numel} elements",
                 "a shard is missing",
                 "load another tag with --load-tag",
             )
+        result = torch.empty(numel)
+        for low, high, saved, first in pieces:
+            result[low - start : high - start] = saved[low - first : high - first]
         return result

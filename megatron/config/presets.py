@@ -1,4 +1,4 @@
-"""Model sizes of arXiv 2507.15857 by their listed names, and the arithmetic of parameters and compute."""
+"""Model sizes of arXiv 2507.15857 by their listed names."""
 
 from __future__ import annotations
 

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.tensors import LARGEST_SIZE
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from megatron.convert.huggingface import CLASSES, MODEL_TYPES
 from megatron.errors import UserError
+
+# Mistral without a sliding window is Llama. Its class has other defaults, so it is read with its own configuration.
+READABLE = {**{name: family for family, name in CLASSES.items()}, "MistralForCausalLM": "ar"}
+CONFIG_CLASSES = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "EuroBertForMaskedLM": "EuroBertConfig",
+    "MistralForCausalLM": "MistralConfig",
+}
+# Sizes that a configuration of strangers names, before any library makes something of them.
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def huggingface_config(
@@ -79,21 +100,22 @@ def read_config(folder: Path) -> tuple[Config, str]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         architectures = raw.get("architectures")
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error})",
             "a Hugging Face folder needs its config.json",
             "download the folder again",
         ) from error
-    families = {name: family for family, name in CLASSES.items()}
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in families:
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if name not in READABLE:
         raise UserError(
             f"{path} is of {architectures}",
-            "only LlamaForCausalLM and EuroBertForMaskedLM have the blocks of this repository",
+            f"only {', '.join(READABLE)} have the blocks of this repository",
             "other models cannot be read",
         )
-    family = families[architectures[0]]
-    theirs = _transformers_config(family, raw, path)
+    family = READABLE[name]
+    _check_sizes(raw, path)
+    theirs = _transformers_config(name, raw, path)
     _check_supported(theirs, path)
     rope = theirs.rope_parameters or {}
     model = ModelConfig(
@@ -123,20 +145,29 @@ def read_config(folder: Path) -> tuple[Config, str]:
     return Config(model=model, objective=objective, data=DataConfig(vocab_size=theirs.vocab_size), run=run), family
 
 
-def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:
+def _check_sizes(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse sizes that no model has; types are for the class to judge."""
+    sizes = {name: raw[name] for name in SIZES if isinstance(raw.get(name), int | float)}
+    if wrong := [f"{name} {size}" for name, size in sizes.items() if not 0 < size <= LARGEST_SIZE]:
+        raise UserError(
+            f"{path} has {', '.join(wrong)}", f"sizes lie between 1 and {LARGEST_SIZE:,}", "correct the file"
+        )
+
+
+def _transformers_config(name: str, raw: dict[str, Any], path: Path) -> Any:
     """Make the configuration object of the class, which fills in defaults and checks types."""
     try:
         import transformers
 
-        Class: Any = transformers.LlamaConfig if family == "ar" else transformers.EuroBertConfig
+        Class: Any = getattr(transformers, CONFIG_CLASSES[name])
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"{path} is of {CLASSES[family]}, which the installed transformers lacks",
+            f"{path} is of {name}, which the installed transformers lacks",
             "EuroBert came with transformers 5",
             "run: pip install -U transformers",
         ) from error
     try:
-        return Class(**{name: value for name, value in raw.items() if name != "auto_map"})
+        return Class(**{field: value for field, value in raw.items() if field != "auto_map"})
     except Exception as error:  # transformers raises classes of its own for each rule
         raise UserError(
             f"{path} is not a valid {Class.__name__} ({error})", "transformers refuses it too", "correct the file"
@@ -146,10 +177,12 @@ def _transformers_config(family: str, raw: dict[str, Any], path: Path) -> Any:
 def _check_supported(theirs: Any, path: Path) -> None:
     """Refuse, by name, settings of the two classes that our model does not have."""
     rope = theirs.rope_parameters or {}
+    window = getattr(theirs, "sliding_window", None)
     found = {
-        "hidden_act": theirs.hidden_act,
-        "attention_bias": theirs.attention_bias,
-        "mlp_bias": theirs.mlp_bias,
+        "hidden_act": "silu" if theirs.hidden_act == "swish" else theirs.hidden_act,  # two names of one function
+        "attention_bias": getattr(theirs, "attention_bias", False),
+        "mlp_bias": getattr(theirs, "mlp_bias", False),
+        "sliding_window": None if window is not None and window >= theirs.max_position_embeddings else window,
         "rope_type": rope.get("rope_type", "default"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0),
     }
@@ -157,6 +190,7 @@ def _check_supported(theirs: Any, path: Path) -> None:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "sliding_window": None,
         "rope_type": "default",
         "partial_rotary_factor": 1.0,
     }

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.tensors import check_tensors, full_shapes, model_tensors
 from megatron.config.schema import Config, DataConfig
-from megatron.convert.canonical import check_tensors
+from megatron.config.shape import Shape
 from megatron.convert.hf_config import huggingface_config, read_config, write_config
 from megatron.convert.hf_tokenizer import end_of_document, named_tokenizer, tokenizer_size, write_tokenizer
 from megatron.convert.huggingface import (
@@ -31,8 +32,10 @@ from megatron.convert.huggingface import (
     write_weights,
 )
 from megatron.errors import UserError
-from megatron.files import new_folder
-from megatron.model import Causal, Full, GPTModel
+from megatron.files import replace_folder
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import AttentionMask, Causal, Full
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 # fp32 logits of the same weights differ by rounding only; per unit of the largest logit where that is above 1.
@@ -89,10 +92,12 @@ def export_folder(
     rows = kept_rows(config, tensors["word_embeddings.weight"].shape[0]) if options.trim_vocab else None
     kept = {name: tensor.to(DTYPES[dtype]) for name, tensor in (trim_rows(tensors, rows) if rows else tensors).items()}
     rows = kept["word_embeddings.weight"].shape[0]
-    weights = to_huggingface(kept, config.model)
-    check_tensors(weights, huggingface_shapes(config.model, rows), source=str(path))
+    model = replace(config.model, padded_vocab_size=rows)
+    specs = model_tensors(model, num_tensors=len(kept), source=str(path))
+    check_tensors(kept, full_shapes(specs), source=f"the weights for {path} in {dtype}")
+    weights = to_huggingface(kept, model)
     mask_id = config.objective.mask_token_id if family == "mdm" else None
-    with new_folder(path) as folder:
+    with replace_folder(path) as folder:
         has_tokenizer = options.with_tokenizer and write_tokenizer(
             config.data, folder, mask_id=mask_id, length=config.model.seq_length, source=options.tokenizer
         )
@@ -138,7 +143,8 @@ def import_folder(path: str | Path, *, with_tokenizer: bool = True) -> tuple[Con
                 'set "tie_word_embeddings" to false in config.json if the head is its own',
             )
         del weights["lm_head.weight"]
-    check_tensors(weights, huggingface_shapes(config.model, rows), source=str(folder))
+    shapes = huggingface_shapes(config.model, num_tensors=len(weights), source=str(folder))
+    check_tensors(weights, shapes, source=str(folder))
     tensors = {name: tensor.float() for name, tensor in from_huggingface(weights, config.model).items()}
     used = tokenizer_size(folder) if with_tokenizer else None
     data = DataConfig(tokenizer_type="NullTokenizer", vocab_size=rows)
@@ -182,16 +188,18 @@ def compare_logits(config: Config, tensors: Mapping[str, Tensor], folder: Path, 
     rows = tensors["word_embeddings.weight"].shape[0]
     length = min(64, config.model.seq_length)
     ids = torch.randint(0, rows, (sequences, length), generator=torch.Generator().manual_seed(0))
-    model = GPTModel(replace(config.model, padded_vocab_size=rows), mask=Full() if family == "mdm" else Causal())
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    theirs = getattr(transformers, CLASSES[family]).from_pretrained(str(folder), dtype=torch.float32)
+    mask: AttentionMask = Full() if family == "mdm" else Causal()
+    model = GPTModel(Shape.from_flags(config.model, padded_vocab_size=rows))
+    model.load(tensors)
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    theirs = getattr(transformers, architecture).from_pretrained(str(folder), dtype=torch.float32)
     with torch.no_grad():
-        ours = model.eval().logits(ids)
+        ours = model.eval().logits(Inputs(ids), mask)
         difference = float((ours - theirs.eval()(input_ids=ids).logits).abs().max())
         limit = LOGIT_TOLERANCE * max(1.0, float(ours.abs().max()))
         if difference > limit:
             # Unusually large weights amplify rounding: then the measure is how far fp32 is from fp64 in our own model.
-            limit = max(limit, 4 * float((ours - model.double().logits(ids)).abs().max()))
+            limit = max(limit, 4 * float((ours - model.double().logits(Inputs(ids), mask)).abs().max()))
     if not difference <= limit:
         raise UserError(
             f"{folder}: the largest difference of logits is {difference:.3g}",

@@ -95,7 +95,16 @@ def write_tokenizer(
     if tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(str(folder))
+    _name_class(folder / "tokenizer_config.json")
     return True
+
+
+def _name_class(path: Path) -> None:
+    """Write the class by the name that transformers 4 and 5 both know."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def end_of_document(folder: Path) -> int | None:
@@ -186,13 +195,17 @@ def _mask_id(folder: Path) -> int | None:
 
 def _add_mask(tokenizer: Any, mask_id: int) -> None:
     """Give the tokenizer a mask token with this id; ids between its end and the mask become reserved tokens."""
+    from transformers import AddedToken
+
     size = len(tokenizer)
     if mask_id < size:
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_id)
     else:
         if mask_id > size:
             tokenizer.add_tokens([f"<|reserved_{index}|>" for index in range(size, mask_id)], special_tokens=True)
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        # It stands for a token with the space before it, if there is one: so that space is part of it.
+        mask = AddedToken(MASK_TOKEN, lstrip=True, rstrip=False, normalized=False, special=True)
+        tokenizer.add_special_tokens({"mask_token": mask})
     if tokenizer.mask_token_id != mask_id:
         raise UserError(
             f"the mask token of the run is id {mask_id}, the tokenizer made it {tokenizer.mask_token_id}",

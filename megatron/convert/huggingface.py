@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron.checkpoint.files import save_tensors
+from megatron.checkpoint.tensors import model_tensors
+from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
 from megatron.config.schema import Config, ModelConfig
-from megatron.convert.canonical import VOCABULARY_TENSORS, canonical_shapes
 from megatron.errors import UserError
-from megatron.model import Causal, Full
 from megatron.objectives import evaluation_objective
+from megatron.objectives.base import CausalDecoding, MaskedDecoding
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -42,13 +43,13 @@ def attention_family(config: Config) -> str:
     Raises:
         ValueError: the objective evaluates with a mask that neither class has.
     """
-    mask = evaluation_objective(config).attention_mask
-    if isinstance(mask, Causal):
+    objective = evaluation_objective(config)
+    if isinstance(objective.decoding, CausalDecoding):
         return "ar"
-    if isinstance(mask, Full):
+    if isinstance(objective.decoding, MaskedDecoding):
         return "mdm"
     raise UserError(
-        f"objective {config.objective.objective} evaluates with {type(mask).__name__} attention",
+        f"objective {config.objective.objective} evaluates with {type(objective.attention_mask).__name__} attention",
         "LlamaForCausalLM is causal and EuroBertForMaskedLM bidirectional",
         "keep the model in this repository's format",
     )
@@ -125,10 +126,11 @@ def from_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[
     return out
 
 
-def huggingface_shapes(model: ModelConfig, vocab_rows: int) -> dict[str, tuple[int, ...]]:
-    """List the tensors of the Hugging Face folder of a model: shapes by their names there."""
-    shapes = canonical_shapes(model, vocab_rows)
-    return {name: tuple(t.shape) for name, t in to_huggingface(_meta(shapes), model).items()}
+def huggingface_shapes(model: ModelConfig, *, num_tensors: int, source: str) -> dict[str, tuple[int, ...]]:
+    """List the tensors of the Hugging Face folder of a model: shapes by their names there; see :func:`model_tensors`."""
+    specs = model_tensors(model, num_tensors=num_tensors, source=source)
+    ours = {name: torch.empty(spec.full_shape, device="meta") for name, spec in specs.items()}
+    return {name: tuple(tensor.shape) for name, tensor in to_huggingface(ours, model).items()}
 
 
 def kept_rows(config: Config, vocab_rows: int) -> int:
@@ -145,7 +147,7 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size
     plan = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():
         part = {name: tensors[name].contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, part, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -162,7 +164,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     places: dict[str, str] | None = None
     files = [SINGLE]
     if (folder / INDEX).is_file():
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        places = _read_index(folder / INDEX)
         files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -193,11 +195,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(DERIVED_SUFFIX)}
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file of every tensor."""
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(text, str) for pair in places.items() for text in pair):
+            raise TypeError("weight_map is no table of names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error!r})", "the index says which file holds a tensor", "download it again"
+        ) from error
+    return places
+
+
 def trim_rows(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
     """Keep the first ``rows`` rows of the embedding and of the output head."""
     return {name: tensor[:rows] if name in VOCABULARY_TENSORS else tensor for name, tensor in tensors.items()}
-
-
-def _meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Make tensors without storage, to follow shapes through the mapping."""
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.tensors import check_tensors, full_shapes, model_tensors
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
-from megatron.convert.canonical import canonical_shapes, check_tensors
+from megatron.convert.published_layers import FIRST_RANK, join_layers, list_files
 from megatron.convert.unpickle import load_pickled
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
-LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 GPT2_VOCAB_SIZE = 50257
 POSITIONS = "position_embeddings.weight"
 
@@ -95,62 +94,31 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
             f"objective {objective!r} given", "published checkpoints were trained as ar or mdm", "pass one of these"
         )
     folder = find_published(path)
-    files, tp_size = _list_files(folder)
-    state = load_pickled(folder / "mp_rank_00_model_states.pt")
+    files, tp_size = list_files(folder)
+    state = load_pickled(folder / FIRST_RANK)
     args = state.get("args") if isinstance(state, dict) else None
     if not isinstance(args, argparse.Namespace):
         raise UserError(
-            f"{folder}/mp_rank_00_model_states.pt has no `args`",
+            f"{folder / FIRST_RANK} has no `args`",
             "the configuration is read from that argparse.Namespace",
             "check that this is a Megatron-DeepSpeed checkpoint",
         )
     _check_args(args, tp_size, folder)
     layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
     model = _model_config(args, layers, folder)
-    tensors = _join_layers(layers, model, folder)
-    shapes = canonical_shapes(model, int(args.padded_vocab_size))
-    if POSITIONS in shapes:  # theirs has a row for each position of the context, ours one more, never seen in training
-        shapes[POSITIONS] = (shapes[POSITIONS][0] - 1, *shapes[POSITIONS][1:])
-    check_tensors(tensors, shapes, source=str(folder))
-    if POSITIONS in shapes:
+    num_tensors = sum(len(ranks[0]) for ranks in layers.values())
+    specs = model_tensors(model, num_tensors=num_tensors, source=str(folder))
+    if POSITIONS in specs:  # theirs has a row for each position of the context, ours one more, never seen in training
+        rows, hidden = specs[POSITIONS].full_shape
+        specs[POSITIONS] = replace(specs[POSITIONS], full_shape=(rows - 1, hidden))
+    tensors = join_layers(layers, specs, folder)
+    check_tensors(tensors, full_shapes(specs), source=str(folder))
+    if POSITIONS in specs:
         tensors[POSITIONS] = torch.cat([tensors[POSITIONS], tensors[POSITIONS][-1:]])
     bf16 = tensors["word_embeddings.weight"].dtype == torch.bfloat16
     config = _config(args, state, model, objective=objective, bf16=bf16)
     step = state.get("iteration") or state.get("global_steps") or 0
     return PublishedCheckpoint({name: tensor.float() for name, tensor in tensors.items()}, config, int(step))
-
-
-def _list_files(folder: Path) -> tuple[dict[int, list[Path]], int]:
-    """Map layer -> its files in rank order; the grid of layers and ranks has no hole. Returns (files, tp)."""
-    layer_files = {file.name: file for file in folder.glob("layer_*")}
-    keys: dict[tuple[int, int], Path] = {}
-    for name, file in layer_files.items():
-        match = LAYER_FILE.fullmatch(name)
-        if match is None:
-            raise UserError(
-                f"{folder} holds {name}",
-                (
-                    "every layer file must be called layer_KK-model_TT-model_states.pt, because every tensor "
-                    "must be accounted for"
-                ),
-                "move the file away if it does not belong to the model",
-            )
-        keys[int(match[1]), int(match[2])] = file
-    layers = sorted({layer for layer, _ in keys})
-    ranks = {int(match[1]) for file in folder.glob("mp_rank_*") if (match := RANK_FILE.fullmatch(file.name))}
-    tp_size = 1 + max((rank for _, rank in keys), default=0)
-    expected = {(layer, rank) for layer in range(1, max(layers, default=1) + 1) for rank in range(tp_size)}
-    missing = [f"layer_{layer:02d}-model_{rank:02d}-model_states.pt" for layer, rank in sorted(expected - set(keys))]
-    if 0 not in ranks:
-        missing.append("mp_rank_00_model_states.pt")
-    if missing or set(keys) - expected:
-        extra = [keys[key].name for key in sorted(set(keys) - expected)]
-        raise UserError(
-            f"{folder} is incomplete: missing {', '.join(missing) or 'nothing'}",
-            f"unexpected {', '.join(extra) or 'nothing'}",
-            f"tp {tp_size} needs every layer of every rank; download or copy the checkpoint again",
-        )
-    return {layer: [keys[layer, rank] for rank in range(tp_size)] for layer in layers}, tp_size
 
 
 def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
@@ -218,14 +186,11 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
             "args must hold the sizes of a Megatron-DeepSpeed GPT and layer 02 its first block",
             "check that this is such a checkpoint",
         ) from error
-    wanted = set(range(1, model.num_layers + (4 if untied else 3)))  # type: ignore[operator]
-    if set(layers) != wanted:
+    last = int(args.num_layers) + (3 if untied else 2)
+    if len(layers) != last:
         raise UserError(
             f"{folder} has layer files {min(layers)} to {max(layers)}",
-            (
-                f"{model.num_layers} blocks with {('its own' if untied else 'a tied')} output head need files "
-                f"1 to {max(wanted)}"
-            ),
+            f"{args.num_layers} blocks with {'its own' if untied else 'a tied'} output head need files 1 to {last}",
             "the folder is incomplete or its args belong to another model",
         )
     width, allowed = model.ffn_hidden_size, {getattr(args, "ffn_hidden_size", None)}
@@ -240,81 +205,20 @@ def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Ten
     return model
 
 
-def _join_layers(layers: dict[int, list[dict[str, Tensor]]], model: ModelConfig, folder: Path) -> dict[str, Tensor]:
-    """Join the ranks of every tensor and give it its canonical name; an unknown name is refused later."""
-    tensors: dict[str, Tensor] = {}
-    last = (model.num_layers or 0) + 2
-    for layer, ranks in layers.items():
-        where = f"{folder.name}/layer_{layer:02d}"
-        names = list(ranks[0])
-        if any(set(rank) != set(names) for rank in ranks):
-            raise UserError(
-                f"{where}: the tensor-parallel ranks hold different tensors",
-                "every rank must hold its part of each",
-                "download or copy the checkpoint again",
-            )
-        for name in names:
-            parts = [rank[name] for rank in ranks]
-            if not all(isinstance(part, Tensor) for part in parts):
-                raise UserError(
-                    f"{where}: {name} is a {type(parts[0]).__name__}",
-                    "a layer file holds only tensors",
-                    "this checkpoint comes from another code and is not converted",
-                )
-            if layer == 1 or layer == last + 1:
-                canonical = name
-            elif layer == last:
-                canonical = f"final_layernorm.{name}"
-            else:
-                canonical = f"layers.{layer - 2}.{name}"
-            tensors[canonical] = _join(parts, name, model, where)
-    return tensors
-
-
-def _join(parts: list[Tensor], name: str, model: ModelConfig, where: str) -> Tensor:
-    """Make the full tensor from the parts of all ranks: stacked sub-matrices, columns, vocabulary rows or a replica."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
-        raise UserError(
-            f"{where}: the parts of {name} are {[list(part.shape) for part in parts]}",
-            "tensor-parallel ranks hold equal parts",
-            "the folder mixes files of two models",
-        )
-    if name.startswith("self_attention.query_key_value."):
-        return _stack(parts, 3)
-    if name.startswith("mlp.dense_h_to_4h."):
-        return _stack(parts, 2 if model.swiglu else 1)
-    if name in ("self_attention.dense.weight", "mlp.dense_4h_to_h.weight"):
-        return torch.cat(parts, dim=1)
-    if name in ("word_embeddings.weight", "lm_head.weight"):
-        return torch.cat(parts, dim=0)
-    if any(not torch.equal(part, parts[0]) for part in parts):
-        raise UserError(
-            f"{where}: {name} differs between tensor-parallel ranks",
-            "a replicated tensor must be the same on all",
-            "the files come from different steps, or the run had drifted",
-        )
-    return parts[0]
-
-
-def _stack(parts: list[Tensor], blocks: int) -> Tensor:
-    """Join parts whose rows are ``blocks`` stacked sub-matrices: all parts of the first, then of the second, ...
-
-    Rows that do not divide stay for the check of shapes to refuse.
-    """
-    split = [torch.tensor_split(part, blocks) for part in parts]
-    return torch.cat([rank[index] for index in range(blocks) for rank in split])
-
-
 def _config(
     args: argparse.Namespace, state: dict[str, Any], model: ModelConfig, *, objective: str, bf16: bool
 ) -> Config:
     """Build the configuration: model, objective, tokenizer (without the paths of another machine) and length."""
-    vocabulary = state.get("universal_checkpoint_info", {}).get("original_vocab_size") or getattr(
-        args, "vocab_size", None
+    info = state.get("universal_checkpoint_info")
+    recorded = info.get("original_vocab_size") if isinstance(info, dict) else None
+    vocabulary = int(recorded or getattr(args, "vocab_size", None) or GPT2_VOCAB_SIZE)
+    rows = model.padded_vocab_size or 0
+    require(
+        0 < vocabulary < rows + (objective == "ar"),
+        f"the vocabulary has {vocabulary} tokens and the embedding {rows} rows",
+        "every token needs a row, and the mask token of mdm another",
+        "check args.padded_vocab_size and the objective",
     )
-    vocabulary = int(vocabulary or GPT2_VOCAB_SIZE)
     data = DataConfig(tokenizer_type=getattr(args, "tokenizer_type", None), vocab_size=vocabulary)
     run = RunConfig(
         bf16=bf16, seed=int(getattr(args, "seed", 1234)), global_batch_size=getattr(args, "global_batch_size", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -12,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.files import find_checkpoint
-from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.writer import save_full_checkpoint
+from megatron.checkpoint.select import select
+from megatron.checkpoint.tensors import open_whole_model, save_full_checkpoint
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
+from megatron.config.shape import Shape
 from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
 from megatron.errors import UserError
-from megatron.files import new_folder
+from megatron.files import replace_folder
 from megatron.model.arithmetic import parameters_for_compute, training_flops
 from megatron.objectives import evaluation_objective
 
@@ -40,17 +41,17 @@ def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[
     Raises:
         ValueError: no checkpoint there, or a damaged one.
     """
-    folder, skipped = find_checkpoint(Path(path), tag)
-    if folder is None:
+    found = select(path, tag)
+    if found.tag is None:
         raise UserError(
             f"{path} holds no checkpoint",
             "a run has global_stepN folders with a manifest.json",
             "give the folder that was passed as --save",
         )
-    for complaint in skipped:
-        print(f"skipped a damaged checkpoint: {complaint}", flush=True)
-    reader = CheckpointReader(folder)
-    return reader.config, {name: reader.tensor(name) for name in reader.names}, folder
+    if found.warning:
+        print(found.warning, file=sys.stderr, flush=True)
+    reader = open_whole_model(found.tag)
+    return reader.config, {name: reader.tensor(name) for name in reader.specs}, found.tag
 
 
 def origin_of(folder: Path) -> Path | None:
@@ -81,7 +82,7 @@ def write_run(
         ValueError: names or shapes are not those of the model, or ``path`` is taken.
     """
     path = Path(path)
-    with new_folder(path) as folder:
+    with replace_folder(path) as folder:
         if origin is not None:
             (folder / ORIGIN).mkdir()
             for name in CONFIG_FILES:
@@ -99,7 +100,9 @@ def write_run(
 def _run_json(config: Config, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Any]:
     """Describe the run as training does; what a conversion cannot know (data, epochs) is 0 or null."""
     samples = config.run.train_samples or 0
-    parameters = parameters_for_compute(config.model, config.data.vocab_size or config.model.padded_vocab_size or 0)
+    parameters = parameters_for_compute(
+        Shape.of(config.model), config.data.vocab_size or config.model.padded_vocab_size or 0
+    )
     tokens = samples * config.model.seq_length
     return {
         "format": 1,

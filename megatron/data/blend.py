@@ -26,7 +26,8 @@ def read_data_path_file(path: str | Path) -> list[str]:
         ValueError: the file is missing, or does not hold exactly one line with balanced quotes.
     """
     try:
-        lines = [line for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # behind the mark that some editors write
+        lines = [line for line in text.split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the data path file {path} ({error})", "it must be a text file", "check the path"

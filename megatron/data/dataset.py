@@ -6,15 +6,29 @@ import math
 import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron.data.blend import BlendOrder, blend_order, parse_blend
 from megatron.data.indexed import IndexedDataset, read_meta
-from megatron.data.order import default_cache_folders, load_or_build_maps, plan_order
+from megatron.data.order import plan_order
+from megatron.data.order_cache import default_cache_folders, load_or_build_maps
 from megatron.errors import UserError
 
 _HEADROOM = 1.005  # Megatron asks each data set of a blend for this much more than its share
+
+
+class Pieces(NamedTuple):
+    """Where each token of a sample comes from.
+
+    Attributes:
+        documents: [seq + 1] int64, index of its document in the data set (in a blend: in all parts, one after the other).
+        places: [seq + 1] int64, from 0: which piece of the sample it is in. A document after itself is two pieces.
+    """
+
+    documents: np.ndarray
+    places: np.ndarray
 
 
 class GPTDataset:
@@ -78,18 +92,25 @@ class GPTDataset:
         Raises:
             IndexError: the index is negative or not below ``len()``.
         """
+        parts = [self.documents.get(document, begin, length) for document, begin, length in self._parts(index)]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+
+    def pieces(self, index: int) -> Pieces:
+        """Return the document of each token of sample ``index``. Raises IndexError as reading it does."""
+        documents, _, lengths = zip(*self._parts(index))
+        return Pieces(np.repeat(documents, lengths), np.repeat(np.arange(len(lengths)), lengths))
+
+    def _parts(self, index: int) -> list[tuple[int, int, int]]:
+        """Return (document, first token, tokens) of every piece of a sample."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         row = int(self.maps.sample_order[index])
         (first, begin), (last, end) = self.maps.sample_starts[row : row + 2].tolist()
-        document = self.maps.document_order
-        if first == last:
-            return self.documents.get(int(document[first]), begin, end + 1 - begin).astype(np.int64)
-        parts = [self.documents.get(int(document[first]), begin)]
-        parts += [self.documents.get(int(document[place])) for place in range(first + 1, last)]
-        parts.append(self.documents.get(int(document[last]), 0, end + 1))
-        return np.concatenate(parts).astype(np.int64)
+        documents = self.maps.document_order[first : last + 1].tolist()
+        stops = [*self.documents.sizes[documents[:-1]].tolist(), end + 1]  # the last one is read up to ``end``
+        begins = [begin] + [0] * (last - first)
+        return [(document, start, stop - start) for document, start, stop in zip(documents, begins, stops)]
 
 
 class BlendedDataset:
@@ -152,11 +173,20 @@ class BlendedDataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return sample ``index``, int64 [seq_length + 1]. Raises IndexError outside 0 … len()-1."""
+        dataset, place = self._place(index)
+        return self.datasets[dataset][place]
+
+    def pieces(self, index: int) -> Pieces:
+        """Return the document of each token of sample ``index``; see :class:`Pieces`."""
+        dataset, place = self._place(index)
+        own = self.datasets[dataset].pieces(place)
+        return own._replace(documents=own.documents + sum(len(part.documents) for part in self.datasets[:dataset]))
+
+    def _place(self, index: int) -> tuple[int, int]:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        dataset, place = self.order[index]
-        return self.datasets[dataset][place]
+        return self.order[index]
 
 
 def build_dataset(

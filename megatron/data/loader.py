@@ -7,23 +7,27 @@ samples alone, also with another number of ranks. The objective prepares the bat
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron.model.batch import ModelBatch
+from megatron.data.batches import Batches, Workers
+from megatron.data.dataset import Pieces
+from megatron.data.packing import ONE_STREAM, Packing, places_in_documents
+from megatron.model.batch import ModelBatch, Samples
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 
 
 class TokenDataset(Protocol):
-    """Anything that gives ``[seq + 1]`` int64 tokens by index."""
+    """Anything that gives ``[seq + 1]`` int64 tokens by index, and says where they come from."""
 
     def __getitem__(self, index: int) -> np.ndarray: ...
+
+    def pieces(self, index: int) -> Pieces: ...
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -53,31 +57,58 @@ class MicroBatchSampler(Sampler[list[int]]):
         return -(-(self.last_sample - self.first_sample) // stride)
 
 
+class _Indexed(NamedTuple):
+    """One sample: its tokens [seq + 1], its index in the stream, and the segment of each token where that is asked for."""
+
+    tokens: np.ndarray
+    sample_id: int
+    segment_ids: np.ndarray | None
+
+
 class _WithIndex(Dataset):
-    """Pairs of tokens and stream index. Indices past the end repeat the last sample; evaluation drops them."""
+    """Samples with their stream index. Indices past the end repeat the last sample; evaluation drops them."""
 
-    def __init__(self, dataset: TokenDataset, last_sample: int) -> None:
-        self.dataset, self.last_sample = dataset, last_sample
+    def __init__(self, dataset: TokenDataset, last_sample: int, packing: Packing) -> None:
+        self.dataset, self.last_sample, self.packing = dataset, last_sample, packing
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.dataset[min(index, self.last_sample - 1)], index
+    def __getitem__(self, index: int) -> _Indexed:
+        row = min(index, self.last_sample - 1)
+        segments = self.dataset.pieces(row).places if self.packing.asks_for_documents else None
+        return _Indexed(self.dataset[row], index, segments)
 
 
 class _Prepare:
-    """Collate function: stack the tokens and let the objective make the batch (picklable)."""
+    """Collate function: stack the samples and let the objective make the batch (picklable)."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, packing: Packing) -> None:
+        self.objective, self.packing = objective, packing
 
-    def __call__(self, items: list[tuple[np.ndarray, int]]) -> ModelBatch:
-        tokens = torch.from_numpy(np.stack([tokens for tokens, _ in items]))
-        return self.objective.prepare(tokens, torch.tensor([index for _, index in items]))
+    def __call__(self, items: list[_Indexed]) -> ModelBatch[torch.Tensor]:
+        return as_tensors(self.objective.prepare(self._samples(items)))
+
+    def _samples(self, items: list[_Indexed]) -> Samples:
+        packing = self.packing
+        tokens = np.stack([item.tokens for item in items])
+        segments = None
+        if packing.asks_for_documents:
+            segments = np.stack([item.segment_ids for item in items if item.segment_ids is not None])
+        return Samples(
+            tokens,
+            np.array([item.sample_id for item in items]),
+            loss_mask=None if packing.eod_id is None else tokens != packing.eod_id,
+            segment_ids=segments if packing.reset_attention else None,
+            position_ids=places_in_documents(segments) if packing.reset_positions and segments is not None else None,
+        )
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C and a cluster's signals reach every process of the job; the trainer answers them, its workers follow."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def as_tensors(batch: ModelBatch[np.ndarray]) -> ModelBatch[torch.Tensor]:
+    """The batch of an objective as tensors of the same types."""
+    return batch.map(lambda array: torch.from_numpy(np.require(array, requirements=("C", "W"))))
+
+
+def to_device(batch: ModelBatch[torch.Tensor], device: torch.device) -> ModelBatch[torch.Tensor]:
+    """The batch on ``device``; from pinned memory the copies do not block."""
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def build_loader(
@@ -89,21 +120,38 @@ def build_loader(
     last_sample: int,
     first_sample: int = 0,
     num_workers: int = 2,
-) -> DataLoader:
-    """Micro-batches of this rank, in order, prepared by ``num_workers`` processes (0: in this process)."""
+    packing: Packing = ONE_STREAM,
+    timeout_seconds: float = 0,
+) -> Batches:
+    """Micro-batches of this rank, in order; use it as a context manager, which ends its processes.
+
+    Args:
+        dataset: samples.
+        objective: prepares them.
+        context: this process.
+        micro_batch_size: samples per micro-batch.
+        last_sample: end of the stream.
+        first_sample: samples already consumed.
+        num_workers: processes that prepare (0: this process).
+        packing: how documents within a sample are treated.
+        timeout_seconds: limit of the wait for one batch; 0: none.
+    """
     sampler = MicroBatchSampler(
         first_sample=first_sample,
         last_sample=last_sample,
         micro_batch_size=micro_batch_size,
-        dp_rank=context.dp_rank,
-        dp_size=context.dp_size,
+        dp_rank=context.dp.rank,
+        dp_size=context.dp.size,
     )
-    return DataLoader(
-        _WithIndex(dataset, last_sample),
+    workers = Workers()
+    loader = DataLoader(
+        _WithIndex(dataset, last_sample, packing),
         batch_sampler=sampler,
-        collate_fn=_Prepare(objective),
+        collate_fn=_Prepare(objective, packing),
         num_workers=num_workers,
         pin_memory=context.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=workers,
+        timeout=timeout_seconds if num_workers else 0,
     )
+    return Batches(loader, workers)

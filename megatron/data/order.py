@@ -5,31 +5,17 @@ All epochs of documents are shuffled together into one stream of tokens; sample 
 is needed, that epoch is kept apart: its documents and samples are shuffled among themselves and come last, so that
 training over E.1 epochs does not read some documents E+1 times before others E times.
 
-The maps are cached in a folder named by a hash of everything they depend on. The folder is built under a temporary name
-and renamed: any number of processes may build at once, each sees a complete folder or none.
+megatron/data/order_cache.py keeps the maps.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import tempfile
-import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron.errors import UserError
 
-_FORMAT = 1
-_STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 22  # documents per step of the boundary search: bounds its memory
 
 
@@ -156,94 +142,3 @@ def build_maps(sizes: np.ndarray, plan: OrderPlan) -> IndexMaps:
     document_order = build_document_order(len(sizes), plan, rng)
     sample_starts = build_sample_starts(sizes, document_order, plan)
     return IndexMaps(document_order, sample_starts, build_sample_order(plan, rng))
-
-
-def load_or_build_maps(sizes: np.ndarray, plan: OrderPlan, *, name: str, folders: list[Path]) -> IndexMaps:
-    """Return the maps, memory-mapped from the first cache folder that has them or can be written.
-
-    Args:
-        sizes: tokens per document, int32 [documents].
-        plan: the rest of what the maps depend on.
-        name: first part of the folder's name, for people who look at the cache.
-        folders: cache folders in order of preference. When none can be written, the maps stay in memory.
-    """
-    key = f"{name}-{_hash(sizes, plan)}"
-    for folder in folders:
-        maps = _load(folder / key, plan)
-        if maps is not None:
-            return maps
-    built: IndexMaps | None = None
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _one_builder(folder / f"{key}.lock"):
-                if (maps := _load(folder / key, plan)) is None:  # another process was faster
-                    built = built or build_maps(sizes, plan)
-                    _store(folder / key, built, plan)
-                    maps = _load(folder / key, plan)
-            if maps is not None:
-                return maps
-        except OSError as error:
-            warnings.warn(f"cannot cache index maps in {folder} ({error}); trying elsewhere", stacklevel=2)
-    return built or build_maps(sizes, plan)
-
-
-def default_cache_folders(prefix: str) -> list[Path]:
-    """Return the cache folders of a data set: beside the data, else one of this user's in the temporary folder."""
-    temporary = Path(tempfile.gettempdir()) / f"megatron-index-cache-{os.getuid()}"
-    return [Path(prefix).resolve().parent / "index-cache", temporary]
-
-
-def _hash(sizes: np.ndarray, plan: OrderPlan) -> str:
-    digest = hashlib.blake2b(json.dumps([_FORMAT, asdict(plan)]).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(sizes, np.int32).data)
-    return digest.hexdigest()
-
-
-def _load(folder: Path, plan: OrderPlan) -> IndexMaps | None:
-    """Return the maps of one cache folder; None when it is absent or damaged (it is then moved away)."""
-    if not folder.is_dir():
-        return None
-    try:
-        found = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in IndexMaps.__dataclass_fields__]
-        if len(found[1]) == plan.total_samples + 1 and len(found[2]) == plan.total_samples:
-            return IndexMaps(*found)
-        problem = "wrong lengths"
-    except (OSError, ValueError, EOFError) as error:
-        problem = str(error)
-    warnings.warn(f"damaged index cache {folder} ({problem}); building it again", stacklevel=2)
-    with contextlib.suppress(OSError):
-        aside = tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent)
-        os.rename(folder, aside)  # onto an empty folder: atomic, and only one process wins
-        shutil.rmtree(aside, ignore_errors=True)
-    return None
-
-
-def _store(folder: Path, maps: IndexMaps, plan: OrderPlan) -> None:
-    for old in folder.parent.glob(f"{folder.name}.*.tmp"):  # of builders that were killed
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp makes it private; another user of the data may read the cache
-        for part in IndexMaps.__dataclass_fields__:
-            with (temporary / f"{part}.npy").open("wb") as file:
-                np.save(file, getattr(maps, part))
-                file.flush()
-                os.fsync(file.fileno())
-        (temporary / "plan.json").write_text(json.dumps(asdict(plan)) + "\n", encoding="utf-8")
-        os.rename(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.is_dir():  # otherwise another process, on a file system without locks, was faster
-            raise
-
-
-@contextlib.contextmanager
-def _one_builder(lock: Path) -> Iterator[None]:
-    """Let the processes of one machine build a map once. Only saves work: correctness rests on the rename."""
-    with lock.open("a") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: every process builds
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -51,6 +51,9 @@ class Tokenizer(Protocol):
     def spec(self) -> dict[str, Any]:
         """Return what tokenizer_from_spec needs to build this tokenizer again, as JSON values."""
 
+    def vocabulary(self) -> dict[str, int] | None:
+        """Return the id of every token, as the tokenizer spells tokens; None when it knows only ids."""
+
 
 def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the flags name, or else the one that the training data names in PREFIX.meta.json.

@@ -50,6 +50,9 @@ class FastTokenizer:
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
 
+    def vocabulary(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
+
 
 class SentencePieceTokenizer:
     """A SentencePiece ``.model`` file."""
@@ -83,6 +86,9 @@ class SentencePieceTokenizer:
     def spec(self) -> dict[str, Any]:
         return {"type": "SentencePieceTokenizer", "model": self._model}
 
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
+
 
 class ByteTokenizer:
     """UTF-8 bytes: ids 0-255 are bytes, 256 is the end of a document. Needs no files."""
@@ -103,6 +109,9 @@ class ByteTokenizer:
 
     def spec(self) -> dict[str, Any]:
         return {"type": "ByteTokenizer"}
+
+    def vocabulary(self) -> dict[str, int]:
+        return {**{f"byte {index}": index for index in range(256)}, "end of document": 256}
 
 
 class NullTokenizer:
@@ -136,6 +145,9 @@ class NullTokenizer:
 
     def spec(self) -> dict[str, Any]:
         return {"type": "NullTokenizer", "vocab_size": self.vocab_size}
+
+    def vocabulary(self) -> None:
+        return None
 
 
 def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:

@@ -5,18 +5,39 @@ difference to the leader is more than ``z`` standard errors, for each normalisat
 get twice the draws, until one is left or the budget is spent (sequential paired elimination as in Maron & Moore 1997,
 "The Racing Algorithm", with normal instead of Hoeffding intervals). The budget is per answer, so that the outcome of a
 question depends on no other question.
+
+What a race finds is the winner. The likelihoods it leaves behind are biased, because an answer leaves when its draws happen
+to be low: those of dropped answers are too low, those of winners too high (0.1 to 0.5 nats; docs/evaluation.md). So they are
+labelled ``ranking`` instead of ``bound``, and metrics that need likelihoods are computed without a race.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.errors import require
 from megatron.evaluation.estimators import Estimator
-from megatron.evaluation.scorer import MaskedScorer, Request, Tally
+from megatron.evaluation.scorer import Estimate, MaskedScorer, Request, Tally
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How the metrics of a task choose an answer: by its log-likelihood and, with ``per_character``, also by that over its
+    length; an answer is its continuation without ``delimiter``."""
+
+    per_character: bool = True
+    delimiter: str = " "
+
+    def lengths(self, continuations: Sequence[str]) -> tuple[float, ...] | None:
+        """Characters of each answer; None where only the sum ranks."""
+        if not self.per_character:
+            return None
+        return tuple(float(len(text.removeprefix(self.delimiter))) for text in continuations)
 
 
 @dataclass(frozen=True)
@@ -55,17 +76,18 @@ class RaceSettings:
     z: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 2 <= self.first_draws <= self.max_draws:
-            raise ValueError(
-                f"first_draws {self.first_draws} and max_draws {self.max_draws}: an error bar needs 2 draws and the "
-                "budget must hold the first round; raise --num-mc or lower the first round"
-            )
+        require(
+            2 <= self.first_draws <= self.max_draws,
+            f"first_draws {self.first_draws} and max_draws {self.max_draws}",
+            "an error bar needs 2 draws and the budget must hold the first round",
+            "raise --num-mc or lower the first round",
+        )
 
 
 def race(
     scorer: MaskedScorer, questions: Sequence[Question], estimator: Estimator, *, settings: RaceSettings
 ) -> list[list[Tally]]:
-    """Score the answers of every question adaptively; returns their tallies (see ``Tally.estimate``)."""
+    """Score the answers of every question adaptively; returns their tallies (see :func:`raced`)."""
     result: list[list[Tally]] = []
     for start in range(0, len(questions), scorer.chunk_size):
         chunk = questions[start : start + scorer.chunk_size]
@@ -86,6 +108,14 @@ def race(
             ]
         result.extend(tallies)
     return result
+
+
+def raced(tally: Tally) -> Estimate:
+    """The estimate of an answer after a race: good for ranking it, and labelled so; without sampling it stays what it is."""
+    estimate = tally.estimate()
+    if tally.is_complete():
+        return estimate
+    return dataclasses.replace(estimate, kind="ranking", standard_error=math.nan)
 
 
 def undecided(question: Question, tallies: Sequence[Tally], *, z: float) -> set[int]:
@@ -114,4 +144,16 @@ def _lead(leader: Tally, rival: Tally, *, scales: tuple[float, float]) -> tuple[
         return float(lead), math.hypot(leader.standard_error() * scales[0], rival.standard_error() * scales[1])
     shared = min(len(leader.values), len(rival.values))
     differences = leader.values[:shared] * scales[0] - rival.values[:shared] * scales[1]
-    return float(differences.mean()), leader.estimator.standard_error(differences, leader.strata[:shared])
+    strata = leader.strata[:shared]
+    stratified = getattr(leader.estimator, "stratified", False)
+    error = neighbour_error(differences, strata) if stratified else leader.estimator.standard_error(differences, strata)
+    return float(differences.mean()), error
+
+
+def neighbour_error(values: np.ndarray, strata: np.ndarray) -> float:
+    """The error that the threshold ``z`` is compared with: from differences of neighbours in order of the stratum, all with
+    equal weight. A part of the stopping rule, whose agreement was measured as a whole; estimates report another one."""
+    if len(values) < 2:
+        return math.nan
+    ordered = values[np.argsort(strata, kind="stable")]
+    return math.sqrt(float(np.square(np.diff(ordered)).mean()) / 2 / len(values))

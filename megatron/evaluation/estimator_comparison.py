@@ -9,16 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.errors import UserError
+from megatron.data.jsonl import read_items
+from megatron.errors import UserError, require
 from megatron.evaluation.adaptive import Question, RaceSettings, race
 from megatron.evaluation.estimators import EnumeratedBound, Estimator, make_estimator
 from megatron.evaluation.scorer import MaskedScorer, Request, Tally
 
 CONTEXT_TOKENS = 16
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a JSONL file of ``{"text"}``.
+
+    Raises:
+        UserError: no file, or a line without a text.
+    """
+    items = read_items(path)
+    for number, item in items:
+        require(
+            isinstance(item.get("text"), str), f"{path} line {number} has no text", 'lines are {"text"}', "correct it"
+        )
+    return [item["text"] for _, item in items]
 
 
 def make_questions(

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron.errors import UserError
+from megatron.config.schema import Config
+from megatron.data.jsonl import read_items
+from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import require
 from megatron.evaluation.estimators import MaskedBound
-from megatron.evaluation.lm_eval.tasks import read_jsonl
 from megatron.evaluation.requests import encode_pair, windows
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.logits import LogitsFn
-from megatron.model import Causal
-
-if TYPE_CHECKING:
-    from megatron.config.schema import Config
-    from megatron.training.deepspeed.engine import Engine
+from megatron.objectives import evaluation_objective
+from megatron.objectives.base import CausalDecoding, MaskedDecoding
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,33 @@ class GapTask:
             eod_id: context of an empty query.
 
         Raises:
-            ValueError: a line without these fields, or an answer that does not fit.
+            UserError: a line without these fields, or an answer that does not fit.
         """
         questions, gold = [], []
-        for number, item in enumerate(read_jsonl(path), 1):
-            if not {"query", "choices", "gold"} <= set(item) or not 0 <= item["gold"] < len(item["choices"]):
-                raise ValueError(
-                    f"{path} line {number}: a question has query, choices and gold, the index of the right choice; correct it"
-                )
+        for number, item in read_items(path):
+            require(
+                _is_question(item),
+                f"{path} line {number} is no question",
+                "it has query, choices (a list of texts) and gold, the index of the right one",
+                "correct it",
+            )
             requests = []
             for choice in item["choices"]:
                 context, target = encode_pair(encode, item["query"], f" {choice}")
                 context = context or ([] if eod_id is None else [eod_id])
-                pieces = windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
-                if len(pieces) > 1:
-                    raise UserError(
-                        f"{path} line {number}: an answer has {len(target)} tokens",
-                        f"a row holds {row_length}",
-                        "shorten it",
-                    )
-                requests.append(pieces[0])
+                require(
+                    context and target and len(target) < row_length,
+                    f"{path} line {number}: a query of {len(context)} and an answer of {len(target)} tokens",
+                    f"both have at least one, and a row holds {row_length}",
+                    "shorten or complete it",
+                )
+                requests += windows(context, target, row_length=row_length, key=f"{path.name}/{number}")
+            require(
+                len(requests) > 1,
+                f"{path} line {number} has one choice",
+                "a gap is between a right and a wrong answer",
+                "add choices",
+            )
             questions.append(tuple(requests))
             gold.append(int(item["gold"]))
         return cls(tuple(questions), tuple(gold))
@@ -84,7 +91,8 @@ def likelihood_gap(
     ``num_mc`` antithetic pairs of masks and fixed noise, so the curve over training moves with the model only.
 
     Returns:
-        ``gap`` (nats per token), ``gap_se`` over questions, ``accuracy`` (right answer first by sum of log p), ``label``.
+        ``gap`` (nats per token), ``gap_se`` (its standard error over questions; the masks are fixed),
+        ``accuracy`` (right answer first by sum of log p), ``label``.
     """
     requests = [request for question in task.questions for request in question]
     if mask_id is None:
@@ -107,41 +115,55 @@ def likelihood_gap(
     }
 
 
-def gap_metric(config: Config, engine: Engine) -> Callable[[], dict[str, float | str]]:
-    """The fields that ``--gap-task`` adds to a validation record: gap, gap_se, gap_accuracy, gap_label.
+def gap_metric(
+    config: Config,
+    *,
+    logits_fn: LogitsFn,
+    evaluating: Callable[[], AbstractContextManager[Any]],
+    device: torch.device | str,
+) -> Callable[[], dict[str, float | str]]:
+    """The fields that ``--gap-task`` adds to a validation record: gap, gap_se (over questions), gap_accuracy, gap_label.
 
     Every data-parallel rank scores the whole (small) task: nothing is communicated, and all come to the same number.
 
-    Raises:
-        ValueError: bad questions, no tokenizer for the run's data, or an objective without a likelihood here.
-    """
-    from megatron.data.tokenizer import build_tokenizer
-    from megatron.model import GPTModel
-    from megatron.objectives import evaluation_objective
+    Args:
+        config: of the run.
+        logits_fn: the model that is trained.
+        evaluating: gives a context in which the model is in evaluation mode, with the attention of evaluation.
+        device: of the input ids.
 
-    objective = evaluation_objective(config)
-    is_causal = isinstance(objective.attention_mask, Causal)
-    mask_id = None if is_causal else config.objective.mask_token_id
-    if not is_causal and mask_id is None:
-        raise UserError(
-            f"--gap-task with objective {config.objective.objective}",
-            "answers are scored by causal models and by masked diffusion",
-            "drop the flag",
-        )
-    tokenizer, length = build_tokenizer(config.data), config.model.seq_length
-    assert config.run.gap_task is not None
-    task = GapTask.load(
-        Path(config.run.gap_task), tokenizer.encode, row_length=length + is_causal, eod_id=tokenizer.eod_id
+    Raises:
+        UserError: bad questions, no tokenizer for the run's data, or an objective without a likelihood here.
+    """
+    decoding = evaluation_objective(config).decoding
+    is_causal = isinstance(decoding, CausalDecoding)
+    mask_id = decoding.mask_token_id if isinstance(decoding, MaskedDecoding) else None
+    require(
+        is_causal or mask_id is not None,
+        f"--gap-task with objective {config.objective.objective}",
+        "answers are scored by causal models and by masked diffusion",
+        "drop the flag",
     )
-    model = engine.module
-    assert isinstance(model, GPTModel)
+    tokenizer, length = build_tokenizer(config.data), config.model.seq_length
+    task = GapTask.load(
+        Path(config.run.gap_task or ""), tokenizer.encode, row_length=length + is_causal, eod_id=tokenizer.eod_id
+    )
 
     def measure() -> dict[str, float | str]:
         # Answers have all lengths: compiled blocks would be compiled again for each of them.
-        with engine.evaluating(objective), torch.compiler.set_stance("force_eager"):
-            result = likelihood_gap(
-                model.logits, task, mask_id=mask_id, max_length=length, device=engine.context.device
-            )
+        with evaluating(), torch.compiler.set_stance("force_eager"):
+            result = likelihood_gap(logits_fn, task, mask_id=mask_id, max_length=length, device=device)
         return {name if name == "gap" else f"gap_{name.removeprefix('gap_')}": value for name, value in result.items()}
 
     return measure
+
+
+def _is_question(item: dict[str, Any]) -> bool:
+    query, choices, gold = item.get("query"), item.get("choices"), item.get("gold")
+    if (
+        not isinstance(query, str)
+        or not isinstance(choices, list)
+        or not all(isinstance(text, str) for text in choices)
+    ):
+        return False
+    return isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(choices)

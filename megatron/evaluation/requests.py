@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError, require
 from megatron.evaluation.scorer import Request
 
 
@@ -54,6 +54,22 @@ def windows(context: Sequence[int], target: Sequence[int], *, row_length: int, k
     return result
 
 
+def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
+    """A count from a flag or a model argument.
+
+    Raises:
+        UserError: no whole number, too small, or beyond any use.
+    """
+    try:
+        number = int(value)
+    except (ValueError, TypeError, OverflowError):
+        number = at_least - 1
+    require(
+        at_least <= number <= 10**15, f"{name} {value!r}", f"it is a whole number from {at_least}", "correct the number"
+    )
+    return number
+
+
 class ResultCache:
     """Finished results on disk, one JSON object a line, so that an interrupted evaluation goes on where it was.
 
@@ -73,18 +89,21 @@ class ResultCache:
         self._file: IO[str] | None = None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("results-*.jsonl")):
-            self._read(path)
-        if write:
-            self._file = open(folder / f"results-{rank:05d}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - kept open
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("results-*.jsonl")):
+                self._read(path)
+            if write:
+                self._file = _open_to_append(folder / f"results-{rank:05d}.jsonl")
+        except OSError as error:
+            raise _unusable(folder, error) from error
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 entry = json.loads(line)
                 self._known[entry["key"]] = entry["value"]
-            except (json.JSONDecodeError, KeyError, TypeError):  # the last line of a process that was killed
+            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
                 continue
 
     def key(self, kind: str, *parts: Any) -> str:
@@ -99,6 +118,27 @@ class ResultCache:
     def put(self, key: str, value: Any) -> None:
         """Store a JSON value; on disk when the call returns."""
         self._known[key] = value
-        if self._file is not None:
+        if self._file is None or self.folder is None:
+            return
+        try:
             self._file.write(json.dumps({"key": key, "value": value}) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise _unusable(self.folder, error) from error
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    """The file of one rank; a line that a kill cut off is ended first, so that the next one stands alone."""
+    is_torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - kept open
+    if is_torn:
+        file.write("\n")
+    return file
+
+
+def _unusable(folder: Path, error: OSError) -> Failure:
+    return Failure(
+        f"{folder}: {error.strerror or error}",
+        "finished results are kept there",
+        "free space, mend permissions, or give another --results_path; run again to go on",
+    )

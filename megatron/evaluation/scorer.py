@@ -36,8 +36,9 @@ class Estimate:
 
     Attributes:
         value: log-likelihood of all target tokens, or a lower bound on it, in nats.
-        standard_error: of ``value``, from the sampling of masks; 0 when there is none, nan for a single draw.
-        kind: ``exact`` or ``bound``.
+        standard_error: of ``value``, over the sampling of masks; 0 when there is none, nan where it is not known (a single
+            draw, a race).
+        kind: ``exact``, ``bound`` or ``ranking`` (biased by a race; see adaptive.py).
         estimator: name of the estimator.
         num_passes: forward passes (of one row) that were run for it.
         num_draws: draws averaged.
@@ -53,9 +54,8 @@ class Estimate:
     is_greedy: bool | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.value:.4f} ± {self.standard_error:.4f} nats ({self.kind}: {self.estimator}, {self.num_draws} draws)"
-        )
+        error = "" if self.standard_error == 0 else f" ± {self.standard_error:.4f} (standard error over masks)"
+        return f"{self.value:.4f}{error} nats ({self.kind}: {self.estimator}, {self.num_draws} draws)"
 
 
 @dataclass

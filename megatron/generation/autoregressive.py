@@ -70,7 +70,7 @@ def generate_autoregressive(
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty", "a causal model needs a first token", "start it with the EOD token")
     device = torch.device(device)
-    streams = sampling.generators(list(sample_numbers or range(len(prompts))), device)
+    streams = sampling.generators(range(len(prompts)) if sample_numbers is None else sample_numbers, device)
     rows = [list(prompt) for prompt in prompts]
     limits = [len(prompt) + max_new_tokens for prompt in prompts]
     done = [max_new_tokens == 0] * len(rows)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import UserError
+from megatron.data.jsonl import read_lines
+from megatron.errors import UserError, require
 from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.sampling import TokenSampling
@@ -20,8 +21,10 @@ from megatron.generation.text import (
     continue_masked,
     encode_with_gaps,
     fill_gaps,
-    finish,
 )
+
+# Counts that a flag takes, both ends included; sampling and diffusion settings check their own.
+COUNTS = {"max_new_tokens": (1, 10**9), "num_samples": (1, 10**6), "batch_size": (1, 10**9)}
 
 
 def build_generate_parser() -> argparse.ArgumentParser:
@@ -86,17 +89,18 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     """Parse, generate, print.
 
     Raises:
-        ValueError: wrong flags, no model, a prompt that does not fit.
+        UserError: wrong flags, no model, a prompt that does not fit.
     """
+    arguments = build_generate_parser().parse_args(argv)
+    _check_numbers(arguments)
+    prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.num_samples)]
     from megatron.inference.model import load_model
 
-    arguments = build_generate_parser().parse_args(argv)
     names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
     tokenizer = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     loaded = load_model(
         arguments.load, tag=arguments.load_tag, dtype=arguments.dtype, tokenizer_options=tokenizer or None
     )
-    prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.num_samples)]
     generate = _masked if loaded.is_masked else _causal
     completions, shown = generate(loaded, prompts, arguments)
     for index, (prompt, completion, text) in enumerate(zip(prompts, completions, shown)):
@@ -108,15 +112,30 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers out of range before anything is loaded."""
+    for name, (least, most) in COUNTS.items():
+        value = getattr(arguments, name)
+        flag = "--" + name.replace("_", "-")
+        require(least <= value <= most, f"{flag} {value}", f"it is from {least} to {most}", "correct the number")
+    _settings(arguments)
+
+
 def _prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt or [])
     if arguments.prompt_file:
-        prompts += [line for line in Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines() if line]
+        prompts += [line for _, line in read_lines(Path(arguments.prompt_file))]
     return prompts or [""]
 
 
 def _sampling(arguments: argparse.Namespace) -> TokenSampling:
     return TokenSampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def _settings(arguments: argparse.Namespace) -> DiffusionSettings:
+    return DiffusionSettings(
+        arguments.order, arguments.steps, arguments.block_length, arguments.guidance, _sampling(arguments)
+    )
 
 
 def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
@@ -153,26 +172,19 @@ def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
 
 def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
     tokenizer = loaded.require_tokenizer()
-    settings = DiffusionSettings(
-        arguments.order, arguments.steps, arguments.block_length, arguments.guidance, _sampling(arguments)
-    )
     sampler = DiffusionSampler(loaded.logits, mask_id=loaded.mask_id, forbidden=loaded.unused_ids, device=loaded.device)
     show = arguments.show_steps
     if show is None:
         show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json
     options = {
-        "settings": settings,
+        "settings": _settings(arguments),
         "batch_size": arguments.batch_size,
         "on_step": UncoverDisplay(tokenizer, mask_id=loaded.mask_id) if show else None,
     }
     if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
         rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
-        completions = fill_gaps(sampler, tokenizer, rows, **options)
-        eod = tokenizer.eod_id
-        texts = [
-            finish(tokenizer, c.tokens[1:] if c.tokens[:1] == [eod] else c.tokens, arguments.stop) for c in completions
-        ]
-        return [Completion(text, c.tokens) for text, c in zip(texts, completions)], texts
+        completions = fill_gaps(sampler, tokenizer, rows, stop_strings=arguments.stop, **options)
+        return completions, [completion.text for completion in completions]
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
     completions = continue_masked(
         sampler, tokenizer, rows, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop, **options
@@ -182,11 +194,11 @@ def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
 
 def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace) -> list[int]:
     """A whole row: the prompt with its gaps, or prompt, new tokens and infix."""
-    tokenizer = loaded.require_tokenizer()
-    row = encode_with_gaps(tokenizer, prompt, mask_id=loaded.mask_id)
+    tokenizer, most = loaded.require_tokenizer(), loaded.max_length
+    row = encode_with_gaps(tokenizer, prompt, mask_id=loaded.mask_id, most=most)
     if arguments.infix is not None:
-        row += [loaded.mask_id] * (0 if GAP.search(prompt) else arguments.max_new_tokens)
-        row += encode_with_gaps(tokenizer, arguments.infix, mask_id=loaded.mask_id)
+        gap = "" if GAP.search(prompt) else f"[MASK:{arguments.max_new_tokens}]"
+        row += encode_with_gaps(tokenizer, gap + arguments.infix, mask_id=loaded.mask_id, most=most)
     if tokenizer.eod_id is not None:
         row = [tokenizer.eod_id, *row]  # a document begins after the end of another one
     if len(row) > loaded.max_length:
@@ -201,15 +213,16 @@ def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace) -> l
 def _fitting(loaded: Any, prompt: str, max_new_tokens: int) -> list[int]:
     """Ids of a prompt (EOD for an empty one), its left end cut where prompt and new tokens do not fit."""
     room = loaded.max_length - max_new_tokens
-    if max_new_tokens < 1 or room < 1:
-        raise ValueError(
-            f"--max-new-tokens {max_new_tokens}: prompt and new tokens share {loaded.max_length} positions; "
-            f"pass 1 to {loaded.max_length - 1}"
-        )
+    require(
+        room >= 1,
+        f"--max-new-tokens {max_new_tokens}",
+        f"prompt and new tokens share {loaded.max_length} positions",
+        f"pass 1 to {loaded.max_length - 1}",
+    )
     tokenizer = loaded.require_tokenizer()
     ids = tokenizer.encode(prompt)
     if not ids:
-        if tokenizer.eod_id is None:
-            raise ValueError("an empty prompt, and the tokenizer has no EOD to start from; pass --prompt TEXT")
-        ids = [tokenizer.eod_id]
+        eod = tokenizer.eod_id
+        require(eod is not None, "an empty prompt", "the tokenizer has no EOD to start from", "pass --prompt TEXT")
+        ids = [eod]
     return ids[-room:]

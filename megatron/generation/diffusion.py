@@ -18,12 +18,13 @@ its given tokens: ``l = l_u + (1 + w)(l_c - l_u)`` (Nie et al. 2024, arXiv 2410.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
 from megatron.inference.logits import LogitsFn
 
@@ -56,6 +57,21 @@ class DiffusionSettings:
         for name, value in (("steps", self.steps), ("block_length", self.block_length)):
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} is not positive", "it counts from 1", "leave it out for the default")
+        require(math.isfinite(self.guidance), f"guidance {self.guidance}", "it weighs logits", "use a finite number")
+
+    def check_steps(self, num_masked: int) -> None:
+        """Check that ``num_masked`` tokens can be uncovered in these steps.
+
+        Raises:
+            UserError: fewer steps than blocks.
+        """
+        blocks = -(-num_masked // (self.block_length or max(num_masked, 1)))
+        require(
+            self.steps is None or self.steps >= blocks,
+            f"{self.steps} steps for {blocks} blocks",
+            "every block needs at least one step",
+            "raise --steps or --block-length",
+        )
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,9 @@ class DiffusionSampler:
     ) -> list[list[int]]:
         """Replace every mask token of ``rows`` (equal lengths); given tokens come back unchanged.
 
+        All rows go through the steps and blocks of the row with most mask tokens; rows with as many of them do what they
+        would do alone.
+
         Args:
             rows: token ids, ``mask_id`` where a token is wanted.
             settings: order, steps, blocks, guidance, sampling.
@@ -119,7 +138,9 @@ class DiffusionSampler:
             )
         tokens = torch.tensor([list(row) for row in rows], device=self.device)
         given = tokens != self.mask_id
-        streams = settings.sampling.generators(list(sample_numbers or range(len(rows))), self.device)
+        streams = settings.sampling.generators(
+            range(len(rows)) if sample_numbers is None else sample_numbers, self.device
+        )
         blocks = _blocks(~given, settings.block_length)
         done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
         index = 0
@@ -215,11 +236,7 @@ def _split_steps(settings: DiffusionSettings, sizes: list[int]) -> list[int]:
     which may uncover nothing."""
     if settings.steps is None:
         return sizes
-    if settings.steps < len(sizes):
-        raise ValueError(
-            f"{settings.steps} steps for {len(sizes)} blocks: every block needs at least one step; "
-            "raise --steps or --block-length"
-        )
+    settings.check_steps(sum(sizes))
     share, rest = divmod(settings.steps, max(len(sizes), 1))
     shares = [share + (index < rest) for index in range(len(sizes))]
     return shares if settings.order == "ancestral" else [min(pair) for pair in zip(shares, sizes)]

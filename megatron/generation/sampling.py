@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron.errors import UserError
+from megatron.errors import require
+from megatron.randomness import named_seed
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class TokenSampling:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep only the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability (Holtzman et al. 2020, arXiv 1904.09751).
-        seed: row i of a call draws from the stream (seed, i).
+        seed: a row draws from the stream (seed, its sample number).
     """
 
     temperature: float = 0.0
@@ -26,19 +29,25 @@ class TokenSampling:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(
-                f"temperature {self.temperature} is negative", "it divides the logits", "use 0 (greedy) or more"
-            )
-        if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k} is negative", "it counts tokens", "use 0 (all) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p} is not in (0, 1]", "it is a probability", "use 1 to keep all tokens")
+        require(
+            0 <= self.temperature < math.inf,
+            f"temperature {self.temperature}",
+            "it divides the logits: 0 takes the most likely token, any other is a positive number",
+            "use 0 or a number such as 0.8",
+        )
+        require(self.top_k >= 0, f"top_k {self.top_k} is negative", "it counts tokens", "use 0 (all) or more")
+        require(
+            0 < self.top_p <= 1,
+            f"top_p {self.top_p} is not in (0, 1]",
+            "it is a probability",
+            "use 1 to keep all tokens",
+        )
+        require(self.seed >= 0, f"seed {self.seed} is negative", "a seed is a number from 0", "use 0 or more")
 
-    def generators(self, rows: list[int], device: torch.device) -> list[torch.Generator]:
-        """One stream for each sample number, so that a sample does not depend on its batch mates."""
-        mixed = [(self.seed * 0x9E3779B97F4A7C15 + (row + 1) * 0xBF58476D1CE4E5B9) % 2**63 for row in rows]
-        return [torch.Generator(device).manual_seed(seed) for seed in mixed]
+    def generators(self, rows: Sequence[int], device: torch.device) -> list[torch.Generator]:
+        """One stream for each sample number (any integer), so that a sample does not depend on its batch mates."""
+        seeds = [named_seed(self.seed, f"sampling:{row}") for row in rows]
+        return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def filter_logits(logits: torch.Tensor, *, top_k: int, top_p: float) -> torch.Tensor:
@@ -60,7 +69,9 @@ def draw_tokens(logits: torch.Tensor, sampling: TokenSampling, uniforms: torch.T
     if sampling.temperature == 0:
         return logits.argmax(-1)
     assert uniforms is not None
-    scaled = filter_logits(logits.double() / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    # The largest logit is 0 first, so that a tiny temperature gives -inf for the others and never inf - inf.
+    logits = logits.double() - logits.double().amax(-1, keepdim=True)
+    scaled = filter_logits(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
     gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-300, 1 - 1e-16)))
     return (scaled + gumbel).argmax(-1)
 

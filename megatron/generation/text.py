@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
+from megatron.errors import require
 from megatron.generation.autoregressive import Decoder, generate_autoregressive
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings, Step
 from megatron.generation.sampling import TokenSampling
@@ -33,7 +35,8 @@ class Completion:
     """One result.
 
     Attributes:
-        text: the generated text, cut at the first stop string or end of document; for a row with gaps the whole text.
+        text: the generated text, cut at the first stop string or end of document; for a row with gaps the whole text, in
+            which each gap is cut so and everything given is kept.
         tokens: the ids behind it (generated ones, or all of a row with gaps), before the cut.
     """
 
@@ -41,14 +44,22 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
 
 
-def encode_with_gaps(tokenizer: TextTokenizer, text: str, *, mask_id: int) -> list[int]:
-    """Ids of ``text``; ``[MASK]`` and ``[MASK:n]`` stand for 1 and n tokens to be filled in."""
+def encode_with_gaps(tokenizer: TextTokenizer, text: str, *, mask_id: int, most: int = 1 << 20) -> list[int]:
+    """Ids of ``text``; ``[MASK]`` and ``[MASK:n]`` stand for 1 and n tokens to be filled in.
+
+    Raises:
+        UserError: gaps of no token, or of more than ``most`` together.
+    """
+    gaps = list(GAP.finditer(text))
+    sizes = [int(digits) if len(digits := gap.group(1) or "1") <= 18 else most + 1 for gap in gaps]
+    require(0 not in sizes, "a gap [MASK:0]", "a gap holds at least one token", "drop it")
+    require(sum(sizes) <= most, f"gaps of {sum(sizes)} tokens", f"the model holds {most}", "make them smaller")
     ids: list[int] = []
     end = 0
-    for gap in GAP.finditer(text):
+    for gap, size in zip(gaps, sizes):
         if gap.start() > end:
             ids += tokenizer.encode(text[end : gap.start()])
-        ids += [mask_id] * int(gap.group(1) or 1)
+        ids += [mask_id] * size
         end = gap.end()
     return ids + (tokenizer.encode(text[end:]) if end < len(text) else [])
 
@@ -86,9 +97,16 @@ def continue_causal(
     sampling: TokenSampling,
     stop_strings: Sequence[str] = (),
     batch_size: int = 8,
+    streams: Sequence[int] | None = None,
     **options: object,
 ) -> list[Completion]:
-    """Continue token prompts with an autoregressive model (``options`` go to generate_autoregressive)."""
+    """Continue token prompts with an autoregressive model.
+
+    Args:
+        streams: sample number of each prompt (its random stream); default 0, 1, 2, ...
+        options: for generate_autoregressive, like the arguments not named here.
+    """
+    streams = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together: less forced decoding
     results: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
@@ -99,7 +117,7 @@ def continue_causal(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=lambda row, new: has_stopped(tokenizer, new, stop_strings),
-            sample_numbers=indices,
+            sample_numbers=[streams[index] for index in indices],
             **options,  # type: ignore[arg-type]
         )
         for index, tokens in zip(indices, outputs):
@@ -116,20 +134,26 @@ def continue_masked(
     settings: DiffusionSettings,
     stop_strings: Sequence[str] = (),
     batch_size: int = 8,
+    streams: Sequence[int] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Completion]:
-    """Continue token prompts with a masked diffusion model; rows of equal length share a batch."""
+    """Continue token prompts with a masked diffusion model; rows of equal length share a batch.
+
+    ``streams``: sample number of each prompt (its random stream); default 0, 1, 2, ...
+    """
+    streams = range(len(prompts)) if streams is None else streams
     rows = [[*prompt, *([sampler.mask_id] * max_new_tokens)] for prompt in prompts]
     starts = [len(prompt) for prompt in prompts]
     results: dict[int, Completion] = {}
-    for indices in _equal_length_batches(rows, batch_size):
+    for indices in _equal_batches(rows, batch_size, mask_id=sampler.mask_id):
 
         def stop(row: int, prefix: list[int], indices: list[int] = indices) -> bool:
             return has_stopped(tokenizer, prefix[starts[indices[row]] :], stop_strings)
 
         filled = sampler.fill(
-            [rows[index] for index in indices], settings=settings, stop=stop, on_step=on_step, sample_numbers=indices
-        )
+            [rows[index] for index in indices], settings=settings, stop=stop, on_step=on_step,
+            sample_numbers=[streams[index] for index in indices],
+        )  # fmt: skip
         for index, tokens in zip(indices, filled):
             new = tokens[starts[index] :]
             new = new[: new.index(sampler.mask_id)] if sampler.mask_id in new else new
@@ -143,27 +167,58 @@ def fill_gaps(
     rows: Sequence[Sequence[int]],
     *,
     settings: DiffusionSettings,
+    stop_strings: Sequence[str] = (),
     batch_size: int = 8,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Completion]:
     """Fill the mask tokens of whole rows (see :func:`encode_with_gaps`)."""
     results: dict[int, Completion] = {}
-    for indices in _equal_length_batches(rows, batch_size):
+    for indices in _equal_batches(rows, batch_size, mask_id=sampler.mask_id):
         filled = sampler.fill(
             [rows[index] for index in indices], settings=settings, on_step=on_step, sample_numbers=indices
         )
         for index, tokens in zip(indices, filled):
-            results[index] = Completion(tokenizer.decode(tokens), tokens)
+            is_gap = [token == sampler.mask_id for token in rows[index]]
+            results[index] = Completion(text_with_gaps(tokenizer, tokens, is_gap, stop_strings=stop_strings), tokens)
     return [results[index] for index in range(len(rows))]
 
 
-def _equal_length_batches(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of rows of equal length, at most ``batch_size`` together, longest first."""
-    by_length: dict[int, list[int]] = {}
+def text_with_gaps(
+    tokenizer: TextTokenizer, tokens: Sequence[int], is_gap: Sequence[bool], *, stop_strings: Sequence[str] = ()
+) -> str:
+    """Text of a filled row: a gap ends at an end of document or a stop string drawn in it; what was given stays.
+
+    Args:
+        tokenizer: turns tokens into text.
+        tokens: [seq] ids; an end of document at the start, which only says that a document begins, is not shown.
+        is_gap: [seq] whether a token was drawn.
+        stop_strings: each gap ends at the first of them.
+    """
+    eod, text, kept = tokenizer.eod_id, "", list[int]()
+    for drawn, run in groupby(range(len(tokens)), key=lambda index: is_gap[index]):
+        ids = [tokens[index] for index in run]
+        if drawn and eod is not None and eod in ids:
+            ids = ids[: ids.index(eod)]
+        elif not drawn and not kept and not text and ids[0] == eod:
+            ids = ids[1:]
+        before, after = (
+            tokenizer.decode(kept),
+            tokenizer.decode(kept + ids),
+        )  # a token's text may depend on what is before
+        piece = after[len(before) :] if after.startswith(before) else tokenizer.decode(ids)
+        text += cut_at_stop(piece, stop_strings) if drawn else piece
+        kept += ids
+    return text
+
+
+def _equal_batches(rows: Sequence[Sequence[int]], batch_size: int, *, mask_id: int) -> list[list[int]]:
+    """Indices of rows of equal length with as many mask tokens, so that the steps and blocks of a row are its own; at most
+    ``batch_size`` together, longest first."""
+    alike: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(index)
+        alike.setdefault((len(row), list(row).count(mask_id)), []).append(index)
     return [
         indices[start : start + batch_size]
-        for _, indices in sorted(by_length.items(), reverse=True)
+        for _, indices in sorted(alike.items(), reverse=True)
         for start in range(0, len(indices), batch_size)
     ]

@@ -8,6 +8,7 @@ files) or the git hash (small files) that the hub lists, and gets its name only 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,6 +31,8 @@ ATTEMPTS = 6  # transport errors in a row, without a new byte, before giving up
 CHUNK_BYTES = 1 << 22
 # The hub does not serve larger files over plain HTTP; they go through hf_xet, which has a cache of its own.
 PLAIN_HTTP_LIMIT_BYTES = 50 * 10**9
+# Errors of this machine's disk, which no further attempt cures.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class DownloadError(Failure):
@@ -165,6 +168,12 @@ def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds
         try:
             _request(file, partial, endpoint)
         except Exception as error:  # whatever the transport raises; a full file ends the loop
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise DownloadError(
+                    f"{partial} could not be written ({error.strerror})",
+                    f"{file.path} needs {file.size:,} bytes there",
+                    "free space or give another --data-dir, and run the same command again: what arrived is kept",
+                ) from error
             refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 404, 451)
             if refused or failures + 1 >= ATTEMPTS:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

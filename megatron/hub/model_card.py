@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_run_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the last line of a killed run
-            if row.get("kind") == "valid":
+            if isinstance(row, dict) and row.get("kind") == "valid" and isinstance(row.get("step"), int):
                 rows.append(row)
     return info, sorted(rows, key=lambda row: row["step"])
 
@@ -111,46 +112,46 @@ def _summary(info: dict[str, Any], step: int) -> str:
 
 
 def _model_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
-    model, parameters = info["config"]["model"], info["parameters"]
+    model, parameters = _section(info, "config", "model"), _section(info, "parameters")
+    sizes = [_count(model.get(name)) for name in ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")]
     rows = [
         ("parameters", _count(parameters.get("total"))),
         ("parameters counted for compute", _count(parameters.get("for_compute"))),
-        (
-            "layers, width, heads x channels",
-            "{num_layers}, {hidden_size}, {num_attention_heads} x {kv_channels}".format(**model),
-        ),
-        ("feed-forward width", _count(model["ffn_hidden_size"])),
-        ("sequence length", _count(model["seq_length"])),
+        ("layers, width, heads x channels", "{}, {}, {} x {}".format(*sizes)),
+        ("feed-forward width", _count(model.get("ffn_hidden_size"))),
+        ("sequence length", _count(model.get("seq_length"))),
         ("vocabulary rows (with padding)", _count(model.get("padded_vocab_size"))),
     ]
-    mask = info["config"]["objective"].get("mask_token_id")
+    mask = _section(info, "config", "objective").get("mask_token_id")
     return [*rows, ("mask token id", str(mask))] if mask is not None else rows
 
 
 def _training_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
-    run, optimizer = info["config"]["run"], info["config"]["optimizer"]
+    run, optimizer = _section(info, "config", "run"), _section(info, "config", "optimizer")
     unique = info.get("unique_tokens")
-    rows = [("unique tokens", _count(unique)), ("epochs", f"{info['epochs']:.4g}")] if unique else []
+    rows = [("unique tokens", _count(unique)), ("epochs", _number(info.get("epochs"), ".4g"))] if unique else []
     if info.get("train_tokens"):
-        rows += [("tokens seen", _count(info["train_tokens"])), ("compute (6ND)", f"{info['train_flops']:.3g} FLOPs")]
-    rows.append(("global batch", f"{run['global_batch_size']} samples"))
+        flops = _number(info.get("train_flops"), ".3g")
+        rows += [("tokens seen", _count(info["train_tokens"])), ("compute (6ND)", f"{flops} FLOPs")]
+    rows.append(("global batch", f"{_count(run.get('global_batch_size'))} samples"))
     if not info.get("converted_from"):  # a conversion knows the model, not how it was optimised
-        rate = f"{optimizer['lr']:g} to {optimizer['min_lr']:g}, {optimizer['lr_decay_style']}"
+        first, last = (_number(optimizer.get(name), "g") for name in ("lr", "min_lr"))
         rows += [
-            ("learning rate", rate),
-            ("weight decay", f"{optimizer['weight_decay']:g}"),
-            ("seed", str(run["seed"])),
+            ("learning rate", f"{first} to {last}, {optimizer.get('lr_decay_style') or 'unknown'}"),
+            ("weight decay", _number(optimizer.get("weight_decay"), "g")),
+            ("seed", _number(run.get("seed"), ".0f")),
         ]
-    rows.append(("precision", "bf16" if run["bf16"] else "fp32"))
-    versions = ", ".join(f"{name} {version}" for name, version in (info.get("versions") or {}).items())
-    return [*rows, ("device", str(info.get("device"))), *([("versions", versions)] if versions else [])]
+    rows.append(("precision", "bf16" if run.get("bf16") else "fp32"))
+    versions = ", ".join(f"{name} {version}" for name, version in _section(info, "versions").items())
+    device = str(info.get("device") or "unknown")
+    return [*rows, ("device", device), *([("versions", versions)] if versions else [])]
 
 
 def _results(rows: list[dict[str, Any]], step: int, label: str) -> str:
     """Show validations: the best one, that of the uploaded step, and a thinned curve."""
     if not rows:
         return "## Results\n\nNo validation was logged for this run.\n"
-    best = min(rows, key=lambda row: row["nll"])
+    best = min(rows, key=lambda row: row["nll"] if _is_number(row.get("nll")) else math.inf)
     spread = max(1, -(-len(rows) // CURVE_ROWS))
     shown = [row for index, row in enumerate(rows) if index % spread == 0 or row is rows[-1] or row in (best,)]
     if (here := next((row for row in rows if row["step"] == step), None)) is not None and here not in shown:
@@ -163,13 +164,19 @@ def _results(rows: list[dict[str, Any]], step: int, label: str) -> str:
         "| step | epochs | tokens | loss | standard error | perplexity | bits per byte | |",
         "|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
+    forms = {
+        "step": ",.0f",
+        "epoch": ".3g",
+        "tokens": ",.0f",
+        "nll": ".4f",
+        "nll_se": ".4f",
+        "ppl": ".2f",
+        "bits_per_byte": ".4f",
+    }
     for row in shown:
         notes = [note for note, is_true in (("best", row is best), ("these weights", row["step"] == step)) if is_true]
-        byte = f"{row['bits_per_byte']:.4f}" if row.get("bits_per_byte") else ""
-        lines.append(
-            f"| {row['step']:,} | {row['epoch']:.3g} | {row['tokens']:,} | {row['nll']:.4f} | {row['nll_se']:.4f} | "
-            f"{row['ppl']:.2f} | {byte} | {', '.join(notes)} |"
-        )
+        cells = [_number(row.get(name), form, absent="") for name, form in forms.items()]
+        lines.append(f"| {' | '.join(cells)} | {', '.join(notes)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -177,5 +184,22 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""])
 
 
-def _count(value: int | None) -> str:
-    return "unknown" if value is None else f"{value:,}"
+def _section(info: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return a part of a record, empty where it is absent or null."""
+    value: Any = info
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _number(value: Any, form: str, *, absent: str = "unknown") -> str:
+    """Format a number; what is null, absent or no number is said to be so."""
+    return format(value, form) if _is_number(value) else absent
+
+
+def _count(value: Any) -> str:
+    return _number(value, ",.0f")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from megatron.checkpoint.files import MANIFEST, read_manifest
+from megatron.checkpoint.files import LATEST, read_manifest, write_manifest
 from megatron.convert.hf_folder import ExportOptions, export_folder
 from megatron.convert.huggingface import attention_family
 from megatron.convert.run_folder import origin_of, read_run
@@ -71,10 +71,12 @@ def stage(run: Path, folder: Path, plan: UploadPlan) -> list[tuple[str, int]]:
     if (run / "metrics.jsonl").is_file():
         shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
     if plan.with_checkpoint:
-        shutil.copytree(tag, folder / tag.name)
-        manifest = without_local_paths(read_manifest(tag))
-        (folder / tag.name / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        (folder / "latest").write_text(tag.name, encoding="utf-8")
+        manifest = read_manifest(tag)
+        (folder / tag.name).mkdir()
+        for name in manifest["files"]:
+            shutil.copyfile(tag / name, folder / tag.name / name)
+        write_manifest(folder / tag.name, without_local_paths(manifest))
+        (folder / LATEST).write_text(tag.name, encoding="utf-8")
     card = model_card(run, repo_id=plan.repo_id, step=step, family=family, license_name=plan.license_name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megatron.model import GPTModel
+from megatron.model.batch import Inputs
 from megatron.model.cache import LayerCache
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal
 
 
 class CachedDecoder:
@@ -19,4 +21,4 @@ class CachedDecoder:
         """Append ``input_ids`` [batch, new], first a prompt, then single tokens; logits of the last one [batch, vocab]."""
         last = torch.zeros_like(input_ids, dtype=torch.bool)
         last[:, -1] = True
-        return self.model.logits(input_ids, positions=last, caches=self.caches)
+        return self.model.logits(Inputs(input_ids), Causal(), positions=last, caches=self.caches)

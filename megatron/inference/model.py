@@ -10,16 +10,21 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.files import MANIFEST, find_checkpoint
-from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.files import MANIFEST
+from megatron.checkpoint.select import select
+from megatron.checkpoint.tensors import open_whole_model
 from megatron.config.schema import Config
+from megatron.config.shape import Shape
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
 from megatron.errors import UserError
 from megatron.inference.decoder import CachedDecoder
-from megatron.model import Causal, Full, GPTModel
-from megatron.objectives import evaluation_objective
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.objectives import Objective, evaluation_objective
+from megatron.objectives.base import BlockDecoding, MaskedDecoding
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import shard_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,23 +34,23 @@ class InferenceModel:
     """Model, tokenizer and what evaluation and generation ask about them.
 
     Attributes:
-        model: in evaluation mode, on its device; causal or bidirectional as its objective is.
+        model: in evaluation mode, on its device.
         config: of the run that trained it.
+        objective: in its evaluation form: says under which attention mask the model computes and how it is decoded.
         tokenizer: None where none is known (scoring of token ids still works).
         tokenizer_problem: why there is none.
         context: this process; a model may be split over tensor-parallel ranks.
         source: what was loaded, for people.
         identity: hash of the loaded checkpoint, for caches.
-        is_masked: masked diffusion (bidirectional) rather than autoregressive.
     """
 
     model: GPTModel
     config: Config
+    objective: Objective
     tokenizer: Tokenizer | None
     context: ParallelContext
     source: str
     identity: str
-    is_masked: bool
     tokenizer_problem: str = ""
 
     @property
@@ -59,20 +64,24 @@ class InferenceModel:
         return next(self.model.parameters()).device
 
     @property
+    def is_masked(self) -> bool:
+        """Whether this is masked diffusion (bidirectional) rather than autoregressive."""
+        return isinstance(self.objective.decoding, MaskedDecoding)
+
+    @property
     def mask_id(self) -> int:
         """Id of the mask token.
 
         Raises:
-            ValueError: the model is autoregressive.
+            UserError: the model is autoregressive.
         """
-        mask_id = self.config.objective.mask_token_id
-        if not self.is_masked or mask_id is None:
+        if not isinstance(self.objective.decoding, MaskedDecoding):
             raise UserError(
                 f"{self.source} is a causal model ({self.config.objective.objective})",
                 "only masked diffusion has a mask token",
                 "use megatron_ar, --eval_method ar, or load another checkpoint",
             )
-        return mask_id
+        return self.objective.decoding.mask_token_id
 
     @property
     def unused_ids(self) -> list[int]:
@@ -82,7 +91,7 @@ class InferenceModel:
 
     def logits(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         """The LogitsFn of this model (see ``scorer.py``)."""
-        return self.model.logits(input_ids, positions=positions)
+        return self.model.logits(Inputs(input_ids), self.objective.attention_mask, positions=positions)
 
     def decoder(self) -> CachedDecoder:
         """A fresh key/value cache around the model."""
@@ -92,7 +101,7 @@ class InferenceModel:
         """The tokenizer.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         if self.tokenizer is None:
             raise UserError(
@@ -122,54 +131,51 @@ def load_model(
             those of the run.
 
     Raises:
-        ValueError: nothing to load there, a damaged checkpoint, or an unknown dtype.
+        UserError: nothing to load there, a damaged checkpoint, or an unknown dtype.
     """
     context = context or ParallelContext.create()
     path = Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-        from megatron.convert.hf_folder import import_folder
+        from megatron.wiring import read_foreign
 
-        config, tensors = import_folder(path)
+        config, tensors = read_foreign(path)
         stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
         source, identity = str(path), _hash("\n".join(stamps).encode())
         tensor_of = tensors.__getitem__
     else:
-        folder, skipped = find_checkpoint(path, tag)
-        if folder is None:
+        found = select(path, tag)
+        if found.tag is None:
             raise UserError(
                 f"{path} holds no checkpoint", "a run has global_stepN folders, an export config.json", "correct --load"
             )
-        for complaint in skipped:
-            if context.is_first_rank:
-                print(f"skipped a damaged checkpoint: {complaint}", flush=True)
-        reader = CheckpointReader(folder)
+        if found.warning and context.is_first_rank:
+            print(found.warning, flush=True)
+        reader = open_whole_model(found.tag)
         config, tensor_of = reader.config, reader.tensor
-        source, identity = str(folder), _hash((folder / MANIFEST).read_bytes())
+        source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
-    mask = evaluation_objective(config).attention_mask
-    if not isinstance(mask, Causal | Full):
+    objective = evaluation_objective(config)
+    if isinstance(objective.decoding, BlockDecoding):
         raise UserError(
             (
                 f"{source} was trained with objective {config.objective.objective}, which evaluates with "
-                f"{type(mask).__name__} attention"
+                f"{type(objective.attention_mask).__name__} attention"
             ),
             "this evaluates causal models and full-sequence masked diffusion",
             "use pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint",
         )
-    is_masked = isinstance(mask, Full)
-    model = GPTModel(config.model, context, mask=mask)
+    model = GPTModel(Shape.of(config.model), context)
     _load_tensors(model, tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
-    return InferenceModel(model, config, tokenizer, context, source, identity + dtype, is_masked, problem)
+    return InferenceModel(model, config, objective, tokenizer, context, source, identity + dtype, problem)
 
 
 def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> None:
     for parameter in model.parameters():
-        name, spec = parameter.canonical_name, parameter.shard_spec  # type: ignore[attr-defined]
-        shard = spec.shard(tensor_of(name), context.tp_rank, context.tp_size)
-        parameter.data.copy_(shard)
+        whole = shard_of(parameter)
+        parameter.data.copy_(whole.spec.shard(tensor_of(whole.name), context.tp.rank, context.tp.size))
 
 
 def _tokenizer(config: Config, options: dict[str, Any]) -> tuple[Tokenizer | None, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from megatron.config.presets import PRESETS, swiglu_width
-from megatron.config.schema import Config, ModelConfig
-from megatron.model.mask import AttentionMask, keys_per_token, positions_per_token
+from megatron.config.shape import Shape
+from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, RandomKeyDrop, WithinSegments
+
+if TYPE_CHECKING:
+    import torch
 
 # Vocabulary with which the paper counts parameters (GPT-2, not padded).
 PAPER_VOCAB_SIZE = 50257
@@ -38,9 +41,8 @@ def preset_parameters(name: str, vocab_size: int = PAPER_VOCAB_SIZE) -> int:
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def parameters_for_compute(model: ModelConfig, vocab_size: int) -> int:
+def parameters_for_compute(model: Shape, vocab_size: int) -> int:
     """N of C = 6·N·D, as the paper counts it, with the run's own vocabulary (not padded)."""
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size
     return compute_parameters(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -49,19 +51,19 @@ def parameters_for_compute(model: ModelConfig, vocab_size: int) -> int:
     )
 
 
-def total_parameters(model: ModelConfig) -> dict[str, int]:
+def total_parameters(model: Shape) -> dict[str, int]:
     """``total`` parameters as trained, padding rows included, and those of the ``embedding`` among them."""
-    from megatron.model import Full, GPTModel
+    import torch
 
-    assert model.padded_vocab_size
-    assert model.hidden_size
+    from megatron.model.gpt import GPTModel
+
     with torch.device("meta"):
-        parameters = GPTModel(model, mask=Full()).parameters()
+        parameters = GPTModel(model).parameters()
     embedding = model.padded_vocab_size * model.hidden_size
     return {"total": sum(p.numel() for p in parameters), "embedding": embedding}
 
 
-def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fraction: float) -> float:
+def model_flops_per_token(model: Shape, *, mask: AttentionMask, loss_fraction: float) -> float:
     """FLOPs of forward and backward per token, for TFLOP/s and MFU.
 
     ``6 · (matrix parameters of the blocks · c + V_padded · h · loss_fraction) + 12 · L · heads · kv · keys``: every matrix
@@ -74,8 +76,6 @@ def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fract
         mask: which keys a query sees.
         loss_fraction: expected share of positions in the loss.
     """
-    assert model.num_layers and model.hidden_size and model.ffn_hidden_size and model.padded_vocab_size
-    assert model.num_attention_heads and model.num_query_groups and model.kv_channels
     heads_size = model.num_attention_heads * model.kv_channels
     projections = model.hidden_size * model.kv_channels * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     feed_forward = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_hidden_size
@@ -85,14 +85,31 @@ def model_flops_per_token(model: ModelConfig, *, mask: AttentionMask, loss_fract
     return 6 * (blocks + head) + attention
 
 
+def keys_per_token(mask: AttentionMask, seq_length: int) -> float:
+    """Mean number of (query, key) pairs that attention computes per token of data, for FLOP counts.
+
+    Segments are not counted: documents have all lengths, and a dense mask computes all pairs.
+    """
+    if isinstance(mask, WithinSegments):
+        return keys_per_token(mask.kind, seq_length)
+    if isinstance(mask, Causal | RandomKeyDrop):  # dropped keys are computed all the same
+        return seq_length / 2
+    if isinstance(mask, BlockDiffusion):  # noised: own block and (S − B)/2 of the past; clean: (S + B)/2
+        return float(seq_length + mask.size)
+    return float(seq_length)
+
+
+def positions_per_token(mask: AttentionMask) -> int:
+    """Positions that the transformer computes per token of data."""
+    kind = mask.kind if isinstance(mask, WithinSegments) else mask
+    return 2 if isinstance(kind, BlockDiffusion) else 1
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of the device, or None where no data sheet applies (CPU, unlisted GPU)."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
-
-
-def flops_after(samples: int, config: Config, parameters: int) -> float:
-    """Training compute 6·N·D after ``samples`` samples."""
-    return training_flops(parameters, samples * config.model.seq_length)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from megatron.config.schema import ModelConfig
+from megatron.config.shape import Shape
+from megatron.model.batch import Stream
 from megatron.model.cache import LayerCache
 from megatron.model.kernels import can_flash, flash_attention
 from megatron.model.mask import AttentionMask, Causal, Full
@@ -25,23 +25,21 @@ class SelfAttention(nn.Module):
     ``kv_channels · heads`` need not equal the hidden size. The softmax scale is 1/√kv_channels.
     """
 
-    def __init__(self, config: ModelConfig, factory: ParameterFactory) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
-        assert config.hidden_size and config.num_attention_heads and config.num_query_groups and config.kv_channels
-        assert config.num_layers
-        tp_size = factory.context.tp_size
+        tp_size = factory.context.tp.size
         self.tp_size = tp_size
-        self.head_size = config.kv_channels
-        self.num_heads = config.num_attention_heads // tp_size
-        self.num_groups = config.num_query_groups // tp_size
-        self.dropout = config.attention_dropout
-        self.backend = config.attention_backend
-        bias, std = not config.disable_bias_linear, config.init_method_std
-        query_size = config.num_attention_heads * config.kv_channels
-        key_size = config.num_query_groups * config.kv_channels
+        self.head_size = shape.kv_channels
+        self.num_heads = shape.num_attention_heads // tp_size
+        self.num_groups = shape.num_query_groups // tp_size
+        self.dropout = shape.attention_dropout
+        self.backend = shape.attention_backend
+        bias, std = not shape.disable_bias_linear, shape.init_method_std
+        query_size = shape.num_attention_heads * shape.kv_channels
+        key_size = shape.num_query_groups * shape.kv_channels
         self.query_key_value = ColumnParallelLinear(
             factory.child("query_key_value"),
-            in_size=config.hidden_size,
+            in_size=shape.hidden_size,
             blocks=(query_size, key_size, key_size),
             std=std,
             bias=bias,
@@ -49,34 +47,21 @@ class SelfAttention(nn.Module):
         self.dense = RowParallelLinear(
             factory.child("dense"),
             in_size=query_size,
-            out_size=config.hidden_size,
-            std=std / math.sqrt(2 * config.num_layers),
+            out_size=shape.hidden_size,
+            std=std / math.sqrt(2 * shape.num_layers),
             bias=bias,
         )
         self.rotary = None
-        if config.use_rotary_position_embeddings:
+        if shape.use_rotary_position_embeddings:
             # One more row than the context: an order over seq + 1 tokens has a position for the last label.
-            length = config.seq_length + 1
-            self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=config.rotary_base)
+            length = shape.seq_length + 1
+            self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=shape.rotary_base)
 
-    def visible(
-        self,
-        hidden: torch.Tensor,
-        mask: AttentionMask,
-        position_ids: torch.Tensor | None = None,
-        sample_ids: torch.Tensor | None = None,
-    ) -> Visible:
-        """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph.
-
-        Args:
-            hidden: [batch, seq, hidden].
-            mask: which keys a query sees.
-            position_ids: [batch, seq] when tokens are out of order, else None.
-            sample_ids: [batch], needed by masks that differ between samples.
-        """
+    def visible(self, stream: Stream, mask: AttentionMask) -> Visible:
+        """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph."""
         has_dropout = self.training and self.dropout > 0.0
-        use_flex = hidden.is_cuda and not has_dropout and self.head_size >= 16
-        return visible_keys(mask, hidden, position_ids=position_ids, sample_ids=sample_ids, use_flex=use_flex)
+        use_flex = stream.hidden.is_cuda and not has_dropout and self.head_size >= 16
+        return visible_keys(mask, stream, use_flex=use_flex)
 
     def forward(
         self,
@@ -108,27 +93,29 @@ class SelfAttention(nn.Module):
         """softmax(QKᵀ/√d)V: [batch, heads, seq, channels]. Only a dense mask makes a [seq, seq] tensor."""
         if isinstance(visible, BlockMask):
             return attend_flex(query, key, value, visible)
+        if self.training and self.dropout > 0.0 and self.tp_size > 1:
+            return self._attend_with_own_dropout(query, key, value, visible)
+        return self._attend_by_product(query, key, value, visible)
+
+    def _attend_by_product(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Causal | Full | torch.Tensor
+    ) -> torch.Tensor:
         dropout = self.dropout if self.training else 0.0
-        arguments: dict[str, Any] = {
-            "attn_mask": visible if isinstance(visible, torch.Tensor) else None,
-            "dropout_p": dropout,
-            # One new token sees all others.
-            "is_causal": isinstance(visible, Causal) and query.shape[2] == key.shape[2],
-            "enable_gqa": self.num_groups != self.num_heads,
-        }
-        use_flash = self.backend == "flash-attn" and isinstance(visible, Causal | Full) and can_flash(query)
-        if use_flash and (dropout == 0.0 or self.tp_size == 1):
-            return flash_attention(query, key, value, causal=arguments["is_causal"], dropout=dropout)
-        if dropout == 0.0 or self.tp_size == 1:
-            return F.scaled_dot_product_attention(query, key, value, **arguments)
-        return self._attend_with_own_dropout(query, key, value, arguments)
+        is_causal = isinstance(visible, Causal) and query.shape[2] == key.shape[2]  # one new token sees all others
+        dense = visible if isinstance(visible, torch.Tensor) else None
+        if self.backend == "flash-attn" and dense is None and can_flash(query):
+            return flash_attention(query, key, value, causal=is_causal, dropout=dropout)
+        grouped = self.num_groups != self.num_heads
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=dense, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+        )
 
     def _attend_with_own_dropout(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: dict
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Causal | Full | torch.Tensor
     ) -> torch.Tensor:
         """Heads are split over ranks, so each rank must drop other probabilities than its peers do, while the random
         stream that the ranks share (dropout of whole activations) must advance alike on all of them."""
         seed = int(torch.randint(2**62, ()))  # host-side stream: the same on all ranks, restored on recomputation
         with torch.random.fork_rng(devices=[query.device] if query.is_cuda else []):
-            torch.manual_seed(seed + self.query_key_value.context.tp_rank)
-            return F.scaled_dot_product_attention(query, key, value, **arguments)
+            torch.manual_seed(seed + self.query_key_value.context.tp.rank)
+            return self._attend_by_product(query, key, value, visible)

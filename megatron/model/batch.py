@@ -1,86 +1,116 @@
-"""What goes into the model: one micro-batch, prepared by an objective."""
+"""What goes into the model and what travels through it. Imports no torch: objectives fill these with numpy arrays, the
+loader turns them into tensors, and because all are named tuples, pinning memory and pipelines take them as they are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+import numpy as np
+from typing_extensions import NamedTuple  # generic before Python 3.11, too
 
-# What the last stage needs to know: labels [batch, seq] int64, loss weights [batch, seq] fp32, the positions in the
-# loss [n] int64 (indices into batch·seq, made on the CPU so that the device is not asked how many there are), and the
-# normalizer [] fp32.
-Targets = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array")  # np.ndarray in the loader's workers, torch.Tensor from there on
+Other = TypeVar("Other")
 
 
-@dataclass(frozen=True)
-class ModelBatch:
-    """One micro-batch, ready for the model.
+class Samples(NamedTuple):
+    """What an objective gets: samples of the training stream.
 
     Attributes:
-        input_ids: [batch, seq] int64.
-        labels: [batch, seq] int64.
-        loss_weights: [batch, seq] fp32; 0 means that the position is not in the loss.
-        loss_positions: [n] int64, indices into batch·seq of the positions with a weight.
-        normalizer: [] fp32, the divisor of the weighted sum.
-        sample_ids: [batch] int64, index of each sample in the whole training stream.
-        position_ids: [batch, seq] int64, or None for 0 … seq − 1.
+        tokens: [batch, seq + 1] int64.
+        ids: [batch] int64, index of each sample in the whole stream; all noise is a function of it.
+        loss_mask: [batch, seq + 1] bool, False for tokens that have no loss as inputs; None: all have.
+        segment_ids: [batch, seq + 1] int64, ascending from 0: tokens of other segments are never seen; None: one segment.
+        position_ids: [batch, seq + 1] int64, place of each token in its document; None: in the sample.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    loss_weights: torch.Tensor
-    loss_positions: torch.Tensor
-    normalizer: torch.Tensor
-    sample_ids: torch.Tensor
+    tokens: np.ndarray
+    ids: np.ndarray
+    loss_mask: np.ndarray | None = None
+    segment_ids: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+
+
+class Inputs(NamedTuple, Generic[Array]):
+    """What the first layer is given.
+
+    Attributes:
+        input_ids: [batch, width] int64.
+        position_ids: [batch, width] int64, or None for 0 … width − 1.
+        sample_ids: [batch] int64, for masks that differ between samples.
+        segment_ids: [batch, width] int64, for masks within segments; None: one segment.
+    """
+
+    input_ids: Array
+    position_ids: Array | None = None
+    sample_ids: Array | None = None
+    segment_ids: Array | None = None
+
+
+class Targets(NamedTuple, Generic[Array]):
+    """What the loss is given.
+
+    Attributes:
+        labels: [batch, width] int64.
+        loss_weights: [batch, width] fp32; 0 means that the position is not in the loss.
+        positions: [n] int64, indices into batch·width of the positions with a weight, made on the CPU so that the device is
+            not asked how many there are.
+        num_tokens: [batch] fp32, tokens of each sample that could be in the loss; their sum divides the loss.
+    """
+
+    labels: Array
+    loss_weights: Array
+    positions: Array
+    num_tokens: Array
+
+
+class ModelBatch(NamedTuple, Generic[Array]):
+    """One micro-batch, prepared by an objective; also the (inputs, labels) of a pipeline."""
+
+    inputs: Inputs[Array]
+    targets: Targets[Array]
+
+    def map(self, change: Callable[[Array], Other]) -> ModelBatch[Other]:
+        """The batch with every array changed; what is absent stays absent."""
+        inputs, targets = ([None if array is None else change(array) for array in part] for part in self)
+        return ModelBatch(Inputs(*inputs), Targets(*targets))  # type: ignore[arg-type]
+
+
+class Stream(NamedTuple):
+    """What travels from layer to layer and from stage to stage.
+
+    Attributes:
+        hidden: [batch, width, hidden].
+        position_ids, sample_ids, segment_ids: as in :class:`Inputs`.
+    """
+
+    hidden: torch.Tensor
     position_ids: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
 
-    @classmethod
-    def build(
-        cls,
-        *,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        loss_weights: torch.Tensor,
-        sample_ids: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        num_tokens: int | None = None,
-    ) -> ModelBatch:
-        """Complete a batch: the positions in the loss are counted here, on the CPU.
 
-        The normalizer is the number of tokens of data: batch·seq, or ``num_tokens`` where inputs hold copies of them.
-        """
-        return cls(
-            input_ids=input_ids,
-            labels=labels,
-            loss_weights=loss_weights,
-            loss_positions=loss_weights.reshape(-1).nonzero().squeeze(-1),
-            normalizer=torch.tensor(float(labels.numel() if num_tokens is None else num_tokens)),
-            sample_ids=sample_ids,
-            position_ids=position_ids,
-        )
+def build_batch(
+    inputs: Inputs[np.ndarray],
+    *,
+    labels: np.ndarray,
+    loss_weights: np.ndarray,
+    has_loss: np.ndarray | None = None,
+) -> ModelBatch[np.ndarray]:
+    """Complete a batch: the positions in the loss are counted here, on the CPU.
 
-    @property
-    def targets(self) -> Targets:
-        """What the loss needs, as a tuple of tensors (the form in which DeepSpeed's pipeline takes labels)."""
-        return self.labels, self.loss_weights, self.loss_positions, self.normalizer
-
-    @property
-    def inputs(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the first stage needs: ids alone, or ids, positions and sample ids."""
-        if self.position_ids is None:
-            return self.input_ids
-        return self.input_ids, self.position_ids, self.sample_ids
-
-    def to(self, device: torch.device) -> ModelBatch:
-        """The batch on ``device``; from pinned memory the copies do not block."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if (value := getattr(self, field.name)) is not None
-        }
-        return replace(self, **moved)
-
-    def pin_memory(self) -> ModelBatch:
-        """Called by the data loader for CUDA devices."""
-        pinned = {f.name: v.pin_memory() for f in fields(self) if (v := getattr(self, f.name)) is not None}
-        return replace(self, **pinned)
+    Args:
+        inputs: see :class:`Inputs`; inputs past the labels (a clean copy of the tokens) are in no loss.
+        labels: [batch, seq] int64.
+        loss_weights: [batch, seq].
+        has_loss: [batch, seq] bool, where a loss is allowed at all; None: everywhere.
+    """
+    batch, seq = labels.shape
+    num_tokens = np.full(batch, seq) if has_loss is None else has_loss.sum(axis=1)
+    weights = loss_weights if has_loss is None else loss_weights * has_loss
+    padding = ((0, 0), (0, inputs.input_ids.shape[1] - seq))
+    labels, weights = np.pad(labels, padding), np.pad(weights.astype(np.float32), padding)
+    return ModelBatch(inputs, Targets(labels, weights, weights.reshape(-1).nonzero()[0], num_tokens.astype(np.float32)))

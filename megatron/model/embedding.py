@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.config.schema import ModelConfig
-from megatron.model.block import State
-from megatron.model.norm import build_norm
+from megatron.config.shape import Shape
+from megatron.model.batch import Inputs, Stream
+from megatron.model.loss import HeadOutput
 from megatron.parallel.sharding import ShardSpec
 from megatron.parallel.tensor import ParameterFactory, VocabParallelEmbedding
 
@@ -16,53 +16,38 @@ from megatron.parallel.tensor import ParameterFactory, VocabParallelEmbedding
 class Embedding(nn.Module):
     """Token embedding, plus a learned position table where there is no RoPE, plus dropout."""
 
-    def __init__(self, config: ModelConfig, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
         super().__init__()
-        assert config.hidden_size and config.max_position_embeddings
-        self.hidden_dropout = config.hidden_dropout
-        std = config.init_method_std
+        self.hidden_dropout = shape.hidden_dropout
+        std = shape.init_method_std
         self.word_embeddings = VocabParallelEmbedding(
-            factory.child("word_embeddings"), vocab_size=vocab_size, hidden_size=config.hidden_size, std=std
+            factory.child("word_embeddings"), vocab_size=vocab_size, hidden_size=shape.hidden_size, std=std
         )
         self.position_embeddings = None
-        if not config.use_rotary_position_embeddings:
+        if not shape.use_rotary_position_embeddings:
             # One row more than the context, as in the rotary table.
-            rows = config.max_position_embeddings + 1
-            self.position_embeddings = PositionTable(factory.child("position_embeddings"), rows, config)
+            rows = shape.max_position_embeddings + 1
+            self.position_embeddings = PositionTable(factory.child("position_embeddings"), rows, shape)
 
-    def forward(self, inputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> State:
-        """ids [batch, seq], alone or with positions [batch, seq] and sample ids [batch] → the state."""
-        input_ids = inputs[0] if isinstance(inputs, tuple) else inputs
-        hidden = self.word_embeddings(input_ids)
+    def forward(self, inputs: Inputs[torch.Tensor]) -> Stream:
+        """Ids become hidden states; what else a batch brings travels with them."""
+        hidden = self.word_embeddings(inputs.input_ids)
         if self.position_embeddings is not None:
-            hidden = hidden + self.position_embeddings(inputs[1] if isinstance(inputs, tuple) else None, hidden)
+            hidden = hidden + self.position_embeddings(inputs.position_ids, hidden)
         hidden = F.dropout(hidden, self.hidden_dropout, self.training)
-        return (hidden, *inputs[1:]) if isinstance(inputs, tuple) else hidden
+        return Stream(hidden, inputs.position_ids, inputs.sample_ids, inputs.segment_ids)
 
 
 class PositionTable(nn.Module):
     """Learned absolute positions."""
 
-    def __init__(self, factory: ParameterFactory, rows: int, config: ModelConfig) -> None:
+    def __init__(self, factory: ParameterFactory, rows: int, shape: Shape) -> None:
         super().__init__()
-        assert config.hidden_size
-        self.weight = factory.normal("weight", ShardSpec((rows, config.hidden_size)), config.init_method_std)
+        self.weight = factory.normal("weight", ShardSpec((rows, shape.hidden_size)), shape.init_method_std)
 
     def forward(self, position_ids: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
         """Rows of the table, broadcastable to ``hidden`` [batch, seq, hidden]."""
         return self.weight[: hidden.shape[1]] if position_ids is None else self.weight[position_ids]
-
-
-class FinalNorm(nn.Module):
-    """The last normalisation. Positions and sample ids end here."""
-
-    def __init__(self, config: ModelConfig, factory: ParameterFactory) -> None:
-        super().__init__()
-        # Registered under this module's own name in checkpoints: ``final_layernorm.weight``.
-        self.norm = build_norm(config, factory)
-
-    def forward(self, state: State) -> torch.Tensor:
-        return self.norm(state[0] if isinstance(state, tuple) else state)
 
 
 class LMHead(nn.Module):
@@ -71,16 +56,15 @@ class LMHead(nn.Module):
     It hands the hidden states and the matrix on: the loss decides which logits are needed.
     """
 
-    def __init__(self, config: ModelConfig, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
         super().__init__()
-        assert config.hidden_size
-        spec = ShardSpec((vocab_size, config.hidden_size), 0, (vocab_size,))
-        self.weight = factory.normal("weight", spec, config.init_method_std)
+        spec = ShardSpec((vocab_size, shape.hidden_size), 0, (vocab_size,))
+        self.weight = factory.normal("weight", spec, shape.init_method_std)
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden, self.weight
+    def forward(self, hidden: torch.Tensor) -> HeadOutput:
+        return HeadOutput(hidden, self.weight)
 
 
-def tied_head(embedding: Embedding, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def tied_head(embedding: Embedding, hidden: torch.Tensor) -> HeadOutput:
     """The same pair with the embedding matrix as output matrix."""
-    return hidden, embedding.word_embeddings.weight
+    return HeadOutput(hidden, embedding.word_embeddings.weight)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.shape import Shape
+from megatron.errors import UserError
 from megatron.model.block import TransformerBlock
 from megatron.model.cache import LayerCache
-from megatron.model.embedding import Embedding, FinalNorm, LMHead, tied_head
-from megatron.model.loss import sample_losses, weighted_loss
+from megatron.model.embedding import Embedding, LMHead, tied_head
+from megatron.model.loss import HeadOutput, LossKind
 from megatron.model.mask import AttentionMask
+from megatron.model.norm import norm_kind
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import shard_of
 from megatron.parallel.tensor import ParameterFactory, gather_last_dim
 
 if TYPE_CHECKING:
-    from megatron.model.batch import ModelBatch
+    from megatron.model.batch import Inputs, ModelBatch
 
 
 @dataclass(frozen=True)
@@ -34,145 +37,138 @@ class Layer:
     """
 
     module: type[nn.Module]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, object] = field(default_factory=dict)
     tied_to: str | None = None
-    forward: Callable | None = None
+    forward: Callable[..., HeadOutput] | None = None
 
     def build(self) -> nn.Module:
         """Construct the module with its initial weights."""
         return self.module(**self.arguments)
 
 
-def build_layers(
-    config: ModelConfig, context: ParallelContext, *, mask: AttentionMask, seed: int, recompute: bool = False
-) -> list[Layer]:
+def build_layers(shape: Shape, context: ParallelContext, *, seed: int, recompute: bool = False) -> list[Layer]:
     """Describe the model: embedding, blocks, final norm, head.
 
     Args:
-        config: resolved model configuration.
+        shape: resolved model configuration.
         context: this process; decides which slice of every tensor is made.
-        mask: which keys a query sees.
         seed: seed of the initial weights.
         recompute: recompute each block in the backward pass.
 
     Returns:
         ``num_layers + 3`` layers. The last one returns hidden states and this rank's rows of the output matrix.
     """
-    assert config.num_layers and config.padded_vocab_size
     root = ParameterFactory(context, seed)
-    vocab = {"vocab_size": config.padded_vocab_size}
-    embedding = {"config": config, "factory": root, **vocab}
+    vocab = {"vocab_size": shape.padded_vocab_size}
+    embedding = {"shape": shape, "factory": root, **vocab}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
-    for index in range(config.num_layers):
-        arguments = {"config": config, "factory": root.child(f"layers.{index}"), "mask": mask, "recompute": recompute}
+    for index in range(shape.num_layers):
+        arguments = {"shape": shape, "factory": root.child(f"layers.{index}"), "recompute": recompute}
         layers.append(Layer(TransformerBlock, arguments))
-    layers.append(Layer(FinalNorm, {"config": config, "factory": root.child("final_layernorm")}))
-    if config.untie_embeddings_and_output_weights:
-        layers.append(Layer(LMHead, {"config": config, "factory": root.child("lm_head"), **vocab}))
+    final = {"factory": root.child("final_layernorm"), "size": shape.hidden_size, "epsilon": shape.layernorm_epsilon}
+    layers.append(Layer(norm_kind(shape), final))
+    if shape.untie_embeddings_and_output_weights:
+        layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))
     else:
         layers.append(Layer(Embedding, embedding, tied_to="embedding", forward=tied_head))
     return layers
 
 
 class GPTModel(nn.Module):
-    """All layers in one module: training without pipeline stages, inference and export.
-
-    The names in ``state_dict()`` are the canonical ones (``layers.0.mlp.dense_h_to_4h.weight``, …); see
-    ``docs/checkpoints.md``.
-    """
+    """All layers in one module: training without pipeline stages, inference and export."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        shape: Shape,
         context: ParallelContext | None = None,
         *,
-        mask: AttentionMask,
         seed: int = 1234,
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.shape = shape
         self.context = context or ParallelContext()
-        described = build_layers(config, self.context, mask=mask, seed=seed, recompute=recompute)
-        self.embedding: Any = described[0].build()
+        described = build_layers(shape, self.context, seed=seed, recompute=recompute)
+        embedding = described[0].build()
+        assert isinstance(embedding, Embedding)
+        self.embedding = embedding
         self.layers = nn.ModuleList(layer.build() for layer in described[1:-2])
         self.final_layernorm = described[-2].build()
         self.lm_head = None if described[-1].tied_to else described[-1].build()
-        for name, parameter in self.named_parameters():
-            assert canonical_name(name) == getattr(parameter, "canonical_name"), name  # noqa: B009
 
-    def forward(self, batch: ModelBatch, *, reduction: str = "mean") -> torch.Tensor:
+    def forward(
+        self, batch: ModelBatch[torch.Tensor], mask: AttentionMask, loss: LossKind, *, per_token: bool = False
+    ) -> torch.Tensor:
         """Loss of a micro-batch.
 
         Args:
             batch: prepared by an objective, on the model's device.
-            reduction: "mean" for the scalar training loss, "sample" for the loss of each sample [batch].
+            mask: which keys a query sees.
+            loss: kind of loss.
+            per_token: instead of the scalar training loss, the loss of each position [batch, width].
         """
-        output = self.head(self.hidden_states(batch.input_ids, batch.position_ids, batch.sample_ids))
-        reduce = weighted_loss if reduction == "mean" else sample_losses
-        return reduce(output, batch.targets, self.context)
+        output = self.head(self.hidden_states(batch.inputs, mask))
+        return (loss.per_token if per_token else loss.reduce)(output, batch.targets, self.context)
 
     def hidden_states(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        sample_ids: torch.Tensor | None = None,
-        caches: Sequence[LayerCache] | None = None,
+        self, inputs: Inputs[torch.Tensor], mask: AttentionMask, caches: Sequence[LayerCache] | None = None
     ) -> torch.Tensor:
         """Normalised output of the last block [batch, seq, hidden].
 
-        With ``caches``, one for each block, ``input_ids`` continue the tokens that these hold.
+        With ``caches``, one for each block, the inputs continue the tokens that these hold.
         """
         if caches is not None and caches[0].length:
-            start = caches[0].length
-            assert input_ids.shape[1] == 1, "tokens that follow a cache are fed one at a time"
-            position_ids = torch.full_like(input_ids, start)
-        state: Any = input_ids
-        if position_ids is not None:
-            state = (input_ids, position_ids, sample_ids)
-        state = self.embedding(state)
+            assert inputs.input_ids.shape[1] == 1, "tokens that follow a cache are fed one at a time"
+            inputs = inputs._replace(position_ids=torch.full_like(inputs.input_ids, caches[0].length))
+        stream = self.embedding(inputs)
         for index, layer in enumerate(self.layers):
-            state = layer(state) if caches is None else layer(state, caches[index])
-        return self.final_layernorm(state)
+            stream = layer(stream, mask, None if caches is None else caches[index])
+        return self.final_layernorm(stream.hidden)
 
-    def head(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def head(self, hidden: torch.Tensor) -> HeadOutput:
         """Hidden states and this rank's rows of the output matrix."""
         return tied_head(self.embedding, hidden) if self.lm_head is None else self.lm_head(hidden)
 
     def logits(
         self,
-        input_ids: torch.Tensor,
+        inputs: Inputs[torch.Tensor],
+        mask: AttentionMask,
         *,
-        position_ids: torch.Tensor | None = None,
-        sample_ids: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
         """Logits over the padded vocabulary [batch, seq, vocab] for inference, in the model's dtype.
 
         Args:
-            input_ids: [batch, seq] int64.
-            position_ids: [batch, seq] int64 where tokens are out of order.
-            sample_ids: [batch] int64, for masks that differ between samples.
+            inputs: see :class:`Inputs`.
+            mask: which keys a query sees.
             positions: [batch, seq] bool: only these, as [selected, vocab] in row-major order.
             caches: see :meth:`hidden_states`.
         """
-        hidden = self.hidden_states(input_ids, position_ids, sample_ids, caches)
+        hidden = self.hidden_states(inputs, mask, caches)
         hidden, weight = self.head(hidden if positions is None else hidden[positions])
         return gather_last_dim(hidden @ weight.t(), self.context)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """This rank's tensors under their canonical names."""
-        state = super().state_dict(*args, **kwargs)
-        return {canonical_name(name): tensor for name, tensor in state.items()}
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by the name of the whole tensor, which is the same in every layout and in checkpoints
+        (``layers.0.mlp.dense_h_to_4h.weight``, …; see ``docs/checkpoints.md``)."""
+        return {shard_of(parameter).name: parameter for parameter in self.parameters()}
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load this rank's tensors by canonical name."""
-        own = {canonical_name(name): name for name, _ in self.named_parameters()}
-        renamed = {own.get(name, name): tensor for name, tensor in state_dict.items()}
-        return super().load_state_dict(renamed, strict=strict, assign=assign)
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy this rank's tensors into the parameters.
 
-
-def canonical_name(module_name: str) -> str:
-    """Name of a tensor in checkpoints from its name in :class:`GPTModel`."""
-    return module_name.removeprefix("embedding.").replace("final_layernorm.norm.", "final_layernorm.")
+        Raises:
+            UserError: a tensor is missing, unknown or of another shape.
+        """
+        own = self.tensors()
+        differing = sorted(own.keys() ^ tensors.keys())
+        differing += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+        if differing:
+            raise UserError(
+                f"the tensors {', '.join(differing[:8])} are not those of the model",
+                "every parameter has one tensor of its shape",
+                "check the configuration and the source",
+            )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

@@ -6,17 +6,10 @@ back, so a checkpoint trained with them loads on a laptop.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 
-PACKAGES = {"flash-attn": "flash_attn", "liger": "liger_kernel"}
-
-
-def is_installed(backend: str) -> bool:
-    """Whether the package of a backend is there; PyTorch's own always is."""
-    return backend not in PACKAGES or importlib.util.find_spec(PACKAGES[backend]) is not None
+from megatron.config.packages import is_installed
 
 
 def can_flash(query: torch.Tensor) -> bool:

@@ -1,47 +1,72 @@
-"""The loss of every objective, written once: ``Σ loss_weights · ce / normalizer`` over the positions that need it."""
+"""Kinds of loss: from the output of the model to a scalar for training, or to a number per token for evaluation.
+
+Imports no torch, so that objectives can name their loss; the kernels are imported where they run.
+"""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from megatron.model.batch import Targets
-from megatron.parallel.context import ParallelContext
-from megatron.parallel.cross_entropy import linear_cross_entropy
+if TYPE_CHECKING:
+    import torch
 
-HeadOutput = tuple[torch.Tensor, torch.Tensor]
+    from megatron.model.batch import Targets
+    from megatron.parallel.context import ParallelContext
 
 
-def weighted_loss(output: HeadOutput, targets: Targets, context: ParallelContext) -> torch.Tensor:
-    """Scalar loss of one micro-batch, fp32.
+class HeadOutput(NamedTuple):
+    """What the last layer hands to the loss, which decides the logits that are needed.
 
-    Args:
-        output: hidden states [batch, seq, hidden] and this rank's rows of the output matrix.
-        targets: see :data:`Targets`.
-        context: this process.
+    Attributes:
+        hidden: [batch, width, hidden], the same on every tensor-parallel rank.
+        matrix: [vocab / tp, hidden], this rank's rows of the output matrix.
     """
-    normalizer = targets[3]
-    loss, _ = _cross_entropy(output, targets, context)
-    return loss / normalizer
+
+    hidden: torch.Tensor
+    matrix: torch.Tensor
 
 
-def sample_losses(output: HeadOutput, targets: Targets, context: ParallelContext) -> torch.Tensor:
-    """Loss of each sample [batch] fp32; their mean is :func:`weighted_loss`."""
-    _, loss_weights, positions, normalizer = targets
-    batch, seq = loss_weights.shape
-    _, ce = _cross_entropy(output, targets, context)
-    weighted = ce * loss_weights.reshape(-1)[positions]
-    sums = torch.zeros(batch, dtype=torch.float32, device=ce.device)
-    sums.index_add_(0, positions // seq, weighted)
-    return sums * (batch / normalizer)
+class LossKind(Protocol):
+    """One way from predictions to a loss. A kind that needs more than labels and weights adds fields to Targets."""
+
+    def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
+        """Scalar loss of one micro-batch, fp32, differentiable: the sum of :meth:`per_token` over ``Σ num_tokens``."""
+        ...
+
+    def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
+        """What each position adds to the loss of its sample, in nats, fp32 [batch, width]; 0 where there is no loss."""
+        ...
 
 
-def _cross_entropy(output: HeadOutput, targets: Targets, context: ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, weight = output
-    labels, loss_weights, positions, _ = targets
-    # The rows of the output are the same on every tensor-parallel rank; linear_cross_entropy sums the gradients.
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if positions.numel() < rows.shape[0]:
-        rows = rows.index_select(0, positions)
-    return linear_cross_entropy(
-        rows, weight, labels.reshape(-1)[positions], loss_weights.reshape(-1)[positions], context
-    )
+@dataclass(frozen=True)
+class WeightedCrossEntropy:
+    """``Σ loss_weights · ce / Σ num_tokens`` over the positions with a weight."""
+
+    def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
+        """See :class:`LossKind`."""
+        loss, _ = self._cross_entropy(output, targets, context)
+        return loss / targets.num_tokens.sum().clamp(min=1)  # a micro-batch may be without any token in the loss
+
+    def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
+        """See :class:`LossKind`."""
+        _, ce = self._cross_entropy(output, targets, context)
+        weights = targets.loss_weights.reshape(-1)
+        losses = weights.new_zeros(weights.shape)
+        losses[targets.positions] = ce * weights[targets.positions]
+        return losses.view(targets.loss_weights.shape)
+
+    def _cross_entropy(
+        self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum, and the cross-entropy [n] of the positions in the loss."""
+        from megatron.parallel.cross_entropy import linear_cross_entropy
+
+        labels, weights, positions, _ = targets
+        rows = output.hidden.reshape(-1, output.hidden.shape[-1])
+        if positions.numel() < rows.shape[0]:
+            rows = rows.index_select(0, positions)
+        # The rows are the same on every tensor-parallel rank; linear_cross_entropy sums the gradients.
+        return linear_cross_entropy(
+            rows, output.matrix, labels.reshape(-1)[positions], weights.reshape(-1)[positions], context
+        )

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.shape import Shape
 from megatron.model.kernels import silu_mul
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
 
@@ -16,23 +16,22 @@ from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, Row
 class MLP(nn.Module):
     """``W₂ (silu(gate) · up)`` with the rows of the first matrix [gate; up], or ``W₂ gelu(W₁ x)``."""
 
-    def __init__(self, config: ModelConfig, factory: ParameterFactory) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
-        assert config.hidden_size and config.ffn_hidden_size and config.num_layers
-        bias, std = not config.disable_bias_linear, config.init_method_std
-        self.swiglu, self.swiglu_backend = config.swiglu, config.swiglu_backend
+        bias, std = not shape.disable_bias_linear, shape.init_method_std
+        self.swiglu, self.swiglu_backend = shape.swiglu, shape.swiglu_backend
         self.dense_h_to_4h = ColumnParallelLinear(
             factory.child("dense_h_to_4h"),
-            in_size=config.hidden_size,
-            blocks=(config.ffn_hidden_size,) * (2 if config.swiglu else 1),
+            in_size=shape.hidden_size,
+            blocks=(shape.ffn_hidden_size,) * (2 if shape.swiglu else 1),
             std=std,
             bias=bias,
         )
         self.dense_4h_to_h = RowParallelLinear(
             factory.child("dense_4h_to_h"),
-            in_size=config.ffn_hidden_size,
-            out_size=config.hidden_size,
-            std=std / math.sqrt(2 * config.num_layers),
+            in_size=shape.ffn_hidden_size,
+            out_size=shape.hidden_size,
+            std=std / math.sqrt(2 * shape.num_layers),
             bias=bias,
         )
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron.config.schema import ModelConfig
+from megatron.config.shape import Shape
 from megatron.parallel.sharding import ShardSpec
 from megatron.parallel.tensor import ParameterFactory
 
@@ -36,8 +36,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
-def build_norm(config: ModelConfig, factory: ParameterFactory) -> nn.Module:
+def norm_kind(shape: Shape) -> type[RMSNorm] | type[LayerNorm]:
+    """The configured kind of normalisation."""
+    return RMSNorm if shape.normalization == "rmsnorm" else LayerNorm
+
+
+def build_norm(shape: Shape, factory: ParameterFactory) -> nn.Module:
     """The configured normalisation layer."""
-    kind = RMSNorm if config.normalization == "rmsnorm" else LayerNorm
-    assert config.hidden_size is not None
-    return kind(factory, size=config.hidden_size, epsilon=config.layernorm_epsilon)
+    return norm_kind(shape)(factory, size=shape.hidden_size, epsilon=shape.layernorm_epsilon)

@@ -1,63 +1,110 @@
 """Attention masks in the form that a kernel takes: nothing, a dense boolean tensor, or a block mask.
 
-On CUDA the rule of a mask is compiled into PyTorch's FlexAttention kernel, which skips blocks of 128 x 128 scores that no
-query needs and makes no [seq, seq] tensor. Elsewhere, and where attention has dropout (FlexAttention has none), scaled
-dot-product attention takes the dense mask.
+``Causal`` and ``Full`` need no tensor. Every other kind is one rule, an elementwise function of (sample, query, key)
+indices, made from what travels with the batch. So every pipeline stage makes it for itself, and the dense mask of the CPU
+and the block mask of the CUDA kernel cannot disagree.
+
+On CUDA the rule is compiled into PyTorch's FlexAttention kernel, which skips blocks of 128 x 128 scores that no query needs
+and makes no [seq, seq] tensor. Elsewhere, and where attention has dropout (FlexAttention has none), scaled dot-product
+attention takes the dense mask.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, Full, RandomKeyDrop, Rule, Segments
+from megatron.model.batch import Stream
+from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, Full, RandomKeyDrop, WithinSegments
 
 TILE = 128
 # What attention is given: a mask kind that needs no tensor, or the mask itself.
 Visible = Causal | Full | torch.Tensor | BlockMask
+# (sample, query, key) → whether the query sees the key; int64 index tensors that broadcast, bool out.
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def visible_keys(
-    mask: AttentionMask,
-    hidden: torch.Tensor,
-    *,
-    position_ids: torch.Tensor | None = None,
-    sample_ids: torch.Tensor | None = None,
-    use_flex: bool = False,
-) -> Visible:
+def visible_keys(mask: AttentionMask, stream: Stream, *, use_flex: bool = False) -> Visible:
     """The mask of one batch.
 
     Args:
         mask: kind of mask.
-        hidden: [batch, seq, ...]: gives sizes and device.
-        position_ids: [batch, seq], for masks of segments; without them a sample is one segment.
-        sample_ids: [batch], for masks that differ between samples.
+        stream: gives sizes and device, and the sample and segment ids of masks that need them.
         use_flex: make a block mask instead of a dense one.
 
     Returns:
         ``Causal`` or ``Full``; or a bool tensor [batch or 1, 1, query, key], True where a query sees a key; or a
         ``BlockMask``.
     """
-    batch, length = hidden.shape[:2]
+    if isinstance(mask, WithinSegments) and stream.segment_ids is None:
+        mask = mask.kind
     if isinstance(mask, Causal | Full):
         return mask
+    batch, length = stream.hidden.shape[:2]
     if isinstance(mask, BlockDiffusion):
-        return _static(mask, length, hidden.device, use_flex)
-    if isinstance(mask, Segments):
-        if position_ids is None:
-            return Full()
-        rule = mask.rule(position_ids)
-    else:
-        assert isinstance(mask, RandomKeyDrop) and sample_ids is not None, f"{mask} needs the sample ids"
-        rule = mask.rule(length, sample_ids)
+        return _static(mask, length, stream.hidden.device, use_flex)
+    rule = rule_of(mask, stream)
     if not use_flex:
-        return dense_mask(rule, batch, length, hidden.device)
-    # Which tiles are empty depends on the batch; to find out would cost more than to compute them.
-    tiles = torch.ones(-(-length // TILE), -(-length // TILE), dtype=torch.bool, device=hidden.device)
-    tiles = tiles.tril() if isinstance(mask, RandomKeyDrop) else tiles
+        return dense_mask(rule, batch, length, stream.hidden.device)
+    tiles = _possible_tiles(mask, stream)
     return _block_mask(rule, length, some=tiles, every=torch.zeros_like(tiles))
+
+
+def rule_of(mask: AttentionMask, stream: Stream) -> Rule:
+    """Who sees whom in one batch."""
+    if isinstance(mask, WithinSegments):
+        return _segment_rule(mask, stream)
+    if isinstance(mask, RandomKeyDrop):
+        return _key_drop_rule(mask, stream)
+    if isinstance(mask, BlockDiffusion):
+        return block_diffusion_rule(mask, stream.hidden.shape[1])
+    is_causal = isinstance(mask, Causal)
+    return lambda sample, query, key: query >= key if is_causal else (query >= 0) & (key >= 0)
+
+
+def _segment_rule(mask: WithinSegments, stream: Stream) -> Rule:
+    inside, segments = rule_of(mask.kind, stream), stream.segment_ids
+    assert segments is not None
+
+    def sees(sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (segments[sample, query] == segments[sample, key]) & inside(sample, query, key)
+
+    return sees
+
+
+def _key_drop_rule(mask: RandomKeyDrop, stream: Stream) -> Rule:
+    assert stream.sample_ids is not None, f"{mask} needs the sample ids"
+    positions = torch.arange(stream.hidden.shape[1], device=stream.sample_ids.device)
+    offset = (mask.seed * 0x9E3779B1 + 2**63) % 2**64 - 2**63  # wrapped: seeds may have 63 bits
+    per_sample = hash_int64(stream.sample_ids + offset)
+    per_query = hash_int64(per_sample[:, None] + positions)  # [batch, query]
+    is_chosen = uniform(hash_int64(per_query + 0x51ED27)) < mask.ratio
+    drop_prob = 1e-3 + (1 - 1e-3) * uniform(hash_int64(per_query + 0x2545F5))
+    drop_prob = drop_prob * is_chosen  # uniform() is never below 0: not chosen drops nothing
+
+    def sees(sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        is_kept = uniform(hash_int64(per_query[sample, query] * 31 + key)) >= drop_prob[sample, query]
+        return (query == key) | ((query > key) & is_kept)
+
+    return sees
+
+
+def block_diffusion_rule(mask: BlockDiffusion, length: int) -> Rule:
+    """Who sees whom among the ``length`` = 2 · seq tokens [noised; clean]; the same in every sample."""
+    seq = length // 2
+
+    def sees(sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        query_block, key_block = query % seq // mask.size, key % seq // mask.size
+        from_noised, to_noised = query < seq, key < seq
+        inside = (from_noised == to_noised) & (query_block == key_block)
+        past = ~to_noised & (key_block < query_block)
+        return inside | past
+
+    return sees
 
 
 def dense_mask(rule: Rule, batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -82,11 +129,37 @@ def _compiled_flex():  # type: ignore[no-untyped-def]
 @lru_cache(maxsize=8)
 def _static(mask: BlockDiffusion, length: int, device: torch.device, use_flex: bool) -> torch.Tensor | BlockMask:
     """A mask that is the same for every batch is made once."""
-    rule = mask.rule(length)
+    rule = block_diffusion_rule(mask, length)
     if not use_flex:
         return dense_mask(rule, 1, length, device)
     some, every = tile_occupancy(rule, length, device)
-    return _block_mask(rule, length, some=some, every=every)
+    return _block_mask(rule, length, some=some[None], every=every[None])
+
+
+def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
+    """Tiles of 128 x 128 pairs in which a query may see a key, bool [batch or 1, tiles, tiles].
+
+    Not the least set: to find that out, all pairs would be computed. Segments are compared by their range in a tile.
+    """
+    length, device = stream.hidden.shape[1], stream.hidden.device
+    num_tiles = -(-length // TILE)
+    if isinstance(mask, WithinSegments):
+        assert stream.segment_ids is not None
+        ids = stream.segment_ids.float()[:, None]  # exact below 2^24 segments; the last tile is filled with its last id
+        ids = F.pad(ids, (0, num_tiles * TILE - length), mode="replicate").view(-1, num_tiles, TILE)
+        low, high = ids.amin(dim=-1), ids.amax(dim=-1)
+        overlaps = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+        return overlaps & _possible_tiles(mask.kind, stream)
+    if isinstance(mask, BlockDiffusion):
+        return _block_diffusion_tiles(mask, length, device)
+    tiles = torch.ones(1, num_tiles, num_tiles, dtype=torch.bool, device=device)
+    return tiles if isinstance(mask, Full) else tiles.tril()
+
+
+@lru_cache(maxsize=8)
+def _block_diffusion_tiles(mask: BlockDiffusion, length: int, device: torch.device) -> torch.Tensor:
+    some, every = tile_occupancy(block_diffusion_rule(mask, length), length, device)
+    return (some | every)[None]
 
 
 def tile_occupancy(rule: Rule, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +178,7 @@ def tile_occupancy(rule: Rule, length: int, device: torch.device) -> tuple[torch
 
 
 def _block_mask(rule: Rule, length: int, *, some: torch.Tensor, every: torch.Tensor) -> BlockMask:
-    """A block mask from the tiles that are seen in part and in full."""
+    """A block mask from the tiles that are seen in part and in full, both bool [batch or 1, tiles, tiles]."""
 
     def mask_mod(sample: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return rule(sample, query, key)
@@ -124,6 +197,19 @@ def _block_mask(rule: Rule, length: int, *, some: torch.Tensor, every: torch.Ten
 
 
 def _counts_and_order(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Occupied tiles of each row: their number [1, 1, rows], and their columns before all others [1, 1, rows, columns]."""
+    """Occupied tiles of each row: their number [batch, 1, rows], and their columns before all others [batch, 1, rows,
+    columns]."""
     order = tiles.int().argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(dim=-1).int()[None, None], order.int()[None, None].contiguous()
+    return tiles.sum(dim=-1).int()[:, None], order.int()[:, None].contiguous()
+
+
+def hash_int64(x: torch.Tensor) -> torch.Tensor:
+    """A bijective mix of 64-bit integers (the splitmix64 finaliser, Steele et al. 2014), the same on every device."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def uniform(hashed: torch.Tensor) -> torch.Tensor:
+    """Hashed integers as fp32 numbers in [0, 1), from their upper 24 bits."""
+    return ((hashed >> 40) & 0xFFFFFF).to(torch.float32) / 2**24

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields
 
+from megatron import config
 from megatron.config.schema import Config
 from megatron.errors import UserError
-from megatron.model.batch import ModelBatch
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import Objective
+from megatron.objectives.base import Objective, Setting
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.exact_count import ExactCountMDM
 from megatron.objectives.masked_attention_ar import MaskedAttentionAR
@@ -16,15 +17,15 @@ from megatron.objectives.masked_input_ar import MaskedInputAR
 from megatron.objectives.maskgit import MaskGIT
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.permuted_ar import PermutedAR
+from megatron.randomness import SCHEME
 
 __all__ = [
     "OBJECTIVES",
-    "ModelBatch",
     "Objective",
     "build_objective",
     "evaluation_objective",
     "needs_mask_token",
-    "objective_name",
+    "parse",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -39,41 +40,44 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def objective_name(config: Config, default: str) -> str:
-    """The objective that the flags ask for.
+def parse(argv: Sequence[str] | None = None, **arguments: str | int | None) -> Config:
+    """:func:`megatron.config.parse` with the objectives that are there."""
+    return config.parse(argv, OBJECTIVES, **arguments)  # type: ignore[arg-type]
 
-    The launch scripts of arXiv 2507.15857 choose the AR variants by their own flags: ``--num-order-list`` or
-    ``--use-order-list`` mean permuted orders, ``--randmask-ratio`` means random attention masking. In the same way
-    ``--input-mask-ratio`` means masked inputs.
+
+def build_objective(settings: Config, *, scheme: int = SCHEME) -> Objective:
+    """The objective of a run.
+
+    Args:
+        settings: flags or record of the run; options that the objective does not have are passed over.
+        scheme: of the noise.
+
+    Raises:
+        UserError: no such objective, or options that do not fit.
     """
-    objective = config.objective
-    if objective.objective is not None:
-        return objective.objective
-    if default == "ar" and (objective.num_order_list is not None or objective.use_order_list):
-        return "permuted_ar"
-    if default == "ar" and objective.randmask_ratio > 0:
-        return "masked_attention_ar"
-    if default == "ar" and objective.input_mask_ratio > 0:
-        return "masked_input_ar"
-    return default
-
-
-def build_objective(config: Config) -> Objective:
-    """The objective of a resolved configuration."""
-    name = config.objective.objective
+    name, run = settings.objective.objective, settings.run
     if name not in OBJECTIVES:
         raise UserError(
             f"--objective {name!r} is not known",
-            f"an objective is one of {', '.join(sorted(OBJECTIVES))}",
+            f"an objective is one of {', '.join(OBJECTIVES)}",
             "correct the name or add it to megatron/objectives",
         )
-    return OBJECTIVES[name].from_config(config)
+    cls = OBJECTIVES[name]
+    given = settings.objective.options
+    options = cls.Options(**{item.name: given[item.name] for item in fields(cls.Options) if item.name in given})
+    setting = Setting(
+        seed=run.seed,
+        global_batch_size=run.global_batch_size or run.micro_batch_size,
+        seq_length=settings.model.seq_length,
+        mask_token_id=settings.objective.mask_token_id,
+        scheme=scheme,
+    )
+    return cls.build(options, setting)
 
 
-def evaluation_objective(config: Config) -> Objective:
-    """The objective of a run with evaluation settings; the batch size, which plays no part, may be unknown."""
-    run = replace(config.run, global_batch_size=config.run.global_batch_size or 1)
-    return build_objective(replace(config, run=run)).for_eval()
+def evaluation_objective(settings: Config) -> Objective:
+    """The objective of a run with evaluation settings."""
+    return build_objective(settings).for_eval()
 
 
 def needs_mask_token(name: str | None) -> bool:

@@ -1,18 +1,20 @@
-"""The seam between data, objective and model.
+"""The seam between data, objective and model. Nothing here, and no objective, imports torch.
 
-Every objective is a weighted cross-entropy: ``loss = Σ loss_weights · ce / normalizer``. Only the preparation of a batch
-differs, and that runs on the CPU, in the data loader's workers, without collectives.
+Preparation runs in the data loader's workers, on numpy arrays, without collectives. What an objective is made of:
+a batch (:class:`ModelBatch`), an attention mask, a kind of loss, and the way its model is decoded.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
-import torch
+import numpy as np
 
-from megatron.config.schema import Config
-from megatron.model.batch import ModelBatch
+from megatron.model.batch import ModelBatch, Samples
+from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
+from megatron.randomness import SCHEME
 
 # What a loss may be called. The mean over noise of a bound is an upper bound on the negative log-likelihood.
 EXACT = "NLL (exact)"
@@ -20,20 +22,86 @@ BOUND = "NLL bound"
 NO_BOUND = "not a likelihood bound"
 
 
+@dataclass(frozen=True)
+class CausalDecoding:
+    """The model gives the next token, left to right."""
+
+
+@dataclass(frozen=True)
+class MaskedDecoding:
+    """The model fills masked tokens of a whole sequence, in any order.
+
+    Attributes:
+        mask_token_id: id of a token that is not there yet.
+    """
+
+    mask_token_id: int
+
+
+@dataclass(frozen=True)
+class BlockDecoding:
+    """The model fills the masked tokens of one block, given the blocks before it.
+
+    Attributes:
+        mask_token_id: id of a token that is not there yet.
+        block_size: tokens per block.
+    """
+
+    mask_token_id: int
+    block_size: int
+
+
+# What samplers, scorers and exporters ask of an objective.
+Decoding = CausalDecoding | MaskedDecoding | BlockDecoding
+
+
+class Setting(NamedTuple):
+    """What an objective needs to know of its run.
+
+    Attributes:
+        seed: of the noise.
+        global_batch_size: samples in a step, for stratified times.
+        seq_length: tokens per sample.
+        mask_token_id: id that replaces a masked token; None where the objective masks none.
+        scheme: of the noise, :data:`megatron.randomness.SCHEME`.
+    """
+
+    seed: int
+    global_batch_size: int
+    seq_length: int
+    mask_token_id: int | None = None
+    scheme: int = SCHEME
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """An objective without flags of its own."""
+
+
 class Objective(Protocol):
     """What is predicted from what.
 
     Attributes:
         attention_mask: which keys a query sees: all that the model knows of the objective.
+        loss: from predictions to a loss.
+        decoding: how its model is sampled and scored.
         label: what its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`.
         loss_fraction: expected share of tokens in the loss (for FLOP counts).
         needs_mask_token: whether the vocabulary must have room for a mask token.
+        Options: a frozen dataclass of ``option(...)``: its flags, with their ranges and help.
     """
 
     needs_mask_token: ClassVar[bool]
+    Options: ClassVar[type]
 
     @property
     def attention_mask(self) -> AttentionMask: ...
+
+    @property
+    def loss(self) -> LossKind: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
 
     @property
     def label(self) -> str: ...
@@ -42,17 +110,20 @@ class Objective(Protocol):
     def loss_fraction(self) -> float: ...
 
     @classmethod
-    def from_config(cls, config: Config) -> Objective:
-        """Build from a resolved configuration."""
-        ...
-
-    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
-        """Make a batch.
+    def build(cls, options: object, setting: Setting) -> Objective:
+        """The objective of a run.
 
         Args:
-            tokens: [batch, seq + 1] int64.
-            sample_ids: [batch] int64; all noise is a function of (seed, sample id).
+            options: its ``Options``.
+            setting: the rest of the run.
+
+        Raises:
+            UserError: the options do not fit each other or the run.
         """
+        ...
+
+    def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
+        """Make a batch; all noise is a function of (seed, sample id)."""
         ...
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Objective:
@@ -68,3 +139,8 @@ class Objective(Protocol):
 def is_exact(objective: Objective) -> bool:
     """Whether the loss is a likelihood, not a bound on one."""
     return objective.label == EXACT
+
+
+def first_tokens(array: np.ndarray | None) -> np.ndarray | None:
+    """What belongs to the first seq of seq + 1 tokens: inputs of all objectives, labels of diffusion."""
+    return None if array is None else array[:, :-1]

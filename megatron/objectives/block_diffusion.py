@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
-import torch
 
 from megatron import randomness as noise
-from megatron.config.schema import Config
-from megatron.model.batch import ModelBatch
+from megatron.config.option import TOKENS, option
+from megatron.errors import require
+from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.mask import AttentionMask, BlockDiffusion
-from megatron.objectives.base import BOUND, EXACT
-from megatron.objectives.mdm import MaskedDiffusion
+from megatron.objectives.base import BOUND, EXACT, BlockDecoding, Decoding, Setting, first_tokens
+from megatron.objectives.mdm import MaskedDiffusion, ScheduleOptions
 from megatron.objectives.schedules import Linear
+
+
+@dataclass(frozen=True)
+class BlockOptions(ScheduleOptions):
+    """Flags of block diffusion."""
+
+    block_size: int | None = option(None, "tokens per block", unit="TOKENS", range=TOKENS)
 
 
 @dataclass(frozen=True)
@@ -36,16 +44,31 @@ class BlockMaskedDiffusion(MaskedDiffusion):
 
     block_size: int = 1
 
+    Options: ClassVar[type] = BlockOptions
+
     @classmethod
-    def from_config(cls, config: Config) -> BlockMaskedDiffusion:
-        """Build from a resolved configuration."""
-        assert config.objective.block_size is not None
-        return cls(**cls.noise_options(config), block_size=config.objective.block_size)
+    def build(cls, options: object, setting: Setting) -> BlockMaskedDiffusion:
+        """See :class:`Objective`."""
+        assert isinstance(options, BlockOptions)
+        size, length = options.block_size, setting.seq_length
+        require(
+            size is not None and length % size == 0,
+            f"--block-size {size} with --seq-length {length}",
+            "a block has a size, and a sequence is whole blocks",
+            f"pass --block-size N, a divisor of {length}",
+        )
+        assert size is not None
+        return cls(**cls.noise(options, setting), block_size=size)
 
     @property
     def attention_mask(self) -> AttentionMask:
         """Over [noised; clean]."""
         return BlockDiffusion(self.block_size)
+
+    @property
+    def decoding(self) -> Decoding:
+        """Masked tokens of one block after the other."""
+        return BlockDecoding(self.mask_token_id, self.block_size)
 
     @property
     def label(self) -> str:
@@ -61,25 +84,33 @@ class BlockMaskedDiffusion(MaskedDiffusion):
     def _masks_all(self) -> bool:
         return self.is_evaluation and self.block_size == 1
 
-    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
-        """Noised and clean copy of the first seq tokens, 2 · seq inputs; see :class:`Objective`."""
-        clean = tokens[:, :-1].contiguous()
-        batch, seq = clean.shape
-        is_masked, weights = self.masks_and_weights(sample_ids.numpy(), seq)
-        return ModelBatch.build(
-            input_ids=torch.cat((clean.masked_fill(is_masked, self.mask_token_id), clean), dim=1),
-            labels=torch.cat((clean, clean), dim=1),
-            loss_weights=torch.cat((weights, torch.zeros_like(weights)), dim=1),
-            sample_ids=sample_ids,
-            position_ids=torch.arange(seq).repeat(2).expand(batch, 2 * seq).contiguous(),
-            num_tokens=clean.numel(),
+    def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
+        """Noised and clean copy of the first seq tokens, 2 · seq inputs; see :class:`Objective`.
+
+        Documents of a packed sample do not move its blocks.
+        """
+        clean = samples.tokens[:, :-1]
+        is_masked, weights = self.masks_and_weights(samples.ids, clean.shape[1])
+        positions, segments = first_tokens(samples.position_ids), first_tokens(samples.segment_ids)
+        if positions is None:
+            positions = np.broadcast_to(np.arange(clean.shape[1]), clean.shape)
+        return build_batch(
+            Inputs(
+                np.concatenate((np.where(is_masked, self.mask_token_id, clean), clean), axis=1),
+                np.tile(positions, 2),
+                samples.ids,
+                None if segments is None else np.tile(segments, 2),
+            ),
+            labels=clean,
+            loss_weights=weights,
+            has_loss=first_tokens(samples.loss_mask),
         )
 
-    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`MaskedDiffusion.masks_and_weights`."""
         if self._masks_all:
             shape = (len(sample_ids), seq_length)
-            return torch.ones(shape, dtype=torch.bool), torch.ones(shape)
+            return np.ones(shape, dtype=bool), np.ones(shape, dtype=np.float32)
         return super().masks_and_weights(sample_ids, seq_length)
 
     def token_times(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:

@@ -4,13 +4,13 @@ equation 6)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-import torch
 
 from megatron import randomness as noise
-from megatron.config.schema import Config
-from megatron.objectives.mdm import MaskedDiffusion
+from megatron.objectives.base import Setting
+from megatron.objectives.mdm import MaskedDiffusion, TimeOptions
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,20 @@ class ExactCountMDM(MaskedDiffusion):
     adds nothing. The number of masked tokens has no variance left for given t. Times are stratified, so m is too.
     """
 
-    @classmethod
-    def from_config(cls, config: Config) -> ExactCountMDM:
-        """Build from a resolved configuration."""
-        return cls(**cls.noise_options(config))
+    Options: ClassVar[type] = TimeOptions
 
-    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @classmethod
+    def build(cls, options: object, setting: Setting) -> ExactCountMDM:
+        """See :class:`Objective`."""
+        assert isinstance(options, TimeOptions)
+        return cls(**cls.noise(options, setting))
+
+    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Exactly m masked tokens a row, see :meth:`MaskedDiffusion.masks_and_weights`."""
         counts = 1 + np.floor(self.times(sample_ids) * seq_length).astype(np.int64)  # t < 1, so at most L
         is_masked = np.zeros((len(sample_ids), seq_length), dtype=bool)
         for row, (sample, count) in enumerate(zip(sample_ids.tolist(), counts)):
-            is_masked[row, noise.generator(self.seed, sample).permutation(seq_length)[:count]] = True
-        weight = torch.from_numpy(seq_length / counts).float().unsqueeze(-1)
-        masked = torch.from_numpy(is_masked)
-        return masked, masked * weight
+            is_masked[row, noise.generator(self.seed, noise.Purpose.NOISE, sample).permutation(seq_length)[:count]] = (
+                True
+            )
+        return is_masked, is_masked * (seq_length / counts).astype(np.float32)[:, None]

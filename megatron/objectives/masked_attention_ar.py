@@ -5,17 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from megatron.config.schema import Config
-from megatron.model.batch import ModelBatch
+from megatron.config.option import PROBABILITY, option
+from megatron.errors import require
 from megatron.model.mask import AttentionMask, RandomKeyDrop
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import BOUND
+from megatron.objectives.base import BOUND, Setting
 
 
 @dataclass(frozen=True)
-class MaskedAttentionAR:
+class MaskedAttentionOptions:
+    """Flags of AR with random attention masking."""
+
+    randmask_ratio: float = option(
+        0.0, "probability that a query drops earlier keys", unit="P", range=PROBABILITY, chooses=True
+    )
+
+
+@dataclass(frozen=True)
+class MaskedAttentionAR(Autoregressive):
     """Next-token prediction under :class:`megatron.model.mask.RandomKeyDrop`.
 
     Under given drops the loss is a likelihood; averaged over them it bounds that of the mixture.
@@ -26,24 +33,20 @@ class MaskedAttentionAR:
 
     attention_mask: AttentionMask
     label: str = BOUND
-    loss_fraction: float = 1.0
-    needs_mask_token: ClassVar[bool] = False
+
+    Options: ClassVar[type] = MaskedAttentionOptions
 
     @classmethod
-    def from_config(cls, config: Config) -> MaskedAttentionAR:
-        """Build from a resolved configuration."""
-        return cls(attention_mask=RandomKeyDrop(ratio=config.objective.randmask_ratio, seed=config.run.seed))
-
-    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
-        """As plain AR, with explicit positions so that the sample ids reach every stage."""
-        labels = tokens[:, 1:].contiguous()
-        return ModelBatch.build(
-            input_ids=tokens[:, :-1].contiguous(),
-            labels=labels,
-            loss_weights=torch.ones(labels.shape, dtype=torch.float32),
-            sample_ids=sample_ids,
-            position_ids=torch.arange(labels.shape[1]).expand(labels.shape).contiguous(),
+    def build(cls, options: object, setting: Setting) -> MaskedAttentionAR:
+        """See :class:`Objective`."""
+        assert isinstance(options, MaskedAttentionOptions)
+        require(
+            options.randmask_ratio > 0,
+            "--objective masked_attention_ar without --randmask-ratio",
+            "it would be plain AR",
+            "pass --randmask-ratio above 0, or --objective ar",
         )
+        return cls(attention_mask=RandomKeyDrop(ratio=options.randmask_ratio, seed=setting.seed))
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Autoregressive:
         """Plain causal attention."""

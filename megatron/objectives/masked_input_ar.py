@@ -6,18 +6,30 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from megatron import randomness as noise
-from megatron.config.schema import Config
-from megatron.model.batch import ModelBatch
-from megatron.model.mask import AttentionMask, Causal
-from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import BOUND
+from megatron.config.option import PROBABILITY, option
+from megatron.errors import require
+from megatron.model.batch import ModelBatch, Samples
+from megatron.objectives.ar import Autoregressive, next_token_batch
+from megatron.objectives.base import BOUND, Setting
 
 
 @dataclass(frozen=True)
-class MaskedInputAR:
+class MaskedInputOptions:
+    """Flags of AR with masked inputs."""
+
+    input_mask_ratio: float = option(
+        0.0,
+        "each sequence masks a share of its inputs drawn from U(0, this)",
+        unit="RATIO",
+        range=PROBABILITY,
+        chooses=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedInputAR(Autoregressive):
     """Next-token prediction from a corrupted past: each input token is replaced by the mask token with the probability
     of its sequence, r ~ U(0, ``max_ratio``). Labels are the true tokens and all are in the loss.
 
@@ -32,28 +44,28 @@ class MaskedInputAR:
     mask_token_id: int
     max_ratio: float
     seed: int
-    attention_mask: AttentionMask = Causal()
     label: str = BOUND
-    loss_fraction: float = 1.0
     needs_mask_token: ClassVar[bool] = True
 
-    @classmethod
-    def from_config(cls, config: Config) -> MaskedInputAR:
-        """Build from a resolved configuration."""
-        options = config.objective
-        assert options.mask_token_id is not None
-        return cls(mask_token_id=options.mask_token_id, max_ratio=options.input_mask_ratio, seed=config.run.seed)
+    Options: ClassVar[type] = MaskedInputOptions
 
-    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
-        """Inputs are the first seq tokens with some masked, labels the last seq; see :class:`Objective`."""
-        labels = tokens[:, 1:].contiguous()
-        is_masked = torch.from_numpy(np.stack([self._mask(sample, labels.shape[1]) for sample in sample_ids.tolist()]))
-        return ModelBatch.build(
-            input_ids=tokens[:, :-1].masked_fill(is_masked, self.mask_token_id),
-            labels=labels,
-            loss_weights=torch.ones(labels.shape, dtype=torch.float32),
-            sample_ids=sample_ids,
+    @classmethod
+    def build(cls, options: object, setting: Setting) -> MaskedInputAR:
+        """See :class:`Objective`."""
+        assert isinstance(options, MaskedInputOptions) and setting.mask_token_id is not None
+        require(
+            options.input_mask_ratio > 0,
+            "--objective masked_input_ar without --input-mask-ratio",
+            "it would be plain AR",
+            "pass --input-mask-ratio above 0, or --objective ar",
         )
+        return cls(mask_token_id=setting.mask_token_id, max_ratio=options.input_mask_ratio, seed=setting.seed)
+
+    def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
+        """Inputs are the first seq tokens with some masked, labels the last seq; see :class:`Objective`."""
+        true_ids = samples.tokens[:, :-1]
+        is_masked = np.stack([self._mask(sample, true_ids.shape[1]) for sample in samples.ids.tolist()])
+        return next_token_batch(samples, np.where(is_masked, self.mask_token_id, true_ids))
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Autoregressive:
         """Plain AR: nothing is masked."""
@@ -61,6 +73,6 @@ class MaskedInputAR:
 
     def _mask(self, sample_id: int, seq_length: int) -> np.ndarray:
         """Which inputs of one sample are masked, bool [seq]."""
-        random = noise.generator(self.seed, sample_id)
+        random = noise.generator(self.seed, noise.Purpose.NOISE, sample_id)
         ratio = self.max_ratio * random.random()
         return random.random(seq_length, dtype=np.float32) < ratio

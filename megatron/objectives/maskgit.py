@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron.config.schema import Config
-from megatron.objectives.base import NO_BOUND
-from megatron.objectives.mdm import MaskedDiffusion
+from megatron.objectives.base import NO_BOUND, Setting
+from megatron.objectives.mdm import MaskedDiffusion, ScheduleOptions
 from megatron.objectives.schedules import mean_mask_probability
 
 
@@ -25,10 +24,13 @@ class MaskGIT(MaskedDiffusion):
 
     default_schedule: ClassVar[str] = "cosine"
 
+    Options: ClassVar[type] = ScheduleOptions
+
     @classmethod
-    def from_config(cls, config: Config) -> MaskGIT:
-        """Build from a resolved configuration."""
-        return cls(**cls.noise_options(config))
+    def build(cls, options: object, setting: Setting) -> MaskGIT:
+        """See :class:`Objective`."""
+        assert isinstance(options, ScheduleOptions)
+        return cls(**cls.noise(options, setting))
 
     @property
     def label(self) -> str:

@@ -4,16 +4,16 @@ arXiv 2502.09992; the recipe of arXiv 2507.15857)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import numpy as np
-import torch
 
 from megatron import randomness as noise
-from megatron.config.schema import Config
-from megatron.model.batch import ModelBatch
-from megatron.model.mask import AttentionMask, Full, Segments
-from megatron.objectives.base import BOUND, NO_BOUND
+from megatron.config.option import POSITIVE, PROBABILITY, Range, option
+from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
+from megatron.model.loss import LossKind, WeightedCrossEntropy
+from megatron.model.mask import AttentionMask, Full, WithinSegments
+from megatron.objectives.base import BOUND, NO_BOUND, Decoding, MaskedDecoding, Setting, first_tokens
 from megatron.objectives.schedules import (
     Linear,
     Schedule,
@@ -22,6 +22,55 @@ from megatron.objectives.schedules import (
     mask_probability,
     mean_mask_probability,
 )
+
+
+class Noise(TypedDict):
+    """Fields that all kinds of masked diffusion have."""
+
+    mask_token_id: int
+    global_batch_size: int
+    seed: int
+    scheme: int
+    stratified: bool
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class TimeOptions:
+    """Flags of everything that draws diffusion times."""
+
+    independent_t: bool = option(
+        False, "draw the diffusion time of every sample independently instead of stratified over the global batch"
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(TimeOptions):
+    """Flags of everything that masks by a schedule."""
+
+    # fmt: off
+    noise_schedule: str | None = option(None, "masked share as a function of t: linear t, cosine sin(pi*t/2), "
+        "polynomial t^power; default: linear (maskgit: cosine)", choices=("linear", "cosine", "polynomial"))
+    noise_schedule_power: float | None = option(None, "power of the polynomial schedule; default: 2", unit="POWER",
+        range=Range(at_least=1, at_most=100), needs=("noise_schedule=polynomial",))
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class MaskedDiffusionOptions(ScheduleOptions):
+    """Flags of masked diffusion."""
+
+    # fmt: off
+    ar_ratio: float = option(0.0, "probability that a sequence masks its last tokens instead of random ones", unit="P",
+        range=PROBABILITY)
+    low_noise_start: bool = option(False, "scale the diffusion time down in the first iterations")
+    low_noise_iter: int | None = option(None, "iterations with scaled time; default: 1000", unit="ITERS",
+        range=POSITIVE, needs=("low_noise_start",))
+    low_noise_ratio: float | None = option(None, "factor on the time in those iterations; default: 0.5", unit="RATIO",
+        range=Range(above=0, at_most=1), needs=("low_noise_start",))
+    random_length_ratio: float = option(0.0, "probability that a sequence is cut in two at a uniformly random length",
+        unit="P", range=PROBABILITY)
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -47,7 +96,7 @@ class MaskedDiffusion:
         random_length_ratio: probability that a sequence is cut at a uniformly random length (1 % in arXiv 2502.09992,
             §2.2). Both parts are kept, as two sequences that see nothing of each other and begin at position 0: no
             padding, no token lost.
-        always_positions: give every batch positions, not only those with a cut (pipeline stages want one form).
+        scheme: order of stratified times, :data:`megatron.randomness.SCHEME`.
         is_evaluation: take times that depend on nothing but sample and draw.
         draw: index of this draw of the noise (evaluation may average several).
         num_draws: how many draws there are; their times are spread evenly over [0, 1).
@@ -62,44 +111,54 @@ class MaskedDiffusion:
     low_noise_samples: int = 0
     low_noise_ratio: float = 1.0
     random_length_ratio: float = 0.0
-    always_positions: bool = False
+    scheme: int = noise.SCHEME
     is_evaluation: bool = False
     draw: int = 0
     num_draws: int = 1
+    loss: LossKind = WeightedCrossEntropy()
     needs_mask_token: ClassVar[bool] = True
     default_schedule: ClassVar[str] = "linear"
+    Options: ClassVar[type] = MaskedDiffusionOptions
 
     @classmethod
-    def from_config(cls, config: Config) -> MaskedDiffusion:
-        """Build from a resolved configuration."""
-        options, batch = config.objective, config.run.global_batch_size
-        assert batch is not None
+    def build(cls, options: object, setting: Setting) -> MaskedDiffusion:
+        """See :class:`Objective`. The reference's defaults of low-noise starts: 1,000 iterations, ratio 0.5."""
+        assert isinstance(options, MaskedDiffusionOptions)
         return cls(
-            **cls.noise_options(config),
+            **cls.noise(options, setting),
             ar_ratio=options.ar_ratio,
-            low_noise_samples=options.low_noise_iter * batch if options.low_noise_start else 0,
-            low_noise_ratio=options.low_noise_ratio,
+            low_noise_samples=(options.low_noise_iter or 1000) * setting.global_batch_size
+            if options.low_noise_start
+            else 0,
+            low_noise_ratio=options.low_noise_ratio or 0.5,
             random_length_ratio=options.random_length_ratio,
-            always_positions=config.parallel.pipeline_model_parallel_size > 1,
         )
 
     @classmethod
-    def noise_options(cls, config: Config) -> dict[str, Any]:
-        """Fields that all kinds of masked diffusion take from the configuration."""
-        options = config.objective
-        assert options.mask_token_id is not None and config.run.global_batch_size is not None
+    def noise(cls, options: TimeOptions, setting: Setting) -> Noise:
+        """Fields that all kinds of masked diffusion share."""
+        assert setting.mask_token_id is not None
+        name, power = cls.default_schedule, None
+        if isinstance(options, ScheduleOptions):
+            name, power = options.noise_schedule or name, options.noise_schedule_power
         return {
-            "mask_token_id": options.mask_token_id,
-            "global_batch_size": config.run.global_batch_size,
-            "seed": config.run.seed,
+            "mask_token_id": setting.mask_token_id,
+            "global_batch_size": setting.global_batch_size,
+            "seed": setting.seed,
+            "scheme": setting.scheme,
             "stratified": not options.independent_t,
-            "schedule": build_schedule(options.noise_schedule or cls.default_schedule, options.noise_schedule_power),
+            "schedule": build_schedule(name, power),
         }
 
     @property
     def attention_mask(self) -> AttentionMask:
         """Bidirectional; within the parts of a cut sequence where there are any."""
-        return Segments() if self.random_length_ratio > 0 else Full()
+        return WithinSegments(Full()) if self.random_length_ratio > 0 else Full()
+
+    @property
+    def decoding(self) -> Decoding:
+        """Masked tokens, in any order."""
+        return MaskedDecoding(self.mask_token_id)
 
     @property
     def label(self) -> str:
@@ -111,25 +170,24 @@ class MaskedDiffusion:
         """Expected share of masked tokens."""
         return mean_mask_probability(self.schedule)
 
-    def prepare(self, tokens: torch.Tensor, sample_ids: torch.Tensor) -> ModelBatch:
+    def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
         """Mask the first seq tokens; they are input and label alike. See :class:`Objective`."""
-        labels = tokens[:, :-1].contiguous()
-        is_masked, weights = self.masks_and_weights(sample_ids.numpy(), labels.shape[1])
-        return ModelBatch.build(
-            input_ids=labels.masked_fill(is_masked, self.mask_token_id),
+        labels = samples.tokens[:, :-1]
+        is_masked, weights = self.masks_and_weights(samples.ids, labels.shape[1])
+        positions, segments = self._cut(samples)
+        return build_batch(
+            Inputs(np.where(is_masked, self.mask_token_id, labels), positions, samples.ids, segments),
             labels=labels,
             loss_weights=weights,
-            sample_ids=sample_ids,
-            position_ids=self._positions(sample_ids.tolist(), labels.shape[1]),
+            has_loss=first_tokens(samples.loss_mask),
         )
 
-    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are masked, bool, and their weights in the loss, fp32, 0 elsewhere; both [batch, seq]."""
         t = self.token_times(sample_ids, seq_length)
         mask_prob = mask_probability(self.schedule, t)
-        rows = [self._mask(sample, p, seq_length) for sample, p in zip(sample_ids.tolist(), mask_prob)]
-        is_masked = torch.from_numpy(np.stack(rows))
-        return is_masked, is_masked * torch.from_numpy(self.masked_weight(t)).float()
+        is_masked = np.stack([self._mask(sample, p, seq_length) for sample, p in zip(sample_ids.tolist(), mask_prob)])
+        return is_masked, is_masked * self.masked_weight(t).astype(np.float32)
 
     def masked_weight(self, t: np.ndarray) -> np.ndarray:
         """Weight of a masked token at time t, fp64."""
@@ -144,7 +202,11 @@ class MaskedDiffusion:
         if self.is_evaluation:
             return noise.evaluation_times(sample_ids, draw=self.draw, num_draws=self.num_draws)
         t = noise.diffusion_times(
-            self.seed, sample_ids, global_batch_size=self.global_batch_size, stratified=self.stratified
+            self.seed,
+            sample_ids,
+            global_batch_size=self.global_batch_size,
+            stratified=self.stratified,
+            scheme=self.scheme,
         )
         return np.where(sample_ids < self.low_noise_samples, t * self.low_noise_ratio, t)
 
@@ -162,24 +224,32 @@ class MaskedDiffusion:
 
     def _mask(self, sample_id: int, mask_prob: np.ndarray, seq_length: int) -> np.ndarray:
         """Which tokens of one sample are masked, bool [seq]."""
-        random = noise.generator(self.seed + self.draw, sample_id)
+        random = noise.generator(self.seed + self.draw, noise.Purpose.NOISE, sample_id)
         is_masked = random.random(seq_length, dtype=np.float32) < mask_prob
         if self.ar_ratio > 0 and random.random() < self.ar_ratio:
             first = seq_length - int(is_masked.sum())  # not a negative slice: m = 0 must mask nothing
             is_masked = np.arange(seq_length) >= first
         return is_masked
 
-    def _positions(self, sample_ids: list[int], seq_length: int) -> torch.Tensor | None:
-        """Positions [batch, seq] that begin again where a sequence is cut; None where the batch has no cut."""
-        lengths = torch.tensor([self._first_length(sample, seq_length) for sample in sample_ids]).unsqueeze(-1)
-        if not self.always_positions and bool((lengths == seq_length).all()):
-            return None
-        positions = torch.arange(seq_length)
-        return torch.where(positions < lengths, positions, positions - lengths)
+    def _cut(self, samples: Samples) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Positions and segments [batch, seq] of the first seq tokens; both begin again where a sequence is cut."""
+        positions, segments = first_tokens(samples.position_ids), first_tokens(samples.segment_ids)
+        seq_length = samples.tokens.shape[1] - 1
+        cuts = np.array([[self._first_length(sample, seq_length)] for sample in samples.ids.tolist()])
+        if (cuts == seq_length).all():
+            return positions, segments
+        places = np.arange(seq_length)
+        is_second = places >= cuts
+        own = np.broadcast_to(places, is_second.shape) if positions is None else positions
+        first = np.take_along_axis(own, np.minimum(cuts, seq_length - 1), axis=1)  # position at which the cut falls
+        document = np.zeros_like(is_second, dtype=np.int64) if segments is None else segments
+        # Only the document that is cut begins again at 0.
+        is_rest = is_second & (own - first == places - cuts)
+        return np.where(is_rest, own - first, own), document + is_second
 
     def _first_length(self, sample_id: int, seq_length: int) -> int:
         """Length of the first part of a sample: ``seq_length``, or where it is cut."""
         if self.random_length_ratio == 0.0:
             return seq_length
-        random = noise.generator(self.seed, sample_id, noise.STREAM_LENGTH)
+        random = noise.generator(self.seed, noise.Purpose.LENGTH, sample_id)
         return int(random.integers(1, seq_length + 1)) if random.random() < self.random_length_ratio else seq_length

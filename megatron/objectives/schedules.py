@@ -18,6 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron.errors import require
+
 MIN_MASK_PROB = 1e-3
 
 
@@ -69,10 +71,21 @@ class Polynomial:
     """s = t^power (arXiv 2406.04329, table 4): a power above 1 gives many lightly masked draws.
 
     Attributes:
-        power: exponent, above 0.
+        power: exponent, at least 1: below it s'(0) is infinite, and the floor on p does not bound s'(t) / p(t).
+
+    Raises:
+        UserError: such a power.
     """
 
     power: float
+
+    def __post_init__(self) -> None:
+        require(
+            self.power >= 1,
+            f"--noise-schedule-power {self.power}",
+            "below 1 the weights of the loss are unbounded at t = 0",
+            "choose 1 (linear) or more",
+        )
 
     def share(self, t: np.ndarray) -> np.ndarray:
         return t**self.power

@@ -3,84 +3,110 @@
 from __future__ import annotations
 
 import datetime
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from megatron.errors import UserError
+from megatron.parallel.launch import local_device
+
+# Outermost first: tensor-parallel ranks are neighbours and share a node, stages are farthest apart. Without the axes of
+# size one it is the order of DeepSpeed's PipeModelDataParallelTopology (a test compares them).
+AXES = ("pp", "dp", "ep", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid, as one process sees it.
+
+    Attributes:
+        rank: coordinate of this process.
+        size: processes along the axis.
+        group: those processes; None where there is but one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this process ends the axis."""
+        return self.rank == self.size - 1
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Coordinates of one process in the (pipeline, data, tensor) grid, its process groups and its device.
+    """Place of one process in the grid, and its device. The default is a process alone on the CPU.
 
-    Ranks are laid out with tensor innermost, then data, then pipeline, so that tensor-parallel peers share a node:
-    ``rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank``. Groups of size one are ``None``.
+    Attributes:
+        rank: of all processes; ``rank = ((((pp · dp_size) + dp) · ep_size + ep) · cp_size + cp) · tp_size + tp``.
+        world_size: number of all processes.
+        pp: pipeline stages.
+        dp: data-parallel replicas.
+        ep: experts (of size one: no layer has any).
+        cp: parts of a sequence (of size one).
+        tp: tensor-parallel shards.
+        control_group: gloo over all ranks, for small host-side messages; None for a process alone.
+        device: accelerator of this process, or the CPU.
     """
 
     rank: int = 0
     world_size: int = 1
-    tp_rank: int = 0
-    tp_size: int = 1
-    dp_rank: int = 0
-    dp_size: int = 1
-    pp_rank: int = 0
-    pp_size: int = 1
-    tp_group: dist.ProcessGroup | None = None
-    dp_group: dist.ProcessGroup | None = None
-    pp_group: dist.ProcessGroup | None = None
-    control_group: dist.ProcessGroup | None = None  # gloo over all ranks: small host-side messages
+    pp: Axis = field(default=Axis())
+    dp: Axis = field(default=Axis())
+    ep: Axis = field(default=Axis())
+    cp: Axis = field(default=Axis())
+    tp: Axis = field(default=Axis())
+    control_group: dist.ProcessGroup | None = None
     device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        device: torch.device | None = None,
+        timeout_minutes: float = 30.0,
+    ) -> ParallelContext:
+        """Lay the grid over the initialised default process group (or over a process alone). A collective call.
+
+        One device mesh makes the groups, of the axes that are longer than one: one group an axis for each process.
+
+        Args:
+            tp_size: tensor-parallel ranks.
+            pp_size: pipeline stages.
+            device: of this process; default: the accelerator of its local rank, or the CPU.
+            timeout_minutes: limit of one host-side control message.
+
+        Raises:
+            UserError: the number of processes is no multiple of tp × pp.
+        """
+        device = device or local_device()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if world_size % (tp_size * pp_size):
+            raise UserError(
+                f"{world_size} processes cannot hold tensor-parallel {tp_size} x pipeline {pp_size}",
+                f"the number of processes must be a multiple of {tp_size * pp_size}",
+                "start more processes or lower --tensor-model-parallel-size or --pipeline-model-parallel-size",
+            )
+        if world_size == 1:
+            return cls(device=device)
+        sizes = {"pp": pp_size, "dp": world_size // (tp_size * pp_size), "ep": 1, "cp": 1, "tp": tp_size}
+        names = tuple(name for name in AXES if sizes[name] > 1)
+        mesh = init_device_mesh(device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
+        axes = {name: Axis(mesh.get_local_rank(name), sizes[name], mesh.get_group(name)) for name in names}
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        control_group = dist.new_group(backend="gloo", timeout=timeout)
+        return cls(rank=rank, world_size=world_size, control_group=control_group, device=device, **axes)
 
     @property
     def is_first_rank(self) -> bool:
         """True on the one process that writes shared files and prints."""
         return self.rank == 0
-
-    @classmethod
-    def create(cls, *, tp_size: int = 1, pp_size: int = 1, timeout_minutes: float = 30.0) -> ParallelContext:
-        """Build the groups over the initialised default process group (or return the single-process context).
-
-        Args:
-            tp_size: tensor-parallel ranks.
-            pp_size: pipeline stages.
-            timeout_minutes: limit of one host-side control message.
-        """
-        if not dist.is_initialized():
-            return cls(device=local_device())
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        if world_size % (tp_size * pp_size):
-            raise ValueError(
-                f"{world_size} processes cannot hold tp {tp_size} x pp {pp_size}: the world size must be a multiple of "
-                f"{tp_size * pp_size}; start more processes or lower --tensor-/--pipeline-model-parallel-size"
-            )
-        dp_size = world_size // (tp_size * pp_size)
-        grid = torch.arange(world_size).view(pp_size, dp_size, tp_size)
-        pp_rank, dp_rank, tp_rank = (int(index) for index in (grid == rank).nonzero()[0])
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            tp_rank=tp_rank,
-            tp_size=tp_size,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            pp_rank=pp_rank,
-            pp_size=pp_size,
-            tp_group=_group_along(grid, 2, rank),
-            dp_group=_group_along(grid, 1, rank),
-            pp_group=_group_along(grid, 0, rank),
-            control_group=dist.new_group(backend="gloo", timeout=timeout),
-            device=local_device(),
-        )
-
-    def any_rank(self, flags: list[bool]) -> list[bool]:
-        """For every flag, whether it is set on any process (host-side, so the device is not synchronised)."""
-        if self.control_group is None:
-            return flags
-        tensor = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control_group)
-        return [bool(flag) for flag in tensor]
 
     def gather_objects(self, value: object) -> list:
         """``value`` of every process, in rank order, on every process."""
@@ -94,20 +120,3 @@ class ParallelContext:
         """Wait for every process."""
         if self.control_group is not None:
             dist.barrier(group=self.control_group)
-
-
-def local_device() -> torch.device:
-    """The accelerator of this local rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
-
-
-def _group_along(grid: torch.Tensor, dim: int, rank: int) -> dist.ProcessGroup | None:
-    """Create all groups along one axis of the grid (a collective call) and return the one that holds ``rank``."""
-    own = None
-    if grid.shape[dim] > 1:
-        for line in grid.movedim(dim, -1).reshape(-1, grid.shape[dim]).tolist():
-            group = dist.new_group(line)
-            own = group if rank in line else own
-    return own

@@ -62,8 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(errors, weight, out=grad_hidden[rows]).mul_(scale)
                 _add_product(grad_weight, errors.t(), hidden[rows] * scale)
         if grad_hidden is not None and grad_weight is not None:
-            if context.tp_size > 1:  # each rank has the part of the gradient that flows through its own columns
-                dist.all_reduce(grad_hidden, group=context.tp_group)
+            if context.tp.size > 1:  # each rank has the part of the gradient that flows through its own columns
+                dist.all_reduce(grad_hidden, group=context.tp.group)
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(ce)
@@ -82,21 +82,21 @@ def _softmax_errors(
     logits: torch.Tensor, labels: torch.Tensor, context: ParallelContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy [rows] and ``softmax − onehot`` [rows, vocab / tp], fp32, written over the logits."""
-    local = labels - context.tp_rank * logits.shape[1]
+    local = labels - context.tp.rank * logits.shape[1]
     is_here = (local >= 0) & (local < logits.shape[1])
     column = local.clamp(0, logits.shape[1] - 1).unsqueeze(-1)
-    if context.tp_size == 1:
+    if context.tp.size == 1:
         # The fused kernel keeps a row in cache over its three passes.
         torch.ops.aten._log_softmax.out(logits, -1, False, out=logits)
         ce = -logits.gather(-1, column).squeeze(-1)
         errors = logits.exp_()
     else:
         maximum = logits.max(dim=-1).values
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=context.tp_group)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=context.tp.group)
         target = (logits.gather(-1, column).squeeze(-1) - maximum) * is_here
         errors = logits.sub_(maximum.unsqueeze(-1)).exp_()
         sums = torch.stack((errors.sum(dim=-1), target))
-        dist.all_reduce(sums, group=context.tp_group)
+        dist.all_reduce(sums, group=context.tp.group)
         ce = sums[0].log() - sums[1]
         errors.div_(sums[0].unsqueeze(-1))
     return ce, errors.scatter_add_(-1, column, -is_here.unsqueeze(-1).float())

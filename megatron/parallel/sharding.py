@@ -3,10 +3,12 @@ resharding and export share."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
+
+from megatron.errors import UserError
+from megatron.randomness import named_seed
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class ShardSpec:
     def shard(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
         """The part of ``full`` that ``tp_rank`` of ``tp_size`` holds."""
         if tuple(full.shape) != self.full_shape:
-            raise ValueError(f"tensor has shape {tuple(full.shape)}; this model expects {self.full_shape}")
+            raise UserError(
+                f"a tensor has shape {tuple(full.shape)}",
+                f"this model expects {self.full_shape}",
+                "pass the model flags that the tensor was made with",
+            )
         if self.dim is None or tp_size == 1:
             return full
         parts = [block.chunk(tp_size, self.dim)[tp_rank] for block in full.split(self.blocks, self.dim)]
@@ -52,10 +58,33 @@ class ShardSpec:
         return torch.cat([piece[i] for i in range(len(local_blocks)) for piece in pieces], self.dim)
 
 
-def named_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for one named tensor: independent of layout, of build order and of the other tensors."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+@dataclass(frozen=True)
+class ShardedParameter:
+    """What a parameter is a part of.
+
+    Attributes:
+        name: name of the whole tensor, the same in every layout and in checkpoints.
+        spec: its shape and split.
+    """
+
+    name: str
+    spec: ShardSpec
+
+
+def shard_of(parameter: torch.Tensor) -> ShardedParameter:
+    """The record of a parameter of this project's model."""
+    record = parameter.__dict__["shard"]
+    assert isinstance(record, ShardedParameter)
+    return record
+
+
+def sharded_parameter(data: torch.Tensor, record: ShardedParameter) -> torch.nn.Parameter:
+    """A parameter with its record, ``data`` being this rank's part."""
+    parameter = torch.nn.Parameter(data)
+    is_split = data.shape != torch.Size(record.spec.full_shape)
+    # DeepSpeed counts the squared gradient of a replicated tensor once, of a split one on every rank.
+    parameter.__dict__.update(shard=record, tensor_model_parallel=is_split)
+    return parameter
 
 
 def initial_shard(spec: ShardSpec, *, name: str, std: float, seed: int, tp_rank: int, tp_size: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.parallel.context import ParallelContext
-from megatron.parallel.sharding import ShardSpec, initial_shard
+from megatron.parallel.sharding import ShardedParameter, ShardSpec, initial_shard, sharded_parameter
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,17 @@ class ParameterFactory:
 
     def normal(self, name: str, spec: ShardSpec, std: float) -> nn.Parameter:
         """A parameter drawn from N(0, std)."""
-        full_name = f"{self.prefix}.{name}" if self.prefix else name
-        tp_rank, tp_size = self.context.tp_rank, self.context.tp_size
-        data = initial_shard(spec, name=full_name, std=std, seed=self.seed, tp_rank=tp_rank, tp_size=tp_size)
-        return self._parameter(full_name, spec, data)
+        record, tp = self._record(name, spec), self.context.tp
+        data = initial_shard(spec, name=record.name, std=std, seed=self.seed, tp_rank=tp.rank, tp_size=tp.size)
+        return sharded_parameter(data, record)
 
     def constant(self, name: str, spec: ShardSpec, value: float) -> nn.Parameter:
         """A parameter filled with ``value``."""
-        full_name = f"{self.prefix}.{name}" if self.prefix else name
-        return self._parameter(full_name, spec, torch.full(spec.local_shape(self.context.tp_size), value))
+        data = torch.full(spec.local_shape(self.context.tp.size), value)
+        return sharded_parameter(data, self._record(name, spec))
 
-    def _parameter(self, name: str, spec: ShardSpec, data: torch.Tensor) -> nn.Parameter:
-        parameter = nn.Parameter(data)
-        parameter.canonical_name = name  # type: ignore[attr-defined]
-        parameter.shard_spec = spec  # type: ignore[attr-defined]
-        # DeepSpeed counts the squared gradient of a replicated tensor once, of a split one on every rank.
-        parameter.tensor_model_parallel = spec.dim is not None and self.context.tp_size > 1  # type: ignore[attr-defined]
-        return parameter
+    def _record(self, name: str, spec: ShardSpec) -> ShardedParameter:
+        return ShardedParameter(f"{self.prefix}.{name}" if self.prefix else name, spec)
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
@@ -84,12 +78,12 @@ class _ReduceFromTensorParallel(torch.autograd.Function):
 
 def copy_to_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """Identity forward, all-reduce of the gradient backward (the ``f`` of arXiv 1909.08053)."""
-    return _CopyToTensorParallel.apply(x, context.tp_group) if context.tp_size > 1 else x
+    return _CopyToTensorParallel.apply(x, context.tp.group) if context.tp.size > 1 else x
 
 
 def reduce_from_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """All-reduce forward, identity backward (the ``g`` of arXiv 1909.08053)."""
-    return _ReduceFromTensorParallel.apply(x, context.tp_group) if context.tp_size > 1 else x
+    return _ReduceFromTensorParallel.apply(x, context.tp.group) if context.tp.size > 1 else x
 
 
 class ColumnParallelLinear(nn.Module):
@@ -130,12 +124,12 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.context = factory.context
         self.weight = factory.normal("weight", ShardSpec((vocab_size, hidden_size), 0, (vocab_size,)), std)
-        self.rows = vocab_size // self.context.tp_size
+        self.rows = vocab_size // self.context.tp.size
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.context.tp_size == 1:
+        if self.context.tp.size == 1:
             return F.embedding(ids, self.weight)
-        local = ids - self.context.tp_rank * self.rows
+        local = ids - self.context.tp.rank * self.rows
         is_elsewhere = (local < 0) | (local >= self.rows)
         rows = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight)
         return reduce_from_tensor_parallel(rows.masked_fill(is_elsewhere.unsqueeze(-1), 0.0), self.context)
@@ -143,8 +137,8 @@ class VocabParallelEmbedding(nn.Module):
 
 def gather_last_dim(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """Concatenate shards along the last axis (inference only: no gradient)."""
-    if context.tp_size == 1:
+    if context.tp.size == 1:
         return x
-    shards = [torch.empty_like(x) for _ in range(context.tp_size)]
-    dist.all_gather(shards, x.contiguous(), group=context.tp_group)
+    shards = [torch.empty_like(x) for _ in range(context.tp.size)]
+    dist.all_gather(shards, x.contiguous(), group=context.tp.group)
     return torch.cat(shards, dim=-1)

@@ -1,51 +1,41 @@
-"""What a set of runs shows: overfitting, matched pairs, a table row per run, and the conclusion in plain English."""
+"""What a set of runs shows: overfitting, gaps between runs with their errors, and a table row per run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from megatron.runs.reading import Run, Validation, format_count
+from megatron.runs.counts import format_count
+from megatron.runs.run import Result, Run, Validation
+from megatron.statistics import ValidationSums, difference, t_quantile
 
-SIGNIFICANT_SE = 2.0
-"""Differences beyond this many standard errors are called real."""
+FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit"})
+"""Objectives that score all S tokens of a sample given nothing; the others score S tokens given the one before."""
 
-_OBJECTIVE_FIELDS = ("run.num_mc",)
-"""Belongs to how an objective is estimated, so it goes with the objective like the whole ``objective`` section."""
 
-_OUTPUT_FIELDS = frozenset(
-    {
-        "run.save",
-        "run.load",
-        "run.load_tag",
-        "run.save_interval",
-        "run.keep_last",
-        "run.log_interval",
-        "run.exit_duration_in_mins",
-        "run.kill_switch_file",
-    }
-)
-"""Where things are written and how often they are logged; so do all tensorboard and wandb options."""
+@dataclass(frozen=True)
+class Gap:
+    """A difference of two validation losses, nats per token.
 
-_LAYOUT_FIELDS = frozenset(
-    {
-        "run.micro_batch_size",
-        "model.padded_vocab_size",
-        "data.num_workers",
-        "data.data_cache_path",
-        "data.train_data_path_file",
-        "data.valid_data_path_file",
-    }
-)
-"""How the work is spread; the same numbers come out by design, up to rounding. So does the ``parallel`` section."""
+    ``reach``: half of its 95 % interval; ``how``: where the error comes from.
+    """
+
+    value: float
+    error: float
+    reach: float
+    how: str
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval leaves zero out."""
+        return abs(self.value) > self.reach
 
 
 @dataclass(frozen=True)
 class Overfitting:
-    """``best`` is the lowest validation. ``rises``: the last validation lies above it by more than 2 standard errors
-    of the difference. ``at_end``: the best validation is the last one, so training longer may still help."""
+    """``best`` is the lowest validation. ``rises``: the last validation lies above it beyond the error of the
+    difference. ``at_end``: the best validation is the last one, so training longer may still help."""
 
     best: Validation
     rises: bool
@@ -54,95 +44,57 @@ class Overfitting:
 
     def text(self) -> str:
         if self.rises:
-            return f"from epoch {_epoch(self.best.epoch)}"
+            return f"from epoch {epoch_text(self.best.epoch)}"
         return "no, still improving at the end" if self.at_end else "no rise beyond the error"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One configuration field that differs between two runs. ``layout``: should not change the numbers."""
-
-    field: str
-    first: Any
-    second: Any
-    layout: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.first!r} against {self.second!r}"
 
 
 def overfitting(run: Run) -> Overfitting | None:
     """Where a run starts to overfit, or None before its first validation.
 
-    The two validations share samples and noise, so their difference has less error than the two standard errors
-    added in quadrature: the test errs towards "no overfitting".
+    Paired by document where the sums of both validations are kept. Otherwise the two errors are added, although both
+    share samples and noise: that test errs towards "no overfitting".
     """
     best = run.best
     if best is None:
         return None
     last = [row for row in run.valid if math.isfinite(row.nll)][-1]
     rise = last.nll - best.nll
-    error = math.hypot(_finite(last.nll_se), _finite(best.nll_se))
-    return Overfitting(best, rises=rise > SIGNIFICANT_SE * error and rise > 0, at_end=last is best, rise=rise)
+    if last is best:
+        return Overfitting(best, rises=False, at_end=True, rise=0.0)
+    gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
+    return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
 
 
-def differences(first: Run, second: Run) -> list[Difference]:
-    """Configuration fields that differ between two runs, apart from the objective and from where output goes.
+def gap_between(first: Run, second: Run) -> Gap:
+    """The result of ``second`` minus that of ``first``, paired by document where the sums of both are kept.
 
-    AR and MDM runs of one comparison may differ in objective and attention only (the attention follows from the
-    objective); everything this returns without ``layout`` is a confounder.
+    Both runs have a result.
     """
-    left, right = _flatten(first.info["config"]), _flatten(second.info["config"])
-    found = []
-    for name in sorted(left.keys() | right.keys()):
-        if name.startswith("objective.") or name in _OBJECTIVE_FIELDS or name in _OUTPUT_FIELDS:
-            continue
-        if "tensorboard" in name or "wandb" in name:
-            continue
-        if left.get(name) != right.get(name):
-            layout = name.startswith("parallel.") or name in _LAYOUT_FIELDS
-            found.append(Difference(name, left.get(name), right.get(name), layout))
-    for name, one, other in (
-        ("tokens per epoch", first.unique_tokens, second.unique_tokens),
-        ("parameters", first.parameters, second.parameters),
-        ("validation samples", _validation_samples(first), _validation_samples(second)),
-    ):
-        if one != other:
-            found.append(Difference(name, one, other))
-    return sorted(found, key=lambda item: item.layout)
-
-
-def confounders(first: Run, second: Run) -> list[Difference]:
-    """The differences that can change the result."""
-    return [item for item in differences(first, second) if not item.layout]
-
-
-def matched_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Difference]]]:
-    """For each run of another objective than AR, the AR run that it matches best, and what differs between them."""
-    baselines = [run for run in runs if run.objective == "ar"]
-    pairs = []
-    for run in runs:
-        if run.objective == "ar" or not baselines:
-            continue
-        partner = min(baselines, key=lambda other: len(differences(other, run)))
-        pairs.append((partner, run, differences(partner, run)))
-    return pairs
+    one, other = first.result, second.result
+    assert one is not None
+    assert other is not None
+    sums = [_result_sums(run, result) for run, result in ((first, one), (second, other))]
+    if one.chosen_apart != other.chosen_apart:
+        sums = [None, None]
+    return _gap(one, other, sums=(sums[0], sums[1]))
 
 
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
-    best, turn, speed = run.best, overfitting(run), run.tokens_per_second()
-    draws = best.num_mc if best and not run.is_exact else 1
+    result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
+    draws = result.row.num_mc if result and not run.is_exact else 1
+    state = " (evaluation only)" if run.is_evaluation else "" if run.is_finished else " (unfinished)"
     row = {
-        "Run": run.name + ("" if run.is_finished else " (unfinished)"),
+        "Run": run.name + state,
         "Objective": run.objective.upper(),
         "Parameters": format_count(run.parameters),
-        "Unique tokens": format_count(run.unique_tokens),
-        "Epochs": _epoch(run.epochs),
+        "Unique tokens": format_count(run.unique_tokens) if run.unique_tokens else "–",
+        "Epochs": epoch_text(run.epochs) if run.unique_tokens else "–",
         "Seed": f"mean of {', '.join(map(str, run.seeds))}" if run.seeds else str(run.seed),
-        "Training FLOPs": f"{float(run.info['train_flops']):.2e}",
+        "Training FLOPs": f"{run.train_flops:.2e}" if run.unique_tokens else "–",
         "Best validation, nats/token": "–",
-        "Kind": run.label if run.is_exact or best is None else f"{run.label} ({best.num_mc} draws)",
+        "± over": "–",
+        "Kind": run.label if run.is_exact or result is None else f"{run.label} ({draws} draws)",
         "Bits per byte": "–",
         "Perplexity": "–",
         "Step of best": "–",
@@ -150,22 +102,25 @@ def summary_row(run: Run) -> dict[str, str]:
         "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * draws:.1e}",
         "Tokens/s": f"{speed:,.0f}" if speed else "–",
     }
-    if best is not None and turn is not None:
-        row["Best validation, nats/token"] = plus_minus(best.nll, best.nll_se)
-        at_most = "" if run.is_exact else "≤ "
-        row["Bits per byte"] = f"{at_most}{best.bits_per_byte:.3f}" if best.bits_per_byte is not None else "–"
-        row["Perplexity"] = f"{at_most}{best.ppl:.4g}"
-        row["Step of best"] = f"{best.step:,}"
+    if result is not None and turn is not None:
+        row["Best validation, nats/token"] = plus_minus(result.nll, result.nll_se)
+        row["± over"] = result.error_unit
+        if run.is_likelihood:
+            at_most = "" if run.is_exact else "≤ "
+            bits = result.row.bits_per_byte
+            row["Bits per byte"] = "–" if bits is None else f"{at_most}{bits * result.nll / result.row.nll:.3f}"
+            row["Perplexity"] = f"{at_most}{math.exp(min(result.nll, 700.0)):.4g}"
+        row["Step of best"] = f"{result.row.step:,}"
         row["Overfits"] = turn.text()
     return row
 
 
 def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     """(best AR run, best run of another objective) for every unique-token budget and other objective, best first by
-    validation. Runs without a validation, or whose number is no likelihood, do not take part."""
+    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part."""
     best: dict[tuple[int, str], Run] = {}
     for run in runs:
-        if run.best is None or not run.is_likelihood:
+        if run.best is None or not run.is_likelihood or not run.unique_tokens:
             continue
         key = (run.unique_tokens, run.objective)
         champion = best.get(key)
@@ -179,17 +134,17 @@ def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     return pairs
 
 
-def conclusion(runs: Sequence[Run]) -> list[str]:
-    """Paragraphs of plain English: who is ahead for which data, what the numbers are, and how far they carry."""
-    text = [_compare_text(first, second) for first, second in comparisons(runs)]
-    if not text:
-        text = [_single_text(run) for run in runs if run.best is not None][:6]
-    if not text:
-        return ["No run has been validated yet, so there is nothing to conclude."]
-    no_likelihood = [run.name for run in runs if not run.is_likelihood]
-    if no_likelihood:
-        text.append(f"Not ranked, because their number is no likelihood: {', '.join(no_likelihood)}.")
-    return [*text, _scale_text(runs)]
+def conditioning_gap(ar: Run, other: Run) -> float | None:
+    """What scoring rules give AR at most, nats per token; None where they are the same or not known.
+
+    AR is scored on tokens 1 to S of a sample given token 0, diffusion on tokens 0 to S − 1 given nothing. So the latter pays
+    for one token without context where AR pays for one with all of it: at most ln V instead of about AR's mean, over S tokens.
+    """
+    length = ar.setting("model", "seq_length")
+    vocabulary = ar.setting("data", "vocab_size") or ar.setting("model", "padded_vocab_size")
+    if not length or not vocabulary or other.objective not in FIRST_TOKEN_SCORED or ar.result is None:
+        return None
+    return max(0.0, math.log(vocabulary) - ar.result.nll) / length
 
 
 def plus_minus(value: float, error: float) -> str:
@@ -200,100 +155,29 @@ def plus_minus(value: float, error: float) -> str:
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
-def _compare_text(first: Run, second: Run) -> str:
-    """One paragraph about the best AR run and the best run of another objective on the same data."""
-    assert first.best is not None
-    assert second.best is not None
-    gap = second.best.nll - first.best.nll
-    error = math.hypot(_finite(first.best.nll_se), _finite(second.best.nll_se))
-    size = f"{abs(gap):.3f} ± {error:.3f} nats/token"
-    name, bound = second.objective.upper(), not second.is_exact
-    if gap < -SIGNIFICANT_SE * error:
-        verdict = f"{name} is ahead by {size}" + (
-            "; its number is an upper bound on its NLL, so its true lead is at least that" if bound else ""
-        )
-    elif gap > SIGNIFICANT_SE * error:
-        verdict = f"AR is ahead by {size}" + (
-            f"; {name}'s number is an upper bound, so its true NLL may be lower and the gap smaller or even reversed"
-            if bound
-            else ""
-        )
-    else:
-        verdict = f"the two cannot be told apart (a difference of {size})" + (
-            f"; {name}'s number is an upper bound, so it is no worse than this and may be better" if bound else ""
-        )
-    text = (
-        f"On {format_count(first.unique_tokens)} unique tokens, {_best_text(first)}; {_best_text(second)}. "
-        f"At their best, {verdict}."
-    )
-    confounding = confounders(first, second)
-    if confounding:
-        text += f" These two runs are not a matched pair: they also differ in {_listed(confounding)}."
-    return text
-
-
-def _best_text(run: Run) -> str:
-    turn = overfitting(run)
-    assert turn is not None
-    tail = {True: "and overfits after that", False: "and does not overfit within the run"}[turn.rises]
-    if turn.at_end:
-        tail = "and was still improving at the end" if run.is_finished else "and is still training"
-    kind = "exact validation NLL" if run.is_exact else "validation NLL bound"
-    return (
-        f"{run.title} reaches its best {kind} of {plus_minus(turn.best.nll, turn.best.nll_se)} nats/token "
-        f"at epoch {_epoch(turn.best.epoch)} ({turn.best.flops:.1e} FLOPs) {tail}"
-    )
-
-
-def _single_text(run: Run) -> str:
-    return f"On {format_count(run.unique_tokens)} unique tokens, {_best_text(run)}."
-
-
-def _scale_text(runs: Sequence[Run]) -> str:
-    """How far the numbers carry: scale, seeds, and what ± covers."""
-    sizes = [run.parameters for run in runs]
-    flops = max(float(run.info["train_flops"]) for run in runs)
-    span = (
-        format_count(min(sizes))
-        if min(sizes) == max(sizes)
-        else f"{format_count(min(sizes))} to {format_count(max(sizes))}"
-    )
-    text = f"Scale: {span} parameters, at most {flops:.1e} training FLOPs a run. "
-    if flops < 1e18:
-        text += (
-            "This is far below the scale of the published comparisons (1e18 to 1e21 FLOPs, arXiv 2507.15857), so it "
-            "shows the behaviour of these runs and not which objective wins at that scale. "
-        )
-    if len({run.seed for run in runs}) == 1 and not any(run.seeds for run in runs):
-        text += "All runs share one seed: "
-    text += "± is the standard error over validation samples and noise draws; "
-    if any(run.seeds for run in runs):
-        return text + "the spread between training seeds is in it where a run is the mean of several, and only there."
-    return text + "the spread between training seeds is not in it."
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _validation_samples(run: Run) -> int | None:
-    return run.valid[-1].num_samples if run.valid else None
-
-
-def _listed(items: Sequence[Difference]) -> str:
-    names = [item.field for item in items]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more fields" if len(names) > 4 else "")
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
-
-
-def _epoch(value: float) -> str:
+def epoch_text(value: float) -> str:
+    """An epoch count as text."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _gap(
+    first: Validation | Result,
+    second: Validation | Result,
+    *,
+    sums: tuple[ValidationSums | None, ValidationSums | None],
+) -> Gap:
+    value = second.nll - first.nll
+    if sums[0] is not None and sums[1] is not None and len(set(sums[0].sample) & set(sums[1].sample)):
+        paired = difference(sums[0], sums[1])
+        reach = t_quantile(0.975, paired.degrees) * paired.error
+        return Gap(paired.value, paired.error, reach, f"paired over {paired.num_documents:,} documents")
+    error = math.hypot(*(row.nll_se if math.isfinite(row.nll_se) else 0.0 for row in (first, second)))
+    return Gap(value, error, 2 * error, "from two errors added, as if the runs were judged on different samples")
+
+
+def _result_sums(run: Run, result: Result) -> ValidationSums | None:
+    sums = run.sums(result.row)
+    if sums is None or not result.chosen_apart:
+        return sums
+    halves = sums.halves()
+    return None if halves is None else halves[1]

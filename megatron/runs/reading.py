@@ -1,7 +1,8 @@
 """Run directories as written by training: ``run.json`` (what was trained) and ``metrics.jsonl`` (what happened).
 
 Reports, fits and sweeps read runs only through this file. A run that is still being written, or that was killed, is
-readable: a torn last line is dropped, and rows that a resumed run wrote again replace the earlier ones.
+readable: rows that a resumed run wrote again replace the earlier ones, and a line that cannot be read is left out and named
+in :attr:`Run.problems`. Only what nothing can be said without, a readable run.json, is required.
 """
 
 from __future__ import annotations
@@ -10,193 +11,51 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron.errors import UserError
+from megatron.runs.record import parse_line
+from megatron.runs.run import Run, Validation
+from megatron.statistics import OVER_SAMPLES
+
+__all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
 
 FORMAT = 1
 _REQUIRED = ("objective", "label", "config", "parameters", "unique_tokens", "train_samples", "train_flops")
 
 
-@dataclass(frozen=True)
-class Validation:
-    """One validation: ``nll`` and ``nll_se`` in nats per token; ``bits_per_byte`` is None where the data does not say
-    how many bytes of text a token stands for."""
+@dataclass
+class Rows:
+    """What metrics.jsonl holds, in its order. ``problems`` names the lines that could not be used."""
 
-    step: int
-    samples: int
-    tokens: int
-    epoch: float
-    flops: float
-    nll: float
-    nll_se: float
-    label: str
-    num_mc: int
-    num_samples: int
-    bits_per_byte: float | None
-
-    @property
-    def ppl(self) -> float:
-        """Perplexity: exp(nll). Infinite where the exponent overflows."""
-        return math.exp(self.nll) if self.nll < 700 else math.inf
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run. ``info`` is run.json; ``train`` and ``valid`` are in order of steps.
-
-    ``valid`` holds the learning curve: the validations with the most common (num_mc, num_samples). Validations with
-    other settings (for example a last one with more draws) are in ``other_valid``, so that a curve never mixes two
-    estimators. ``seeds`` names the seeds of which this run is the mean (``replicates.py``); it is empty for one run.
-    """
-
-    path: Path
-    name: str
-    info: Mapping[str, Any]
-    train: tuple[Mapping[str, Any], ...]
-    valid: tuple[Validation, ...]
-    other_valid: tuple[Validation, ...] = ()
-    seeds: tuple[int | None, ...] = ()
-
-    @property
-    def objective(self) -> str:
-        return str(self.info["objective"])
-
-    @property
-    def label(self) -> str:
-        """What the validation number is: "NLL (exact)", "NLL bound", or another text that is neither."""
-        return str(self.info["label"])
-
-    @property
-    def is_exact(self) -> bool:
-        return "exact" in self.label.lower()
-
-    @property
-    def is_likelihood(self) -> bool:
-        """Whether the number is a likelihood or a bound on it, so that it may be compared at all."""
-        return self.is_exact or (self.label.lower().startswith("nll bound"))
-
-    @property
-    def parameters(self) -> int:
-        """All parameters; where a pipeline run did not count them, the compute formula's."""
-        return int(self.info["parameters"].get("total") or self.compute_parameters)
-
-    @property
-    def compute_parameters(self) -> int:
-        """Parameters N in FLOPs = 6*N*D."""
-        return int(self.info["parameters"]["for_compute"])
-
-    @property
-    def unique_tokens(self) -> int:
-        return int(self.info["unique_tokens"])
-
-    @property
-    def epochs(self) -> float:
-        """Epochs that the run was asked for; what it reached is ``last_step['epoch']``."""
-        return float(self.info.get("epochs") or self.info["train_tokens"] / self.unique_tokens)
-
-    @property
-    def seed(self) -> int | None:
-        """Seed of the run, of the first one where it is a mean."""
-        return self.info["config"].get("run", {}).get("seed")
-
-    @property
-    def size_name(self) -> str:
-        """Preset name where the run used one, else the parameter count such as "0.9M"."""
-        preset = self.info["config"].get("model", {}).get("model")
-        return str(preset) if preset else format_count(self.parameters)
-
-    @property
-    def title(self) -> str:
-        """Objective and size, for legends and sentences."""
-        mean = f" (mean of {len(self.seeds)} seeds)" if self.seeds else ""
-        return f"{self.objective.upper()} {self.size_name}{mean}"
-
-    @cached_property
-    def best(self) -> Validation | None:
-        """The validation with the lowest finite NLL, or None before the first."""
-        finite = [row for row in self.valid if math.isfinite(row.nll)]
-        return min(finite, key=lambda row: row.nll) if finite else None
-
-    @property
-    def samples_done(self) -> int:
-        return max((int(row["samples"]) for row in self.train), default=0)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last logged step reached the samples that the run was asked for (in whole global batches)."""
-        reached = max([self.samples_done, *(row.samples for row in self.valid)])
-        wanted = int(self.info["train_samples"])
-        batch = int(self.info["config"].get("run", {}).get("global_batch_size") or 1)
-        return reached >= wanted // batch * batch
-
-    def column(self, name: str) -> np.ndarray:
-        """One column of the validation curve as float64, for example ``column("nll")``."""
-        values = [getattr(row, name) for row in self.valid]
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-    def train_column(self, name: str) -> np.ndarray:
-        """One column of the training rows as float64; missing values are NaN."""
-        values = [row.get(name) for row in self.train]
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-    def tokens_per_second(self) -> float | None:
-        """Median training speed over the logged steps, which a slow first step or one stall does not move."""
-        speed = self.train_column("tokens_per_second")
-        speed = speed[np.isfinite(speed) & (speed > 0)]
-        return float(np.median(speed)) if speed.size else None
-
-    def hours(self) -> float | None:
-        """Hours of training of all logged steps, from the trained tokens and the median speed."""
-        speed = self.tokens_per_second()
-        tokens = self.train_column("tokens")
-        return float(np.nanmax(tokens)) / speed / 3600 if speed and tokens.size else None
-
-
-_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
-def parse_count(text: str) -> float:
-    """A count as people write it: "100M", "40k", "1e8", "100000000".
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    scale = next((scale for scale, suffix in _COUNTS if text.endswith(suffix)), None)
-    try:
-        return float(text) if scale is None else float(text[:-1]) * scale
-    except ValueError:
-        raise UserError(
-            f"{text!r} is not a count", "a count is a number, with k, M, B or T at will", "write 100M or 1e8"
-        ) from None
-
-
-def format_count(value: float) -> str:
-    """A count in words for labels: 912345 -> "0.91M", 100000 -> "100k", 425e6 -> "425M"."""
-    for scale, suffix in _COUNTS:
-        if value >= scale * 0.9:
-            return f"{value / scale:.3g}{suffix}"
-    return f"{value:.3g}"
+    train: list[dict[str, Any]] = field(default_factory=list)
+    valid: list[Validation] = field(default_factory=list)
+    evaluations: list[Validation] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 def load_run(path: str | Path) -> Run:
     """Read one run directory.
 
     Raises:
-        ValueError: no readable run.json there, a field is missing, or a line of metrics.jsonl other than a torn last
-            one is not JSON.
+        UserError: no readable run.json there, or a field of it is missing.
     """
     folder = Path(path)
     info = _read_info(folder)
-    rows = _read_metrics(folder / "metrics.jsonl")
-    train = _last_per_step(row for row in rows if row.get("kind") == "train")
-    curve, other = _split_validations([_validation(row, folder) for row in rows if row.get("kind") == "valid"])
-    return Run(folder, folder.resolve().name, info, tuple(train), tuple(curve), tuple(other))
+    rows = read_rows(folder / "metrics.jsonl")
+    _add_evaluations(rows, folder)
+    curve, other = _split_validations(rows.valid)
+    return Run(
+        folder,
+        folder.resolve().name,
+        info,
+        train=tuple(_last_per_step(rows.train)),
+        valid=tuple(curve),
+        other_valid=(*other, *rows.evaluations),
+        problems=tuple(rows.problems),
+    )
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -205,7 +64,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     Runs come back once each, in order; names that occur twice are prefixed by their parent folder.
 
     Raises:
-        ValueError: a place holds no run, or a run cannot be read.
+        UserError: a place holds no run, or a run cannot be read.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
@@ -228,23 +87,68 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     ]
 
 
+def read_rows(file: Path) -> Rows:
+    """Every usable row of a metrics file; an absent file is a run that has not logged yet.
+
+    A last line without its newline is what a kill leaves and no problem. A whole record that was appended to such a torn line
+    is found again behind it.
+    """
+    rows = Rows()
+    lines = file.read_bytes().split(b"\n") if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row, torn = parse_line(line)
+        if torn and number < len(lines):
+            rows.problems.append(f"{file}, line {number}: {line[:40]!r} is not a record" + ("" if row is None else
+                                 "; the one behind it is used"))  # fmt: skip
+        if row is not None:
+            _add_row(rows, row, f"{file}, line {number}")
+    return rows
+
+
+def _add_row(rows: Rows, row: dict[str, Any], where: str) -> None:
+    """Sort one record in; one that lacks a field, or holds text where a number belongs, is a problem."""
+    kind = row.get("kind")
+    try:
+        if kind == "train":
+            rows.train.append({**row, "step": int(row["step"]), "samples": int(row["samples"])})
+        elif kind in ("valid", "evaluation"):
+            validation = _validation(row)
+            # Older versions evaluated a finished run into its own curve, and without training data wrote epoch 0.
+            stands_apart = kind == "evaluation" or (validation.tokens > 0 and validation.epoch == 0)
+            (rows.evaluations if stands_apart else rows.valid).append(validation)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        rows.problems.append(f"{where}: a record of kind {kind!r} lacks or garbles {error}")
+
+
+def _add_evaluations(rows: Rows, folder: Path) -> None:
+    """Evaluations of finished checkpoints, a file each: they touch no curve."""
+    for file in sorted((folder / "evaluations").glob("*.json")):
+        try:
+            record = json.loads(file.read_bytes())
+            rows.evaluations.append(_validation(record.get("result", record)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rows.problems.append(f"{file}: no evaluation ({type(error).__name__}: {error})")
+
+
 def _read_info(folder: Path) -> dict[str, Any]:
     file = folder / "run.json"
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no run.json",
             "a run directory holds run.json and metrics.jsonl",
             "give the folder that was passed as --save",
         ) from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not valid JSON ({error})", "it is written once at the start", "start the run again"
         ) from None
-    if info.get("format") != FORMAT:
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise UserError(
-            f"{file} has format {info.get('format')}",
+            f"{file} has format {info.get('format') if isinstance(info, dict) else type(info).__name__}",
             f"this version reads format {FORMAT}",
             "use the version of the code that wrote it",
         )
@@ -256,71 +160,51 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; an absent file is a run that has not logged yet."""
-    if not file.exists():
-        return []
-    lines = file.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # Only the text after the last newline can be torn: each row is written with its newline in one call.
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{file}, line {number} is not JSON: {line[:60]!r}",
-                "each line is one object",
-                "delete that line, or start the run again",
-            ) from None
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def _validation(row: Mapping[str, Any], folder: Path) -> Validation:
-    try:
-        return Validation(
-            step=int(row["step"]),
-            samples=int(row["samples"]),
-            tokens=int(row["tokens"]),
-            epoch=float(row["epoch"]),
-            flops=float(row["flops"]),
-            nll=_number(row["nll"]),
-            nll_se=_number(row["nll_se"]),
-            label=str(row["label"]),
-            num_mc=int(row["num_mc"]),
-            num_samples=int(row["num_samples"]),
-            bits_per_byte=None if row.get("bits_per_byte") is None else float(row["bits_per_byte"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'metrics.jsonl'}, validation at step {row.get('step')}: missing or wrong field {error}",
-            "validation rows carry step, samples, tokens, epoch, flops, nll, nll_se, label, num_mc and num_samples",
-            "validate the run again",
-        ) from None
+def _validation(row: Mapping[str, Any]) -> Validation:
+    documents, sums = row.get("num_documents"), row.get("sums")
+    return Validation(
+        step=int(row["step"]),
+        samples=int(row["samples"]),
+        tokens=int(row["tokens"]),
+        epoch=_number(row["epoch"]),
+        flops=_number(row["flops"]),
+        nll=_number(row["nll"]),
+        nll_se=_number(row["nll_se"]),
+        label=str(row["label"]),
+        num_mc=int(row["num_mc"]),
+        num_samples=int(row["num_samples"]),
+        bits_per_byte=None if row.get("bits_per_byte") is None else float(row["bits_per_byte"]),
+        num_documents=None if documents is None else int(documents),
+        se_kind=str(row.get("se_kind") or OVER_SAMPLES),
+        protocol=" ".join(str(row[name]) for name in ("estimator", "data") if row.get(name)),
+        sums=None if sums is None else str(sums),
+    )
 
 
 def _number(value: Any) -> float:
-    """A float; null (a NaN that some JSON writers turn into null) is NaN."""
+    """A float; null (JSON has no NaN) is NaN."""
     return math.nan if value is None else float(value)
 
 
 def _last_per_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    latest = {int(row["step"]): row for row in rows}
+    latest = {row["step"]: row for row in rows}
     return [latest[step] for step in sorted(latest)]
 
 
 def _split_validations(rows: list[Validation]) -> tuple[list[Validation], list[Validation]]:
-    latest = {(row.step, row.num_mc, row.num_samples): row for row in rows}
+    """(the curve, all validations with another estimator); rows written again replace the earlier ones."""
+    known: dict[tuple[str, int, int], set[str]] = {}
+    for row in rows:
+        known.setdefault(row.estimator[:3], set()).add(row.protocol)
+    # Rows from before protocols were recorded belong to the curve that goes on from them.
+    only = {key: max(protocols) for key, protocols in known.items() if len(protocols - {""}) == 1}
+    rows = [replace(row, protocol=only.get(row.estimator[:3], row.protocol)) for row in rows]
+    latest = {(row.step, row.estimator): row for row in rows}
     rows = sorted(latest.values(), key=lambda row: row.step)
     if not rows:
         return [], []
-    counts = Counter((row.num_mc, row.num_samples) for row in rows)
+    counts = Counter(row.estimator for row in rows)
     # On a tie the more precise setting is the curve.
-    usual = max(counts, key=lambda key: (counts[key], key[0] * key[1]))
-    curve = [row for row in rows if (row.num_mc, row.num_samples) == usual]
-    return curve, [row for row in rows if (row.num_mc, row.num_samples) != usual]
+    usual = max(counts, key=lambda key: (counts[key], key[1] * key[2]))
+    curve = [row for row in rows if row.estimator == usual]
+    return curve, [row for row in rows if row.estimator != usual]

@@ -1,85 +1,294 @@
-"""``run.json``: what was run, for reports, fits and people."""
+"""What a run directory holds besides checkpoints: typed records, written and read here only.
+
+RUN/run.json             who the run is: settings it began with, data, and every attempt at it
+RUN/metrics.jsonl        one row a line: TrainRow or ValidRow
+RUN/validations/*.npz    sums a (sample, document) of each validation
+RUN/evaluations/*.json   evaluations of finished checkpoints: records of their own, they touch no curve
+RUN/best.json            the best validation so far
+RUN/stopped.json         there while a run is stopped before its end: why, and at which step
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-from datetime import datetime
-from importlib import metadata
+import math
+import shutil
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.errors import Failure
+from megatron.files import replace_file
 
-from megatron.config import config_to_dict
-from megatron.config.schema import Config
-from megatron.data.blend import parse_blend
-from megatron.data.dataset import text_bytes_per_token
-from megatron.files import write_atomically
-from megatron.model.arithmetic import total_parameters, training_flops
-from megatron.objectives import Objective
-from megatron.parallel.context import ParallelContext
-from megatron.training.resolve import ResolvedRun
-
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "apex", "flash-attn", "liger-kernel")
+FORMAT = 1
+METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
+VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 
 
-def write_run_record(
-    path: Path, resolved: ResolvedRun, objective: Objective, context: ParallelContext, *, parameters: int
-) -> None:
-    """Write ``run.json``; fields are described in docs/metrics.md.
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the program on a run.
 
-    Args:
-        path: file to write.
-        resolved: the run.
-        objective: its objective.
-        context: this process.
-        parameters: N of C = 6·N·D.
+    Attributes:
+        started: local time, ISO 8601.
+        command: the command line.
+        commit: of this project's checkout, with ``+`` where files differ from it; None outside one.
+        version: of this project.
+        host: first rank's.
+        layout: world, tp, pp, dp and micro-batch sizes, ZeRO stage.
+        versions: of Python, packages, CUDA, NCCL and the driver.
+        device: name of the accelerator or processor.
+        from_step, from_samples: where it began.
+        from_tag: checkpoint it loaded, or None.
+        changed: settings that differ from those before, ``section.name`` → [before, now]; they hold from ``from_step``.
+        ended: reason, step and time of its end; None while it runs or where it was killed.
     """
-    config = resolved.config
-    tokens = _train_tokens(config)
-    record: dict[str, Any] = {
-        "format": 1,
-        "objective": config.objective.objective,
-        "label": objective.for_eval().label,
-        "train_label": objective.label,
-        "config": config_to_dict(config),
-        "parameters": {**total_parameters(config.model), "for_compute": parameters},
-        "unique_tokens": resolved.unique_tokens,
-        "train_samples": config.run.train_samples,
-        "train_tokens": tokens,
-        "epochs": tokens / resolved.unique_tokens if resolved.unique_tokens else 0.0,
-        "train_flops": training_flops(parameters, tokens),
-        "layout": {
-            "world": context.world_size,
-            "tp": context.tp_size,
-            "pp": context.pp_size,
-            "dp": context.dp_size,
-        },
-        "versions": _versions(),
-        "device": torch.cuda.get_device_name() if context.device.type == "cuda" else platform.processor() or "CPU",
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "text_bytes_per_token": _bytes_per_token(resolved),
-    }
-    write_atomically(path, json.dumps(record, indent=1))
+
+    started: str
+    command: list[str]
+    commit: str | None
+    version: str
+    host: str
+    layout: dict[str, int]
+    versions: dict[str, str]
+    device: str
+    from_step: int = 0
+    from_samples: int = 0
+    from_tag: str | None = None
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    ended: dict[str, Any] | None = None
 
 
-def _train_tokens(config: Config) -> int:
-    assert config.run.train_samples is not None
-    return config.run.train_samples * config.model.seq_length
+@dataclass(frozen=True)
+class RunRecord:
+    """``run.json``. Settings are those that the run began with; what changed later stands in its attempts.
 
+    Attributes:
+        objective, label, train_label: what was trained, what its validation and its training loss may be called.
+        config: every setting by section, as resolved.
+        parameters: ``total`` as trained, ``embedding`` among them, ``for_compute`` N of C = 6·N·D.
+        unique_tokens: tokens of one epoch.
+        train_samples, train_tokens, epochs, train_flops: planned length, of the last attempt.
+        layout, versions, device, started: of the first attempt.
+        text_bytes_per_token: of the training data, where recorded.
+        run_id: of this run alone; checkpoints carry it.
+        noise_scheme: of masks, times and orders (``megatron/randomness.py``).
+        data, tokenizer: fingerprints: what the data are, wherever they lie.
+        attempts: every start of the program on this run.
+    """
 
-def _bytes_per_token(resolved: ResolvedRun) -> float | None:
-    prefixes = [prefix for _, prefix in parse_blend(resolved.train_paths or resolved.valid_paths)]
-    return text_bytes_per_token(prefixes[0]) if len(prefixes) == 1 else None
+    objective: str
+    label: str
+    train_label: str
+    config: dict[str, Any]
+    parameters: dict[str, int]
+    unique_tokens: int
+    train_samples: int
+    train_tokens: int
+    epochs: float
+    train_flops: float
+    layout: dict[str, int]
+    versions: dict[str, str]
+    device: str
+    started: str
+    text_bytes_per_token: float | None
+    run_id: str = ""
+    noise_scheme: int = 1
+    data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    attempts: list[Attempt] = field(default_factory=list)
+    format: int = FORMAT
 
+    def write(self, run_dir: Path) -> None:
+        """Replace ``run.json``."""
+        replace_file(run_dir / RECORD, json.dumps(asdict(self), indent=1))
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    @classmethod
+    def read(cls, run_dir: Path) -> RunRecord | None:
+        """The record of a run; None where there is none that can be read (a damaged one is no reason to lose a run)."""
+        values = _json_object(run_dir / RECORD)
+        if values is None:
+            return None
+        known = {item.name for item in fields(cls)}
+        attempts = [_known(Attempt, attempt) for attempt in values.get("attempts", []) if isinstance(attempt, dict)]
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+            return cls(**{**{k: v for k, v in values.items() if k in known}, "attempts": attempts})
+        except TypeError:  # fields are missing
+            return None
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One line of training: the mean over a log interval. Samples, tokens, epochs and FLOPs count from the start."""
+
+    step: int
+    samples: int
+    tokens: int
+    epoch: float
+    flops: float
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    step_seconds: float
+    batch_size: int
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
+    skipped_steps: int
+    kind: str = "train"
+
+
+@dataclass(frozen=True)
+class ValidRow:
+    """One validation: nll in nats per token ± its standard error, what it is, and how it was taken.
+
+    Attributes:
+        nll_se: standard error of ``nll`` over documents (``se_kind`` says so), noise included.
+        num_samples: distinct samples of seq_length tokens; ``num_documents`` documents have tokens in them.
+        data: fingerprint of the validation data.
+        sums: file under the run directory with the sums a (sample, document).
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    epoch: float
+    flops: float
+    nll: float
+    nll_se: float | None
+    label: str
+    num_mc: int
+    num_samples: int
+    ppl: float | None
+    bits_per_byte: float | None
+    best: bool
+    num_documents: int | None = None
+    se_kind: str = "samples"
+    estimator: str = ""
+    data: str = ""
+    sums: str | None = None
+    gap: float | None = None
+    gap_se: float | None = None
+    gap_accuracy: float | None = None
+    gap_label: str | None = None
+    kind: str = "valid"
+
+
+Row = TrainRow | ValidRow
+
+
+def json_line(row: Row) -> str:
+    """One line of ``metrics.jsonl``. NaN and infinity are not JSON; they become null, and what is not there is left out."""
+    optional = {item.name for item in fields(row) if item.default is None}
+    values = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(row).items()
+        if not (name in optional and value is None)
+    }
+    return json.dumps({"kind": values.pop("kind"), **values}) + "\n"
+
+
+def parse_line(line: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """One line of a metrics file: its record or None, and whether text was lost.
+
+    A record that was once appended to a line torn by a kill is found behind it.
+    """
+    starts = [0]
+    while (start := line.find(b'{"kind"', starts[-1] + 1)) > 0:
+        starts.append(start)
+    for start in starts:
+        try:
+            row = json.loads(line[start:])
+        except (ValueError, RecursionError):  # torn, or not even UTF-8
             continue
-    found["torch"] = torch.__version__  # names the CUDA build, which the metadata of PyPI's package do not
-    return found
+        if isinstance(row, dict):
+            return row, start > 0
+    return None, True
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete rows of a metrics file, in order; what is torn or damaged is passed over."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = [row for line in lines if line.strip() and (row := parse_line(line)[0]) is not None]
+    return [row for row in rows if isinstance(row.get("step"), int) and row.get("kind") in ("train", "valid")]
+
+
+class MetricsFile:
+    """``metrics.jsonl``, open for a run that trains."""
+
+    def __init__(self, run_dir: Path, *, last_step: int) -> None:
+        """Args:
+        run_dir: folder of the run.
+        last_step: rows of later steps, left by an interrupted attempt, are dropped: they will be written again.
+        """
+        self.path = run_dir / METRICS
+        rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
+        if self.path.exists():
+            replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
+        self.valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, row: Row) -> None:
+        """Append one row.
+
+        Raises:
+            Failure: the disk does not take it.
+        """
+        try:
+            self._file.write(json_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise Failure(
+                f"{self.path} could not be written ({error.strerror})",
+                "every row of a run is kept",
+                "free space on that disk and start again: the run continues from its newest checkpoint",
+            ) from error
+
+    def close(self) -> None:
+        """Close the file; rows are flushed as they come."""
+        try:
+            self._file.close()
+        except OSError:  # a full disk refuses the same bytes again
+            return
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run already."""
+    return any((folder / name).exists() for name in (RECORD, METRICS)) or any(folder.glob("global_step*/manifest.json"))
+
+
+def clear_run(folder: Path) -> None:
+    """Remove a run from its folder (``--overwrite``): its records and checkpoints, nothing else."""
+    for tag in folder.glob("global_step*"):
+        (tag / "manifest.json").unlink(missing_ok=True)  # first, so that a half-deleted tag is no checkpoint
+        shutil.rmtree(tag)
+    for name in ("latest", RECORD, METRICS, BEST, STOPPED, "wandb_id"):
+        (folder / name).unlink(missing_ok=True)
+    for name in (VALIDATIONS, EVALUATIONS, "abandoned"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Path:
+    """Add an evaluation of a checkpoint: a record of its own beside the run that it judges, under a new name."""
+    folder = run_dir / EVALUATIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while (path := folder / (f"{name}.json" if number == 0 else f"{name}-{number}.json")).exists():
+        number += 1
+    replace_file(path, json.dumps(record, indent=1))
+    return path
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _known(cls: type, values: dict[str, Any]) -> Any:
+    known = {item.name for item in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if name in known})

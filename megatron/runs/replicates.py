@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron.runs.comparison import confounders
-from megatron.runs.reading import Run, Validation
+from megatron.runs.matching import differences
+from megatron.runs.run import Run, Validation
 
 
 def average_seeds(runs: Sequence[Run]) -> list[Run]:
@@ -31,9 +31,11 @@ def average_seeds(runs: Sequence[Run]) -> list[Run]:
 def is_replicate(first: Run, second: Run) -> bool:
     """Whether two runs have different seeds and are otherwise of one configuration, estimator included."""
     one, other = first.info["config"], second.info["config"]
-    if one.get("objective") != other.get("objective") or one["run"].get("num_mc") != other["run"].get("num_mc"):
+    if one.get("objective") != other.get("objective") or first.objective != second.objective:
         return False
-    return [difference.field for difference in confounders(first, second)] == ["run.seed"]
+    if first.setting("run", "num_mc") != second.setting("run", "num_mc"):
+        return False
+    return [item.field for item in differences(first, second) if item.weight == "result"] == ["run.seed"]
 
 
 def mean_run(runs: Sequence[Run]) -> Run:
@@ -53,6 +55,7 @@ def mean_run(runs: Sequence[Run]) -> Run:
         train=tuple(_mean_train([log[step] for log in logs]) for step in train_steps),
         valid=tuple(_mean_validation([curve[step] for curve in curves]) for step in steps),
         other_valid=(),
+        problems=(),
         seeds=tuple(run.seed for run in runs),
     )
 

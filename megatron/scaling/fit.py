@@ -16,30 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from megatron.errors import UserError
+from megatron.files import replace_file
+from megatron.scaling.interval import Interval
 from megatron.scaling.laws import LAWS, Law, Points, Reference
 from megatron.scaling.solve import Problem, minimize
+from megatron.statistics import t_quantile
 
 Array = np.ndarray
 FORMAT = 1
 HUBER_IN_SD = 1.345
 """Huber's width in residual standard deviations: 95 % efficient for Gaussian noise, still blunt to outliers."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.value:.4g}"
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,11 @@ class Fit:
         index = self.law.names.index(name)
         low, high = np.quantile(self.samples[:, index], [0.025, 0.975])
         return Interval(float(self.theta[index]), float(low), float(high))
+
+    @property
+    def undetermined(self) -> list[str]:
+        """Parameters that these runs leave open: their interval spans a factor of 100, or ends at a bound of the search."""
+        return [name for name in self.law.names if not self.interval(name).is_determined]
 
     def joint_intervals(self) -> dict[str, Interval]:
         """Wider intervals that hold all parameters at once with 95 % confidence (maximum deviation over refits)."""
@@ -129,7 +122,7 @@ class Fit:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: another format or an unknown law.
+            UserError: another format or an unknown law.
         """
         if data.get("format") != FORMAT or data.get("law") not in LAWS:
             raise UserError(
@@ -172,7 +165,7 @@ def fit_law(
         seed: of starts, folds and bootstrap signs.
 
     Raises:
-        ValueError: fewer points than parameters + 2, or a loss that is not positive and finite.
+        UserError: fewer points than parameters + 2, or a loss that is not positive and finite.
     """
     losses = np.asarray(losses, dtype=np.float64)
     if len(points) < len(law.names) + 2:
@@ -206,23 +199,27 @@ def fit_law(
 
 def save_fits(fits: Sequence[Fit], path: Path) -> None:
     """Write fits as JSON, complete or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"format": FORMAT, "fits": [fit.to_dict() for fit in fits]}), encoding="utf-8")
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps({"format": FORMAT, "fits": [fit.to_dict() for fit in fits]}))
 
 
 def load_fits(path: Path) -> list[Fit]:
     """Read what :func:`save_fits` wrote.
 
     Raises:
-        ValueError: not such a file.
+        UserError: not such a file.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        entries = data["fits"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a file of fits; write one with tools/fit_laws.py --output") from None
-    return [Fit.from_dict(entry) for entry in entries]
+        entries = json.loads(path.read_bytes())["fits"]
+        return [Fit.from_dict(entry) for entry in entries]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a file of fits ({type(error).__name__}: {error})",
+            "laws come from fitted runs",
+            "write such a file with tools/fit_laws.py --output",
+        ) from None
 
 
 def _evaluate(law: Law, theta: Array, points: Points) -> Array:
@@ -265,7 +262,7 @@ def _bootstrap(
     signs = rng.choice([-1.0, 1.0], size=(size, int(group.max()) + 1))[:, group]
     # Student-t instead of the normal for few points: the spread of refits is that of a known noise level.
     n, p = int(group.max()) + 1, len(phi)
-    widen = stats.t.ppf(0.975, max(1, n - p)) / stats.norm.ppf(0.975)
+    widen = t_quantile(0.975, max(1, n - p)) / t_quantile(0.975, math.inf)
     observations = (log_loss + residual) + widen * signs * inflated
     starts = np.repeat(phi[None], size, axis=0)
     return minimize(problem, starts, observations, huber_delta=HUBER_IN_SD * noise * widen, iterations=80)[0]

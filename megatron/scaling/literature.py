@@ -32,6 +32,12 @@ MDM_REPEATED = Coefficients(
 PUBLISHED = {"ar": MUENNIGHOFF, "mdm": MDM_REPEATED}
 """What the planner uses for an objective when no fit is given."""
 
+PUBLISHED_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "ar": {"parameters": (7.1e6, 8.67e9), "tokens": (1e8, 9e11)},
+    "mdm": {},
+}
+"""Of the runs behind these coefficients: the 182 of arXiv 2305.16264's fit; those of Quokka are not known to this project."""
+
 PAPER_BEST = {"ar": ("140M", 50.0, 3.71), "mdm": ("425M", 500.0, 3.55)}
 """arXiv 2507.15857 on 100M unique tokens of C4: preset, epochs and the validation loss of the best run."""
 PAPER_BEST_UNIQUE_TOKENS = 100e6

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron.errors import UserError
-from megatron.runs.reading import Run, Validation
+from megatron.errors import UserError, require
+from megatron.runs.run import Run, Validation
 from megatron.scaling.fit import Fit, fit_law
 from megatron.scaling.laws import Law, Points
 
@@ -37,13 +37,14 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
             all validations from a tenth of an epoch on (many points from few runs, at rates not yet decayed).
 
     Raises:
-        ValueError: an unknown choice, or one objective carries two kinds of label.
+        UserError: an unknown choice, or one objective carries two kinds of label.
     """
-    if which not in CHOICES:
-        raise ValueError(f"points {which!r} were asked for; choose from {', '.join(CHOICES)}")
+    require(
+        which in CHOICES, f"points {which!r} were asked for", f"known are {', '.join(CHOICES)}", "choose one of them"
+    )
     found = []
-    for objective in sorted({run.objective for run in runs if run.is_likelihood}):
-        members = [run for run in runs if run.objective == objective]
+    for objective in sorted({run.objective for run in runs if run.is_likelihood and not run.is_evaluation}):
+        members = [run for run in runs if run.objective == objective and not run.is_evaluation]
         labels = {run.label for run in members}
         if len(labels) > 1:
             raise UserError(
@@ -70,7 +71,7 @@ def fit_observations(law: Law, data: Observations, *, num_bootstrap: int = 400, 
     """Fit a law to one objective's losses and keep whose they are.
 
     Raises:
-        ValueError: too few points for the law.
+        UserError: too few points for the law.
     """
     fitted = fit_law(law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed)
     return Fit(**{**vars(fitted), "objective": data.objective, "label": data.label})

@@ -1,64 +1,115 @@
-"""Entry point: command line → configuration → program. Every user mistake ends here as one message."""
+"""Entry point: command line → plan → run. Every user mistake ends here as one message."""
 
 from __future__ import annotations
 
-import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron.config import parse
+from megatron.errors import UserError, require
+from megatron.objectives import parse
+from megatron.parallel.launch import Launch
+from megatron.runs.lock import RunLock
+from megatron.runs.record import clear_run
 
-PACKAGE = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from megatron.training.observer import Observer
+    from megatron.training.plan import Plan
+    from megatron.training.validation import Probe
 
 
-def main(objective: str, argv: Sequence[str] | None = None) -> int:
+def main(
+    objective: str,
+    argv: Sequence[str] | None = None,
+    *,
+    observer: Observer | None = None,
+    probe: Probe | None = None,
+) -> int:
     """Run a training program.
 
     Args:
         objective: objective when ``--objective`` is absent ("ar" or "mdm").
         argv: arguments; default: those of the process.
+        observer: watches the run.
+        probe: what ``--gap-task`` measures with every validation.
 
     Returns:
-        Exit status: 0 done (or stopped on request with a checkpoint), 1 the run failed, 2 wrong input, 130 interrupted.
+        Exit status: 0 at the end of the run, 75 stopped before it, 1 the run failed, 2 wrong input, 130 interrupted.
+        A failed process of several ends here, at once.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    launch = Launch()
     try:
+        launch = Launch.from_environment()
+        flags = parse(argv, objective=objective, world_size=launch.world_size)
+        require(
+            flags.run.gap_task is None or probe is not None,
+            "--gap-task in a program that measures none",
+            "it needs the evaluation package",
+            "start pretrain_gpt.py or pretrain_mdm.py",
+        )
         from megatron.training.resolve import resolve
 
-        config = parse(argv, objective=objective)
-        resolved = resolve(config, run_name=f"{config.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}")
-    except ValueError as error:
-        if is_first:
+        with ExitStack() as exits:
+            is_writer = launch.is_first_rank and not flags.run.skip_train
+            # A folder that is there is taken before anybody looks for checkpoints: a kill may have left a half-done rename.
+            is_early = is_writer and flags.run.save is not None and Path(flags.run.save).is_dir()
+            if is_early:
+                exits.callback(_take(Path(str(flags.run.save))).close)
+            run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
+            plan = resolve(flags, launch, run_name=run_name)
+            if is_writer and not is_early:
+                exits.callback(_take(plan.run_dir).close)
+            if is_writer and flags.run.overwrite:
+                clear_run(plan.run_dir)
+            return _run(plan, launch, observer, probe)
+    except UserError as error:
+        if launch.is_first_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_status
+
+
+def _take(run_dir: Path) -> RunLock:
+    """The run directory, for this process alone and without what killed ones left."""
+    from megatron.checkpoint.upkeep import sweep_leftovers
+
+    lock = RunLock(run_dir)
+    for line in sweep_leftovers(run_dir):
+        print(line, flush=True)
+    return lock
+
+
+def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | None) -> int:
+    # DeepSpeed takes seconds to import; wrong flags and a folder in use are reported before.
+    from megatron.parallel.connection import Connection, connect, end_process
+    from megatron.training.stop import STOPPED_STATUS
+    from megatron.training.train import train
+    from megatron.training.validation import evaluate_checkpoint
+
+    connection, status = Connection(launch), 1
+    failed: BaseException | None = None
     try:
-        # DeepSpeed takes seconds to import; a wrong flag is reported before.
-        from megatron.training.program import Program
-
-        return Program(resolved).run()
-    except KeyboardInterrupt:
-        return 130  # before the first step, or Ctrl-C twice: nothing is saved
-    except (ValueError, OSError, RuntimeError) as error:
-        if not _is_expected(error):
+        connection = connect(launch, timeout_minutes=plan.settings.parallel.distributed_timeout_minutes)
+        if plan.settings.run.skip_train:
+            reason = evaluate_checkpoint(plan, connection, observer=observer, probe=probe)
+        else:
+            reason = train(plan, connection, observer=observer, probe=probe)
+        status = 0 if reason is None else STOPPED_STATUS
+    except KeyboardInterrupt as error:
+        status, failed = 130, error  # before the first step, or Ctrl-C twice: nothing is saved
+    except BaseException as error:
+        failed = connection.peer_failure(error) or error
+        if isinstance(failed, UserError):
+            print(f"error: {failed}", file=sys.stderr, flush=True)
+            status = failed.exit_status
+        elif not connection.is_shared:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ValueError) else 1
-    finally:
-        _leave()
-
-
-def _is_expected(error: BaseException) -> bool:
-    """Whether this project raised the error for the user to read (anything else keeps its traceback)."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        else:
+            traceback.print_exception(failed)
+    connection.leave(failed)
+    if failed is not None and connection.is_shared:
+        end_process(status)
+    return status

@@ -1,12 +1,11 @@
-"""Numbers of a run and where they go: metrics.jsonl always, TensorBoard and W&B when asked."""
+"""Numbers of a run and where they go: metrics.jsonl always, TensorBoard and W&B when asked, and a line for people."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,32 @@ import torch
 from megatron.config.schema import Config
 from megatron.model.arithmetic import peak_flops
 from megatron.objectives.base import EXACT
+from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow
 
 
 class Throughput:
     """Tokens per second, TFLOP/s and MFU of one device over log intervals."""
 
-    def __init__(self, config: Config, *, flops_per_token: float, num_devices: int, device: torch.device) -> None:
-        assert config.run.global_batch_size
-        self.tokens_per_step = config.run.global_batch_size * config.model.seq_length
+    def __init__(
+        self, *, batch_size: int, seq_length: int, flops_per_token: float, num_devices: int, device: torch.device
+    ) -> None:
+        """Args:
+        batch_size: samples in a step, over all ranks.
+        seq_length: tokens per sample.
+        flops_per_token: forward and backward.
+        num_devices: devices that share the work; ``device`` is one of them.
+        """
+        self.batch_size, self.tokens_per_step = batch_size, batch_size * seq_length
         self.flops_per_token, self.num_devices = flops_per_token, num_devices
-        self.peak = peak_flops(device)
+        self.device, self.peak = device, peak_flops(device)
 
-    def report(self, *, steps: int, seconds: float) -> dict[str, float | None]:
-        """Rates over ``steps`` steps that took ``seconds``."""
+    def report(self, *, steps: int, seconds: float) -> dict[str, Any]:
+        """``tokens_per_second``, ``tflops``, ``mfu`` and ``batch_size`` over ``steps`` steps that took ``seconds``."""
         tokens_per_second = steps * self.tokens_per_step / max(seconds, 1e-9)
         per_device = tokens_per_second * self.flops_per_token / self.num_devices
         return {
             "tokens_per_second": tokens_per_second,
+            "batch_size": self.batch_size,
             "tflops": per_device / 1e12,
             "mfu": None if self.peak is None else per_device / self.peak,
         }
@@ -40,86 +48,60 @@ class Throughput:
 class MetricsLog:
     """Sinks of one run. Made on the first rank only."""
 
-    def __init__(self, run_dir: Path, config: Config, *, resume_step: int | None) -> None:
+    def __init__(self, run_dir: Path, settings: Config, *, last_step: int) -> None:
         """Args:
-        run_dir: folder of the run; created.
-        config: resolved configuration.
-        resume_step: lines of later steps, left by an interrupted run, are dropped: they will be written again. None
-            keeps every line (a validation is added to a run that is not continued).
+        run_dir: folder of the run.
+        settings: of the run.
+        last_step: step from which it goes on; what an interrupted attempt wrote of later ones is dropped everywhere.
         """
-        self.run_dir = run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        if resume_step is not None:
-            _truncate(path, resume_step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (open as long as the run)
-        self._config = config
-        self._tensorboard = _open_tensorboard(config)
-        self._wandb = _open_wandb(config, run_dir)
+        self.file = MetricsFile(run_dir, last_step=last_step)
+        self._run = settings.run
+        self._tensorboard = _open_tensorboard(settings, last_step)
+        self._wandb = _open_wandb(settings, run_dir)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; ``kind`` is "train" or "valid"."""
-        self._file.write(json.dumps(_jsonable(record)) + "\n")
-        scalars = self._scalars(record)
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        self.file.write(row)
+        scalars = self._scalars(row)
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
+                self._tensorboard.add_scalar(name, value, row.step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=record["step"])
+            self._wandb.log(scalars, step=row.step)
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
+        self.file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _scalars(self, record: dict[str, Any]) -> dict[str, float]:
-        run = self._config.run
-        dropped = {"kind", "step", "label", "best"}
-        dropped |= set() if run.log_timers_to_tensorboard else {"step_seconds"}
-        dropped |= set() if run.log_batch_size_to_tensorboard else {"batch_size"}
-        dropped |= set() if run.log_validation_ppl_to_tensorboard else {"ppl"}
+    def _scalars(self, row: Row) -> dict[str, float]:
+        dropped = {"step", "best"}
+        dropped |= set() if self._run.log_timers_to_tensorboard else {"step_seconds"}
+        dropped |= set() if self._run.log_batch_size_to_tensorboard else {"batch_size"}
+        dropped |= set() if self._run.log_validation_ppl_to_tensorboard else {"ppl"}
         return {
-            f"{record['kind']}/{key}": value
-            for key, value in record.items()
-            if key not in dropped and isinstance(value, int | float)
+            f"{row.kind}/{name}": value
+            for name, value in asdict(row).items()
+            if name not in dropped and isinstance(value, int | float)
         }
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Keep the complete lines up to ``step``."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-
-
-def _jsonable(record: dict[str, Any]) -> dict[str, Any]:
-    """NaN and infinity are not JSON; they become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def _open_tensorboard(config: Config) -> Any:
-    if config.run.tensorboard_dir is None:
+def _open_tensorboard(settings: Config, last_step: int) -> Any:
+    if settings.run.tensorboard_dir is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(config.run.tensorboard_dir, max_queue=config.run.tensorboard_queue_size)
+    # Steps that are written again replace those of the interrupted attempt.
+    return SummaryWriter(
+        settings.run.tensorboard_dir, max_queue=settings.run.tensorboard_queue_size, purge_step=last_step + 1
+    )
 
 
-def _open_wandb(config: Config, run_dir: Path) -> Any:
-    run = config.run
+def _open_wandb(settings: Config, run_dir: Path) -> Any:
+    run = settings.run
     if run.wandb_project is None:
         return None
     import wandb
@@ -133,9 +115,9 @@ def _open_wandb(config: Config, run_dir: Path) -> Any:
         name=run.wandb_exp_name,
         group=run.wandb_group,
         dir=str(folder),
-        config=config_to_dict(config),
+        config=config_to_dict(settings),
         mode=os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline"),  # type: ignore[arg-type]
-        resume="allow",
+        resume="allow",  # steps that are written again are dropped by W&B: its steps only grow
         id=_wandb_id(run_dir),
         settings=wandb.Settings(silent=True),
     )
@@ -163,7 +145,7 @@ def _wandb_id(run_dir: Path) -> str:
     return path.read_text()
 
 
-class Progress:
+class Screen:
     """What a person sees: one line per log interval, and a live bar where the output is a terminal."""
 
     def __init__(self, *, total_steps: int, first_step: int, enabled: bool) -> None:
@@ -180,48 +162,53 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def train_line(self, record: dict[str, Any]) -> None:
+    def train_line(self, row: TrainRow) -> None:
         """Print the progress line of one log interval."""
-        eta = (time.monotonic() - self.started) / max(1, record["step"] - self.first_step)
-        eta *= self.total_steps - record["step"]
-        mfu = "" if record["mfu"] is None else f" | MFU {record['mfu']:.1%}"
-        skipped = f" | skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+        eta = (time.monotonic() - self.started) / max(1, row.step - self.first_step) * (self.total_steps - row.step)
+        mfu = "" if row.mfu is None else f" | MFU {row.mfu:.1%}"
+        skipped = f" | skipped {row.skipped_steps}" if row.skipped_steps else ""
         self.print(
-            f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps} | epoch {record['epoch']:.2f} | "
-            f"loss {record['loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f} | "
-            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{skipped} | {format_seconds(eta)} left"
+            f"step {row.step:>{len(str(self.total_steps))}}/{self.total_steps} | epoch {row.epoch:.2f} | "
+            f"loss {row.loss:.4f} | lr {row.lr:.2e} | grad norm {row.grad_norm:.3f} | "
+            f"{row.tokens_per_second:,.0f} tokens/s{mfu}{skipped} | {format_seconds(eta)} left"
         )
 
-    def valid_line(self, record: dict[str, Any]) -> None:
+    def valid_line(self, row: ValidRow) -> None:
         """Print the result of one validation; a bound never goes without its name and its error."""
-        bits = "" if record["bits_per_byte"] is None else f" | {record['bits_per_byte']:.4f} bits/byte"
-        error = "" if record["nll_se"] is None else f" ± {record['nll_se']:.4f}"
-        best = " (best)" if record["best"] else ""
-        draws = "" if record["label"] == EXACT else f" ({record['num_mc']} draw{'s' * (record['num_mc'] > 1)})"
-        perplexity = "" if record["ppl"] is None else f" | perplexity {record['ppl']:.2f}"
-        self.print(
-            f"validation at step {record['step']}: {record['label']}{draws} {record['nll']:.4f}{error} nats/token"
-            f"{perplexity}{bits}{best}"
-        )
-        if "gap" in record:
+        bits = "" if row.bits_per_byte is None else f" | {row.bits_per_byte:.4f} bits/byte"
+        best = " (best)" if row.best else ""
+        perplexity = "" if row.ppl is None else f" | perplexity {row.ppl:.2f}"
+        self.print(f"validation at step {row.step}: {measured(row)}{perplexity}{bits}{best}")
+        if row.gap is not None:
             self.print(
-                f"likelihood gap of right to wrong answers ({record['gap_label']}): {record['gap']:.4f} ± {record['gap_se']:.4f} "
-                f"nats/token | accuracy {record['gap_accuracy']:.3f}"
+                f"likelihood gap of right to wrong answers ({row.gap_label}): {row.gap:.4f} ± {row.gap_se:.4f} "
+                f"nats/token | accuracy {row.gap_accuracy:.3f}"
             )
 
     def print(self, text: str) -> None:
-        """A line for a person, on the first rank."""
+        """A line for a person, on the first rank. A closed or full standard output is not worth a run."""
         if not self.enabled:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
+        except OSError:
+            self.enabled = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is buffered can be flushed at exit
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def measured(row: ValidRow) -> str:
+    """Label, value and error of a validation: ``NLL bound (2 draws) 4.6512 ± 0.0621 nats/token``."""
+    draws = "" if row.label == EXACT else f" ({row.num_mc} draw{'s' * (row.num_mc > 1)})"
+    error = "" if row.nll_se is None else f" ± {row.nll_se:.4f}"
+    return f"{row.label}{draws} {row.nll:.4f}{error} nats/token"
 
 
 def format_seconds(seconds: float) -> str:

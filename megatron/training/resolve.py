@@ -1,263 +1,381 @@
-"""The last step of configuration: what only data, tokenizer and checkpoint can tell. Runs before any process group."""
+"""Flags → Plan: what only data, tokenizer and checkpoint can tell. Reads each once; runs before any process group."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from megatron.checkpoint.files import checkpoint_tags, damaged_files, read_manifest
-from megatron.config.schema import Config, ModelConfig
+from megatron.checkpoint.select import Selection, select
+from megatron.config import config_to_dict
+from megatron.config.schema import Config, DataConfig
+from megatron.config.shape import Shape, padded_size
+from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
+from megatron.data.identity import check_vocabulary, data_fingerprint, tokenizer_fingerprint, verify_data
 from megatron.data.indexed import read_meta
-from megatron.errors import UserError
-from megatron.objectives import needs_mask_token
+from megatron.errors import UserError, require
+from megatron.objectives import Objective, build_objective, needs_mask_token
+from megatron.objectives.base import is_exact
+from megatron.parallel.launch import Launch
+from megatron.parallel.sharding import named_seed
+from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
+from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
 ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "normalization",
-    "layernorm_epsilon",
-    "swiglu",
-    "use_rotary_position_embeddings",
-    "rotary_base",
-    "disable_bias_linear",
-    "untie_embeddings_and_output_weights",
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
+    *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
+    *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
+UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
+NOISE_SCHEME = 2  # of new runs; see megatron/randomness.py
 
 
-@dataclass(frozen=True)
-class ResolvedRun:
-    """A configuration with nothing left to decide.
-
-    Attributes:
-        config: resolved configuration.
-        vocab_size: vocabulary before padding.
-        train_paths, valid_paths: blends as :func:`megatron.data.dataset.build_dataset` takes them.
-        unique_tokens: tokens of one epoch of the training data; 0 without training data.
-        run_dir: where the run writes.
-    """
-
-    config: Config
-    vocab_size: int
-    train_paths: list[str]
-    valid_paths: list[str]
-    unique_tokens: int
-    run_dir: Path
-
-
-def resolve(config: Config, *, run_name: str) -> ResolvedRun:
-    """Fill in vocabulary, mask id, lengths and schedules; check data, checkpoint and run directory.
+def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
+    """Decide everything that is still open; check data, checkpoint and run directory.
 
     Args:
-        config: from :func:`megatron.config.parse`.
+        flags: from :func:`megatron.config.parse`.
+        launch: this process.
         run_name: folder under ``runs/`` for a run without ``--save``.
 
     Raises:
-        ValueError: three parts: what was given, the rule, the fix.
+        UserError: what was given, the rule, the fix.
     """
-    if config.parallel.deepspeed_config is not None:
-        read_settings_file(Path(config.parallel.deepspeed_config))
-    train_paths = _paths(config.data.train_data_path, config.data.train_data_path_file, "train")
-    valid_paths = _paths(config.data.valid_data_path, config.data.valid_data_path_file, "valid")
-    _check_presence(config, train_paths, valid_paths)
-    unique_tokens = count_unique_tokens(train_paths) if train_paths else 0
-    if valid_paths:
-        count_unique_tokens(valid_paths)  # opens the files, so that damage shows now and not after hours
-    vocab_size = resolve_vocab_size(config, (train_paths or valid_paths))
-    checkpoint = newest_manifest(config)
-    config = replace(config, model=_resolve_model(config, vocab_size, checkpoint))
-    config = _resolve_mask_id(config, vocab_size, checkpoint)
-    config = _resolve_lengths(config, unique_tokens)
-    run_dir = Path(config.run.save) if config.run.save else Path("runs") / run_name
-    _check_writable(run_dir)
-    return ResolvedRun(config, vocab_size, train_paths, valid_paths, unique_tokens, run_dir)
+    if flags.parallel.deepspeed_config is not None:
+        read_settings_file(Path(flags.parallel.deepspeed_config))
+    sources = _sources(flags, launch)
+    vocab_size, tokenizer = _vocabulary(flags, sources, launch)
+    selection = _selection(flags)
+    manifest = selection.manifest or {}
+    shape = _shape(flags, vocab_size, manifest)
+    _check_objective(flags, manifest)
+    mask_id = _mask_id(flags, vocab_size, shape.padded_vocab_size, manifest)
+    layout = _layout(flags, launch.world_size)
+    schedule = _schedule(flags, layout, sources.unique_tokens)
+    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
+    is_continued = bool(manifest) and not flags.run.finetune
+    seeds = _seeds(flags, manifest if is_continued else {})
+    settings = replace(
+        flags,
+        data=_absolute(flags.data),
+        model=shape.recorded(flags.model),
+        objective=replace(flags.objective, mask_token_id=mask_id),
+        optimizer=replace(
+            flags.optimizer, lr_decay_samples=schedule.decay_samples, lr_warmup_samples=schedule.warmup_samples
+        ),
+        run=replace(flags.run, global_batch_size=layout.global_batch_size, train_samples=schedule.train_samples),
+    )
+    # Masks, times and orders may follow another seed than weights and data order: --no-load-rng.
+    noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))
+    objective = build_objective(noisy, scheme=seeds.scheme)
+    return Plan(
+        settings=settings,
+        shape=shape,
+        layout=layout,
+        schedule=schedule,
+        seeds=seeds,
+        objective=objective,
+        start=Start(
+            tag=selection.tag,
+            manifest=manifest,
+            skipped=tuple(f"{name} ({reason})" for name, reason in selection.skipped),
+            is_continued=is_continued,
+            with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
+            changed=_agreed_changes(settings, sources, manifest if is_continued else {}),
+        ),
+        sources=sources,
+        vocabulary=Vocabulary(vocab_size, mask_id, tokenizer),
+        run_dir=run_dir,
+        notes=(*idle_notes(flags), *_exact_notes(flags, objective)),
+    )
+
+
+def _absolute(data: DataConfig) -> DataConfig:
+    """The data section with files by absolute path, so that a record means the same from any folder."""
+
+    def path(value: str | None) -> str | None:
+        return os.path.abspath(value) if value and os.path.exists(value) else value
+
+    names = ("vocab_file", "merge_file", "tokenizer_model", "train_data_path_file", "valid_data_path_file")
+    files: dict[str, Any] = {name: path(getattr(data, name)) for name in names}
+    return replace(data, **files)
+
+
+def _exact_notes(flags: Config, objective: Objective) -> list[str]:
+    idle = flags.run.num_mc > 1 and is_exact(objective.for_eval())
+    return ["--num-mc (an exact likelihood has one draw)"] * idle
+
+
+def _sources(flags: Config, launch: Launch) -> Sources:
+    data, run = flags.data, flags.run
+    train = _paths(data.train_data_path, data.train_data_path_file, "train")
+    valid = _paths(data.valid_data_path, data.valid_data_path_file, "valid")
+    require(
+        train or run.skip_train,
+        "no training data",
+        "a run needs a prefix of .bin/.idx files",
+        "pass --train-data-path or --train-data-path-file (tools/preprocess_data.py makes them)",
+    )
+    require(
+        valid or not run.skip_train,
+        "--skip-train without validation data",
+        "validation needs data",
+        "pass --valid-data-path",
+    )
+    unique_tokens = count_unique_tokens(train) if train else 0
+    if valid:
+        count_unique_tokens(valid)  # opens the files, so that damage shows now and not after hours
+    blends = {"train": train, "valid": valid}
+    is_writer = launch.is_first_rank  # of run.json; the digest of a long .idx takes seconds
+    fingerprints = {name: data_fingerprint(paths) if paths and is_writer else [] for name, paths in blends.items()}
+    return Sources(tuple(train), tuple(valid), unique_tokens, fingerprints)
 
 
 def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:
-    if direct and file:
-        raise UserError(
-            f"--{kind}-data-path and --{kind}-data-path-file are both given",
-            "the data are named once",
-            "drop one of them",
-        )
+    require(
+        not (direct and file),
+        f"--{kind}-data-path and --{kind}-data-path-file are both given",
+        "the data are named once",
+        "drop one of them",
+    )
     return read_data_path_file(file) if file else list(direct)
 
 
-def _check_presence(config: Config, train_paths: list[str], valid_paths: list[str]) -> None:
-    if not train_paths and not config.run.skip_train:
-        raise UserError(
-            "no training data",
-            "a run needs a prefix of .bin/.idx files",
-            "pass --train-data-path or --train-data-path-file (tools/preprocess_data.py makes them)",
-        )
-    if not valid_paths and (config.run.skip_train or config.run.eval_interval is not None):
-        flag = "--skip-train" if config.run.skip_train else "--eval-interval"
-        raise UserError(f"{flag} without validation data", "validation needs data", "pass --valid-data-path")
-
-
-def resolve_vocab_size(config: Config, paths: list[str]) -> int:
-    """Vocabulary before padding: from the tokenizer that the flags name, else from what the data record.
-
-    Raises:
-        ValueError: neither says.
-    """
-    data = config.data
+def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> tuple[int, dict[str, Any]]:
+    """Vocabulary before padding and what run.json says of the tokenizer: by the flags, else by what the data record."""
+    data, paths = flags.data, [*(sources.train or sources.valid)]
     named = data.tokenizer_type or data.vocab_file or data.merge_file or data.tokenizer_model
+    fingerprint = None
     if named and data.tokenizer_type != "NullTokenizer":
         from megatron.data.tokenizer import build_tokenizer
 
-        return build_tokenizer(data).vocab_size
-    if data.vocab_size is not None:
-        return data.vocab_size
-    recorded = [meta.get("vocab_size") for _, prefix in parse_blend(paths) if (meta := read_meta(prefix))]
-    sizes = {size for size in recorded if size}
-    if len(sizes) == 1:
-        return sizes.pop()
-    raise UserError(
-        f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
-        "embedding and mask id depend on it",
-        "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
+        tokenizer = build_tokenizer(data)
+        size, fingerprint = tokenizer.vocab_size, tokenizer_fingerprint(tokenizer)
+    elif data.vocab_size is not None:
+        size = data.vocab_size
+    else:
+        recorded = [meta.get("vocab_size") for _, prefix in parse_blend(paths) if (meta := read_meta(prefix))]
+        sizes = {found for found in recorded if found}
+        require(
+            len(sizes) == 1,
+            f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
+            "embedding and mask id depend on it",
+            "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
+        )
+        size = sizes.pop()
+    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprint=fingerprint)
+    if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
+        verify_data(sources.train, sources.valid)
+    return size, {"vocab_size": size, "fingerprint": fingerprint}
+
+
+def _selection(flags: Config) -> Selection:
+    """The checkpoint that ``--load`` means, judged by sizes alone: checksums are read by all ranks together, later."""
+    run = flags.run
+    if run.load is None:
+        return Selection()
+    load = Path(run.load)
+    is_own = run.save is not None and _same(load, Path(run.save))
+    require(
+        load.exists() or (is_own and not run.finetune and not run.skip_train),
+        f"--load {load} does not exist",
+        "a run starts fresh only where --load and --save are one folder",
+        "correct the path, or drop --load",
     )
-
-
-def newest_manifest(config: Config) -> dict | None:
-    """Manifest of the checkpoint that ``--load`` means, judged by sizes alone; None where the run starts fresh."""
-    if config.run.load is None:
-        return None
-    load = Path(config.run.load)
-    if (load / "manifest.json").is_file():
-        return read_manifest(load)
-    if config.run.load_tag not in (None, "latest"):
-        return read_manifest(load / str(config.run.load_tag))
-    for tag in checkpoint_tags(load):
-        if not list(damaged_files(tag, checksums=False)):
-            return read_manifest(tag)
-    if (load / "latest").is_file():
-        return read_manifest(load / (load / "latest").read_text().strip())  # raises: says what is wrong with it
-    if config.run.finetune or config.run.skip_train:
-        raise UserError(
-            f"--load {load} holds no checkpoint", "--finetune and --skip-train need one", "correct the path"
-        )
-    return None
-
-
-def _resolve_model(config: Config, vocab_size: int, checkpoint: dict | None) -> ModelConfig:
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    unit = model.make_vocab_size_divisible_by * tp
-    padded = model.padded_vocab_size or -(-vocab_size // unit) * unit
-    if checkpoint is not None:
-        saved = checkpoint["config"]["model"]
-        known = {field.name for field in fields(ModelConfig)}
-        differing = [n for n in ARCHITECTURE if n in known and n in saved and saved[n] != getattr(model, n)]
-        if differing:
-            listed = ", ".join(f"{name} {saved[name]} (here {getattr(model, name)})" for name in differing)
-            raise UserError(
-                f"--load {config.run.load} is a checkpoint of another architecture: {listed}",
-                "both must be equal",
-                "pass the checkpoint's model flags or another --load",
-            )
-        _check_objective(config, checkpoint["config"]["objective"]["objective"])
-        padded = model.padded_vocab_size or saved["padded_vocab_size"]
-        is_widened = config.run.finetune and model.padded_vocab_size is None
-        if is_widened and needs_mask_token(config.objective.objective):
-            padded = max(padded, -(-(vocab_size + 1) // unit) * unit)  # room for the mask token
-    if padded < vocab_size:
-        raise UserError(
-            f"the padded vocabulary {padded} is below the vocabulary {vocab_size}",
-            "every token needs a row",
-            "raise --padded-vocab-size or use the tokenizer of the checkpoint",
-        )
-    if padded % tp:
-        raise UserError(
-            f"the padded vocabulary {padded} is not divisible by tensor-parallel size {tp}",
-            "every rank holds an equal share",
-            "choose another --tensor-model-parallel-size",
-        )
-    return replace(model, padded_vocab_size=padded)
-
-
-def _check_objective(config: Config, saved: str | None) -> None:
-    own = config.objective.objective
-    is_fresh = config.run.finetune or config.run.skip_train
-    if saved is not None and saved != own and not is_fresh:
-        raise UserError(
-            f"--load {config.run.load} is a checkpoint of objective {saved}, this run trains {own}",
-            "a run continues with its own objective",
-            "pass --finetune to start a new run from its weights",
-        )
-
-
-def _resolve_mask_id(config: Config, vocab_size: int, checkpoint: dict | None) -> Config:
-    if not needs_mask_token(config.objective.objective):
-        return config
-    padded = config.model.padded_vocab_size
-    assert padded is not None
-    # A flag, else the token that the checkpoint was trained with, else the first padding row.
-    saved = None if checkpoint is None else checkpoint["config"]["objective"].get("mask_token_id")
-    candidates = (config.objective.mask_token_id, saved, vocab_size)
-    mask_id = next(candidate for candidate in candidates if candidate is not None)
-    if not 0 <= mask_id < padded:
-        raise UserError(
-            f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size})",
-            "masked tokens need an embedding",
-            f"pass --padded-vocab-size {padded + 128} or --mask-token-id of an unused token",
-        )
-    return replace(config, objective=replace(config.objective, mask_token_id=mask_id))
-
-
-def _resolve_lengths(config: Config, unique_tokens: int) -> Config:
-    run, optimizer = config.run, config.optimizer
-    assert run.global_batch_size
-    samples = run.train_samples
-    if run.train_epochs is not None:
-        samples = round(run.train_epochs * unique_tokens / config.model.seq_length)
-    if run.skip_train:
-        samples = samples or run.global_batch_size
-    assert samples is not None
-    steps = samples // run.global_batch_size
-    if steps < 1:
-        raise UserError(
-            f"{samples} training samples are less than one global batch of {run.global_batch_size}",
-            "a run has at least one step",
-            "train longer or lower --global-batch-size",
-        )
-    samples = steps * run.global_batch_size
-    decay = optimizer.lr_decay_samples or samples
-    warmup = optimizer.lr_warmup_samples
-    if optimizer.lr_warmup_fraction is not None:
-        warmup = int(optimizer.lr_warmup_fraction * decay)
-    if warmup >= decay and optimizer.lr_decay_style != "constant":
-        raise UserError(
-            f"the warm-up of {warmup} samples leaves nothing of the {decay} decay samples",
-            "warm-up must be shorter",
-            "lower --lr-warmup-samples",
-        )
-    return replace(
-        config,
-        run=replace(run, train_samples=samples),
-        optimizer=replace(optimizer, lr_decay_samples=decay, lr_warmup_samples=warmup),
+    selection = select(load, run.load_tag, checksums=False)
+    must_exist = run.finetune or run.skip_train or not is_own
+    require(
+        selection.tag is not None or not must_exist,
+        f"--load {load} holds no checkpoint",
+        "a run starts fresh only where --load and --save are one folder",
+        "correct the path, or drop --load",
     )
+    return selection
 
 
-def _check_writable(run_dir: Path) -> None:
-    if os.environ.get("RANK", "0") != "0":
+def _same(first: Path, second: Path) -> bool:
+    return first.resolve() == second.resolve()
+
+
+def _shape(flags: Config, vocab_size: int, manifest: dict[str, Any]) -> Shape:
+    model, tp = flags.model, flags.parallel.tensor_model_parallel_size
+
+    def rows(tokens: int) -> int:
+        return padded_size(tokens, multiple=model.make_vocab_size_divisible_by, tp_size=tp)
+
+    saved = manifest["config"]["model"] if manifest else {}
+    padded = model.padded_vocab_size or saved.get("padded_vocab_size") or rows(vocab_size)
+    if saved and flags.run.finetune and model.padded_vocab_size is None and needs_mask_token(flags.objective.objective):
+        padded = max(padded, rows(vocab_size + 1))  # room for the mask token
+    require(
+        padded >= vocab_size,
+        f"the padded vocabulary {padded} is below the vocabulary {vocab_size}",
+        "every token needs a row",
+        "raise --padded-vocab-size or use the tokenizer of the checkpoint",
+    )
+    require(
+        padded % tp == 0,
+        f"the padded vocabulary {padded} is not divisible by tensor-parallel size {tp}",
+        "every rank holds an equal share",
+        "choose another --tensor-model-parallel-size",
+    )
+    shape = Shape.from_flags(model, padded_vocab_size=padded)
+    differing = [name for name in ARCHITECTURE if name in saved and saved[name] != getattr(shape, name)]
+    require(
+        not differing,
+        f"--load {flags.run.load} is a checkpoint of another architecture: "
+        + ", ".join(f"{name} {saved[name]} (here {getattr(shape, name)})" for name in differing),
+        "both must be equal",
+        "pass the checkpoint's model flags or another --load",
+    )
+    return shape
+
+
+def _check_objective(flags: Config, manifest: dict[str, Any]) -> None:
+    own = flags.objective.objective
+    saved = manifest["config"]["objective"]["objective"] if manifest else own
+    if saved in (None, own) or flags.run.finetune:
         return
-    probe = run_dir / f".probe-{os.getpid()}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"the run directory {run_dir} cannot be written ({error.strerror})",
-            "metrics and checkpoints go there",
-            "choose another --save or change its permissions",
-        ) from error
+    fix = f"pass --objective {saved}" if flags.run.skip_train else "pass --finetune to start a new run from its weights"
+    verb = "evaluates" if flags.run.skip_train else "trains"
+    raise UserError(
+        f"--load {flags.run.load} is a checkpoint of objective {saved}, this run {verb} {own}",
+        "what a model was trained for decides what its loss means",
+        fix,
+    )
+
+
+def _mask_id(flags: Config, vocab_size: int, padded: int, manifest: dict[str, Any]) -> int | None:
+    """Row of the mask token: the flag's, else the one that the checkpoint was trained with, else the first padding row."""
+    if not needs_mask_token(flags.objective.objective):
+        return None
+    saved = manifest["config"]["objective"].get("mask_token_id") if manifest else None
+    candidates = (flags.objective.mask_token_id, saved, vocab_size)
+    mask_id = next(candidate for candidate in candidates if candidate is not None)
+    require(
+        0 <= mask_id < padded,
+        f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size})",
+        "masked tokens need an embedding",
+        f"pass --padded-vocab-size {padded + 128} or --mask-token-id of an unused token",
+    )
+    return mask_id
+
+
+def _layout(flags: Config, world: int) -> Layout:
+    parallel, run = flags.parallel, flags.run
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    dp = max(1, world // (tp * pp))
+    batch = run.global_batch_size or run.micro_batch_size * dp
+    return Layout(world, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
+
+
+def _schedule(flags: Config, layout: Layout, unique_tokens: int) -> Schedule:
+    run, optimizer, batch = flags.run, flags.optimizer, layout.global_batch_size
+    samples = run.train_samples or (run.train_iters or 0) * batch
+    if run.train_epochs is not None:
+        samples = round(run.train_epochs * unique_tokens / flags.model.seq_length)
+    if run.skip_train:
+        samples = samples or batch
+    require(
+        samples >= batch,
+        f"{samples} training samples are less than one global batch of {batch}",
+        "a run has at least one step",
+        "train longer or lower --global-batch-size",
+    )
+    decay = optimizer.lr_decay_samples or samples
+    fraction = optimizer.lr_warmup_fraction
+    warmup = optimizer.lr_warmup_samples if fraction is None else fraction * decay
+    require(
+        warmup < decay or optimizer.lr_decay_style == "constant",
+        f"the warm-up of {warmup:g} samples leaves nothing of the {decay} decay samples",
+        "warm-up must be shorter",
+        "lower --lr-warmup-samples",
+    )
+    return Schedule(samples, warmup, decay)
+
+
+def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
+    """A continued run keeps its noise, also the other one that it drew after an earlier ``--no-load-rng``."""
+    seed = flags.run.seed
+    noise = manifest.get("noise_seed", seed)
+    if manifest and flags.run.no_load_rng:
+        noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
+    return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else NOISE_SCHEME)
+
+
+def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bool) -> Path:
+    """Where the run writes. An evaluation writes beside the run that it judges."""
+    run = flags.run
+    if run.skip_train and run.save is None and selection.tag is not None and run.load is not None:
+        is_tag = selection.tag.resolve() == Path(run.load).resolve()
+        return Path(run.load).resolve().parent if is_tag else Path(run.load)
+    run_dir = Path(run.save) if run.save else Path("runs") / run_name
+    is_own = run.load is not None and _same(Path(run.load), run_dir)
+    if is_first:
+        require(
+            run.skip_train or run.overwrite or is_own or not holds_run(run_dir),
+            f"--save {run_dir} holds a run already",
+            "a run directory belongs to one run",
+            f"pass --load {run_dir} to continue it, --overwrite to replace it, or another --save",
+        )
+        require(
+            not (run.overwrite and is_own),
+            f"--overwrite with --load {run_dir}",
+            "a run is either continued or replaced",
+            "drop one of them",
+        )
+    return run_dir
+
+
+def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]) -> dict[str, tuple[Any, Any, str]]:
+    """Settings that differ from those at the checkpoint; what changes results only where it was asked for."""
+    if not manifest or settings.run.skip_train:
+        return {}
+    changed = changed_settings(manifest["config"], settings)
+    before = [_content(part) for part in manifest.get("data", {}).get("train", [])]
+    now = [_content(part) for part in sources.fingerprints["train"]]
+    if before and now and before != now:  # by content: where the files lie does not matter
+        changed["data.train"] = (before, now, "results")
+    refused = [f"{name} {before} → {now}" for name, (before, now, affects) in changed.items() if affects == "results"]
+    require(
+        settings.run.change_settings or not refused,
+        f"--load {settings.run.load} was trained with other settings: {', '.join(refused)}",
+        "a run keeps the settings that make its numbers what they are",
+        "pass the run's own, or --change-settings, which records the step from which the new ones hold",
+    )
+    return changed
+
+
+def _content(part: dict[str, Any]) -> str:
+    """What a part of the training data is, wherever it lies."""
+    return f"{part['weight']:.6g} x {part['tokens']:,} tokens ({part['idx_sha256'][:12]})"
+
+
+def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any, Any, str]]:
+    """Settings that differ, ``section.name`` → (before, now, what they affect); output and layout are passed over.
+
+    Args:
+        before: ``config`` of a run record or manifest, of this version or an earlier one.
+        now: settings of this attempt.
+    """
+    found = {}
+    for section, values in config_to_dict(now).items():
+        saved = before.get(section, {})
+        for name in values.keys() & saved.keys():
+            affects = _affects(getattr(now, section), name)
+            unset = (None, UNSET_BEFORE.get(name))
+            is_same = saved[name] == values[name] or (saved[name] in unset and values[name] in unset)
+            if affects in ("results", "length", "validation") and not is_same:
+                found[f"{section}.{name}"] = (saved[name], values[name], affects)
+    return dict(sorted(found.items()))
+
+
+def _affects(section: Any, name: str) -> str:
+    """What a change of a setting means; options of an objective, which are no fields of their section, change results."""
+    own = {item.name: item.metadata["affects"] for item in fields(section) if item.metadata}
+    return str(own.get(name) or getattr(section, "AFFECTS", "results"))

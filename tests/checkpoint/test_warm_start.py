@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from megatron.checkpoint.warm_start import with_mask_embedding
-from megatron.model import Causal, Full, GPTModel
+from megatron.config.shape import Shape
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal, Full
 from tests.convert.reference import make_config, random_tensors
 
 
@@ -49,11 +52,13 @@ def test_rows_are_added_where_the_mask_token_has_none() -> None:
         assert out["lm_head.weight"].shape == (rows or 301, 48)
         assert torch.equal(out["word_embeddings.weight"][:300], tensors["word_embeddings.weight"])
     ids = torch.randint(0, 300, (1, 32))
-    small = GPTModel(config.model, mask=Causal())
-    small.load_state_dict(tensors)
-    large = GPTModel(replace(config.model, padded_vocab_size=384), mask=Causal())
-    large.load_state_dict(out)
-    assert torch.allclose(small.eval().logits(ids), large.eval().logits(ids)[..., :300], atol=1e-6)
+    small = GPTModel(Shape.of(config.model))
+    small.load(tensors)
+    large = GPTModel(Shape.of(replace(config.model, padded_vocab_size=384)))
+    large.load(out)
+    assert torch.allclose(
+        small.eval().logits(Inputs(ids), Causal()), large.eval().logits(Inputs(ids), Causal())[..., :300], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,6 @@ def test_masked_input_starts_closer_than_an_untrained_row() -> None:
         return float(((embedding - row) ** 2).sum(-1).mean())
 
     assert distance(out[300]) < distance(tensors["word_embeddings.weight"][300])
-    model = GPTModel(make_config("mdm").model, mask=Full())
-    model.load_state_dict(with_mask_embedding(tensors, vocab_size=300, mask_id=300))
-    assert torch.isfinite(model.logits(torch.full((1, 32), 300))).all()
+    model = GPTModel(Shape.of(make_config("mdm").model))
+    model.load(with_mask_embedding(tensors, vocab_size=300, mask_id=300))
+    assert torch.isfinite(model.logits(Inputs(torch.full((1, 32), 300)), Full())).all()

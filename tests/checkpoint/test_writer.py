@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.checkpoint import writer as checkpoint
-from megatron.checkpoint.files import Fragment, find_checkpoint
+from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.select import select
 from megatron.checkpoint.writer import write_checkpoint
-from megatron.config import parse
+from megatron.errors import Failure
+from megatron.objectives import parse
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 
@@ -30,9 +32,9 @@ def save(run_dir: Path, value: float) -> Path:
 
 def value(run_dir: Path) -> float:
     """What the newest complete checkpoint holds."""
-    tag, skipped = find_checkpoint(run_dir)
-    assert tag is not None and not skipped
-    return float(CheckpointReader(tag).tensor("w").unique())
+    found = select(run_dir)
+    assert found.tag is not None and not found.skipped
+    return float(CheckpointReader(found.tag).tensor("w").unique())
 
 
 def test_the_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_save_that_cannot_take_the_place_puts_the_old_one_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse_new)
-    with pytest.raises(OSError, match="stale file handle"):
+    with pytest.raises(Failure, match="stale file handle"):
         save(tmp_path, 2.0)
     assert value(tmp_path) == 1.0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step5", "latest"]
@@ -62,15 +64,15 @@ def test_a_save_that_cannot_take_the_place_puts_the_old_one_back(
 
 def test_a_failure_after_the_exchange_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1.0)
-    write = checkpoint.write_atomically
+    replace = os.replace
 
-    def no_room_for_latest(path: Path, text: str) -> None:
-        if path.name == "latest":
-            raise OSError("no space left on device")
-        write(path, text)
+    def refuse_latest(source: Path, target: Path) -> None:
+        if Path(target).name == "latest":
+            raise OSError("stale file handle")
+        replace(source, target)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", no_room_for_latest)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(os, "replace", refuse_latest)
+    with pytest.raises(Failure, match="stale file handle"):
         save(tmp_path, 2.0)
     assert value(tmp_path) == 2.0
     monkeypatch.undo()

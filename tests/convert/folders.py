@@ -7,8 +7,11 @@ from dataclasses import replace
 import torch
 
 from megatron.config.schema import Config
+from megatron.config.shape import Shape
 from megatron.convert.hf_folder import ExportOptions
-from megatron.model import Causal, Full, GPTModel
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal, Full
 
 NO_TOKENIZER = ExportOptions(with_tokenizer=False)
 
@@ -17,10 +20,10 @@ def our_logits(config: Config, tensors: dict[str, torch.Tensor], ids: torch.Tens
     """Logits [batch, seq, rows] of our model with these canonical tensors."""
     rows = tensors["word_embeddings.weight"].shape[0]
     model_config = replace(config.model, padded_vocab_size=rows)
-    model = GPTModel(model_config, mask=Full() if config.objective.objective == "mdm" else Causal())
-    model.load_state_dict(tensors)
+    model = GPTModel(Shape.of(model_config))
+    model.load(tensors)
     with torch.no_grad():
-        return model.eval().logits(ids)
+        return model.eval().logits(Inputs(ids), Full() if config.objective.objective == "mdm" else Causal())
 
 
 def some_ids(rows: int = 300, length: int = 32) -> torch.Tensor:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.tensors import model_tensors
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
-from megatron.config.validate import fill_model
-from megatron.convert.canonical import canonical_shapes
+from megatron.config.shape import Shape
 
 
 def plain_logits(
@@ -56,8 +55,8 @@ def random_tensors(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     """Canonical tensors that look trained: no two alike, norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in canonical_shapes(model, model.padded_vocab_size or 0).items():
-        values = torch.randn(shape, generator=generator)
+    for name, spec in model_tensors(model, num_tensors=1000, source="test").items():
+        values = torch.randn(spec.full_shape, generator=generator)
         tensors[name] = 1 + 0.1 * values if "layernorm.weight" in name else 0.08 * values
     return tensors
 
@@ -67,9 +66,9 @@ def make_config(
 ) -> Config:
     """A small resolved configuration."""
     shape = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "seq_length": 32, "ffn_hidden_size": 64}
-    model = fill_model(ModelConfig(**{**shape, **changes}))  # type: ignore[arg-type]
+    given = ModelConfig(**{**shape, "padded_vocab_size": rows, **changes})  # type: ignore[arg-type]
     return Config(
-        model=replace(model, padded_vocab_size=rows),
+        model=Shape.of(given).recorded(given),
         objective=ObjectiveConfig(objective=objective, mask_token_id=vocab_size if objective == "mdm" else None),
         data=DataConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size),
         run=RunConfig(bf16=bf16),

@@ -16,13 +16,14 @@ from megatron.convert.run_folder import read_run
 from megatron.convert.unpickle import load_pickled
 from tests.convert.reference import layer_files, make_config, plain_logits, random_tensors, write_published
 from tests.convert.test_unpickle import Bomb
+from tools._run import status_of
 from tools.convert_checkpoint import main
 
 GOLDEN = str(Path(__file__).resolve().parents[1] / "golden" / "ar_ckpt")
 
 
 def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+    return status_of(lambda: main([str(argument) for argument in arguments]))
 
 
 def test_golden_to_run_to_hugging_face_agrees_with_plain_torch(
@@ -115,7 +116,7 @@ def test_bad_checkpoints_end_in_one_message_and_write_nothing(
     config = make_config()
     folder = write_published(tmp_path / "published", config, random_tensors(config.model)) / "global_step7"
     damage(folder)
-    assert run(command, tmp_path / "published", tmp_path / "out", "--objective", "ar") == 1
+    assert run(command, tmp_path / "published", tmp_path / "out", "--objective", "ar") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert message in captured.err
@@ -133,8 +134,8 @@ def test_damaged_runs_and_truncated_safetensors_write_nothing(
     run("to-hf", tmp_path / "run", tmp_path / "hf", "--no-tokenizer")
     for path in (tmp_path / "run" / "global_step7" / "shard-00000.safetensors", tmp_path / "hf" / "model.safetensors"):
         path.write_bytes(path.read_bytes()[:-8])
-    assert run("to-hf", tmp_path / "run", tmp_path / "out") == 1
-    assert run("from-hf", tmp_path / "hf", tmp_path / "out") == 1
+    assert run("to-hf", tmp_path / "run", tmp_path / "out") == 2
+    assert run("from-hf", tmp_path / "hf", tmp_path / "out") == 2
     assert "truncated or damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -142,6 +143,6 @@ def test_damaged_runs_and_truncated_safetensors_write_nothing(
 def test_existing_outputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}")
-    assert run("from-published", GOLDEN, tmp_path / "run", "--objective", "ar") == 1
-    assert "never overwrites" in capsys.readouterr().err
+    assert run("from-published", GOLDEN, tmp_path / "run", "--objective", "ar") == 2
+    assert "is never overwritten" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron.checkpoint.tensors import save_full_checkpoint
 from megatron.convert.hf_folder import compare_logits, export_folder, import_folder
 from megatron.convert.huggingface import attention_family, kept_rows, trim_rows
-from megatron.model.mask import BlockDiffusion
+from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from tests.convert.folders import NO_TOKENIZER, our_logits, some_ids
 from tests.convert.reference import make_config, random_tensors
 
@@ -87,6 +88,51 @@ def test_models_of_transformers_come_in_and_go_out_unchanged(
     assert new == old
 
 
+@pytest.mark.parametrize("window", [None, 40, 16])
+def test_mistral_without_an_effective_window_is_llama(tmp_path: Path, window: int | None) -> None:
+    """Its configuration keeps its own name on the way back; a window that cuts the context is refused."""
+    fields = {
+        "vocab_size": 301, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 40, "hidden_act": "swish",
+    }  # fmt: skip
+    theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**fields, sliding_window=window))
+    theirs.save_pretrained(tmp_path / "in")
+    if window == 16:
+        with pytest.raises(ValueError, match=r"sliding_window 16 \(must be None\)"):
+            import_folder(tmp_path / "in")
+        return
+    config, tensors = import_folder(tmp_path / "in")
+    assert compare_logits(config, tensors, tmp_path / "in") < 1e-5
+    options = replace(NO_TOKENIZER, origin=tmp_path / "in", verify=True)
+    assert export_folder(config, tensors, tmp_path / "out", options=options)["verified"] < 1e-5
+    old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "out"))
+    assert new == old
+
+
+def test_a_mistral_configuration_that_leaves_its_window_to_the_default_has_one(tmp_path: Path) -> None:
+    config = make_config("ar")
+    export_folder(config, random_tensors(config.model), tmp_path / "hf", options=NO_TOKENIZER)
+    path = tmp_path / "hf" / "config.json"
+    fields = json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    path.write_text(json.dumps(fields | {"max_position_embeddings": 8192}))
+    with pytest.raises(ValueError, match="sliding_window 4096"):
+        import_folder(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_weights_have_the_mode_that_the_umask_gives(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors makes 0600: colleagues could not read an export, nor the shards of a checkpoint."""
+    config = make_config("ar")
+    before = os.umask(umask)
+    try:
+        export_folder(config, random_tensors(config.model), tmp_path / "hf", options=NO_TOKENIZER)
+        save_full_checkpoint(tmp_path / "run", config, random_tensors(config.model))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
+
+
 def test_causality_is_that_of_the_objective(tmp_path: Path) -> None:
     """Changing the last token changes earlier logits of EuroBert and not of Llama."""
     for objective in ("ar", "mdm"):
@@ -110,11 +156,14 @@ def test_causality_is_that_of_the_objective(tmp_path: Path) -> None:
 )
 def test_family_follows_the_attention_of_evaluation(objective: str, changes: dict, family: str) -> None:
     config = make_config(objective)
-    assert attention_family(replace(config, objective=replace(config.objective, **changes))) == family
+    assert (
+        attention_family(replace(config, objective=replace(config.objective, objective=objective, options=changes)))
+        == family
+    )
 
 
 def test_attention_that_neither_class_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = SimpleNamespace(attention_mask=BlockDiffusion(4))
+    other = BlockMaskedDiffusion(mask_token_id=300, global_batch_size=1, seed=1, block_size=4)
     monkeypatch.setattr("megatron.convert.huggingface.evaluation_objective", lambda config: other)
     with pytest.raises(ValueError, match="evaluates with BlockDiffusion attention"):
         attention_family(make_config("ar"))

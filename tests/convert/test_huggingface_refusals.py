@@ -55,6 +55,7 @@ def rewrite(folder: Path, change) -> None:
         (lambda t: t.update(x=torch.ones(1)), "unknown x"),
         (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight is \[3\], expected \[48\]"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(384, 48)}), "another lm_head.weight"),
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "NaN or infinite values in model.norm.weight"),
     ],
 )
 def test_every_tensor_of_a_folder_is_accounted_for(exported: Path, change, message: str) -> None:
@@ -99,6 +100,10 @@ def test_index_that_lies(tmp_path: Path) -> None:
     index.write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"has no ../elsewhere.safetensors"):
         import_folder(tmp_path / "hf")
+    for damaged in ("{}", "[]", '{"weight_map": {"a": 1}}', "{"):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=r"index.json cannot be read"):
+            import_folder(tmp_path / "hf")
     files = sorted(set(content["weight_map"].values()))
     other["weight_map"][first] = next(name for name in files if name != content["weight_map"][first])
     index.write_text(json.dumps(other))
@@ -118,6 +123,10 @@ def test_index_that_lies(tmp_path: Path) -> None:
         ({"mask_token_id": 384}, "mask_token_id 384"),
         ({"num_hidden_layers": "two"}, "not a valid EuroBertConfig"),
         ({"num_hidden_layers": 3}, "missing model.layers.2"),
+        ({"num_hidden_layers": 10**10}, "num_hidden_layers 10000000000"),
+        ({"num_hidden_layers": 10**6}, "num_layers 1000000 with 20 tensors"),
+        ({"vocab_size": 10**19}, "vocab_size 10000000000000000000"),
+        ({"hidden_size": 10**12, "head_dim": 10**12}, "hidden_size 1000000000000, head_dim 1000000000000"),
     ],
 )
 def test_configurations_that_we_cannot_honour(exported: Path, change: dict, message: str) -> None:
@@ -125,6 +134,17 @@ def test_configurations_that_we_cannot_honour(exported: Path, change: dict, mess
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         import_folder(exported)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float16", 1e6), ("float32", float("nan"))])
+def test_weights_that_the_file_cannot_hold_are_not_exported(tmp_path: Path, dtype: str, scale: float) -> None:
+    """A diverged run, or values beyond fp16."""
+    config = make_config("ar")
+    tensors = random_tensors(config.model)
+    tensors["layers.0.mlp.dense_4h_to_h.weight"] *= scale
+    with pytest.raises(ValueError, match=f"in {dtype}: NaN or infinite values in layers.0.mlp.dense_4h_to_h.weight"):
+        export_folder(config, tensors, tmp_path / "hf", options=replace(NO_TOKENIZER, dtype=dtype))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_code_of_a_folder_is_never_run(exported: Path) -> None:
@@ -159,7 +179,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
     tensors = random_tensors(config.model)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "note").write_text("mine")
-    with pytest.raises(ValueError, match="never overwrites"):
+    with pytest.raises(ValueError, match="is never overwritten"):
         export_folder(config, tensors, tmp_path / "hf", options=NO_TOKENIZER)
     shutil.rmtree(tmp_path / "hf")
 

@@ -98,6 +98,27 @@ def test_exported_byte_tokenizer(tmp_path: Path) -> None:
     assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (256, 257)
 
 
+def test_the_space_before_a_mask_belongs_to_the_masked_token(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    """The model saw " the" as one token: with a lone space before the mask it would be asked for "the" after it."""
+    config = replace(make_config("mdm"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    whole, masked = tokenizer("and the.")["input_ids"], tokenizer(f"and {MASK_TOKEN}.")["input_ids"]
+    assert masked == [300 if token == tokenizer.convert_tokens_to_ids("Ġthe") else token for token in whole]
+    assert masked.count(300) == 1
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_the_tokenizer_class_is_one_that_transformers_4_and_5_know(
+    tmp_path: Path, gpt2_files: DataConfig, objective: str
+) -> None:
+    config = replace(make_config(objective), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(fields.get("extra_special_tokens", {}), list)  # transformers 4 wants a dict
+
+
 def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
     """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data."""
     prefix = str(tmp_path / "data_text_document")

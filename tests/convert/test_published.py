@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.convert.canonical import canonical_shapes
+from megatron.config.shape import Shape
 from megatron.convert.published import find_published, read_published
 from megatron.convert.unpickle import load_pickled
-from megatron.model import Causal, Full, GPTModel
+from megatron.errors import UserError
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal, Full
 from tests.convert.reference import layer_files, make_config, plain_logits, random_tensors, write_published
 from tests.convert.test_unpickle import Bomb
 
@@ -21,26 +25,10 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "ar_ckpt"
 
 def ours(config, tensors, ids: torch.Tensor) -> torch.Tensor:
     mask = Full() if config.objective.objective == "mdm" else Causal()
-    model = GPTModel(config.model, mask=mask)
-    model.load_state_dict(tensors)
+    model = GPTModel(Shape.of(config.model))
+    model.load(tensors)
     with torch.no_grad():
-        return model.eval().logits(ids)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"num_query_groups": 2, "untie_embeddings_and_output_weights": True},
-        {"normalization": "layernorm", "swiglu": False, "disable_bias_linear": False},
-        {"use_rotary_position_embeddings": False, "kv_channels": 16},
-    ],
-)
-def test_canonical_shapes_are_those_of_the_model(changes: dict) -> None:
-    config = make_config(**changes)
-    model = GPTModel(config.model, mask=Causal())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert canonical_shapes(config.model, 384) == expected
+        return model.eval().logits(Inputs(ids), mask)
 
 
 def test_golden_checkpoint() -> None:
@@ -198,6 +186,60 @@ def test_variants_that_we_do_not_have_are_refused_by_name(checkpoint: Path, name
     edit(checkpoint / "mp_rank_00_model_states.pt", lambda s: setattr(s["args"], name, value))
     with pytest.raises(ValueError, match=f"args.{name} is"):
         read_published(checkpoint, objective="mdm")
+
+
+def stretched(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A tensor that claims a shape with the storage of one element."""
+    return tensor.reshape(-1)[:1].clone().expand(*shape)
+
+
+@pytest.mark.parametrize("size", [10**10, 10**19, -1])
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "padded_vocab_size", "seq_length", "kv_channels"])
+def test_sizes_without_end_are_refused_before_memory_grows(checkpoint: Path, name: str, size: int) -> None:
+    edit(checkpoint / "mp_rank_00_model_states.pt", lambda s: setattr(s["args"], name, size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError):
+        read_published(checkpoint, objective="mdm")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer_9999999999-model_00-model_states.pt",
+        "layer_02-model_9999999999-model_states.pt",
+        "layer_2-model_0-model_states.pt",
+    ],
+)
+def test_a_file_name_that_claims_layers_without_end_is_refused(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).write_bytes((checkpoint / "layer_02-model_00-model_states.pt").read_bytes())
+    with pytest.raises(UserError, match=r"is incomplete: missing layer_|holds layer_2-model_0"):
+        read_published(checkpoint, objective="mdm")
+
+
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path: Path) -> None:
+    config = make_config()
+    folder = write_published(tmp_path / "p", config, random_tensors(config.model)) / "global_step7"
+    edit(
+        folder / "layer_01-model_00-model_states.pt",
+        lambda s: s.update({"word_embeddings.weight": stretched(s["word_embeddings.weight"], 10**7, 10**5)}),
+    )
+    with pytest.raises(UserError, match=r"word_embeddings.weight claims \[10000000, 100000\] in 4 bytes"):
+        read_published(folder, objective="ar")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(checkpoint: Path, value: float) -> None:
+    edit(checkpoint / "layer_03-model_01-model_states.pt", lambda s: s["mlp.dense_4h_to_h.weight"][3].fill_(value))
+    with pytest.raises(UserError, match=r"NaN or infinite values in layers.1.mlp.dense_4h_to_h.weight"):
+        read_published(checkpoint, objective="mdm")
+
+
+def test_a_vocabulary_without_a_row_for_the_mask_token_is_refused(checkpoint: Path) -> None:
+    edit(checkpoint / "mp_rank_00_model_states.pt", lambda s: setattr(s["args"], "vocab_size", 384))
+    with pytest.raises(UserError, match="the mask token of mdm another"):
+        read_published(checkpoint, objective="mdm")
+    assert read_published(checkpoint, objective="ar").config.data.vocab_size == 384
 
 
 def test_grouped_query_attention_is_refused(checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,16 @@ GOLDEN = ROOT / "tests" / "golden" / "data"
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> Callable[..., str]:
-    """Return a function that writes a data set; token values are 0, 1, 2, … over the whole stream unless given."""
+    """Return a function that writes a data set; token values are 0, 1, 2, … over the whole stream unless given.
 
-    def make(name: str, sizes: list[int], *, start: int = 0) -> str:
+    PREFIX.meta.json is written where ``meta`` is given.
+    """
+
+    def make(name: str, sizes: list[int], *, start: int = 0, meta: dict[str, Any] | None = None) -> str:
         prefix = str(tmp_path / name)
         with IndexedDatasetWriter(prefix, np.int32) as writer:
-            writer.add_documents(np.arange(start, start + sum(sizes)), np.array(sizes))
+            writer.add_documents(np.arange(start, start + sum(sizes)), np.array(sizes, int))
+            writer.close(meta)
         return prefix
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import struct
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, read_meta, token_dtype
+from megatron.data.indexed import DamagedData, IndexedDataset, IndexedDatasetWriter, read_meta, token_dtype
+from megatron.errors import Failure
 
 from .conftest import GOLDEN
 
@@ -127,7 +129,7 @@ def test_an_older_data_set_stays_until_the_new_one_is_complete(make_data, tmp_pa
     writer.close({"tokens": 2})
     np.testing.assert_array_equal(IndexedDataset(prefix)[0], [7, 8])
     np.testing.assert_array_equal(old[0], [0, 1, 2])  # a reader of the old one keeps its files
-    assert read_meta(prefix) == {"tokens": 2}
+    assert (read_meta(prefix) or {})["tokens"] == 2
     assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.idx", "x.meta.json"]
 
 
@@ -158,7 +160,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(Failure, match=r"x could not be written \(No space left .*free space"):
         write()
     assert os.listdir(tmp_path) == []
 
@@ -169,6 +171,63 @@ def test_damaged_meta(make_data) -> None:
     Path(prefix + ".meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.meta\.json is not JSON .*; delete it"):
         read_meta(prefix)
+
+
+def test_meta_records_digests_and_the_largest_id(make_data) -> None:
+    prefix = make_data("x", [3, 4], meta={"tokens": 7})
+    digests = {part: hashlib.sha256(Path(f"{prefix}.{part}").read_bytes()).hexdigest() for part in ("bin", "idx")}
+    assert read_meta(prefix) == {"tokens": 7, "largest_id": 6, "digests": digests}
+
+
+def test_a_changed_meta_is_refused_and_one_without_a_checksum_accepted(make_data) -> None:
+    prefix = make_data("x", [3], meta={"vocab_size": 257})
+    path = Path(prefix + ".meta.json")
+    path.write_text(path.read_text().replace("257", "253"))
+    with pytest.raises(DamagedData, match=r"x\.meta\.json is not as it was written .*remove the entry \"sha256\""):
+        read_meta(prefix)
+    path.write_text('{"vocab_size": 253}')
+    assert read_meta(prefix) == {"vocab_size": 253}
+    path.write_text("[" * 100_000)
+    with pytest.raises(DamagedData, match=r"x\.meta\.json is not JSON"):
+        read_meta(prefix)
+
+
+@pytest.mark.parametrize("pointers", [[0, 0, 0], [0, 28, 12], [4, 16, 32], [0, 12, 2**62]])
+def test_pointers_are_the_running_sum_of_the_sizes(make_data, pointers: list[int]) -> None:
+    prefix = make_data("x", [3, 4, 5])
+    raw = bytearray(Path(prefix + ".idx").read_bytes())
+    raw[34 + 12 : 34 + 36] = np.array(pointers, np.int64).tobytes()
+    Path(prefix + ".idx").write_bytes(raw)
+    with pytest.raises(DamagedData):
+        IndexedDataset(prefix)
+
+
+def test_a_size_moved_to_its_neighbour_is_named(make_data) -> None:
+    prefix = make_data("x", [3, 4, 5])
+    raw = bytearray(Path(prefix + ".idx").read_bytes())
+    raw[34:46] = np.array([3, 5, 4], np.int32).tobytes()
+    Path(prefix + ".idx").write_bytes(raw)
+    with pytest.raises(DamagedData, match=r"x\.bin has 48 bytes; its index says 44|document 2 of 4 tokens at byte 28"):
+        IndexedDataset(prefix)
+
+
+def test_a_document_list_out_of_order_is_refused(make_data) -> None:
+    prefix = make_data("x", [3, 4, 5])
+    raw = bytearray(Path(prefix + ".idx").read_bytes())
+    raw[-16:-8] = np.int64(7).tobytes()
+    Path(prefix + ".idx").write_bytes(raw)
+    with pytest.raises(DamagedData, match=r"document list of .*x\.idx is out of order"):
+        IndexedDataset(prefix)
+
+
+def test_a_second_writer_on_a_file_system_without_locks_is_noticed(tmp_path: Path) -> None:
+    writer = IndexedDatasetWriter(tmp_path / "x", np.uint16)
+    writer.add_document([1, 2])
+    with open(tmp_path / "x.bin.tmp", "ab") as other:
+        other.write(b"12")
+    with pytest.raises(Failure, match=r"x\.bin\.tmp has 6 bytes instead of 4; one writer per data set"):
+        writer.close()
+    assert os.listdir(tmp_path) == []
 
 
 def test_dtype_rule() -> None:

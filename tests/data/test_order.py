@@ -1,10 +1,7 @@
-"""The order of samples: golden cases, the rule of the last epoch, the cache."""
+"""The order of samples: golden cases, the rule of the last epoch."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,7 @@ import pytest
 
 from megatron.data import order
 from megatron.data.dataset import GPTDataset
-from megatron.data.indexed import IndexedDataset
-from megatron.data.order import build_maps, load_or_build_maps, plan_order
+from megatron.data.order import build_maps, plan_order
 
 from .conftest import GOLDEN
 
@@ -122,88 +118,3 @@ def test_index_out_of_range(make_data) -> None:
     for index in (-1, len(dataset)):
         with pytest.raises(IndexError):
             dataset[index]
-
-
-def test_cache_is_used_and_keyed_by_all_inputs(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefix = make_data("x", [30, 40, 50])
-    built: list[object] = []
-    monkeypatch.setattr(order, "build_maps", lambda sizes, plan: built.append(plan) or build_maps(sizes, plan))
-    first = GPTDataset(prefix, 20, 10, 1)
-    again = GPTDataset(prefix, 20, 10, 1)
-    assert len(built) == 1
-    np.testing.assert_array_equal(first.maps.sample_order, again.maps.sample_order)
-    for samples, seq_length, seed in ((200, 10, 1), (20, 9, 1), (20, 10, 2)):
-        GPTDataset(prefix, samples, seq_length, seed)
-    assert len(built) == 4
-    make_data("x", [40, 30, 50])  # other documents of the same total under the same name
-    GPTDataset(prefix, 20, 10, 1)
-    assert len(built) == 5
-    assert (tmp_path / "index-cache").is_dir()
-
-
-def test_damaged_cache_is_built_again(make_data, tmp_path: Path) -> None:
-    prefix = make_data("x", [30, 40, 50])
-    good = GPTDataset(prefix, 20, 10, 1, cache_path=str(tmp_path / "c"))
-    expected = np.array(good.maps.sample_starts)
-    (folder,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
-    for damage in (0, 100, 200):
-        os.truncate(folder / "sample_starts.npy", damage)
-        with pytest.warns(UserWarning, match="damaged index cache"):
-            again = GPTDataset(prefix, 20, 10, 1, cache_path=str(tmp_path / "c"))
-        np.testing.assert_array_equal(again.maps.sample_starts, expected)
-        assert not list((tmp_path / "c").glob("*.tmp"))
-
-
-def test_falls_back_to_another_folder(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefix = make_data("x", [30, 40, 50])
-    (tmp_path / "index-cache").write_text("a file: no folder can be made here, not even by root")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "other"))
-    (tmp_path / "other").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", None)
-    with pytest.warns(UserWarning, match="cannot cache index maps"):
-        dataset = GPTDataset(prefix, 20, 10, 1)
-    assert list((tmp_path / "other").glob("megatron-index-cache-*/train-*/sample_order.npy"))
-    sizes, plan = IndexedDataset(prefix).sizes, dataset.plan
-    blocked = tmp_path / "index-cache" / "below"
-    with pytest.warns(UserWarning, match="cannot cache index maps"):
-        memory = load_or_build_maps(sizes, plan, name="x", folders=[blocked])  # nothing writable: in memory
-    np.testing.assert_array_equal(memory.sample_order, dataset.maps.sample_order)
-
-
-def _open_dataset(prefix: str, start: float, queue: multiprocessing.Queue) -> None:
-    time.sleep(max(0.0, start - time.time()))
-    dataset = GPTDataset(prefix, 5000, 16, 7)
-    queue.put([int(dataset[index].sum()) for index in (0, 1, 4999)])
-
-
-def test_many_processes_build_one_cache(make_data, tmp_path: Path) -> None:
-    prefix = make_data("x", [int(size) for size in np.random.default_rng(0).integers(1, 300, 2000)])
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    start = time.time() + 3
-    processes = [context.Process(target=_open_dataset, args=(prefix, start, queue)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    answers = [queue.get(timeout=100) for _ in processes]
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
-    assert all(answer == answers[0] for answer in answers)
-    names = sorted(path.suffix for path in (tmp_path / "index-cache").iterdir())
-    assert names == ["", ".lock"]  # one map, no leftovers
-
-
-def test_without_locks_the_rename_alone_is_safe(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two builders at once: the second finds the finished folder when it renames, and uses it."""
-    sizes = IndexedDataset(make_data("x", [30, 40, 50])).sizes
-    plan = plan_order(tokens_per_epoch=120, num_samples=30, seq_length=10, seed=1)
-
-    def race(sizes: np.ndarray, plan: order.OrderPlan) -> order.IndexMaps:
-        monkeypatch.setattr(order, "build_maps", build_maps)
-        order._store(next(iter(tmp_path.glob("c/*.lock"))).with_suffix(""), build_maps(sizes, plan), plan)
-        return build_maps(sizes, plan)
-
-    monkeypatch.setattr(order, "build_maps", race)
-    maps = load_or_build_maps(sizes, plan, name="x", folders=[tmp_path / "c"])
-    np.testing.assert_array_equal(maps.sample_order, build_maps(sizes, plan).sample_order)
-    assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == ["", ".lock"]

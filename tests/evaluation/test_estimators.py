@@ -16,7 +16,6 @@ from megatron.evaluation.estimators import (
     RandomOrder,
     for_length,
     make_estimator,
-    radical_inverse,
     stratified_standard_error,
 )
 from megatron.evaluation.scorer import MaskedScorer, Request
@@ -165,11 +164,6 @@ def test_draw_shapes_and_counts() -> None:
     assert (draws.masks.any(1)).all(), "an antithetic pair masks every token at least once"
     sizes = MaskedBound().draws(8, key="q", start=0, count=64).masks.sum((1, 2))
     np.testing.assert_array_equal(np.bincount(sizes)[1:], np.full(8, 8))  # stratified m: each count equally often
-
-
-def test_radical_inverse_prefixes_are_grids() -> None:
-    for size in (1, 2, 8, 64):
-        assert sorted(radical_inverse(i) for i in range(size)) == [i / size for i in range(size)]
 
 
 def test_stratified_error_ignores_the_trend() -> None:

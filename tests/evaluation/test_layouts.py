@@ -18,10 +18,12 @@ from lm_eval.evaluator import simple_evaluate
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.writer import write_checkpoint
+from megatron.config.shape import Shape
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
-from megatron.model import Causal, Full, GPTModel
+from megatron.model.gpt import GPTModel
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import shard_of
 from tests.evaluation import tiny
 
 REPO = Path(__file__).resolve().parents[2]
@@ -32,8 +34,7 @@ def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
 
     Pipeline stages only move whole tensors between files, which the reader never looks at by name.
     """
-    mask = Full() if config.objective.objective == "mdm" else Causal()
-    specs = {p.canonical_name: p.shard_spec for p in GPTModel(config.model, mask=mask).parameters()}
+    specs = {shard.name: shard.spec for shard in map(shard_of, GPTModel(Shape.of(config.model)).parameters())}
     fragments = []
     for name, tensor in tiny.random_tensors(config, scale=3.0).items():
         for rank in range(tp_size if specs[name].dim is not None else 1):

@@ -17,7 +17,7 @@ from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.generation.diffusion import DiffusionSettings
 from tests.evaluation import tiny
 
-NUMBER = {"halves": 80, "words": 80, "continue": 60, "texts": 12}
+NUMBER = {"halves": 80, "words": 80, "continue": 60, "texts": 14}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,14 @@ def runs(folder) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def tasks(folder) -> dict[str, str]:
     files = {
-        "halves": tiny.choice_items(NUMBER["halves"]),
+        "halves": [
+            *tiny.choice_items(NUMBER["halves"] - 1),
+            {"query": "Return the", "choices": ["", "path"], "gold": 1},
+        ],
         "words": tiny.last_word_items(NUMBER["words"]),
         "continue": tiny.generation_items(NUMBER["continue"]),
-        "texts": [{"text": " ".join(tiny.sentences()[i * 4 : i * 4 + 4 + i % 5])} for i in range(NUMBER["texts"])],
+        "texts": [{"text": " ".join(tiny.sentences()[i * 4 : i * 4 + 4 + i % 5])} for i in range(NUMBER["texts"] - 2)]
+        + [{"text": ""}, {"text": " \n "}],
     }
     return {name: str(tiny.write_jsonl(folder / f"{name}.jsonl", items)) for name, items in files.items()}
 
@@ -58,7 +62,7 @@ def llama_of(run: Path):
     from megatron.inference.model import load_model
 
     loaded = load_model(run)
-    shape, state = loaded.config.model, loaded.model.state_dict()
+    shape, state = loaded.config.model, loaded.model.tensors()
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=shape.padded_vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.ffn_hidden_size,

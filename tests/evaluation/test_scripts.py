@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import parse
 from megatron.evaluation.lm_eval.command import build_downstream_parser
 from megatron.generation.command import build_generate_parser
+from megatron.objectives import parse
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples_scaling"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.writer import save_full_checkpoint
-from megatron.config import Config, parse
-from megatron.model import Causal, Full, GPTModel
+from megatron.checkpoint.tensors import save_full_checkpoint
+from megatron.config import Config
+from megatron.config.shape import Shape
+from megatron.model.gpt import GPTModel
+from megatron.objectives import parse
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",
@@ -70,16 +72,15 @@ def config_for(objective: str, tokenizer: Path, *, vocab_size: int, seq_length: 
     mask_id = vocab_size if objective == "mdm" else None
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, padded_vocab_size=padded),
+        model=Shape.from_flags(config.model, padded_vocab_size=padded).recorded(config.model),
         objective=dataclasses.replace(config.objective, mask_token_id=mask_id),
     )
 
 
 def random_tensors(config: Config, *, seed: int = 0, scale: float = 6.0) -> dict[str, torch.Tensor]:
     """Initial weights, matrices enlarged so that predictions are far from uniform."""
-    mask = Full() if config.objective.objective == "mdm" else Causal()
-    model = GPTModel(config.model, mask=mask, seed=seed)
-    return {name: (t * scale if t.dim() > 1 else t).detach().clone() for name, t in model.state_dict().items()}
+    model = GPTModel(Shape.of(config.model), seed=seed)
+    return {name: (t * scale if t.dim() > 1 else t).detach().clone() for name, t in model.tensors().items()}
 
 
 def make_run(folder: Path, config: Config, *, seed: int = 0, step: int = 3, scale: float = 6.0) -> Path:

@@ -7,7 +7,7 @@ import torch
 
 from megatron.generation.autoregressive import UncachedDecoder, generate_autoregressive
 from megatron.generation.sampling import TokenSampling, draw_tokens, filter_logits
-from megatron.generation.text import cut_at_stop, encode_with_gaps, finish, has_stopped
+from megatron.generation.text import cut_at_stop, encode_with_gaps, finish, has_stopped, text_with_gaps
 from tests.evaluation import toy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3]]
@@ -63,7 +63,19 @@ def test_draws_follow_the_distribution() -> None:
     assert torch.allclose(tokens.bincount(minlength=4) / 20000, probs, atol=0.012)
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1.0), ("top_k", -2), ("top_p", 0.0), ("top_p", 1.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_k", -2),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+        ("seed", -1),
+    ],
+)
 def test_wrong_sampling_is_refused(field, value) -> None:
     with pytest.raises(ValueError, match=field):
         TokenSampling(**{field: value})
@@ -96,3 +108,21 @@ def test_text_helpers() -> None:
     assert has_stopped(letters, [1, 2, 3], ["cd"])
     assert not has_stopped(letters, [1, 2, 3], ["dc"])
     assert finish(letters, [0, 1, 2, 25, 4], ["c"]) == "ab"
+
+
+def test_text_with_gaps_cuts_gaps_and_keeps_the_rest() -> None:
+    letters, end = Letters(), Letters.eod_id
+    tokens = [end, 0, 1, end, 2, 3, end, 4]  # given: EOD, a, b; gap: EOD, c; given: d, EOD, e
+    is_gap = [False, False, False, True, True, False, False, False]
+    assert text_with_gaps(letters, tokens, is_gap) == "ab" + "d" + "z" + "e"
+    assert text_with_gaps(letters, [0, 1, 2, 3], [False, True, True, False], stop_strings=["c", "a"]) == "abd"
+    assert text_with_gaps(letters, [0, 1, 2], [True, True, False]) == "abc"
+    assert text_with_gaps(letters, [end, end, 2], [False, True, False]) == "c"
+
+    class Words(Letters):
+        """As SentencePiece: the space before the first word is not shown."""
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(chr(97 + i) for i in ids)
+
+    assert text_with_gaps(Words(), [0, 1, end, 3], [False, True, True, False]) == "a b d"

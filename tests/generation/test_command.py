@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from megatron.errors import UserError
 from megatron.generation.command import run_generate
 from megatron.generation.diffusion import Step
 from megatron.generation.display import UncoverDisplay
@@ -101,8 +102,83 @@ def test_stop_strings_cut_the_text(runs, capsys) -> None:
         ("mdm", ["--prompt", "[MASK:60]"], "holds 48"),
         ("mdm", ["--temperature", "-1"], "temperature"),
         ("mdm", ["--load-tag", "global_step9"], "global_step9"),
+        ("mdm", ["--prompt", "[MASK:2000000000]"], "holds 48"),
+        ("mdm", ["--prompt", "[MASK:" + "9" * 5000 + "]"], "holds 48"),
+        ("mdm", ["--prompt", "[MASK:0]"], "at least one"),
+        ("mdm", ["--infix", "x", "--max-new-tokens", "1000000000"], "holds 48"),
+        ("mdm", ["--steps", "2", "--block-length", "2"], "12 blocks"),
+        ("mdm", ["--prompt-file", "/nowhere"], "no file"),
     ],
 )
 def test_wrong_requests_are_refused(runs, name, flags, message) -> None:
     with pytest.raises(ValueError, match=message):
-        run_generate(["--load", runs[name], *flags])
+        run_generate(["--load", runs[name], "--max-new-tokens", "24", *flags])
+
+
+NUMBERS = {
+    "--temperature": ["nan", "inf", "-1", "1e999"],
+    "--top-p": ["nan", "0", "-0.5", "1.5", "inf"],
+    "--top-k": ["-1"],
+    "--guidance": ["nan", "inf"],
+    "--seed": ["-5"],
+    "--max-new-tokens": ["0", "-3", "99999999999999999999"],
+    "--num-samples": ["0", "-1", "10000000000"],
+    "--batch-size": ["0", "-8"],
+    "--steps": ["0", "-1"],
+    "--block-length": ["0"],
+}
+
+
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded() -> None:
+    for flag, values in NUMBERS.items():
+        for value in values:
+            with pytest.raises(UserError, match=flag[2:].replace("-", "[-_]")) as refused:
+                run_generate(["--load", "/nowhere", "--prompt", "a", f"{flag}={value}"])
+            assert refused.value.exit_status == 2
+
+
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-5", "1e300"])
+def test_extreme_temperatures_draw_tokens(runs, capsys, temperature) -> None:
+    flags = ["--load", runs["ar"], "--prompt", "Return", "--max-new-tokens", "8", "--json"]
+    drawn = json.loads(run(capsys, *flags, "--temperature", temperature))["tokens"]
+    assert len(drawn) == 8 and all(0 <= token < 400 for token in drawn)
+    if float(temperature) < 1e-300:
+        assert drawn == json.loads(run(capsys, *flags))["tokens"], "so cold that only the likeliest token is left"
+
+
+def test_prompt_files_break_at_line_feeds_only(runs, tmp_path, capsys) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffReturn\u2028the\r\n\nIf\x85so\n".encode())
+    shown = run(capsys, "--load", runs["ar"], "--prompt-file", str(path), "--max-new-tokens", "2", "--json")
+    assert [json.loads(line)["prompt"] for line in shown.splitlines()] == ["Return\u2028the", "If\x85so"]
+
+
+def test_an_end_of_document_in_a_gap_keeps_what_was_given(runs, capsys, monkeypatch) -> None:
+    """The gap ends there; the suffix and the text before a stop string of its own stay."""
+    from megatron.generation.diffusion import DiffusionSampler
+
+    fill = DiffusionSampler.fill
+
+    def end_early(self, rows, **options):
+        filled = fill(self, rows, **options)
+        for row, tokens in zip(rows, filled):
+            gap = [index for index, token in enumerate(row) if token == self.mask_id]
+            tokens[gap[1]] = row[0]  # EOD
+        return filled
+
+    monkeypatch.setattr(DiffusionSampler, "fill", end_early)
+    flags = [
+        "--load",
+        runs["mdm"],
+        "--prompt",
+        "Return. The",
+        "--infix",
+        " of the file. Or not.",
+        "--max-new-tokens",
+        "4",
+    ]
+    shown = run(capsys, *flags, "--temperature", "1").rstrip("\n")
+    assert shown.startswith("Return. The")
+    assert shown.endswith(" of the file. Or not.")
+    assert "endoftext" not in shown
+    assert run(capsys, *flags, "--temperature", "1", "--stop", ".").rstrip("\n").endswith(" of the file. Or not.")

@@ -207,3 +207,20 @@ def test_wrong_rows_are_refused(model) -> None:
         sampler_of(model).fill([[MASK], [MASK, MASK]], settings=DiffusionSettings())
     with pytest.raises(ValueError, match="block"):
         sampler_of(model).fill([[MASK] * 10], settings=DiffusionSettings(steps=2, block_length=2))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_with_gaps_do_not_depend_on_their_batch_mates(model, order) -> None:
+    """Also where steps and blocks are shared out: rows with other numbers of gaps are other batches."""
+    from megatron.generation.text import fill_gaps
+    from tests.generation.test_autoregressive import Letters
+
+    rows = [*ROWS, [MASK, 1, MASK, 2, 3, 4, 5, 6, MASK, MASK]]
+    for steps, block_length in ((None, None), (5, 4), (3, None)):
+        sampling = TokenSampling(temperature=1.0, seed=8)
+        settings = DiffusionSettings(order=order, steps=steps, block_length=block_length, sampling=sampling)
+        results = [
+            [c.tokens for c in fill_gaps(sampler_of(model), Letters(), rows, settings=settings, batch_size=size)]
+            for size in (1, 2, 8)
+        ]
+        assert results[0] == results[1] == results[2]

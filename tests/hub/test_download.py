@@ -57,6 +57,18 @@ def test_broken_connections_continue_where_they_stopped(hub: Hub, tmp_path: Path
         assert hub.sent_bytes - 500 < len(CONTENT) + 1000  # 500: JSON of the listing
 
 
+def test_a_full_disk_is_said_and_not_tried_again(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called a lost connection, six times, and then the hub's fault."""
+    file = one_file(hub)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_module, "http_get", full)
+    with pytest.raises(DownloadError, match=r"incomplete could not be written \(No space left on device\).*free space"):
+        fetch(file, tmp_path / "tokens.bin", endpoint=hub.url, wait_seconds=60)
+
+
 def test_a_new_process_continues_a_partial_file(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server breaks every time: the first call gives up and says so; the second, with a good server, continues."""
     file = one_file(hub)

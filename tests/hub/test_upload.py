@@ -18,6 +18,7 @@ from megatron.convert.run_folder import read_run, write_run
 from megatron.hub.model_card import model_card, without_local_paths
 from tests.convert.reference import make_config, random_tensors
 from tests.hub.fake_hub import Hub
+from tools._run import status_of
 from tools.push_to_hub import main
 
 
@@ -64,6 +65,27 @@ def test_card_says_what_the_run_says(run_dir: Path) -> None:
     assert 'pipeline("fill-mask", model="me/model")' in card
 
 
+def test_a_card_of_records_with_nulls_says_unknown(run_dir: Path) -> None:
+    """FAULTS D9: TypeError; runs of conversions, of other versions and of failed validations have them."""
+    info = json.loads((run_dir / "run.json").read_text())
+
+    def emptied(value: object) -> object:
+        return {key: emptied(entry) for key, entry in value.items()} if isinstance(value, dict) else None
+
+    (run_dir / "run.json").write_text(json.dumps(emptied(info) | {"unique_tokens": 7, "train_tokens": 8}))
+    line = {"kind": "valid", "step": 310, **dict.fromkeys(("epoch", "tokens", "nll", "nll_se", "ppl", "bits_per_byte"))}
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps(line) + '\n[]\n{"kind": "valid", "step": null}\n')
+    card = model_card(run_dir, repo_id="me/model", step=310, family="mdm")
+    assert "| learning rate | unknown to unknown, unknown |" in card
+    assert "| layers, width, heads x channels | unknown, unknown, unknown x unknown |" in card
+    assert "| epochs | unknown |" in card and "| compute (6ND) | unknown FLOPs |" in card
+    assert next(line for line in card.splitlines() if line.startswith("| 310 |")).endswith("these weights |")
+    assert next(line for line in card.splitlines() if line.startswith("| 200 |")).endswith("| best |")
+    (run_dir / "run.json").write_text("{}")
+    assert "| parameters | unknown |" in model_card(run_dir, repo_id="me/model", step=300, family=None)
+
+
 def test_local_paths_do_not_travel() -> None:
     value = {"a": ["/home/me/x.bin", "relative/y"], "b": {"c": "/data/z"}, "d": 1, "e": "mdm"}
     assert without_local_paths(value) == {"a": ["x.bin", "relative/y"], "b": {"c": "z"}, "d": 1, "e": "mdm"}
@@ -75,7 +97,7 @@ def push(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    return lambda *arguments: main([str(argument) for argument in arguments])
+    return lambda *arguments: status_of(lambda: main([str(argument) for argument in arguments]))
 
 
 def test_upload_arrives_and_loads(hub: Hub, push, run_dir: Path, tmp_path: Path) -> None:
@@ -109,7 +131,7 @@ def test_upload_arrives_and_loads(hub: Hub, push, run_dir: Path, tmp_path: Path)
 def test_dry_run_uploads_nothing_and_keeps_the_folder(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(run_dir), "me/model", "--dry-run", "--output", str(tmp_path / "staged")]) == 0
+    main([str(run_dir), "me/model", "--dry-run", "--output", str(tmp_path / "staged")])
     assert "model.safetensors" in capsys.readouterr().out
     assert (tmp_path / "staged" / "README.md").is_file()
 
@@ -117,9 +139,9 @@ def test_dry_run_uploads_nothing_and_keeps_the_folder(
 def test_failures_are_one_message(
     hub: Hub, push, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert push(tmp_path / "nothing", "me/model") == 1
+    assert push(tmp_path / "nothing", "me/model") == 2
     assert "run.json cannot be read" in capsys.readouterr().err
-    assert push(run_dir, "me/model", "--no-export") == 1
+    assert push(run_dir, "me/model", "--no-export") == 2
     assert "--with-checkpoint" in capsys.readouterr().err
     hub.refuse_posts = True
     assert push(run_dir, "me/model") == 1

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from megatron.config import ModelConfig, parse
+from megatron.config import ModelConfig
+from megatron.config.shape import Shape
 from megatron.generation.autoregressive import UncachedDecoder, generate_autoregressive
 from megatron.generation.sampling import TokenSampling
 from megatron.inference.decoder import CachedDecoder
-from megatron.model import Causal, GPTModel
+from megatron.inference.logits import LogitsFn
+from megatron.model.batch import Inputs
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal
+from megatron.objectives import parse
 
 
 def build(*flags: str) -> GPTModel:
     sizes = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "700"]
     config: ModelConfig = parse([*sizes, *flags, "--train-samples", "4"]).model
-    model = GPTModel(dataclasses.replace(config, padded_vocab_size=64), mask=Causal(), seed=5).eval()
+    model = GPTModel(Shape.from_flags(config, padded_vocab_size=64), seed=5).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 8
     return model
+
+
+def logits_of(model: GPTModel) -> LogitsFn:
+    """The model without a cache."""
+    return lambda ids, positions=None: model.logits(Inputs(ids), Causal(), positions=positions)
 
 
 VARIANTS = {
@@ -36,7 +44,10 @@ VARIANTS = {
 def test_cached_logits_equal_uncached(flags) -> None:
     model = build(*flags)
     tokens = torch.randint(0, 64, (3, 300), generator=torch.Generator().manual_seed(1))
-    cached, plain = CachedDecoder(model), UncachedDecoder(model.logits)
+    cached, plain = (
+        CachedDecoder(model),
+        UncachedDecoder(logits_of(model)),
+    )
     with torch.inference_mode():
         for start, end in [(0, 250), *((i, i + 1) for i in range(250, 262))]:  # crosses the block size of the cache
             torch.testing.assert_close(
@@ -51,7 +62,10 @@ def test_cached_generation_equals_uncached() -> None:
     for sampling in (TokenSampling(), TokenSampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)):
         results = [
             generate_autoregressive(decoder, prompts, max_new_tokens=20, sampling=sampling)
-            for decoder in (CachedDecoder(model), UncachedDecoder(model.logits))
+            for decoder in (
+                CachedDecoder(model),
+                UncachedDecoder(logits_of(model)),
+            )
         ]
         assert results[0] == results[1]
         assert len({tuple(new) for new in results[0]}) >= 3, "too uniform to tell"
@@ -62,4 +76,5 @@ def test_selected_positions_equal_all_logits() -> None:
     tokens = torch.randint(0, 64, (2, 9))
     positions = torch.rand(2, 9) < 0.4
     with torch.inference_mode():
-        torch.testing.assert_close(model.logits(tokens, positions=positions), model.logits(tokens)[positions])
+        whole = model.logits(Inputs(tokens), Causal())
+        torch.testing.assert_close(model.logits(Inputs(tokens), Causal(), positions=positions), whole[positions])

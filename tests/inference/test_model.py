@@ -28,7 +28,7 @@ def test_weights_tokenizer_and_mask(runs) -> None:
     assert loaded.unused_ids == list(range(600, 640))
     assert loaded.source.endswith("global_step3")
     tensors = tiny.random_tensors(loaded.config)
-    for name, tensor in loaded.model.state_dict().items():
+    for name, tensor in loaded.model.tensors().items():
         torch.testing.assert_close(tensor, tensors[name])
     text = "Return the path of the file."
     assert loaded.require_tokenizer().decode(loaded.require_tokenizer().encode(text)) == text

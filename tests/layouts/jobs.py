@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+Begins = Callable[[int], None]
 VOCAB = 500  # padded to 512 for every layout here
 DEFAULTS: dict[str, Any] = {
     "num-layers": 2,
@@ -98,122 +97,69 @@ class Run:
     run_dir: Path
 
 
-def train(objective: str, argv: list[str], watch: tuple[str, ...] = ()) -> Trace:
+def train(objective: str, argv: list[str], watch: tuple[str, ...] = (), begins: Begins | None = None) -> Trace:
     """Run ``main()`` on this rank and say what it did.
 
     Args:
         objective: default objective of the program.
         argv: command line.
         watch: what to record besides the numbers of each step: "weights", "tensors", "hidden".
+        begins: called with the number of every step, from 1, before it begins.
     """
-    from megatron.training import main as main_module
+    from megatron.training.main import main
 
     trace = Trace()
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(main_module, "_leave"))  # the pool keeps its group
-        stack.enter_context(_recording_steps(trace))
-        for name in watch:
-            stack.enter_context(RECORDERS[name](trace))
-        trace.status = main_module.main(objective, argv)
+    trace.status = main(objective, argv, observer=recorder(trace, watch, begins))
     return trace
 
 
-@contextmanager
-def _recording_steps(trace: Trace) -> Iterator[None]:
-    from megatron.training.deepspeed.engine import Engine
-
-    original = Engine.train_step
-
-    def train_step(self: Engine, data: Any, **arguments: Any) -> Any:
-        context = self.context
-        trace.place = {"tp": context.tp_rank, "dp": context.dp_rank, "pp": context.pp_rank}
-        result = original(self, data, **arguments)
-        trace.losses.append(result.loss.item())
-        trace.grad_norms.append(result.grad_norm)
-        trace.skipped.append(result.skipped)
-        return result
-
-    with mock.patch.object(Engine, "train_step", train_step):
-        yield
-
-
-@contextmanager
-def _recording_weights(trace: Trace) -> Iterator[None]:
-    """The fp32 masters right before the first step."""
-    from megatron.training.deepspeed.engine import Engine
-    from megatron.training.deepspeed.shards import ShardedState
-
-    original = Engine.train_step
-
-    def train_step(self: Engine, data: Any, **arguments: Any) -> Any:
-        if not trace.weights:
-            state = ShardedState(self.module, self.optimizer, self.context)
-            trace.specs = state.specs()
-            trace.weights = [(f.name, f.tp_rank, f.start, f.data.clone().float()) for f in state.fragments_to_save()]
-        return original(self, data, **arguments)
-
-    with mock.patch.object(Engine, "train_step", train_step):
-        yield
-
-
-@contextmanager
-def _recording_tensors(trace: Trace) -> Iterator[None]:
-    """What the two ends of the model are really given, and what the loader made."""
-    from megatron.model import embedding, gpt
-    from megatron.model import loss as head
-    from megatron.training.deepspeed import engine
-
-    embed, original_step = embedding.Embedding.forward, engine.Engine.train_step
-
-    def forward(self: Any, inputs: Any) -> Any:
-        if self.training:
-            trace.inputs.append((inputs[0] if isinstance(inputs, tuple) else inputs).clone())
-        return embed(self, inputs)
-
-    def loss(output: Any, targets: Any, context: Any) -> Any:
-        trace.targets.append(tuple(tensor.clone() for tensor in targets))
-        return head.weighted_loss(output, targets, context)
-
-    loss.__name__ = "weighted_loss"
-
-    def train_step(self: Any, data: Any, **arguments: Any) -> Any:
-        return original_step(self, _remembering(data, trace.batches.append), **arguments)
-
-    with (
-        mock.patch.object(embedding.Embedding, "forward", forward),
-        mock.patch.object(gpt, "weighted_loss", loss),
-        mock.patch.object(engine, "weighted_loss", loss),
-        mock.patch.object(engine.Engine, "train_step", train_step),
-    ):
-        yield
-
-
-def _remembering(data: Iterator[Any], remember: Callable[[Any], None]) -> Iterator[Any]:
-    for item in data:
-        remember(item)
-        yield item
-
-
-@contextmanager
-def _recording_hidden(trace: Trace) -> Iterator[None]:
+def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any:
+    """The observer that fills ``trace``; a class made here, because pools import this module before torch is wanted."""
     from megatron.model.block import TransformerBlock
+    from megatron.model.embedding import Embedding
+    from megatron.training.observer import Observer
 
-    original = TransformerBlock.forward
+    def first(value: Any) -> Any:
+        return (value[0] if isinstance(value, tuple) else value).detach().clone()
 
-    def forward(self: TransformerBlock, state: Any) -> Any:
-        result = original(self, state)
-        trace.hidden.append((result[0] if isinstance(result, tuple) else result).detach().clone())
-        return result
+    class Recorder(Observer):
+        def built(self, engine: Any) -> None:
+            context = engine.context
+            trace.place = {"tp": context.tp.rank, "dp": context.dp.rank, "pp": context.pp.rank}
+            self.module, self.is_training = engine.module, False
+            if "weights" in watch:
+                trace.specs = engine.shards.specs()
+                found = engine.shards.fragments_to_save()
+                trace.weights = [(f.name, f.tp_rank, f.start, f.data.clone().float()) for f in found]
+            for module in engine.module.modules():
+                if "tensors" in watch and isinstance(module, Embedding):
+                    module.register_forward_pre_hook(self.embedding_called)
+                if "hidden" in watch and isinstance(module, TransformerBlock):
+                    module.register_forward_hook(lambda _module, _given, made: trace.hidden.append(first(made)))
 
-    with mock.patch.object(TransformerBlock, "forward", forward):
-        yield
+        def embedding_called(self, module: Any, given: Any) -> None:
+            if module.training:
+                trace.inputs.append(first(given[0]))
 
+        def step_begins(self, engine: Any, consumed_samples: int) -> None:
+            if begins is not None:
+                begins(len(trace.losses) + 1)
 
-RECORDERS: dict[str, Any] = {
-    "weights": _recording_weights,
-    "tensors": _recording_tensors,
-    "hidden": _recording_hidden,
-}
+        def batch_read(self, batch: Any) -> None:
+            if "tensors" in watch and self.module.training:
+                trace.batches.append(batch)
+
+        def loss_asked(self, targets: Any) -> None:
+            if "tensors" in watch and self.module.training:
+                trace.targets.append(tuple(tensor.clone() for tensor in targets))
+
+        def step_ended(self, result: Any) -> None:
+            numbers = result.to_host().read()
+            trace.losses.append(numbers.loss)
+            trace.grad_norms.append(numbers.grad_norm)
+            trace.skipped.append(numbers.skipped)
+
+    return Recorder()
 
 
 def run_main(objective: str, argv: list[str]) -> int:

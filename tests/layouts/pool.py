@@ -98,12 +98,18 @@ class WorkerPool:
         if not self._processes:
             self._start()
         self._jobs += 1
-        for log in self._logs:
-            os.truncate(log, 0)
+        if all(process.is_alive() for process in self._processes):
+            for log in self._logs:
+                os.truncate(log, 0)
         try:
-            for pipe in self._pipes:
-                pipe.send((list(sys.path), timeout))
-                pipe.send((function, arguments))
+            for rank, pipe in enumerate(self._pipes):
+                try:
+                    pipe.send((list(sys.path), timeout))
+                    pipe.send((function, arguments))
+                except BrokenPipeError:
+                    self._processes[rank].join(GRACE_SECONDS)
+                    status = self._processes[rank].exitcode
+                    raise JobFailed(self._report({rank: f"had ended between two jobs, with status {status}"})) from None
             return self._collect(timeout)
         except BaseException:
             self.close()
@@ -184,7 +190,8 @@ class WorkerPool:
 
 def _serve(rank: int, size: int, rendezvous: str, log: str, pipe: Connection) -> None:
     """A worker: join the group, then run jobs until the pipe closes."""
-    prepare_process(log, {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)})
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    prepare_process(log, {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"})  # they meet in a file
     import torch
 
     linear = torch.nn.functional.linear

@@ -72,15 +72,18 @@ def test_heads_of_different_ranks_drop_different_probabilities(pools: Callable[[
 
 def attend_with_dropout() -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of equal queries, keys and values on every rank, after equal seeds."""
-    from megatron.config import parse
+    from megatron.config.shape import Shape
     from megatron.model.attention import SelfAttention
     from megatron.model.mask import Causal
+    from megatron.objectives import parse
     from megatron.parallel.context import ParallelContext
     from megatron.parallel.tensor import ParameterFactory
 
     shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "16"]
-    model = parse([*shape, "--attention-dropout", "0.5", "--train-samples", "8", "--tp-size", "2"]).model
-    layer = SelfAttention(model, ParameterFactory(ParallelContext.create(tp_size=2), seed=1))
+    flags = parse([*shape, "--attention-dropout", "0.5", "--train-samples", "8"]).model
+    layer = SelfAttention(
+        Shape.from_flags(flags, padded_vocab_size=128), ParameterFactory(ParallelContext.create(tp_size=2), seed=1)
+    )
     torch.manual_seed(7)
     query, key, value = torch.randn(3, 2, 2, 16, 16).unbind()  # [batch, heads of this rank, seq, channels]
     return layer._attend(query, key, value, Causal()), torch.get_rng_state()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from unittest import mock
 import pytest
 
 from layouts import jobs
-from layouts.pool import WorkerPool
+from layouts.pool import ENVIRONMENT, WorkerPool
+
+REPO = Path(__file__).resolve().parents[2]
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -28,19 +34,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 @contextlib.contextmanager
 def infinite_weights(first: int, last: int) -> Iterator[None]:
     """Samples first … last − 1 of the training stream have infinite loss weights."""
-    import dataclasses
-
-    import torch
+    import numpy as np
 
     from megatron.objectives.mdm import MaskedDiffusion
 
     original = MaskedDiffusion.prepare
 
-    def prepare(self: Any, tokens: Any, sample_ids: Any) -> Any:
-        batch = original(self, tokens, sample_ids)
-        is_bad = ((sample_ids >= first) & (sample_ids < last)).unsqueeze(-1) & (batch.loss_weights > 0)
-        weights = torch.where(is_bad, torch.inf, batch.loss_weights)
-        return dataclasses.replace(batch, loss_weights=weights)
+    def prepare(self: Any, samples: Any) -> Any:
+        batch = original(self, samples)
+        targets = batch.targets
+        is_bad = ((samples.ids >= first) & (samples.ids < last))[:, None] & (targets.loss_weights > 0)
+        weights = np.where(is_bad, np.float32(np.inf), targets.loss_weights)
+        return batch._replace(targets=targets._replace(loss_weights=weights))
 
     with mock.patch.object(MaskedDiffusion, "prepare", prepare):
         yield
@@ -79,7 +84,7 @@ def test_a_skipped_step_changes_no_weight(
     pools(1).run(train_with_infinite_weights, 16, 24, argv)
     before, after = (CheckpointReader(tmp_path / "run" / f"global_step{step}") for step in (2, 3))
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
-        assert all((before.tensor(name, kind) == after.tensor(name, kind)).all() for name in before.names)
+        assert all((before.tensor(name, kind) == after.tensor(name, kind)).all() for name in before.specs)
     assert (after.manifest["skipped_steps"], after.manifest["skipped_in_a_row"]) == (1, 1)
     assert (after.manifest["optimizer_steps"], after.manifest["step"]) == (2, 3)
 
@@ -100,18 +105,18 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
     """Training in which one rank cannot write its part of the second checkpoint."""
     import torch.distributed as dist
 
-    from megatron.checkpoint import writer as checkpoint
+    from megatron.checkpoint import files as checkpoint
 
     original = checkpoint.save_file
     calls = 0
 
-    def save_file(tensors: Any, path: Path) -> None:
+    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 2 and dist.get_rank() == rank:
             Path(path).write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        original(tensors, path)
+        original(tensors, path, metadata)
 
     with mock.patch.object(checkpoint, "save_file", save_file):
         return jobs.train("mdm", argv)
@@ -121,38 +126,29 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
 def test_a_failed_save_fails_on_all_ranks_and_leaves_the_earlier_one(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, rank: int
 ) -> None:
-    from megatron.checkpoint.files import find_checkpoint
+    from megatron.checkpoint.select import select
 
     run_dir = tmp_path / "run"
     argv = jobs.flags(token_files, run_dir, train_iters=6, save_interval=2)
     traces, output = pools(2).run(save_with_full_disk, rank, argv), pools(2).output(rank)
     assert [trace.status for trace in traces] == [1, 1]
-    assert f"rank {rank}: OSError: [Errno 28] No space left on device" in output
+    shard = run_dir / "global_step4.saving" / f"shard-{rank:05d}.safetensors"
+    assert f"rank {rank}: {shard} could not be written ([Errno 28] No space left on device)" in output
     assert "earlier checkpoints are complete and untouched" in output
-    assert find_checkpoint(run_dir) == (run_dir / "global_step2", [])
+    assert select(run_dir).tag == run_dir / "global_step2"
     assert not list(run_dir.glob("*.saving"))
     assert (run_dir / "latest").read_text() == "global_step2"
 
 
 def train_until_signal(rank: int, step: int, argv: list[str]) -> jobs.Trace:
     """Training in which one rank alone gets SIGTERM during a step."""
-    import os
-
     import torch.distributed as dist
 
-    from megatron.training.deepspeed.engine import Engine
-
-    original, calls = Engine.train_step, 0
-
-    def train_step(self: Any, *arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == step and dist.get_rank() == rank:
+    def begins(number: int) -> None:
+        if number == step and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, *arguments, **options)
 
-    with mock.patch.object(Engine, "train_step", train_step):
-        return jobs.train("mdm", argv)
+    return jobs.train("mdm", argv, begins=begins)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2"])
@@ -162,6 +158,53 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     size, changes = LAYOUTS[layout]
     argv = jobs.flags(token_files, tmp_path / "run", **changes)
     traces = pools(size).run(train_until_signal, 1, 4, argv)
-    assert [(trace.status, len(trace.losses)) for trace in traces] == [(0, 4), (0, 4)]
-    assert (tmp_path / "run" / "latest").read_text() == "global_step4"
-    assert "stopped by a signal to another rank at step 4" in pools(size).output(0)
+    assert [(trace.status, len(trace.losses)) for trace in traces] == [
+        (75, 5),
+        (75, 5),
+    ]  # asked for, without a wait, in step 4
+    assert (tmp_path / "run" / "latest").read_text() == "global_step5"
+    assert "stopped by a signal to another rank at step 5" in pools(size).output(0)
+
+
+PROGRAM = """
+import os, signal, sys
+from megatron.training.main import main
+from megatron.training.observer import Observer
+
+class Trouble(Observer):
+    steps = 0
+
+    def step_begins(self, engine, consumed_samples):
+        self.steps += 1
+        if self.steps == 3 and engine.context.rank == 1:
+            if sys.argv[1] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyError("token 7")
+
+sys.exit(main("mdm", sys.argv[2:], observer=Trouble()))
+"""
+
+
+@pytest.mark.parametrize(("trouble", "layout"), [("raises", "pp2"), ("killed", "dp2")])
+def test_the_job_ends_at_once_when_one_rank_does(token_files: Path, tmp_path: Path, trouble: str, layout: str) -> None:
+    """As users start it: torchrun, loader workers, no pool. The other rank waits in a collective by then."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    argv = jobs.flags(token_files, tmp_path / "run", num_workers=None, log_interval=100, **LAYOUTS[layout][1])
+    launcher = ["--standalone", "--nproc-per-node", "2", "--redirects", "3", "--log-dir", str(tmp_path / "logs")]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(program), trouble, *argv]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPO)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            process.wait(timeout=90)  # a start takes ten seconds of it, on an idle machine
+        finally:
+            process.kill()
+    waiting, troubled = ((next((tmp_path / "logs").rglob(f"{rank}/stderr.log"))).read_text() for rank in (0, 1))
+    assert process.returncode == 1
+    if trouble == "raises":
+        assert troubled.count("Traceback") == 1 and troubled.endswith("KeyError: 'token 7'\n")
+        reason = f"rank 1 on {socket.gethostname()} failed (KeyError: 'token 7')"
+    else:
+        reason = "a process at 127.0.0.1 is gone without a word (killed, or its host is down)"
+    (line,) = [line for line in waiting.splitlines() if "Warning" not in line and not line.startswith(" ")]
+    assert line.startswith(f"error: rank 0 lost a peer: {reason}; a run needs all its ranks; ")

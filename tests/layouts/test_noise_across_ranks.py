@@ -26,7 +26,7 @@ def by_sample(run: Run, *, pp: int, dp: int | None = None) -> dict[int, dict[str
         if trace.place["pp"] != pp or dp not in (None, trace.place["dp"]):
             continue
         for index, batch in enumerate(trace.batches):
-            for row, sample in enumerate(batch.sample_ids.tolist()):
+            for row, sample in enumerate(batch.inputs.sample_ids.tolist()):
                 seen = {}
                 if trace.inputs:
                     seen["inputs"] = trace.inputs[index][row]

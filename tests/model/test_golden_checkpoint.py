@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from plain_transformer import causal, plain_logits
 
 from megatron.config.schema import ModelConfig
-from megatron.config.validate import fill_model
-from megatron.model import Causal, Full, GPTModel
+from megatron.config.shape import Shape
+from megatron.data.loader import as_tensors
+from megatron.model.batch import Inputs, Samples
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal, Full
 from megatron.objectives.ar import Autoregressive
 from megatron.objectives.mdm import MaskedDiffusion
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONFIG = fill_model(
+CONFIG = Shape.of(
     ModelConfig(
         num_layers=3,
         hidden_size=64,
@@ -52,9 +55,9 @@ def tokens() -> torch.Tensor:
     return torch.from_numpy(samples[name][:2].astype(np.int64))
 
 
-def load(weights: dict[str, torch.Tensor], mask) -> GPTModel:
-    model = GPTModel(CONFIG, mask=mask)
-    model.load_state_dict(weights)  # strict: every tensor has its place and its shape
+def load(weights: dict[str, torch.Tensor]) -> GPTModel:
+    model = GPTModel(CONFIG)
+    model.load(weights)  # strict: every tensor has its place and its shape
     return model.eval()
 
 
@@ -62,7 +65,7 @@ def load(weights: dict[str, torch.Tensor], mask) -> GPTModel:
 @pytest.mark.parametrize("mask", [Causal(), Full()])
 def test_logits_equal_plain_torch(weights, tokens, mask):
     allowed = causal(64) if isinstance(mask, Causal) else None
-    logits = load(weights, mask).logits(tokens[:, :-1])
+    logits = load(weights).logits(Inputs(tokens[:, :-1]), mask)
     assert torch.isfinite(logits).all()
     torch.testing.assert_close(
         logits, plain_logits(weights, tokens[:, :-1], CONFIG, allowed=allowed), rtol=1e-4, atol=1e-4
@@ -71,8 +74,9 @@ def test_logits_equal_plain_torch(weights, tokens, mask):
 
 @torch.no_grad()
 def test_ar_loss_equals_plain_torch(weights, tokens):
-    batch = Autoregressive().prepare(tokens, torch.arange(2))
-    loss = load(weights, Causal())(batch).item()
+    objective = Autoregressive()
+    batch = as_tensors(objective.prepare(Samples(tokens.numpy(), np.arange(2))))
+    loss = load(weights)(batch, Causal(), objective.loss).item()
     logits = plain_logits(weights, tokens[:, :-1], CONFIG, allowed=causal(64))
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
     assert loss == pytest.approx(expected, abs=1e-5)
@@ -81,17 +85,19 @@ def test_ar_loss_equals_plain_torch(weights, tokens):
 
 @torch.no_grad()
 def test_mdm_loss_equals_plain_torch(weights, tokens):
-    batch = MaskedDiffusion(mask_token_id=50257, global_batch_size=2, seed=1).prepare(tokens, torch.arange(2))
-    loss = load(weights, Full())(batch).item()
-    logits = plain_logits(weights, batch.input_ids, CONFIG)
+    objective = MaskedDiffusion(mask_token_id=50257, global_batch_size=2, seed=1)
+    batch = as_tensors(objective.prepare(Samples(tokens.numpy(), np.arange(2))))
+    loss = load(weights)(batch, Full(), objective.loss).item()
+    logits = plain_logits(weights, batch.inputs.input_ids, CONFIG)
     ce = F.cross_entropy(logits.flatten(0, 1), tokens[:, :-1].flatten(), reduction="none").view(2, 64)
-    is_masked = batch.input_ids == 50257
-    p = 1 / batch.loss_weights.amax(-1, keepdim=True)
+    is_masked = batch.inputs.input_ids == 50257
+    p = 1 / batch.targets.loss_weights.amax(-1, keepdim=True)
     assert loss == pytest.approx(((ce / p) * is_masked).sum().item() / 128, abs=1e-5)
 
 
 @torch.no_grad()
 def test_causal_and_full_attention_differ_where_they_should(weights, tokens):
-    causal_logits, full_logits = (load(weights, mask).logits(tokens[:, :-1]) for mask in (Causal(), Full()))
+    model, inputs = load(weights), Inputs(tokens[:, :-1])
+    causal_logits, full_logits = model.logits(inputs, Causal()), model.logits(inputs, Full())
     difference = (causal_logits - full_logits).abs().amax(-1)
     assert difference[:, 0].min() > 1e-3  # the first token sees nothing else, or everything

@@ -9,14 +9,16 @@ from plain_transformer import attention, causal, plain_logits, rms_norm, rotate_
 
 from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import ModelConfig
-from megatron.config.validate import fill_model
-from megatron.model import Causal, Full, GPTModel, RandomKeyDrop
+from megatron.config.shape import Shape
 from megatron.model.arithmetic import parameters_for_compute, preset_parameters
 from megatron.model.attention import SelfAttention
+from megatron.model.batch import Inputs, Stream
+from megatron.model.gpt import GPTModel
+from megatron.model.mask import Causal, Full, RandomKeyDrop
 from megatron.model.mlp import MLP
 from megatron.model.norm import build_norm
 from megatron.model.rotary import RotaryEmbedding, apply_rotary
-from megatron.model.visibility import dense_mask
+from megatron.model.visibility import visible_keys
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 
@@ -24,7 +26,7 @@ from megatron.parallel.tensor import ParameterFactory
 def make_config(**changes) -> ModelConfig:
     values = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "padded_vocab_size": 48,
               "attention_dropout": 0.0, "hidden_dropout": 0.0, "init_method_std": 0.3, "ffn_hidden_size": 40}  # fmt: skip
-    return fill_model(ModelConfig(**{**values, **changes}))
+    return Shape.of(ModelConfig(**{**values, **changes}))
 
 
 @pytest.fixture
@@ -89,39 +91,41 @@ def test_attention(factory, groups, mask, kv_channels):
     qkv = (x @ layer.query_key_value.weight.T).view(2, 16, 4 + 2 * groups, kv_channels).transpose(1, 2)
     query, key, value = qkv.split((4, groups, groups), dim=1)
     if isinstance(mask, RandomKeyDrop):
-        allowed = dense_mask(mask.rule(16, sample_ids), 2, 16, x.device)
+        allowed = visible_keys(mask, Stream(x, sample_ids=sample_ids))
     else:
         allowed = causal(16) if isinstance(mask, Causal) else None
     expected = attention(rotate_complex(query, positions), rotate_complex(key, positions), value, allowed)
     expected = expected.transpose(1, 2).reshape(2, 16, -1) @ layer.dense.weight.T
-    torch.testing.assert_close(layer(x, layer.visible(x, mask, None, sample_ids)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x, layer.visible(Stream(x, sample_ids=sample_ids), mask)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_query_groups": 2}, {"untie_embeddings_and_output_weights": True}])
 @pytest.mark.parametrize("mask", [Causal(), Full()])
 def test_whole_model(changes, mask):
     config = make_config(**changes)
-    model = GPTModel(config, mask=mask, seed=5)
+    model = GPTModel(config, seed=5)
     ids = torch.randint(48, (2, 16))
     allowed = causal(16) if isinstance(mask, Causal) else None
-    expected = plain_logits(model.state_dict(), ids, config, allowed=allowed)
-    torch.testing.assert_close(model.logits(ids), expected, rtol=1e-4, atol=1e-4)
+    expected = plain_logits(model.tensors(), ids, config, allowed=allowed)
+    torch.testing.assert_close(model.logits(Inputs(ids), mask), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_learned_positions_follow_their_tokens():
-    model = GPTModel(make_config(use_rotary_position_embeddings=False), mask=Full(), seed=5)
+    model = GPTModel(make_config(use_rotary_position_embeddings=False), seed=5)
     ids, order = torch.randint(48, (1, 16)), torch.randperm(16)[None]
-    direct = model.logits(ids)
-    moved = model.logits(ids.gather(1, order), position_ids=order, sample_ids=torch.tensor([0]))
+    direct = model.logits(Inputs(ids), Full())
+    moved = model.logits(Inputs(ids.gather(1, order), order), Full())
     torch.testing.assert_close(moved, direct[:, order[0]], rtol=1e-4, atol=1e-4)
 
 
 def test_causal_logits_do_not_depend_on_later_tokens():
-    model = GPTModel(make_config(), mask=Causal(), seed=5)
+    model = GPTModel(make_config(), seed=5)
     ids = torch.randint(48, (1, 16))
     changed = ids.clone()
     changed[0, 9] = (ids[0, 9] + 1) % 48
-    before, after = model.logits(ids), model.logits(changed)
+    before, after = (model.logits(Inputs(tokens), Causal()) for tokens in (ids, changed))
     torch.testing.assert_close(before[:, :9], after[:, :9])
     assert (before[:, 9:] - after[:, 9:]).abs().amax(-1).min() > 1e-4  # and do depend on earlier ones
 
@@ -130,8 +134,8 @@ def test_recomputation_changes_nothing():
     ids = torch.randint(48, (2, 16))
     grads = []
     for recompute in (False, True):
-        model = GPTModel(make_config(), mask=Causal(), seed=5, recompute=recompute)
-        F.cross_entropy(model.logits(ids).flatten(0, 1), ids.flatten()).backward()
+        model = GPTModel(make_config(), seed=5, recompute=recompute)
+        F.cross_entropy(model.logits(Inputs(ids), Causal()).flatten(0, 1), ids.flatten()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], msg=name)
@@ -140,7 +144,7 @@ def test_recomputation_changes_nothing():
 def test_initial_weights_have_the_stated_spread():
     config = make_config(hidden_size=256, num_attention_heads=4, num_layers=8, padded_vocab_size=1024,
                          init_method_std=0.02, ffn_hidden_size=640)  # fmt: skip
-    state = GPTModel(config, mask=Causal(), seed=5).state_dict()
+    state = GPTModel(config, seed=5).tensors()
     scaled = 0.02 / math.sqrt(2 * 8)
     for name, std in {"word_embeddings.weight": 0.02, "layers.3.self_attention.query_key_value.weight": 0.02,
                       "layers.3.mlp.dense_h_to_4h.weight": 0.02, "layers.3.self_attention.dense.weight": scaled,
@@ -153,9 +157,9 @@ def test_initial_weights_have_the_stated_spread():
 @pytest.mark.parametrize("name", ["7M", "20M", "140M"])  # 20M: 7 heads of 32 channels on 288 channels
 def test_parameter_counts_of_presets(name):
     preset = PRESETS[name]
-    config = fill_model(ModelConfig(model=name, padded_vocab_size=50304))
+    config = Shape.of(ModelConfig(model=name, padded_vocab_size=50304))
     with torch.device("meta"):
-        model = GPTModel(config, mask=Causal())
+        model = GPTModel(config)
     hidden, layers, ffn = preset.hidden_size, preset.num_layers, swiglu_width(preset.hidden_size)
     attention_size = preset.num_attention_heads * preset.kv_channels
     per_layer = 4 * hidden * attention_size + 3 * hidden * ffn + 2 * hidden

@@ -1,5 +1,6 @@
 """Attention masks: their definition pair by pair, dense and in blocks."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,50 +10,58 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.schema import ModelConfig
-from megatron.config.validate import fill_model
+from megatron.config.shape import Shape
+from megatron.model.arithmetic import keys_per_token, positions_per_token
+from megatron.model.batch import Stream
 from megatron.model.block import TransformerBlock
 from megatron.model.mask import (
     BlockDiffusion,
     Causal,
     Full,
     RandomKeyDrop,
-    Segments,
-    keys_per_token,
-    positions_per_token,
+    WithinSegments,
 )
-from megatron.model.visibility import TILE, attend_flex, dense_mask, tile_occupancy, visible_keys
+from megatron.model.visibility import (
+    TILE,
+    attend_flex,
+    block_diffusion_rule,
+    dense_mask,
+    tile_occupancy,
+    visible_keys,
+)
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 
 SAMPLE_IDS = torch.tensor([3, 8])
 
 
-def positions(seq: int) -> torch.Tensor:
+def segments(seq: int) -> torch.Tensor:
     """[2, seq]: the first sample is cut after 5 tokens, the second is whole."""
-    whole = torch.arange(seq)
-    return torch.stack((torch.where(whole < 5, whole, whole - 5), whole))
+    return torch.stack(((torch.arange(seq) >= 5).long(), torch.zeros(seq, dtype=torch.int64)))
+
+
+def stream(length: int, device: str = "cpu") -> Stream:
+    parts = Stream(torch.zeros(2, length, 1), sample_ids=SAMPLE_IDS, segment_ids=segments(length))
+    return Stream(*(part if part is None else part.to(device) for part in parts))
 
 
 def both_forms(mask, length: int, device: str = "cpu") -> tuple[torch.Tensor, BlockMask]:
-    hidden = torch.zeros(2, length, 1, device=device)
-    options = {"position_ids": positions(length).to(device), "sample_ids": SAMPLE_IDS.to(device)}
-    dense, blocks = (visible_keys(mask, hidden, use_flex=flex, **options) for flex in (False, True))
+    dense, blocks = (visible_keys(mask, stream(length, device), use_flex=flex) for flex in (False, True))
     assert isinstance(dense, torch.Tensor) and isinstance(blocks, BlockMask)
     return dense, blocks
 
 
 def test_causal_and_full_need_no_tensor():
-    hidden = torch.zeros(2, 8, 1)
     for mask in (Causal(), Full()):
-        assert visible_keys(mask, hidden) == mask
-    assert visible_keys(Segments(), hidden) == Full()  # no positions: nothing is cut
+        assert visible_keys(mask, stream(8)) == mask
+        assert visible_keys(WithinSegments(mask), Stream(torch.zeros(2, 8, 1))) == mask  # one segment a sample
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_block_diffusion_pair_by_pair(size):
     """Against the paper's three parts (arXiv 2503.09573): block-diagonal, offset block-causal, block-causal."""
     seq = 6
-    seen = visible_keys(BlockDiffusion(size), torch.zeros(1, 2 * seq, 1))[0, 0]
+    seen = visible_keys(BlockDiffusion(size), Stream(torch.zeros(1, 2 * seq, 1)))[0, 0]
     for query in range(seq):
         for key in range(seq):
             own, past = query // size == key // size, key // size < query // size
@@ -62,12 +71,30 @@ def test_block_diffusion_pair_by_pair(size):
             assert seen[seq + query, seq + key] == (own or past)  # clean → clean
 
 
-def test_segments_pair_by_pair():
-    seen = visible_keys(Segments(), torch.zeros(2, 12, 1), position_ids=positions(12))[:, 0]
+@pytest.mark.parametrize("kind", [Full(), Causal(), RandomKeyDrop(0.8, seed=2), BlockDiffusion(4)], ids=str)
+def test_segments_restrict_every_kind_pair_by_pair(kind):
+    seen = visible_keys(WithinSegments(kind), stream(12))[:, 0]
+    inside = visible_keys(kind, stream(12))
+    if isinstance(inside, torch.Tensor):
+        inside = inside[:, 0].expand(2, 12, 12)
+    else:
+        inside = torch.ones(2, 12, 12, dtype=torch.bool)
+        inside = inside.tril() if kind == Causal() else inside
     for query in range(12):
         for key in range(12):
-            assert seen[0, query, key] == ((query < 5) == (key < 5))
-    assert seen[1].all()
+            assert seen[0, query, key] == (inside[0, query, key] & ((query < 5) == (key < 5)))
+    assert torch.equal(seen[1], inside[1])
+
+
+@pytest.mark.parametrize("kind", [Full(), Causal()], ids=str)
+def test_tiles_between_documents_are_skipped(kind):
+    """Documents of whole tiles: a sample computes its own tiles only."""
+    ids = torch.arange(4).repeat_interleave(TILE)
+    packed = Stream(torch.zeros(2, 4 * TILE, 1), segment_ids=torch.stack((ids, torch.zeros_like(ids))))
+    blocks = visible_keys(WithinSegments(kind), packed, use_flex=True)
+    assert isinstance(blocks, BlockMask)
+    assert blocks.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1]
+    assert blocks.kv_num_blocks[1, 0].tolist() == ([4, 4, 4, 4] if kind == Full() else [1, 2, 3, 4])
 
 
 MASKS = [
@@ -75,12 +102,15 @@ MASKS = [
     (RandomKeyDrop(0.8, seed=2), 2 * TILE),
     (BlockDiffusion(4), 2 * 100),
     (BlockDiffusion(64), 2 * 3 * 64),  # 384: whole tiles, half of them empty
-    (Segments(), 150),
+    (WithinSegments(Full()), 150),
+    (WithinSegments(Causal()), 3 * TILE),
+    (WithinSegments(RandomKeyDrop(0.8, seed=2)), 150),
+    (WithinSegments(BlockDiffusion(4)), 2 * 100),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("mask", "length"), [MASKS[0], MASKS[2], MASKS[4]], ids=str)
+@pytest.mark.parametrize(("mask", "length"), [MASKS[0], MASKS[2], *MASKS[4:]], ids=str)
 def test_blocks_and_dense_give_the_same_attention(mask, length):
     """FlexAttention in eager mode, forward only: on CPU it has no backward pass."""
     dense, blocks = both_forms(mask, length)
@@ -127,7 +157,7 @@ def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
 
 
 def test_empty_tiles_of_block_diffusion_are_skipped():
-    some, every = tile_occupancy(BlockDiffusion(TILE).rule(8 * TILE), 8 * TILE, torch.device("cpu"))
+    some, every = tile_occupancy(block_diffusion_rule(BlockDiffusion(TILE), 8 * TILE), 8 * TILE, torch.device("cpu"))
     assert not some.any()
     # Noised: own tile and the clean past, 1 … 4 tiles a row; clean: 1 … 4; of 64.
     assert int(every.sum()) == 10 + 10
@@ -136,17 +166,19 @@ def test_empty_tiles_of_block_diffusion_are_skipped():
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_keys_per_token_count_the_pairs(size):
     """S + B pairs per token of data, over both copies; causal is counted as S/2, not (S + 1)/2, by convention."""
-    pairs = dense_mask(BlockDiffusion(size).rule(64), 1, 64, torch.device("cpu")).sum().item()
+    pairs = dense_mask(block_diffusion_rule(BlockDiffusion(size), 64), 1, 64, torch.device("cpu")).sum().item()
     assert keys_per_token(BlockDiffusion(size), 32) == pairs / 32
-    assert positions_per_token(BlockDiffusion(size)) == 2
-    assert keys_per_token(Causal(), 32) == 16 and keys_per_token(Full(), 32) == keys_per_token(Segments(), 32) == 32
+    assert positions_per_token(BlockDiffusion(size)) == positions_per_token(WithinSegments(BlockDiffusion(size))) == 2
+    assert keys_per_token(Causal(), 32) == 16 and keys_per_token(WithinSegments(Full()), 32) == 32
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mask", [RandomKeyDrop(0.8, seed=2), Segments(), BlockDiffusion(4)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [Causal(), RandomKeyDrop(0.8, seed=2), WithinSegments(Causal()), BlockDiffusion(4)], ids=str
+)
 def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch, mask):
     """As training on CUDA does it: the block is compiled once, every batch brings a mask of its own."""
-    config = fill_model(
+    config = Shape.of(
         ModelConfig(
             num_layers=1,
             hidden_size=32,
@@ -156,10 +188,14 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
             attention_dropout=0.0,
         )
     )
-    block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1), mask=mask).eval()
+    block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1)).eval()
     hidden = torch.randn(2, 32, 32)
-    batches = [(positions(32), torch.tensor([1, 2])), (positions(32).flip(0).contiguous(), torch.tensor([7, 9]))]
-    expected = [block((hidden, *batch))[0] for batch in batches]
+    positions = torch.arange(32).expand(2, 32).contiguous()
+    batches = [
+        Stream(hidden, positions, torch.tensor([1, 2]), segments(32)),
+        Stream(hidden, positions.flip(1).contiguous(), torch.tensor([7, 9]), segments(32).flip(0).contiguous()),
+    ]
+    expected = [block(batch, mask).hidden for batch in batches]
     counter = CompileCounter()
     torch._dynamo.reset()
     block.transform = torch.compile(block.transform, dynamic=False, backend=counter)
@@ -168,5 +204,5 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
         "megatron.model.attention.visible_keys", lambda *args, use_flex, **options: forced(*args, **options)
     )
     for batch, wanted in zip(batches, expected):
-        torch.testing.assert_close(block((hidden, *batch))[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block(batch, replace(mask)).hidden, wanted, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from megatron.config import Config, parse
+from megatron.config import Config
 from megatron.config.schema import ModelConfig
-from megatron.config.validate import fill_model
-from megatron.model import AttentionMask, GPTModel
-from megatron.objectives import Objective, build_objective
+from megatron.config.shape import Shape
+from megatron.data.loader import as_tensors
+from megatron.model.batch import Inputs, ModelBatch, Samples
+from megatron.model.gpt import GPTModel
+from megatron.model.loss import WeightedCrossEntropy
+from megatron.model.mask import AttentionMask
+from megatron.objectives import Objective, build_objective, parse
 
 MASK_ID = 50
 SEQ = 32
 
 
-def make_config(*flags: str, objective: str = "mdm", batch: int = 8, seed: int = 1234) -> Config:
+def make_config(*flags: str, objective: str = "mdm", batch: int = 8, seed: int = 1234, world_size: int = 1) -> Config:
     """A configuration as the command line makes it, for sequences of :data:`SEQ` tokens and ids below 50."""
-    return parse(
+    config = parse(
         ["--model", "7M", "--seq-length", str(SEQ), "--train-iters", "10", "--micro-batch-size", "1",
-         "--global-batch-size", str(batch), "--seed", str(seed), "--mask-token-id", str(MASK_ID), *flags],
+         "--global-batch-size", str(batch), "--seed", str(seed), *flags],
         objective=objective,
+        world_size=world_size,
     )  # fmt: skip
+    return replace(config, objective=replace(config.objective, mask_token_id=MASK_ID))
 
 
 def make_objective(*flags: str, **options) -> Objective:
@@ -36,9 +43,36 @@ def make_tokens(count: int, seq: int = SEQ, seed: int = 0, vocab: int = 50) -> t
     return torch.randint(vocab, (count, seq + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def tiny_model(mask: AttentionMask, *, vocab: int, seq: int, seed: int = 3) -> GPTModel:
+def prepare(objective: Objective, tokens: torch.Tensor, ids: torch.Tensor, **packed) -> ModelBatch[torch.Tensor]:
+    """The batch of an objective as the loader hands it on; ``packed``: further fields of Samples."""
+    return as_tensors(objective.prepare(Samples(tokens.numpy(), ids.numpy(), **packed)))
+
+
+class UnderMask:
+    """A model under one attention mask."""
+
+    def __init__(self, model: GPTModel, mask: AttentionMask) -> None:
+        self.model, self.mask = model, mask
+
+    def logits(self, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(Inputs(ids, **inputs), self.mask)
+
+    def loss(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
+        """[]: of the micro-batch."""
+        return self.model(batch, self.mask, WeightedCrossEntropy())
+
+    def token_losses(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
+        """[batch, width]: of each token."""
+        return self.model(batch, self.mask, WeightedCrossEntropy(), per_token=True)
+
+    def sample_losses(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
+        """[batch]: mean of each sample."""
+        return self.token_losses(batch).sum(-1) / batch.targets.num_tokens
+
+
+def tiny_model(mask: AttentionMask, *, vocab: int, seq: int, seed: int = 3) -> UnderMask:
     """A model in evaluation mode with weights so large that its predictions are far from uniform."""
-    config = fill_model(
+    config = Shape.of(
         ModelConfig(
             num_layers=2,
             hidden_size=16,
@@ -49,15 +83,15 @@ def tiny_model(mask: AttentionMask, *, vocab: int, seq: int, seed: int = 3) -> G
             init_method_std=0.35,
         )
     )
-    return GPTModel(config, mask=mask, seed=seed).eval()
+    return UnderMask(GPTModel(config, seed=seed).eval(), mask)
 
 
 def assert_same_batch(first, second) -> None:
     """Equal in every tensor."""
-    for name in ("input_ids", "labels", "loss_weights", "loss_positions", "normalizer", "sample_ids", "position_ids"):
-        a, b = getattr(first, name), getattr(second, name)
-        assert (a is None) == (b is None), name
-        assert a is None or torch.equal(a, b), name
+    for part, other in zip(first, second):
+        for name, a, b in zip(part._fields, part, other):
+            assert (a is None) == (b is None), name
+            assert a is None or torch.equal(a, b), name
 
 
 def within_standard_errors(samples: np.ndarray, expected: float, count: float = 3.0) -> bool:
@@ -72,7 +106,7 @@ def all_masks(length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def losses_under_all_masks(model: GPTModel, tokens: torch.Tensor, mask_id: int) -> np.ndarray:
+def losses_under_all_masks(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> np.ndarray:
     """Sum of the cross-entropy of the masked tokens under each of :func:`all_masks`, fp64 [2^length]."""
     masks = all_masks(len(tokens))
     labels = tokens.expand(masks.shape)
@@ -81,7 +115,7 @@ def losses_under_all_masks(model: GPTModel, tokens: torch.Tensor, mask_id: int) 
     return (ce * masks).sum(-1).numpy()
 
 
-def exact_bound(model: GPTModel, tokens: torch.Tensor, mask_id: int) -> float:
+def exact_bound(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> float:
     """The bound by enumeration: over all masks, with the weight of m masked tokens of L integrated over t.
 
     Σ_masks [∫ p^m (1 − p)^(L−m) / p dt] · Σ_masked ce / L with p = (1 − 1e-3)·t + 1e-3.
@@ -97,7 +131,7 @@ def exact_bound(model: GPTModel, tokens: torch.Tensor, mask_id: int) -> float:
 
 
 @torch.no_grad()
-def any_order_log_likelihoods(model: GPTModel, tokens: torch.Tensor, mask_id: int) -> list[float]:
+def any_order_log_likelihoods(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> list[float]:
     """log-likelihood of ``tokens`` in every order of unmasking, by the chain rule."""
     found = []
     for order in permutations(range(len(tokens))):

@@ -11,12 +11,13 @@ from objective_helpers import (
     assert_same_batch,
     make_objective,
     make_tokens,
+    prepare,
     tiny_model,
     within_standard_errors,
 )
 
 from megatron import randomness as noise
-from megatron.model import BlockDiffusion, Causal, Full
+from megatron.model.mask import BlockDiffusion, Causal, Full
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
 
@@ -29,23 +30,23 @@ def make(size: int, **options) -> BlockMaskedDiffusion:
 
 def steps_of(model, objective, count: int = 4000) -> np.ndarray:
     """Mean loss of each of ``count`` / 8 steps on the same tokens."""
-    batch = objective.prepare(TOKENS.expand(count, 5).contiguous(), torch.arange(count))
+    batch = prepare(objective, TOKENS.expand(count, 5).contiguous(), torch.arange(count))
     with torch.no_grad():
-        return model(batch, reduction="sample").double().numpy().reshape(-1, 8).mean(-1)
+        return model.sample_losses(batch).double().numpy().reshape(-1, 8).mean(-1)
 
 
 def test_inputs_are_a_noised_and_a_clean_copy():
     objective = make_objective("--objective", "block_diffusion", "--block-size", "8")
     assert objective.attention_mask == BlockDiffusion(8) and objective.label == "NLL bound"
     tokens = make_tokens(4)
-    batch = objective.prepare(tokens, torch.arange(4))
-    noised, clean = batch.input_ids.chunk(2, dim=1)
-    assert torch.equal(clean, tokens[:, :-1]) and torch.equal(batch.labels[:, :SEQ], tokens[:, :-1])
+    batch = prepare(objective, tokens, torch.arange(4))
+    noised, clean = batch.inputs.input_ids.chunk(2, dim=1)
+    assert torch.equal(clean, tokens[:, :-1]) and torch.equal(batch.targets.labels[:, :SEQ], tokens[:, :-1])
     is_masked = noised == MASK_ID
     assert torch.equal(noised[~is_masked], clean[~is_masked])
-    assert torch.equal(batch.loss_weights > 0, torch.cat((is_masked, torch.zeros_like(is_masked)), dim=1))
-    assert torch.equal(batch.position_ids, torch.arange(SEQ).repeat(2).expand(4, 2 * SEQ))
-    assert batch.normalizer == 4 * SEQ  # per token of data, not per position
+    assert torch.equal(batch.targets.loss_weights > 0, torch.cat((is_masked, torch.zeros_like(is_masked)), dim=1))
+    assert torch.equal(batch.inputs.position_ids, torch.arange(SEQ).repeat(2).expand(4, 2 * SEQ))
+    assert batch.targets.num_tokens.sum() == 4 * SEQ  # per token of data, not per position
 
 
 def test_each_block_has_its_own_time_and_weight():
@@ -54,19 +55,19 @@ def test_each_block_has_its_own_time_and_weight():
     assert (t == t[:, :, :1]).all()  # one time in a block
     assert np.allclose(np.diff(np.sort(t[:, :, 0], axis=1), axis=1), 1 / 4)  # spread over the blocks of a sample
     assert np.allclose(t[:, 0, 0], noise.diffusion_times(1234, np.arange(3), global_batch_size=8))
-    batch = objective.prepare(make_tokens(3), torch.arange(3))
+    batch = prepare(objective, make_tokens(3), torch.arange(3))
     p = torch.from_numpy((1 - 1e-3) * t.reshape(3, SEQ) + 1e-3).float()
-    noised = batch.input_ids[:, :SEQ]
-    torch.testing.assert_close(batch.loss_weights[:, :SEQ], (noised == MASK_ID) / p)
+    noised = batch.inputs.input_ids[:, :SEQ]
+    torch.testing.assert_close(batch.targets.loss_weights[:, :SEQ], (noised == MASK_ID) / p)
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_expected_weights_are_one(size):
-    objective = make_objective("--objective", "block_diffusion", "--block-size", str(size), batch=64)
-    batch = objective.prepare(make_tokens(3200), torch.arange(3200))
-    means = batch.loss_weights[:, :SEQ].double().reshape(-1, 64 * SEQ).mean(-1).numpy()
+    objective = make_objective("--objective", "block_diffusion", "--block-size", str(size), batch=64, seed=1235)
+    batch = prepare(objective, make_tokens(3200), torch.arange(3200))
+    means = batch.targets.loss_weights[:, :SEQ].double().reshape(-1, 64 * SEQ).mean(-1).numpy()
     assert within_standard_errors(means, 1.0)
-    assert batch.loss_positions.numel() / (3200 * SEQ) == pytest.approx(objective.loss_fraction, abs=0.01)
+    assert batch.targets.positions.numel() / (3200 * SEQ) == pytest.approx(objective.loss_fraction, abs=0.01)
 
 
 @torch.no_grad()
@@ -94,12 +95,11 @@ def test_blocks_of_one_token_are_the_exact_likelihood():
 def test_one_block_is_masked_diffusion():
     plain = MaskedDiffusion(mask_token_id=5, global_batch_size=8, seed=7)
     for block, full in ((make(4), plain), (make(4).for_eval(1, 3), plain.for_eval(1, 3))):
-        first, second = (o.prepare(TOKENS.expand(64, 5).contiguous(), torch.arange(64)) for o in (block, full))
-        assert torch.equal(first.input_ids[:, :4], second.input_ids)
-        assert torch.equal(first.loss_weights[:, :4], second.loss_weights)
+        first, second = (prepare(o, TOKENS.expand(64, 5).contiguous(), torch.arange(64)) for o in (block, full))
+        assert torch.equal(first.inputs.input_ids[:, :4], second.inputs.input_ids)
+        assert torch.equal(first.targets.loss_weights[:, :4], second.targets.loss_weights)
         losses = [
-            tiny_model(o.attention_mask, vocab=8, seq=4)(b, reduction="sample")
-            for o, b in ((block, first), (full, second))
+            tiny_model(o.attention_mask, vocab=8, seq=4).sample_losses(b) for o, b in ((block, first), (full, second))
         ]
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
         assert block.label == full.label == "NLL bound"
@@ -138,18 +138,18 @@ def test_the_bound_of_blocks_of_two_equals_enumeration():
 def test_predictions_see_neither_their_own_answer_nor_the_future():
     model = tiny_model(BlockDiffusion(8), vocab=64, seq=SEQ)
     objective = make_objective("--objective", "block_diffusion", "--block-size", "8")
-    batch = objective.prepare(make_tokens(1), torch.arange(1))
+    batch = prepare(objective, make_tokens(1), torch.arange(1))
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        return model.logits(ids, position_ids=batch.position_ids, sample_ids=batch.sample_ids)[0, :SEQ]
+        return model.logits(ids, position_ids=batch.inputs.position_ids, sample_ids=batch.inputs.sample_ids)[0, :SEQ]
 
-    before = logits(batch.input_ids)
-    changed = batch.input_ids.clone()
+    before = logits(batch.inputs.input_ids)
+    changed = batch.inputs.input_ids.clone()
     changed[0, SEQ + 10] = (changed[0, SEQ + 10] + 1) % 50  # a clean token of block 1 (positions 8 to 15)
     difference = (logits(changed) - before).abs().amax(-1)
     assert difference[:16].max() == 0.0  # its own block and the one before
     assert difference[16:].min() > 1e-5  # every later block
-    changed = batch.input_ids.clone()
+    changed = batch.inputs.input_ids.clone()
     changed[0, 10] = (changed[0, 10] + 1) % 50  # the noised copy is seen in its own block only
     difference = (logits(changed) - before).abs().amax(-1)
     assert difference[8:16].min() > 1e-5 and difference[:8].max() == 0.0 and difference[16:].max() == 0.0
@@ -158,11 +158,11 @@ def test_predictions_see_neither_their_own_answer_nor_the_future():
 def test_evaluation_is_free_of_training_flags():
     tokens, ids = make_tokens(8), torch.arange(8)
     flags = ["--objective", "block_diffusion", "--block-size", "8"]
-    plain = make_objective(*flags).for_eval(1, 2).prepare(tokens, ids)
+    plain = prepare(make_objective(*flags).for_eval(1, 2), tokens, ids)
     for others in (["--noise-schedule", "cosine"], ["--independent-t"]):
-        assert_same_batch(make_objective(*flags, *others).for_eval(1, 2).prepare(tokens, ids), plain)
+        assert_same_batch(prepare(make_objective(*flags, *others).for_eval(1, 2), tokens, ids), plain)
     other = make_objective(*flags, seed=5, batch=4).for_eval(1, 2)
-    assert_same_batch(other.prepare(tokens, ids), plain)
+    assert_same_batch(prepare(other, tokens, ids), plain)
 
 
 @pytest.mark.parametrize("flags", [[], ["--block-size", "5"], ["--block-size", "0"], ["--block-size", "64"]])

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from objective_helpers import SEQ, assert_same_batch, make_objective, make_tokens, tiny_model
+from objective_helpers import SEQ, assert_same_batch, make_objective, make_tokens, prepare, tiny_model
 
-from megatron.model import Causal, RandomKeyDrop
-from megatron.model.visibility import dense_mask
+from megatron.model.batch import Stream
+from megatron.model.mask import Causal, RandomKeyDrop
+from megatron.model.visibility import visible_keys
 from megatron.objectives.masked_attention_ar import MaskedAttentionAR
 
 
 def dense(mask: RandomKeyDrop, sample_ids: torch.Tensor, seq: int) -> torch.Tensor:
     """[sample, query, key]."""
-    return dense_mask(mask.rule(seq, sample_ids), len(sample_ids), seq, sample_ids.device)[:, 0]
+    seen = visible_keys(mask, Stream(torch.zeros(len(sample_ids), seq, 1), sample_ids=sample_ids))
+    assert isinstance(seen, torch.Tensor)
+    return seen[:, 0]
 
 
 def allowed(ratio: float, samples: int = 64, seq: int = 64, seed: int = 1) -> torch.Tensor:
@@ -72,15 +75,15 @@ def test_any_seed(seed):
 def test_the_model_uses_the_mask_of_each_sample():
     objective = make_objective("--randmask-ratio", "1.0", objective="ar")
     assert isinstance(objective, MaskedAttentionAR)
-    batch = objective.prepare(make_tokens(4), torch.tensor([10, 11, 12, 13]))
+    batch = prepare(objective, make_tokens(4), torch.tensor([10, 11, 12, 13]))
     model = tiny_model(objective.attention_mask, vocab=64, seq=SEQ)
-    whole = model(batch, reduction="sample")
-    alone = objective.prepare(make_tokens(4)[2:3], torch.tensor([12]))
-    torch.testing.assert_close(model(alone, reduction="sample"), whole[2:3])
-    other = objective.prepare(make_tokens(4)[2:3], torch.tensor([99]))
-    assert (model(other) - whole[2]).abs() > 1e-4
+    whole = model.sample_losses(batch)
+    alone = prepare(objective, make_tokens(4)[2:3], torch.tensor([12]))
+    torch.testing.assert_close(model.sample_losses(alone), whole[2:3])
+    other = prepare(objective, make_tokens(4)[2:3], torch.tensor([99]))
+    assert (model.loss(other) - whole[2]).abs() > 1e-4
     plain = tiny_model(Causal(), vocab=64, seq=SEQ)
-    assert (plain(batch, reduction="sample") - whole).abs().min() > 1e-4
+    assert (plain.sample_losses(batch) - whole).abs().min() > 1e-4
 
 
 def test_evaluation_is_plain_ar():
@@ -88,5 +91,5 @@ def test_evaluation_is_plain_ar():
     assert isinstance(objective.attention_mask, Causal) and objective.label == "NLL (exact)"
     plain = make_objective(objective="ar")
     assert_same_batch(
-        objective.prepare(make_tokens(2), torch.arange(2)), plain.prepare(make_tokens(2), torch.arange(2))
+        prepare(objective, make_tokens(2), torch.arange(2)), prepare(plain, make_tokens(2), torch.arange(2))
     )

@@ -11,11 +11,12 @@ from objective_helpers import (
     losses_under_all_masks,
     make_objective,
     make_tokens,
+    prepare,
     tiny_model,
     within_standard_errors,
 )
 
-from megatron.model import Full
+from megatron.model.mask import Full
 from megatron.objectives.maskgit import MaskGIT
 from megatron.objectives.schedules import Cosine, Linear, mask_probability, mean_mask_probability
 
@@ -23,18 +24,18 @@ from megatron.objectives.schedules import Cosine, Linear, mask_probability, mean
 def test_every_masked_token_weighs_the_same_and_one_in_expectation():
     objective = make_objective("--objective", "maskgit", batch=64)
     assert isinstance(objective, MaskGIT) and objective.schedule == Cosine()
-    batch = objective.prepare(make_tokens(6400), torch.arange(6400))
-    is_masked = batch.input_ids == MASK_ID
+    batch = prepare(objective, make_tokens(6400), torch.arange(6400))
+    is_masked = batch.inputs.input_ids == MASK_ID
     weight = 1 / mean_mask_probability(Cosine())
-    assert torch.equal(batch.loss_weights, is_masked * torch.tensor(weight).float())
-    assert within_standard_errors(batch.loss_weights.double().view(-1, 64 * 32).mean(-1).numpy(), 1.0)
+    assert torch.equal(batch.targets.loss_weights, is_masked * torch.tensor(weight).float())
+    assert within_standard_errors(batch.targets.loss_weights.double().view(-1, 64 * 32).mean(-1).numpy(), 1.0)
 
 
 def test_masks_are_those_of_the_schedule():
     flags = ["--noise-schedule", "cosine"]
-    bound = make_objective(*flags).prepare(make_tokens(16), torch.arange(16))
-    uniform = make_objective("--objective", "maskgit").prepare(make_tokens(16), torch.arange(16))
-    assert torch.equal(uniform.input_ids, bound.input_ids)
+    bound = prepare(make_objective(*flags), make_tokens(16), torch.arange(16))
+    uniform = prepare(make_objective("--objective", "maskgit"), make_tokens(16), torch.arange(16))
+    assert torch.equal(uniform.inputs.input_ids, bound.inputs.input_ids)
 
 
 @torch.no_grad()
@@ -46,8 +47,8 @@ def test_the_value_is_its_own_expectation_and_not_the_bound():
     mean_loss = (quadrature / 2 * (p**count * (1 - p) ** (4 - count) * losses).sum(-1)).sum()
     expected = mean_loss / mean_mask_probability(Cosine()) / 4
     objective = MaskGIT(mask_token_id=5, global_batch_size=16, seed=7, schedule=Cosine())
-    batch = objective.prepare(tokens.expand(4800, 5).contiguous(), torch.arange(4800))
-    per_step = model(batch, reduction="sample").double().numpy().reshape(-1, 16).mean(-1)
+    batch = prepare(objective, tokens.expand(4800, 5).contiguous(), torch.arange(4800))
+    per_step = model.sample_losses(batch).double().numpy().reshape(-1, 16).mean(-1)
     assert within_standard_errors(per_step, expected)
     assert expected < 0.99 * exact_bound(model, tokens[:4], 5)  # here it even lies below the bound
     assert objective.label == "not a likelihood bound"
@@ -57,7 +58,7 @@ def test_evaluation_is_the_bound_of_masked_diffusion():
     evaluated = make_objective("--objective", "maskgit").for_eval()
     assert evaluated.label == "NLL bound" and evaluated.schedule == Linear()
     tokens, ids = make_tokens(8), torch.arange(8)
-    assert_same_batch(evaluated.prepare(tokens, ids), make_objective().for_eval().prepare(tokens, ids))
+    assert_same_batch(prepare(evaluated, tokens, ids), prepare(make_objective().for_eval(), tokens, ids))
 
 
 def test_flags_of_the_bound_only_are_refused():

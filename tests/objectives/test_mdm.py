@@ -11,12 +11,14 @@ from objective_helpers import (
     exact_bound,
     make_objective,
     make_tokens,
+    prepare,
     tiny_model,
     within_standard_errors,
 )
 
 from megatron import randomness as noise
-from megatron.model import Full
+from megatron.errors import UserError
+from megatron.model.mask import Full
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import MIN_MASK_PROB, mask_probability
 
@@ -28,58 +30,60 @@ def probabilities(objective: MaskedDiffusion, sample_ids: np.ndarray) -> np.ndar
 def test_inputs_labels_and_weights():
     tokens = make_tokens(8)
     objective = make_objective()
-    batch = objective.prepare(tokens, torch.arange(8))
-    is_masked = batch.input_ids == MASK_ID
-    assert torch.equal(batch.labels, tokens[:, :-1])  # label and input are the same tokens, not shifted
-    assert torch.equal(batch.input_ids[~is_masked], batch.labels[~is_masked])
+    batch = prepare(objective, tokens, torch.arange(8))
+    is_masked = batch.inputs.input_ids == MASK_ID
+    assert torch.equal(batch.targets.labels, tokens[:, :-1])  # label and input are the same tokens, not shifted
+    assert torch.equal(batch.inputs.input_ids[~is_masked], batch.targets.labels[~is_masked])
     t = noise.diffusion_times(1234, np.arange(8), global_batch_size=8)
     p = torch.from_numpy((1 - 1e-3) * t + 1e-3).float().unsqueeze(-1)
-    torch.testing.assert_close(batch.loss_weights, is_masked / p)
-    assert batch.normalizer == 8 * SEQ and batch.position_ids is None
-    assert torch.equal(batch.loss_positions, is_masked.flatten().nonzero().squeeze(-1))
+    torch.testing.assert_close(batch.targets.loss_weights, is_masked / p)
+    assert batch.targets.num_tokens.sum() == 8 * SEQ and batch.inputs.position_ids is None
+    assert torch.equal(batch.targets.positions, is_masked.flatten().nonzero().squeeze(-1))
     assert isinstance(objective.attention_mask, Full) and objective.label == "NLL bound"
 
 
 def test_masks_have_the_stated_probability():
     tokens = make_tokens(1, seq=4000)
     for sample in range(6):
-        batch = MaskedDiffusion(mask_token_id=MASK_ID, global_batch_size=6, seed=5).prepare(
-            tokens, torch.tensor([sample])
+        batch = prepare(
+            MaskedDiffusion(mask_token_id=MASK_ID, global_batch_size=6, seed=5), tokens, torch.tensor([sample])
         )
-        p = 1 / batch.loss_weights.max().item()
-        share = (batch.input_ids == MASK_ID).float().mean().item()
+        p = 1 / batch.targets.loss_weights.max().item()
+        share = (batch.inputs.input_ids == MASK_ID).float().mean().item()
         assert abs(share - p) < 4 * (p * (1 - p) / 4000) ** 0.5
 
 
 def test_expected_weights_are_one():
-    batch = make_objective(batch=64).prepare(make_tokens(6400), torch.arange(6400))
-    means = batch.loss_weights.mean(-1).double().numpy()
+    batch = prepare(make_objective(batch=64, seed=1235), make_tokens(6400), torch.arange(6400))
+    means = batch.targets.loss_weights.mean(-1).double().numpy()
     assert within_standard_errors(means, 1.0)
     assert abs(means.mean() - 1) < 0.02
 
 
 def test_loss_fraction_is_the_mean_share_of_masked_tokens():
     objective = make_objective(batch=64)
-    batch = objective.prepare(make_tokens(6400), torch.arange(6400))
-    assert batch.loss_positions.numel() / batch.labels.numel() == pytest.approx(objective.loss_fraction, abs=0.005)
+    batch = prepare(objective, make_tokens(6400), torch.arange(6400))
+    assert batch.targets.positions.numel() / batch.targets.labels.numel() == pytest.approx(
+        objective.loss_fraction, abs=0.005
+    )
 
 
 def test_noise_does_not_depend_on_layout_or_tokens():
     objective, tokens = make_objective(batch=16), make_tokens(32)
-    whole = objective.prepare(tokens, torch.arange(32))
+    whole = prepare(objective, tokens, torch.arange(32))
     for ids in ([5], [30, 2, 17], [8, 9, 10, 11]):  # any micro-batch of any rank, in any order
-        part = objective.prepare(tokens[ids], torch.tensor(ids))
-        assert torch.equal(part.input_ids, whole.input_ids[ids]) and torch.equal(
-            part.loss_weights, whole.loss_weights[ids]
+        part = prepare(objective, tokens[ids], torch.tensor(ids))
+        assert torch.equal(part.inputs.input_ids, whole.inputs.input_ids[ids]) and torch.equal(
+            part.targets.loss_weights, whole.targets.loss_weights[ids]
         )
-    other = objective.prepare(make_tokens(32, seed=1), torch.arange(32))
-    assert torch.equal(other.loss_weights, whole.loss_weights)
+    other = prepare(objective, make_tokens(32, seed=1), torch.arange(32))
+    assert torch.equal(other.targets.loss_weights, whole.targets.loss_weights)
 
 
 def test_samples_epochs_and_seeds_differ():
     tokens = make_tokens(1)
     rows = [
-        make_objective(seed=seed).prepare(tokens, torch.tensor([i])).loss_weights
+        prepare(make_objective(seed=seed), tokens, torch.tensor([i])).targets.loss_weights
         for seed in (1, 2)
         for i in (3, 4, 803)
     ]
@@ -88,17 +92,20 @@ def test_samples_epochs_and_seeds_differ():
 
 def test_low_probabilities_may_mask_nothing_and_cost_nothing():
     objective = make_objective("--independent-t")
-    batch = objective.prepare(make_tokens(4000), torch.arange(4000))
-    empty = (batch.loss_weights > 0).sum(-1) == 0
+    batch = prepare(objective, make_tokens(4000), torch.arange(4000))
+    empty = (batch.targets.loss_weights > 0).sum(-1) == 0
     assert empty.any()  # about 1/(seq + 1) of the samples
-    lowest = objective.prepare(make_tokens(1), empty.nonzero()[0])
-    assert tiny_model(Full(), vocab=64, seq=SEQ)(lowest).item() == 0.0
+    lowest = prepare(objective, make_tokens(1), empty.nonzero()[0])
+    assert tiny_model(Full(), vocab=64, seq=SEQ).loss(lowest).item() == 0.0
 
 
 @pytest.mark.parametrize("ar_ratio", [1.0, 0.5])
 def test_ar_ratio_masks_the_last_tokens(ar_ratio):
-    random = make_objective().prepare(make_tokens(400), torch.arange(400)).input_ids == MASK_ID
-    last = make_objective("--ar-ratio", str(ar_ratio)).prepare(make_tokens(400), torch.arange(400)).input_ids == MASK_ID
+    random = prepare(make_objective(), make_tokens(400), torch.arange(400)).inputs.input_ids == MASK_ID
+    last = (
+        prepare(make_objective("--ar-ratio", str(ar_ratio)), make_tokens(400), torch.arange(400)).inputs.input_ids
+        == MASK_ID
+    )
     assert torch.equal(random.sum(-1), last.sum(-1))  # as many as the random draw has
     is_suffix = (last.int().diff(dim=-1) >= 0).all(-1)
     was_suffix = (random.int().diff(dim=-1) >= 0).all(-1)
@@ -123,8 +130,8 @@ def test_low_noise_scales_t_in_the_first_iterations_only():
     before = (probabilities(plain, ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
     after = (probabilities(scaled, ids) - MIN_MASK_PROB) / (1 - MIN_MASK_PROB)
     assert np.allclose(after[:24], before[:24] * 0.25) and np.array_equal(after[24:], before[24:])
-    unused = make_objective("--low-noise-iter", "3", "--low-noise-ratio", "0.25")  # without --low-noise-start
-    assert np.array_equal(probabilities(unused, ids), probabilities(plain, ids))
+    with pytest.raises(UserError, match="--low-noise-iter would have no effect; it needs --low-noise-start"):
+        make_objective("--low-noise-iter", "3")
 
 
 TRAINING_FLAGS = [
@@ -137,8 +144,8 @@ TRAINING_FLAGS = [
 @pytest.mark.parametrize("flags", TRAINING_FLAGS, ids=lambda flags: flags[0])
 def test_evaluation_noise_is_free_of_training_flags(flags):
     tokens, ids = make_tokens(24), torch.arange(24)
-    plain = make_objective().for_eval(1, 4).prepare(tokens, ids)
-    assert_same_batch(make_objective(*flags).for_eval(1, 4).prepare(tokens, ids), plain)
+    plain = prepare(make_objective().for_eval(1, 4), tokens, ids)
+    assert_same_batch(prepare(make_objective(*flags).for_eval(1, 4), tokens, ids), plain)
 
 
 @pytest.mark.parametrize("options", [{"seed": 99}, {"batch": 16}, {"batch": 3}], ids=str)
@@ -146,7 +153,7 @@ def test_evaluation_noise_does_not_depend_on_seed_or_batch(options):
     """Two runs that differ in seed and batch size must be judged by the same draws."""
     tokens, ids = make_tokens(24), torch.arange(24)
     assert_same_batch(
-        make_objective(**options).for_eval().prepare(tokens, ids), make_objective().for_eval().prepare(tokens, ids)
+        prepare(make_objective(**options).for_eval(), tokens, ids), prepare(make_objective().for_eval(), tokens, ids)
     )
 
 
@@ -167,8 +174,8 @@ def test_the_bound_equals_enumeration(stratified):
     step = 16
     objective = MaskedDiffusion(mask_token_id=5, global_batch_size=step, seed=7, stratified=stratified)
     count = 8_000
-    batch = objective.prepare(tokens.expand(count, 5).contiguous(), torch.arange(count))
-    losses = model(batch, reduction="sample").double().numpy()
+    batch = prepare(objective, tokens.expand(count, 5).contiguous(), torch.arange(count))
+    losses = model.sample_losses(batch).double().numpy()
     # Samples of one step share their start, so that steps are the independent units.
     per_step = losses.reshape(-1, step).mean(-1)
     exact = exact_bound(model, tokens[:4], 5)

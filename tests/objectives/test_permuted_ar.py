@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from objective_helpers import SEQ, assert_same_batch, make_objective, make_tokens, tiny_model
+from objective_helpers import SEQ, assert_same_batch, make_objective, make_tokens, prepare, tiny_model
 
-from megatron.model import Causal
+from megatron.model.mask import Causal
 from megatron.objectives.permuted_ar import PermutedAR
 
 FLAGS = {"uniform": ["--num-order-list", "6"], "predefined": ["--num-order-list", "6", "--use-predefined-order"]}
@@ -35,39 +35,45 @@ def test_predefined_orders_stray_further_with_their_index():
 
 def test_labels_are_the_next_tokens_of_the_order(objective):
     tokens = torch.arange(SEQ + 1).expand(40, SEQ + 1).contiguous() + 100  # token = 100 + position
-    batch = objective.prepare(tokens, torch.arange(40))
-    assert torch.equal(batch.position_ids, batch.input_ids - 100)  # a token keeps its own position
-    assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
-    whole = torch.cat((batch.input_ids, batch.labels[:, -1:]), dim=1)
+    batch = prepare(objective, tokens, torch.arange(40))
+    assert torch.equal(batch.inputs.position_ids, batch.inputs.input_ids - 100)  # a token keeps its own position
+    assert torch.equal(batch.targets.labels[:, :-1], batch.inputs.input_ids[:, 1:])
+    whole = torch.cat((batch.inputs.input_ids, batch.targets.labels[:, -1:]), dim=1)
     assert torch.equal(whole.sort(dim=-1).values, tokens)  # nothing lost, also not the last label
-    assert torch.equal(batch.loss_weights, torch.ones(40, SEQ)) and isinstance(objective.attention_mask, Causal)
+    assert torch.equal(batch.targets.loss_weights, torch.ones(40, SEQ)) and isinstance(objective.attention_mask, Causal)
 
 
 def test_samples_choose_among_the_orders_evenly(objective):
     orders = {objective.order(index, SEQ + 1)[:-1].tobytes(): index for index in range(6)}
-    batch = objective.prepare(make_tokens(3000), torch.arange(3000))
-    chosen = [orders[row.numpy().tobytes()] for row in batch.position_ids]
+    batch = prepare(objective, make_tokens(3000), torch.arange(3000))
+    chosen = [orders[row.numpy().tobytes()] for row in batch.inputs.position_ids]
     counts = np.bincount(chosen, minlength=6)
     assert ((counts - 500) ** 2 / 500).sum() < 20.5  # chi-squared with 5 degrees of freedom, 0.1 %
 
 
 def test_batches_do_not_depend_on_layout(objective):
     tokens = make_tokens(16)
-    whole = objective.prepare(tokens, torch.arange(16))
-    part = objective.prepare(tokens[[7, 3]], torch.tensor([7, 3]))
-    assert torch.equal(part.position_ids, whole.position_ids[[7, 3]]) and torch.equal(part.labels, whole.labels[[7, 3]])
+    whole = prepare(objective, tokens, torch.arange(16))
+    part = prepare(objective, tokens[[7, 3]], torch.tensor([7, 3]))
+    assert torch.equal(part.inputs.position_ids, whole.inputs.position_ids[[7, 3]]) and torch.equal(
+        part.targets.labels, whole.targets.labels[[7, 3]]
+    )
 
 
 @torch.no_grad()
 def test_one_order_is_plain_ar():
     tokens = make_tokens(4)
     model = tiny_model(Causal(), vocab=64, seq=SEQ)
-    batch = make_objective("--num-order-list", "1", objective="ar").prepare(tokens, torch.arange(4))
-    plain = make_objective(objective="ar").prepare(tokens, torch.arange(4))
-    assert torch.equal(batch.input_ids, plain.input_ids) and torch.equal(batch.labels, plain.labels)
-    moved = model.logits(batch.input_ids, position_ids=batch.position_ids, sample_ids=batch.sample_ids)
-    torch.testing.assert_close(moved, model.logits(plain.input_ids))
-    torch.testing.assert_close(model(batch), model(plain))
+    batch = prepare(make_objective("--num-order-list", "1", objective="ar"), tokens, torch.arange(4))
+    plain = prepare(make_objective(objective="ar"), tokens, torch.arange(4))
+    assert torch.equal(batch.inputs.input_ids, plain.inputs.input_ids) and torch.equal(
+        batch.targets.labels, plain.targets.labels
+    )
+    moved = model.logits(
+        batch.inputs.input_ids, position_ids=batch.inputs.position_ids, sample_ids=batch.inputs.sample_ids
+    )
+    torch.testing.assert_close(moved, model.logits(plain.inputs.input_ids))
+    torch.testing.assert_close(model.loss(batch), model.loss(plain))
 
 
 @torch.no_grad()
@@ -81,7 +87,7 @@ def test_positions_move_along_with_tokens(objective):
     assert (moved - straight).abs().max() > 1e-2  # another order is another context
     # One layer of causal attention at the last place is a sum over a set; with its own position the order is irrelevant.
     one = tiny_model(Causal(), vocab=64, seq=SEQ)
-    one.layers = one.layers[:1]
+    one.model.layers = one.model.layers[:1]
     shuffled = torch.cat((order[:, torch.randperm(SEQ - 1)], order[:, -1:]), dim=1)
     last = [
         one.logits(tokens.gather(1, o), position_ids=o, sample_ids=torch.tensor([0]))[:, -1] for o in (order, shuffled)
@@ -93,7 +99,7 @@ def test_evaluation_is_plain_ar(objective):
     tokens, ids = make_tokens(4), torch.arange(4)
     evaluated = objective.for_eval()
     assert evaluated.label == "NLL (exact)"
-    assert_same_batch(evaluated.prepare(tokens, ids), make_objective(objective="ar").prepare(tokens, ids))
+    assert_same_batch(prepare(evaluated, tokens, ids), prepare(make_objective(objective="ar"), tokens, ids))
 
 
 @pytest.mark.parametrize("flags", [["--use-order-list"], ["--use-order-list", "--num-order-list", "0"]])

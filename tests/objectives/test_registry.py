@@ -1,12 +1,24 @@
 """What holds for every objective of the registry, also for the next one."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from objective_helpers import MASK_ID, SEQ, assert_same_batch, make_config, make_objective, make_tokens, tiny_model
+from objective_helpers import (
+    MASK_ID,
+    SEQ,
+    assert_same_batch,
+    make_config,
+    make_objective,
+    make_tokens,
+    prepare,
+    tiny_model,
+)
 
 from megatron.objectives import OBJECTIVES, build_objective, evaluation_objective, needs_mask_token
 from megatron.objectives.base import BOUND, EXACT, NO_BOUND, is_exact
-from megatron.training.validation import ValidationResult
+from megatron.training.validation import likelihood_fields
 
 NEEDED = {
     "permuted_ar": ["--num-order-list", "4"],
@@ -26,28 +38,36 @@ def name(request) -> str:
 
 
 def rows(batch, ids: list[int]) -> tuple[torch.Tensor, ...]:
-    parts = [batch.input_ids, batch.labels, batch.loss_weights]
-    return tuple(part[ids] for part in ([*parts, batch.position_ids] if batch.position_ids is not None else parts))
+    parts = [batch.inputs.input_ids, batch.targets.labels, batch.targets.loss_weights]
+    return tuple(
+        part[ids] for part in ([*parts, batch.inputs.position_ids] if batch.inputs.position_ids is not None else parts)
+    )
+
+
+def test_objectives_import_no_torch():
+    """So that ``--help`` and wrong flags answer at once."""
+    program = "import sys, megatron.objectives, megatron.model.arithmetic; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
 def test_noise_is_a_function_of_sample_ids(name):
     objective, tokens = make_objective(*flags_of(name)), make_tokens(24)
     for view in (objective, objective.for_eval(1, 4)):
-        whole = view.prepare(tokens, torch.arange(24))
+        whole = prepare(view, tokens, torch.arange(24))
         for ids in ([7], [20, 3], list(range(8, 16))):
-            part = view.prepare(tokens[ids], torch.tensor(ids))
+            part = prepare(view, tokens[ids], torch.tensor(ids))
             for got, expected in zip(rows(part, list(range(len(ids)))), rows(whole, ids)):
                 assert torch.equal(got, expected)
-        assert_same_batch(whole, view.prepare(tokens, torch.arange(24)))
+        assert_same_batch(whole, prepare(view, tokens, torch.arange(24)))
 
 
 def test_evaluation_does_not_depend_on_seed_or_batch_size(name):
     tokens, ids = make_tokens(12), torch.arange(12)
     first, second = (make_objective(*flags_of(name), **o).for_eval(1, 4) for o in ({}, {"seed": 77, "batch": 5}))
-    assert_same_batch(first.prepare(tokens, ids), second.prepare(tokens, ids))
+    assert_same_batch(prepare(first, tokens, ids), prepare(second, tokens, ids))
     assert first.attention_mask == second.attention_mask
     again = first.for_eval(1, 4)  # evaluation settings of an evaluation objective are itself
-    assert_same_batch(again.prepare(tokens, ids), first.prepare(tokens, ids))
+    assert_same_batch(prepare(again, tokens, ids), prepare(first, tokens, ids))
 
 
 def test_labels_are_honest(name):
@@ -65,29 +85,31 @@ def test_training_noise_that_spoils_the_bound_is_said(flags):
 
 
 def test_the_mask_token_is_asked_for_exactly_where_it_is_used(name):
-    batch = make_objective(*flags_of(name)).prepare(make_tokens(64), torch.arange(64))
-    assert bool((batch.input_ids == MASK_ID).any()) == needs_mask_token(name)
+    batch = prepare(make_objective(*flags_of(name)), make_tokens(64), torch.arange(64))
+    assert bool((batch.inputs.input_ids == MASK_ID).any()) == needs_mask_token(name)
 
 
 def test_labels_are_tokens_and_weights_are_not_negative(name):
-    batch = make_objective(*flags_of(name)).prepare(make_tokens(16), torch.arange(16))
-    assert batch.labels.dtype == batch.input_ids.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
-    assert int(batch.labels.max()) < MASK_ID  # the mask token is never an answer
-    assert bool((batch.loss_weights >= 0).all()) and batch.normalizer == 16 * SEQ
-    assert torch.equal(batch.loss_positions, batch.loss_weights.flatten().nonzero().squeeze(-1))
+    batch = prepare(make_objective(*flags_of(name)), make_tokens(16), torch.arange(16))
+    assert (
+        batch.targets.labels.dtype == batch.inputs.input_ids.dtype == torch.int64
+        and batch.targets.loss_weights.dtype == torch.float32
+    )
+    assert int(batch.targets.labels.max()) < MASK_ID  # the mask token is never an answer
+    assert bool((batch.targets.loss_weights >= 0).all()) and batch.targets.num_tokens.sum() == 16 * SEQ
+    assert torch.equal(batch.targets.positions, batch.targets.loss_weights.flatten().nonzero().squeeze(-1))
 
 
 def test_a_training_step_gives_gradients_to_all_weights(name):
     objective = make_objective(*flags_of(name))
     model = tiny_model(objective.attention_mask, vocab=64, seq=SEQ)
-    loss = model(objective.prepare(make_tokens(8), torch.arange(8)))
+    loss = model.loss(prepare(objective, make_tokens(8), torch.arange(8)))
     loss.backward()
-    assert torch.isfinite(loss) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert torch.isfinite(loss) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.parameters())
     with torch.no_grad():
         evaluated = objective.for_eval()
-        for layer in model.layers:
-            layer.mask = evaluated.attention_mask
-        losses = model(evaluated.prepare(make_tokens(8), torch.arange(8)), reduction="sample")
+        model.mask = evaluated.attention_mask
+        losses = model.sample_losses(prepare(evaluated, make_tokens(8), torch.arange(8)))
     assert losses.shape == (8,) and torch.isfinite(losses).all()
 
 
@@ -117,6 +139,5 @@ def test_a_flag_of_another_objective_is_refused(flags):
 
 @pytest.mark.parametrize("label", [EXACT, BOUND, NO_BOUND])
 def test_only_likelihoods_have_a_perplexity(label):
-    record = ValidationResult(2.0, 0.1, label, 1, 8).record(bytes_per_token=4.0)
-    assert record["nll"] == 2.0 and record["label"] == label
+    record = likelihood_fields(2.0, label=label, bytes_per_token=4.0)
     assert (record["ppl"] is None) == (record["bits_per_byte"] is None) == (label == NO_BOUND)

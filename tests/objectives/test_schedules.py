@@ -13,11 +13,13 @@ from objective_helpers import (
     losses_under_all_masks,
     make_objective,
     make_tokens,
+    prepare,
     tiny_model,
     within_standard_errors,
 )
 
-from megatron.model import Full
+from megatron.errors import UserError
+from megatron.model.mask import Full
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import (
     MIN_MASK_PROB,
@@ -30,7 +32,7 @@ from megatron.objectives.schedules import (
     mean_mask_probability,
 )
 
-SCHEDULES = [Linear(), Cosine(), Polynomial(2.0), Polynomial(3.0), Polynomial(0.5)]
+SCHEDULES = [Linear(), Cosine(), Polynomial(2.0), Polynomial(3.0)]
 TOKENS = torch.tensor([2, 0, 4, 1, 3])
 
 
@@ -78,16 +80,16 @@ def test_the_bound_by_enumeration_does_not_depend_on_the_schedule(schedule):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", SCHEDULES[1:4], ids=str)  # a power below 1 has rare huge weights
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=str)
 def test_the_estimator_of_each_schedule_has_the_same_mean(schedule):
     model, step, count = tiny_model(Full(), vocab=8, seq=4), 16, 8_000
     objective = MaskedDiffusion(mask_token_id=5, global_batch_size=step, seed=7, schedule=schedule)
-    batch = objective.prepare(TOKENS.expand(count, 5).contiguous(), torch.arange(count))
-    per_step = model(batch, reduction="sample").double().numpy().reshape(-1, step).mean(-1)
+    batch = prepare(objective, TOKENS.expand(count, 5).contiguous(), torch.arange(count))
+    per_step = model.sample_losses(batch).double().numpy().reshape(-1, step).mean(-1)
     exact = exact_bound(model, TOKENS[:4], 5)
     assert within_standard_errors(per_step, exact)
     assert per_step.std() / len(per_step) ** 0.5 < 0.05 * exact
-    assert within_standard_errors(batch.loss_weights.double().numpy().reshape(-1, step * 4).mean(-1), 1.0)
+    assert within_standard_errors(batch.targets.loss_weights.double().numpy().reshape(-1, step * 4).mean(-1), 1.0)
 
 
 FLAGS = {
@@ -102,13 +104,27 @@ FLAGS = {
 def test_flags_choose_the_schedule(flags, schedule):
     objective = make_objective(*flags, batch=64)
     assert objective.schedule == schedule and objective.label == "NLL bound"
-    batch = objective.prepare(make_tokens(1280), torch.arange(1280))
+    batch = prepare(objective, make_tokens(1280), torch.arange(1280))
     assert objective.loss_fraction == mean_mask_probability(schedule)
-    share = (batch.input_ids == MASK_ID).float().mean().item()
+    share = (batch.inputs.input_ids == MASK_ID).float().mean().item()
     assert share == pytest.approx(objective.loss_fraction, abs=0.01)
     assert_same_batch(
-        objective.for_eval().prepare(make_tokens(8), torch.arange(8)),
-        make_objective().for_eval().prepare(make_tokens(8), torch.arange(8)),
+        prepare(objective.for_eval(), make_tokens(8), torch.arange(8)),
+        prepare(make_objective().for_eval(), make_tokens(8), torch.arange(8)),
+    )
+
+
+@pytest.mark.parametrize("power", [0.99, 0.0, -1.0, float("nan")])
+def test_powers_with_unbounded_weights_are_refused(power):
+    with pytest.raises(UserError, match="unbounded"):
+        Polynomial(power)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_weights_are_bounded(schedule):
+    assert (
+        bound_weight(schedule, np.concatenate(([0.0], np.geomspace(1e-300, 1, 10_000)))).max()
+        <= np.pi / 2 / MIN_MASK_PROB
     )
 
 
@@ -126,6 +142,7 @@ def test_build_schedule_knows_the_names():
         ["--noise-schedule-power", "2"],
         ["--noise-schedule", "cosine", "--noise-schedule-power", "2"],
         ["--noise-schedule", "polynomial", "--noise-schedule-power", "0"],
+        ["--noise-schedule", "polynomial", "--noise-schedule-power", "0.5"],
     ],
 )
 def test_a_power_without_its_schedule_is_refused(flags):

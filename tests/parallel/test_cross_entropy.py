@@ -4,8 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.model.batch import ModelBatch
-from megatron.model.loss import sample_losses, weighted_loss
 from megatron.parallel import cross_entropy
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.cross_entropy import linear_cross_entropy
@@ -93,42 +91,3 @@ def test_two_losses_on_one_graph_add_their_gradients():
     second, _ = linear_cross_entropy(hidden, weight, labels, loss_weights, ParallelContext())
     (first + 2 * second).backward()
     torch.testing.assert_close(weight.grad, reference(hidden, weight, labels, loss_weights)[3], rtol=1e-5, atol=1e-5)
-
-
-@pytest.fixture
-def batch() -> ModelBatch:
-    """[3, 4] positions; the middle sample has none in the loss, as a draw with few masks may."""
-    weights = torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 0], [0, 0.5, 0, 3]])
-    return ModelBatch.build(
-        input_ids=torch.zeros(3, 4, dtype=torch.int64),
-        labels=torch.randint(VOCAB, (3, 4), generator=torch.Generator().manual_seed(1)),
-        loss_weights=weights,
-        sample_ids=torch.arange(3),
-    )
-
-
-def test_only_weighted_positions_enter_the_loss(batch):
-    hidden, weight, *_ = make_inputs(12)
-    loss = weighted_loss((hidden.view(3, 4, HIDDEN), weight), batch.targets, ParallelContext())
-    loss.backward()
-    ce = F.cross_entropy(hidden.detach() @ weight.detach().T, batch.labels.flatten(), reduction="none").view(3, 4)
-    assert loss.item() == pytest.approx(((ce * batch.loss_weights).sum() / 12).item(), rel=1e-5)
-    assert torch.equal(hidden.grad.abs().sum(-1).view(3, 4) > 0, batch.loss_weights > 0)
-
-
-def test_sample_losses_average_to_the_loss(batch):
-    hidden, weight, *_ = make_inputs(12)
-    output = (hidden.view(3, 4, HIDDEN), weight)
-    per_sample = sample_losses(output, batch.targets, ParallelContext())
-    assert per_sample.shape == (3,) and per_sample[1] == 0
-    torch.testing.assert_close(per_sample.mean(), weighted_loss(output, batch.targets, ParallelContext()))
-
-
-def test_a_batch_with_nothing_in_the_loss(batch):
-    hidden, weight, *_ = make_inputs(12)
-    empty = ModelBatch.build(
-        input_ids=batch.input_ids, labels=batch.labels, loss_weights=torch.zeros(3, 4), sample_ids=batch.sample_ids
-    )
-    loss = weighted_loss((hidden.view(3, 4, HIDDEN), weight), empty.targets, ParallelContext())
-    loss.backward()
-    assert loss.item() == 0.0 and hidden.grad.abs().sum() == 0

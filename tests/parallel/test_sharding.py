@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from megatron.config.schema import ModelConfig
-from megatron.config.validate import fill_model
-from megatron.model import Causal, GPTModel
-from megatron.parallel.context import ParallelContext
-from megatron.parallel.sharding import ShardSpec, initial_shard, named_seed
+from megatron.config.shape import Shape
+from megatron.model.gpt import GPTModel
+from megatron.parallel.context import Axis, ParallelContext
+from megatron.parallel.sharding import ShardSpec, initial_shard, shard_of
+from megatron.randomness import named_seed
 
 SPECS = [
     ShardSpec((8, 3), 0, (8,)),
@@ -55,7 +56,7 @@ def test_seeds_differ_by_name_and_run():
 
 @pytest.mark.parametrize("swiglu", [True, False])
 def test_every_tensor_of_a_model_is_split_as_its_spec_says(swiglu):
-    config = fill_model(
+    config = Shape.of(
         ModelConfig(
             num_layers=2,
             hidden_size=16,
@@ -70,10 +71,10 @@ def test_every_tensor_of_a_model_is_split_as_its_spec_says(swiglu):
             use_rotary_position_embeddings=False,
         )
     )
-    whole = GPTModel(config, mask=Causal(), seed=7).state_dict()
-    parts = [GPTModel(config, ParallelContext(tp_rank=rank, tp_size=2), mask=Causal(), seed=7) for rank in range(2)]
-    specs = {p.canonical_name: p.shard_spec for p in parts[0].parameters()}
+    whole = GPTModel(config, seed=7).tensors()
+    parts = [GPTModel(config, ParallelContext(tp=Axis(rank, 2)), seed=7) for rank in range(2)]
+    specs = {shard.name: shard.spec for shard in map(shard_of, parts[0].parameters())}
     assert set(specs) == set(whole)
-    states = [part.state_dict() for part in parts]
+    states = [part.tensors() for part in parts]
     for name, spec in specs.items():
         assert torch.equal(spec.combine([state[name] for state in states]), whole[name]), name

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron.statistics import ValidationSums, mean_loss
+
 LABELS = {"ar": "NLL (exact)", "mdm": "NLL bound", "maskgit": "MaskGIT loss (not a likelihood bound)"}
 
 
@@ -116,3 +118,27 @@ def write_run(
     if downstream:
         (folder / "downstream.json").write_text(json.dumps(downstream))
     return folder
+
+
+def write_sums(folder: Path, *, documents: int = 40, shift: float = 0.0, halves: bool = False, draws: int = 0) -> None:
+    """Put sums a (sample, document) beside every validation of a run, and what the rows then say.
+
+    Documents have strong effects, the same in every run; ``shift`` is added to the losses of the run's report half.
+    """
+    owner = np.repeat(np.arange(documents), 24).reshape(-1, 32)
+    effects = np.random.default_rng(0).normal(0, 0.6, documents)
+    in_selection = np.arange(documents) % 2 == 0
+    (folder / "validations").mkdir()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] != "valid":
+            continue
+        rng = np.random.default_rng(row["step"])
+        loss = row["nll"] + (effects - effects.mean() + shift * ~in_selection)[owner] + rng.normal(0, 0.02, owner.shape)
+        sums = ValidationSums.of_tokens(np.arange(len(owner)), owner, loss, draws=draws)
+        sums = sums.with_halves(in_selection) if halves else sums
+        sums.save(folder / f"validations/step{row['step']:08d}.npz")
+        estimate = mean_loss(sums)
+        row.update(nll=estimate.value, nll_se=estimate.error, se_kind="documents", num_documents=documents,
+                   sums=f"validations/step{row['step']:08d}.npz")  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

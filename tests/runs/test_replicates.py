@@ -7,11 +7,13 @@ import statistics
 
 import pytest
 
-from megatron.runs.comparison import conclusion, summary_row
+from megatron.runs.comparison import summary_row
+from megatron.runs.conclusion import conclusion
 from megatron.runs.reading import load_run
 from megatron.runs.replicates import average_seeds, is_replicate
 from megatron.scaling.report import plots
 from megatron.scaling.report.page import write_report
+from megatron.scaling.report.style import count_seeds
 from runs.synthetic_runs import write_run
 
 
@@ -67,8 +69,8 @@ def test_report_shows_each_seed_and_the_mean_and_says_what_the_error_holds(seeds
 def test_panels_say_how_many_seeds(seeds, tmp_path):
     single = load_run(write_run(tmp_path / "longer", "mdm", epochs=80, seed=4))
     mean = average_seeds(seeds)
-    assert plots.count_seeds(mean) == "3 seeds"
-    assert plots.count_seeds([single]) == "1 seed"
-    assert plots.count_seeds([*mean, single]) == "1 to 3 seeds"
+    assert count_seeds(mean) == "3 seeds"
+    assert count_seeds([single]) == "1 seed"
+    assert count_seeds([*mean, single]) == "1 to 3 seeds"
     figure = plots.facets([*mean, single])
     assert figure.axes[0].get_title(loc="left") == "100k unique tokens, 1 to 3 seeds"

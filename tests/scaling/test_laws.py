@@ -19,7 +19,7 @@ from megatron.scaling.literature import (
     critical_unique_tokens,
     quokka_overfitting_epochs,
 )
-from megatron.scaling.planner import compute_optimal, critical_compute
+from megatron.scaling.predict import compute_optimal, critical_compute
 
 U_SHAPED_THETA = (1.8, 400.0, 0.34, 1500.0, 0.35, 2.0, 0.9, 0.35, 0.45)
 

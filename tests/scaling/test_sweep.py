@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -16,10 +17,13 @@ import yaml
 
 from megatron.config.cli import build_parser
 from megatron.data.indexed import IndexedDataset
+from megatron.errors import UserError
 from megatron.model.arithmetic import preset_parameters
+from megatron.objectives import OBJECTIVES
 from megatron.runs.reading import load_run
-from megatron.scaling.sweep.definition import hours, load_sweep, read_attempts, state, unmatched
+from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
 from megatron.scaling.sweep.runner import Runner, command_line, make_subsets
+from megatron.scaling.sweep.state import read_attempts, state
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, str(ROOT / "tools/sweep.py")]
@@ -101,10 +105,10 @@ def test_every_command_parses_with_the_real_flags(tmp_path):
     sweep = load_sweep(path)
     for run in sweep.runs:
         command = command_line(sweep, run)
-        assert command[:3] == ["torchrun", "--nproc-per-node", "8"]
-        assert Path(command[3]).name == ("pretrain_mdm.py" if run.objective == "mdm" else "pretrain_gpt.py")
-        assert Path(command[3]).is_file()
-        parsed = build_parser().parse_args(command[4:])
+        assert command[:5] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8"]
+        assert Path(command[5]).name == ("pretrain_mdm.py" if run.objective == "mdm" else "pretrain_gpt.py")
+        assert Path(command[5]).is_file()
+        parsed = build_parser(OBJECTIVES).parse_args(command[6:])
         assert parsed.train_epochs == run.epochs
         assert parsed.save == parsed.load == str(run.folder)
 
@@ -139,11 +143,21 @@ def test_check_finds_what_else_differs(tmp_path):
         ({"grid": {"objective": "ar", "model": ["9M"], "unique_tokens": [100], "epochs": [1]}}, "neither a preset"),
         ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100, 100], "epochs": [1]}}, "twice"),
         ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100], "epochs": [0]}}, "must be positive"),
+        (
+            {"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100], "epochs": [math.nan]}},
+            "must be positive",
+        ),
+        ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": ["many"], "epochs": [1]}}, "must be positive"),
+        (
+            {"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100], "epochs": ["x FLOPs"]}},
+            "must be positive",
+        ),
+        ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100], "epochs": [1], "seed": [-5]}}, "from 0"),
         ({"grid": {"objective": "ar"}}, "lacks epochs, model, unique_tokens"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_sweep(write_sweep(tmp_path, **changes))
 
 
@@ -284,7 +298,7 @@ def test_status_and_unknown_selection(tmp_path):
         [*PROGRAM, str(path), "run", "--only", "nothing"], capture_output=True, text=True, timeout=120
     )
     assert failed.returncode == 2
-    assert "no run matches" in failed.stderr
+    assert "--only nothing; no run has such a name" in failed.stderr
 
 
 def test_the_example_sweep_is_valid_and_matched():
@@ -292,7 +306,7 @@ def test_the_example_sweep_is_valid_and_matched():
     assert len(sweep.runs) == 44
     assert unmatched(sweep.runs) == []
     for run in sweep.runs:
-        build_parser().parse_args(command_line(sweep, run)[2:])
+        build_parser(OBJECTIVES).parse_args(command_line(sweep, run)[2:])
     assert hours(sum(run.flops for run in sweep.runs), sweep.price) is not None
 
 
@@ -310,3 +324,26 @@ def test_missing_subsets_are_cut_once_from_the_source(tmp_path):
     too_large = load_sweep(write_sweep(tmp_path, data=data, grid={**grid, "unique_tokens": [10**6]}))
     with pytest.raises(ValueError, match="no subset of 1000000 tokens"):
         make_subsets(too_large, too_large.runs, said.append)
+
+
+def test_a_subset_that_another_task_cuts_is_waited_for(tmp_path):
+    """Tasks of one array start together; all but the first wait, and none cuts again."""
+    source = str(ROOT / "tests/golden/data/rand_text_document")
+    data = {"source": source, "directory": str(tmp_path / "subsets")}
+    grid = {"objective": ["ar"], "model": ["7M"], "unique_tokens": [4000], "epochs": [1]}
+    path = write_sweep(tmp_path, data=data, grid=grid)
+    code = (
+        "import sys; from pathlib import Path; from megatron.scaling.sweep.definition import load_sweep\n"
+        "from megatron.scaling.sweep.runner import make_subsets\n"
+        "sweep = load_sweep(Path(sys.argv[1])); make_subsets(sweep, sweep.runs)"
+    )
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for _ in range(3)
+    ]
+    endings = [(task.communicate(timeout=120), task.returncode) for task in tasks]
+    assert [status for _, status in endings] == [0, 0, 0], endings
+    said = "".join(output for (output, _), _ in endings)
+    assert said.count("cutting 4,000 tokens") == 1

@@ -126,7 +126,8 @@ def test_check_names_versions_and_fallbacks() -> None:
 
 def test_check_fails_on_a_missing_package(tmp_path: Path) -> None:
     """A copy of the repository whose setup.py asks for what no one has."""
-    for name in ("install.sh", "setup.py", "tools/check_environment.py"):
+    tool = [f"tools/{name}.py" for name in ("__init__", "_run", "check_environment")]
+    for name in ("install.sh", "setup.py", "megatron/__init__.py", "megatron/errors.py", *tool):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
     setup = (tmp_path / "setup.py").read_text().replace('"numpy>=1.26"', '"numpy>=1.26", "no-such-package>=3"')
@@ -141,7 +142,7 @@ def test_check_fails_on_a_missing_package(tmp_path: Path) -> None:
     [
         (["--nonsense"], {}, "unknown option --nonsense"),
         (["--with"], {}, "--with has no value"),
-        (["--with", "nonsense"], {}, "--with nonsense: the choices are eval, logging, test, apex, flash-attn, liger"),
+        (["--with", "nonsense"], {}, "--with nonsense; the choices are eval, logging, test, apex, flash-attn, liger"),
         ([], {"VIRTUAL_ENV": "/nonexistent"}, "VIRTUAL_ENV is /nonexistent, which has no bin/python"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import parse
+from megatron.objectives import parse
 
 FLAGS = Path(__file__).resolve().parents[1] / "golden/facts/launch_flags.txt"
 # These belong to the downstream evaluation program.
@@ -33,7 +33,7 @@ EXPECTED: dict[str, tuple[list[str], str, object]] = {
     "--deepspeed": ([], "parallel.deepspeed", True),
     "--deepspeed_config": (["{tmp}"], "parallel.deepspeed_config", "{tmp}"),
     "--disable-bias-linear": ([], "model.disable_bias_linear", True),
-    "--eval-interval": (["7"], "run.eval_interval", 7),
+    "--eval-interval": (["7", "--valid-data-path", "/v"], "run.eval_interval", 7),
     "--eval-iters": (["9"], "run.eval_iters", "9"),
     "--global-batch-size": (["16"], "run.global_batch_size", 16),
     "--hidden-size": (["128"], "model.hidden_size", 128),
@@ -90,18 +90,41 @@ EXPECTED: dict[str, tuple[list[str], str, object]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--use-order-list", "True", "--num-order-list", "4"], "permuted_ar"),
+        (["--num-order-list", "0"], "ar"),  # off
+        (["--num-order-list", "4"], "permuted_ar"),
+        (["--randmask-ratio", "0.5"], "masked_attention_ar"),
+    ],
+)
+def test_published_forms_choose_the_objective(flags: list[str], expected: str) -> None:
+    assert parse([*SHAPE, *flags], objective="ar").objective.objective == expected
+
+
+def test_low_noise_start_alone_means_what_the_reference_means() -> None:
+    """1,000 iterations, ratio 0.5 (FACTS section 9)."""
+    from megatron.objectives import build_objective
+
+    config = parse([*SHAPE, "--low-noise-start", "--global-batch-size", "4", "--mask-token-id", "500"], objective="mdm")
+    objective = build_objective(config)
+    assert (objective.low_noise_samples, objective.low_noise_ratio) == (4000, 0.5)  # type: ignore[attr-defined]
+
+
 def test_table_covers_the_published_flags() -> None:
     assert set(FLAGS.read_text().split()) == set(EXPECTED) | DOWNSTREAM
 
 
 @pytest.mark.parametrize("flag", sorted(EXPECTED))
-def test_published_flag_sets_its_field(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_flag_sets_its_field(flag: str, tmp_path: Path) -> None:
     values, name, expected = EXPECTED[flag]
     settings = tmp_path / "deepspeed.json"
     settings.write_text("{}")
     values = [value.replace("{tmp}", str(settings)) for value in values]
-    monkeypatch.setenv("WORLD_SIZE", "2")  # the parallel sizes above
-    config = parse([*SHAPE, flag, *values], objective="mdm" if flag == "--ar-ratio" else "ar")
+    # Two processes, for the parallel sizes above.
+    config = parse([*SHAPE, flag, *values], objective="mdm" if flag == "--ar-ratio" else "ar", world_size=2)
     section, field = name.split(".")
-    value = getattr(getattr(config, section), field)
+    own = config.objective.options
+    value = own[field] if section == "objective" else getattr(getattr(config, section), field)
     assert value == (str(settings) if expected == "{tmp}" else expected)

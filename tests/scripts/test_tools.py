@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *ROOT.glob("pretrain_*.py")])
+TOOLS = sorted((ROOT / "tools").glob("[!_]*.py"))
+PROGRAMS = sorted([*TOOLS, *ROOT.glob("pretrain_*.py")])
 TINY = [
     "--num-layers",
     "1",
@@ -26,10 +28,12 @@ TINY = [
 ]
 
 
-def run(program: Path, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def run(
+    program: Path, *flags: str, cwd: Path, options: Sequence[str] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the figures below are those of a CPU
-    command = [sys.executable, str(program), *flags]
+    command = [sys.executable, *options, str(program), *flags]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
 
 
@@ -40,6 +44,64 @@ def test_help(program: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("usage: ")
     assert program.stem in done.stdout.splitlines()[0]
     assert list(tmp_path.iterdir()) == []
+
+
+# Tool → arguments that its own argparse takes and that are wrong all the same.
+WRONG = {
+    "benchmark": ["--no-such-flag"],
+    "check_environment": ["--with", "nothing"],
+    "compare_estimators": ["--load", "absent", "--text", "absent", "--answer-tokens", "4,many"],
+    "convert_checkpoint": ["to-hf", "absent", "out"],
+    "download": ["--ar-checkpoints"],
+    "evaluate_downstream": ["--task_list", "arc_easy"],
+    "fit_laws": ["absent"],
+    "generate": ["--load", "absent"],
+    "inspect_data": ["absent"],
+    "make_sample_corpus": ["--output-dir", "out", "--validation-fraction", "7"],
+    "make_subset": ["--input", "absent", "--output", "out", "--documents", "3"],
+    "plan": ["--unique-tokens", "1e8", "--flops", "1e20", "--mfu", "7"],
+    "preprocess_data": ["--input", "absent.jsonl", "--output-prefix", "out"],
+    "push_to_hub": ["absent", "me/model"],
+    "report": ["absent"],
+    "sweep": ["absent.yaml", "list"],
+    "train_tokenizer": ["--input", "absent.jsonl", "--output", "out"],
+}
+
+
+@pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.stem)
+def test_wrong_input_is_one_line_and_status_2(program: Path, tmp_path: Path) -> None:
+    done = run(program, *WRONG[program.stem], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.stem)
+def test_a_fault_of_the_program_keeps_its_traceback(program: Path, tmp_path: Path) -> None:
+    """A ValueError of ours is no excuse: argparse is broken from outside, as a bug of the tool would be."""
+    breaking = "import argparse\ndef broken(*a, **k): raise ValueError('a bug')\n"
+    breaking += "argparse.ArgumentParser.parse_known_args = broken\n"
+    (tmp_path / "sitecustomize.py").write_text(breaking)
+    done = run(program, "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ValueError: a bug\n")
+
+
+@pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.stem)
+def test_without_the_environment_one_line_says_how_to_reach_it(program: Path, tmp_path: Path) -> None:
+    """An interpreter that sees no installed package: any python3 of the system."""
+    if program.stem == "benchmark":
+        pytest.skip("it measures torch, which it imports first")
+    done = run(program, *WRONG[program.stem], cwd=tmp_path, options=["-S"])
+    if done.returncode == 2:  # the mistake was found before a package was needed
+        assert "Traceback" not in done.stderr
+        return
+    assert done.returncode == 1, done.stderr
+    assert " has no package " in done.stderr
+    assert "source .venv/bin/activate, or bash install.sh" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_benchmark_measures_and_writes_json(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 from layouts import jobs
 from layouts.pool import Process, WorkerPool
 
-from megatron.checkpoint.files import checkpoint_tags, find_checkpoint
+from megatron.checkpoint.files import tag_folders
+from megatron.checkpoint.select import select
 
 STEPS = 12
 
@@ -24,7 +25,8 @@ def main_with_small_files(limit: int, argv: list[str]) -> int:
 
 def assert_intact(run_dir: Path, step: int) -> None:
     """The newest checkpoint is that of ``step``, and its checksums are right."""
-    assert find_checkpoint(run_dir) == (run_dir / f"global_step{step}", [])
+    found = select(run_dir)
+    assert (found.tag, found.skipped) == (run_dir / f"global_step{step}", ())
     assert (run_dir / "latest").read_text() == f"global_step{step}"
     assert not list(run_dir.glob("*.saving"))
 
@@ -35,7 +37,7 @@ def test_file_that_cannot_be_finished(pools: Callable[[int], WorkerPool], token_
     pools(1).run(jobs.train, "mdm", jobs.flags(token_files, expected, **options))
     options["load"] = run_dir
     first = jobs.flags(token_files, run_dir, **{**options, "exit_duration_in_mins": 1e-6})
-    assert Process(jobs.run_main, "mdm", first).wait() == 0  # a checkpoint of step 1
+    assert Process(jobs.run_main, "mdm", first).wait() == 75  # stopped, with a checkpoint of step 1
     argv = jobs.flags(token_files, run_dir, **options)
     process = Process(main_with_small_files, 500_000, argv)
     assert process.wait() == 1, process.output
@@ -68,5 +70,5 @@ def test_disk_without_room(token_files: Path, small_disk: Path) -> None:
     assert process.wait() == 1, process.output
     assert "global_step12 could not be written" in process.output and "No space left" in process.output
     assert "Traceback" not in process.output
-    assert [tag.name for tag in checkpoint_tags(run_dir)] == ["global_step8", "global_step4"]
+    assert [tag.name for tag in tag_folders(run_dir)] == ["global_step8", "global_step4"]
     assert_intact(run_dir, 8)

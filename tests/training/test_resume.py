@@ -21,8 +21,9 @@ import pytest
 from layouts import jobs
 from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
-from megatron.checkpoint.files import KINDS, checkpoint_tags, find_checkpoint
+from megatron.checkpoint.files import tag_folders
 from megatron.checkpoint.reader import CheckpointReader
+from megatron.checkpoint.select import select
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -61,8 +62,8 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     """Equal metrics, and equal tensors in the last checkpoint."""
     assert metrics(run_dir) == metrics(reference)
     ours, theirs = (CheckpointReader(folder / f"global_step{STEPS}") for folder in (run_dir, reference))
-    for kind in KINDS:
-        assert all(ours.tensor(name, kind).equal(theirs.tensor(name, kind)) for name in theirs.names), kind
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        assert all(ours.tensor(name, kind).equal(theirs.tensor(name, kind)) for name in theirs.specs), kind
 
 
 def resume(pools: Callable[[int], WorkerPool], tokens: Path, run_dir: Path, size: int = 1, **changes: Any) -> str:
@@ -143,16 +144,16 @@ def test_torchrun_with_a_killed_worker_resumes_bit_for_bit(
 
 def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     """``main()`` that kills itself at one moment of saving one step."""
-    from megatron.checkpoint import writer as checkpoint
+    from megatron.checkpoint import files as checkpoint
     from megatron.training.main import main
 
-    save_file, write_atomically = checkpoint.save_file, checkpoint.write_atomically
+    save_file, replace_file, replace = checkpoint.save_file, checkpoint.replace_file, os.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_shard(tensors: Any, path: Path) -> None:
-        save_file(tensors, path)
+    def save_shard(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
         if f"global_step{step}." in str(path):
             if moment == "in the middle of a shard":
                 os.truncate(path, os.path.getsize(path) // 2)
@@ -162,17 +163,22 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     def write(path: Path, text: str) -> None:
         is_manifest = path.name == "manifest.json" and f"global_step{step}." in str(path)
         if is_manifest and moment == "in the middle of the manifest":
-            path.with_name("manifest.json.tmp").write_text(text[:100])
+            path.with_name(".manifest.json.1.tmp").write_text(text[:100])
             die()
-        if path.name == "latest" and text == f"global_step{step}" and moment == "before latest moves":
-            die()
-        write_atomically(path, text)
+        replace_file(path, text)
         if is_manifest and moment == "after the manifest":
             die()
 
+    def move(source: Path, target: Path) -> None:
+        is_pointer = Path(target).name == "latest" and Path(source).read_text() == f"global_step{step}"
+        if is_pointer and moment == "before latest moves":
+            die()
+        replace(source, target)
+
     with (
         mock.patch.object(checkpoint, "save_file", save_shard),
-        mock.patch.object(checkpoint, "write_atomically", write),
+        mock.patch.object(os, "replace", move),
+        mock.patch.object(checkpoint, "replace_file", write),
     ):
         return main("mdm", argv)
 
@@ -194,7 +200,8 @@ def test_killed_while_saving_loses_no_checkpoint(
     argv = jobs.flags(token_files, run_dir, **options(token_files))
     process = Process(train_and_die_while_saving, 10, moment, argv)
     assert process.wait() == -signal.SIGKILL, process.output
-    assert find_checkpoint(run_dir) == (run_dir / f"global_step{survivor}", [])
+    found = select(run_dir)
+    assert (found.tag, found.skipped) == (run_dir / f"global_step{survivor}", ())
     assert (run_dir / "latest").read_text() == "global_step5"
     assert f"continuing at step {survivor}" in resume(pools, token_files, run_dir)
     assert_same_run(run_dir, straight)
@@ -249,7 +256,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     assert Process(train_and_die_while_saving, 15, "after a shard", argv).wait() == -signal.SIGKILL
     complaint = damage(run_dir / "global_step10")
     output = resume(pools, token_files, run_dir)
-    assert "warning: skipped damaged checkpoints: global_step10 (shard-00000.safetensors" in output
+    assert "warning: skipped checkpoints: global_step10 (shard-00000.safetensors" in output
     assert complaint in output and "continuing at step 5" in output
     assert_same_run(run_dir, straight)
 
@@ -281,7 +288,7 @@ STOPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("stop", list(STOPS))
-def test_a_stopped_run_saves_exits_with_0_and_resumes(
+def test_a_stopped_run_saves_exits_with_75_and_resumes(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, straight: Path, stop: str
 ) -> None:
     run_dir = tmp_path / "run"
@@ -295,8 +302,8 @@ def test_a_stopped_run_saves_exits_with_0_and_resumes(
             (tmp_path / "STOP").touch()
         else:
             process.signal(signal.Signals[stop])
-    assert process.wait() == 0, process.output
-    (tag,) = checkpoint_tags(run_dir)
+    assert process.wait() == 75, process.output
+    (tag,) = tag_folders(run_dir)
     step = int(tag.name.removeprefix("global_step"))
     assert step == 1 if stop == "duration" else 6 <= step < STEPS
     assert f"stopped by {reason}" in process.output
@@ -307,15 +314,15 @@ def test_a_stopped_run_saves_exits_with_0_and_resumes(
 
 def train_with_validation(results: list[float], argv: list[str]) -> jobs.Trace:
     """Training whose validations give these losses."""
-    from megatron.training import program
-    from megatron.training.validation import ValidationResult
+    from megatron.training.validation import Validator
 
-    queue = iter(results)
+    queue, original = iter(results), Validator.measure
 
-    def evaluate(*_: Any, **__: Any) -> ValidationResult:
-        return ValidationResult(next(queue), 0.1, "NLL bound", 1, 8)
+    def measure(self: Any, stop: Any = None) -> Any:
+        fields, sums = original(self, stop)
+        return {**fields, "nll": next(queue)}, sums
 
-    with mock.patch.object(program, "evaluate", evaluate):
+    with mock.patch.object(Validator, "measure", measure):
         return jobs.train("mdm", argv)
 
 
@@ -326,12 +333,12 @@ def test_keep_last_keeps_the_newest_and_the_best(
     changes = {"train_iters": 12, "save_interval": 2, "eval_interval": 2, "keep_last": 2}
     argv = jobs.flags(token_files, run_dir, **options(token_files, **changes))
     pools(1).run(train_with_validation, [6.0, 5.0, 5.5, 5.0, 7.0, 8.0], argv)
-    assert {tag.name for tag in checkpoint_tags(run_dir)} == {"global_step4", "global_step10", "global_step12"}
-    assert sorted(run_dir.glob("global_step*")) == sorted(checkpoint_tags(run_dir))
+    assert {tag.name for tag in tag_folders(run_dir)} == {"global_step4", "global_step10", "global_step12"}
+    assert sorted(run_dir.glob("global_step*")) == sorted(tag_folders(run_dir))
     assert json.loads((run_dir / "best.json").read_text())["step"] == 4
     assert [step for step, record in jobs.records(run_dir, "valid").items() if record["best"]] == [2, 4]
     # A resumed run still knows the best one, and does not mistake its own first validation for it.
     argv = jobs.flags(token_files, run_dir, load=run_dir, **options(token_files, **{**changes, "train_iters": 16}))
     pools(1).run(train_with_validation, [5.2, 5.1], argv)
-    assert {tag.name for tag in checkpoint_tags(run_dir)} == {"global_step4", "global_step14", "global_step16"}
+    assert {tag.name for tag in tag_folders(run_dir)} == {"global_step4", "global_step14", "global_step16"}
     assert json.loads((run_dir / "best.json").read_text())["step"] == 4

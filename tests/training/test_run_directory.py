@@ -17,7 +17,8 @@ from layouts.pool import Process, WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
-from megatron.training.reporting import MetricsLog, Progress, format_seconds
+from megatron.runs.record import TrainRow, ValidRow
+from megatron.training.reporting import MetricsLog, Screen, format_seconds
 
 NUMBER = (int, float)
 RUN_JSON: dict[str, Any] = {
@@ -111,9 +112,9 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     config = config_from_dict({})
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"kind": kind, "step": step}) for step in (1, 2, 3, 4) for kind in ("train", "valid")]
-    path.write_text("\n".join(lines) + "\n" + lines[-1][:9])
-    log = MetricsLog(tmp_path, config, resume_step=3)
-    log.write({"kind": "train", "step": 4, "loss": float("nan"), "grad_norm": float("inf"), "tokens": 1})
+    path.write_bytes(("\n".join(lines) + "\n").encode() + b"\xff\n[1]\n{}\n" + lines[-1][:9].encode())
+    log = MetricsLog(tmp_path, config, last_step=3)
+    log.write(train_row(step=4, loss=float("nan"), grad_norm=float("inf")))
     log.close()
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["kind"], line["step"]) for line in found] == [
@@ -123,24 +124,30 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert (found[-1]["loss"], found[-1]["grad_norm"]) == (None, None)  # JSON has no NaN
 
 
-def test_a_fresh_start_does_not_append_to_an_old_run(
+def test_a_folder_that_holds_a_run_is_refused_or_replaced(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
-    for steps in (4, 2):
-        pools(1).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path, train_iters=steps))
-    assert list(jobs.records(tmp_path)) == [1, 2]
+    run_dir = tmp_path / "run"
+    for steps, changes, status in ((4, {}, 0), (2, {}, 2), (2, {"overwrite": True}, 0)):
+        argv = jobs.flags(token_files, run_dir, train_iters=steps, **changes)
+        assert pools(1).run(jobs.train, "mdm", argv)[0].status == status
+        if status == 2:
+            assert f"--save {run_dir} holds a run already" in pools(1).output(0)
+    assert list(jobs.records(run_dir)) == [1, 2] and not (run_dir / "global_step4").exists()
 
 
-def train_record(**changes: Any) -> dict[str, Any]:
-    return {"step": 50, "epoch": 1.234, "loss": 3.21987, "lr": 1.5e-4, "grad_norm": 0.4567, "mfu": None,
-            "tokens_per_second": 12345.6, "skipped_steps": 0, **changes}  # fmt: skip
+def train_row(**changes: Any) -> TrainRow:
+    values = {"step": 50, "samples": 1, "tokens": 1, "epoch": 1.234, "flops": 1.0, "loss": 3.21987, "lr": 1.5e-4,
+              "grad_norm": 0.4567, "seconds": 1.0, "step_seconds": 1.0, "batch_size": 1, "tokens_per_second": 12345.6,
+              "tflops": 1.0, "mfu": None, "skipped_steps": 0, **changes}  # fmt: skip
+    return TrainRow(**values)
 
 
 def test_progress_lines_read_well(capsys: pytest.CaptureFixture) -> None:
-    progress = Progress(total_steps=1000, first_step=0, enabled=True)
-    progress.train_line(train_record())
-    progress.train_line(train_record(step=1000, mfu=0.512, skipped_steps=3))
-    Progress(total_steps=1000, first_step=0, enabled=False).train_line(train_record())
+    screen = Screen(total_steps=1000, first_step=0, enabled=True)
+    screen.train_line(train_row())
+    screen.train_line(train_row(step=1000, mfu=0.512, skipped_steps=3))
+    Screen(total_steps=1000, first_step=0, enabled=False).train_line(train_row())
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(
         "step   50/1000 | epoch 1.23 | loss 3.2199 | lr 1.50e-04 | grad norm 0.457 | 12,346 tokens/s | "
@@ -161,11 +168,12 @@ def test_progress_lines_read_well(capsys: pytest.CaptureFixture) -> None:
 def test_validation_lines_name_what_they_measure(
     capsys: pytest.CaptureFixture, changes: dict[str, Any], expected: str
 ) -> None:
-    record = {"step": 7, "label": "NLL bound", "num_mc": 4, "nll": 3.5, "nll_se": 0.0125, "ppl": 33.115, "best": True,
-              "bits_per_byte": None, **changes}  # fmt: skip
-    Progress(total_steps=10, first_step=0, enabled=True).valid_line(record)
+    values = {"step": 7, "samples": 1, "tokens": 1, "epoch": 1.0, "flops": 1.0, "label": "NLL bound", "num_mc": 4, "nll": 3.5,
+              "nll_se": 0.0125, "ppl": 33.115, "best": True, "num_samples": 8, "bits_per_byte": None, **changes}  # fmt: skip
+    row = ValidRow(**values)
+    Screen(total_steps=10, first_step=0, enabled=True).valid_line(row)
     line = capsys.readouterr().out.strip()
-    assert expected in line and line.endswith("(best)") == record["best"]
+    assert expected in line and line.endswith("(best)") == row.best
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(44.6, "45 s"), (725, "12:05 min"), (12010, "3:20 h")])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from layouts import jobs
 from layouts.pool import ENVIRONMENT, Process, WorkerPool
@@ -47,6 +48,18 @@ def test_truncated_tokens(token_files: Path, tmp_path: Path, kind: str) -> None:
     assert f"{kind}.bin has {size - 10} bytes" in message and str(size) in message and "truncated" in message
 
 
+def test_ids_beyond_the_vocabulary_name_the_file(token_files: Path, tmp_path: Path) -> None:
+    largest = max(int(np.fromfile(token_files / "valid.bin", np.uint16).max()), 300)
+    argv = jobs.flags(token_files, tmp_path / "run", valid_data_path=token_files / "valid", vocab_size=largest)
+    message = refused(argv)
+    assert ".bin holds the id" in message and f"ids must be below the size of the vocabulary, {largest}" in message
+
+
+def test_verification_is_refused_where_nothing_was_recorded(token_files: Path, tmp_path: Path) -> None:
+    message = refused([*jobs.flags(token_files, tmp_path / "run"), "--verify-data"])
+    assert "records no digests" in message and "--record" in message
+
+
 RULES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "batch": (
         {"global_batch_size": 9, "micro_batch_size": 2},
@@ -61,7 +74,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "warm-up": ({"lr_warmup_samples": 100}, ["warm-up of 100 samples leaves nothing of the 80"]),
     "objective": ({"objective": "mdn"}, ["--objective 'mdn'", "mdm"]),
     "preset": ({"model": "7b"}, ["--model '7b' is not a preset", "7M"]),
-    "load tag": ({"load_tag": "latest"}, ["--load-tag without --load", "pass --load"]),
+    "load tag": ({"load_tag": "latest"}, ["--load-tag would have no effect", "it needs --load"]),
     "flag of another objective": ({"randmask_ratio": 0.5}, ["--randmask-ratio with objective mdm"]),
     "settings file": ({"deepspeed_config": "/nowhere.json"}, ["/nowhere.json does not exist"]),
 }

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.data.tokenizer_types import GPT2_EOD, FastTokenizer, hf_tokenizer
 from megatron.errors import UserError
+from megatron.files import replace_file, replace_folder
 
 MIN_VOCAB = 257  # every byte and the end-of-document token
 
@@ -18,8 +16,9 @@ MIN_VOCAB = 257  # every byte and the end-of-document token
 def train_bpe(texts: Iterable[str], *, vocab_size: int, folder: str | Path) -> FastTokenizer:
     """Train a GPT-2-style byte-level BPE and save it as a Hugging Face tokenizer folder.
 
-    The folder (tokenizer.json, tokenizer_config.json) appears complete or not at all; an older one is replaced. The end
-    of a document is ``<|endoftext|>``, id 0. Small texts may give fewer ids than asked for.
+    A new folder (tokenizer.json, tokenizer_config.json) appears complete or not at all; in one that holds a tokenizer.json
+    these two files are replaced, and nothing else is touched. The end of a document is ``<|endoftext|>``, id 0. Small texts
+    may give fewer ids than asked for.
 
     Args:
         texts: training texts.
@@ -52,16 +51,16 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int, folder: str | Path) -> F
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".tmp", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        backend.save(str(temporary / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": GPT2_EOD, "unk_token": GPT2_EOD}
-        (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": GPT2_EOD, "unk_token": GPT2_EOD}
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(settings, indent=1) + "\n",
+    }
+    if folder.exists() and any(folder.iterdir()):  # what else lies there, such as a model, is not ours
+        for name, text in files.items():
+            replace_file(folder / name, text)
+    else:
+        with replace_folder(folder) as fresh:
+            for name, text in files.items():
+                (fresh / name).write_text(text, encoding="utf-8")
     return hf_tokenizer(str(folder))

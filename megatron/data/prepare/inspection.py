@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.indexed import IndexedDataset, read_meta
+from megatron.data.identity import digest_problems
+from megatron.data.indexed import IndexedDataset, read_meta, write_meta
+from megatron.errors import UserError
+from megatron.files import sha256_of
 
 
 def inspect(
@@ -28,14 +31,15 @@ def inspect(
         what is wrong, as sentences; empty for an intact data set.
 
     Raises:
-        ValueError: the files cannot be opened as a data set at all.
+        UserError: the files cannot be opened as a data set at all.
     """
     data = IndexedDataset(prefix)
     meta = read_meta(prefix) or {}
     vocab_size = meta.get("vocab_size") if vocab_size is None else vocab_size
     eod_id = meta.get("eod_id") if eod_id is None else eod_id
     sizes = np.asarray(data.sizes, np.int64)
-    problems = _index_problems(data, sizes) + _meta_problems(data, meta)
+    problems = _index_problems(sizes) + _meta_problems(data, meta)
+    problems += digest_problems(data.prefix, meta.get("digests") or {})
     report: dict[str, Any] = {
         "prefix": data.prefix,
         "tokens_per_epoch": data.num_tokens,
@@ -45,17 +49,14 @@ def inspect(
         "length": _lengths(sizes),
         "histogram": histogram(sizes),
     }
-    readable = not any("negative" in problem or "pointer" in problem for problem in problems)
-    largest, ends, repeated, repeated_tokens = (
-        _read_all(data, sizes, duplicates) if readable else (None, None, None, None)
-    )
+    largest, ends, repeated, repeated_tokens = _read_all(data, sizes, duplicates)
     report["largest_id"] = largest
-    ending = int((ends == eod_id).sum()) if ends is not None and eod_id is not None else None
+    ending = int((ends == eod_id).sum()) if eod_id is not None else None
     report["documents_ending_in_eod"] = ending
     report["duplicate_documents"], report["duplicate_tokens"] = repeated, repeated_tokens
     text_bytes = meta.get("text_bytes")
     report["text_bytes_per_token"] = text_bytes / data.num_tokens if text_bytes and data.num_tokens else None
-    if vocab_size is not None and largest is not None and largest >= vocab_size:
+    if vocab_size is not None and largest >= vocab_size:
         problems.append(f"the largest id is {largest}, the vocabulary has {vocab_size}")
     if ending is not None and meta.get("append_eod") and ending != len(sizes):
         problems.append(
@@ -63,6 +64,19 @@ def inspect(
         )
     report["problems"] = problems
     return report
+
+
+def record(report: dict[str, Any]) -> None:
+    """Add what :func:`inspect` found to PREFIX.meta.json: documents, tokens, the largest id and the digests of the files.
+
+    For published data and those of older versions; damaged data are refused.
+    """
+    prefix = report["prefix"]
+    if report["problems"]:
+        raise UserError(f"{prefix} is damaged", "only intact data are recorded", "mend it or make it again")
+    found = {"documents": report["documents"], "tokens": report["tokens_per_epoch"], "largest_id": report["largest_id"]}
+    digests = {part: sha256_of(f"{prefix}.{part}") for part in ("bin", "idx")}
+    write_meta(prefix, {"format": 1, **(read_meta(prefix) or {}), **found, "digests": digests})
 
 
 def histogram(sizes: np.ndarray) -> list[list[int]]:
@@ -97,26 +111,11 @@ def _lengths(sizes: np.ndarray) -> dict[str, float]:
     }
 
 
-def _index_problems(data: IndexedDataset, sizes: np.ndarray) -> list[str]:
-    """Check sizes, pointers and the document list against each other."""
-    problems = []
-    pointers = np.asarray(data.pointers, np.int64)
+def _index_problems(sizes: np.ndarray) -> list[str]:
+    """Say what is odd about the sizes; that pointers and sizes agree was checked on opening."""
     if len(sizes) == 0:
         return ["there are no documents"]
-    if (sizes < 0).any():
-        problems.append(f"{int((sizes < 0).sum())} documents have a negative size")
-    expected = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[:-1] * data.dtype.itemsize)])
-    wrong = np.flatnonzero(pointers != expected)
-    if len(wrong):
-        problems.append(
-            f"{len(wrong)} pointers are not where the sizes put them, the first at document {int(wrong[0])}"
-        )
-    if (sizes == 0).any():
-        problems.append(f"{int((sizes == 0).sum())} documents are empty")
-    starts = np.asarray(data.doc_idx)
-    if len(starts) == 0 or starts[0] != 0 or starts[-1] != len(sizes) or (np.diff(starts) < 0).any():
-        problems.append(f"the document list does not run from 0 to {len(sizes)}")
-    return problems
+    return [f"{int((sizes == 0).sum())} documents are empty"] if (sizes == 0).any() else []
 
 
 def _meta_problems(data: IndexedDataset, meta: dict[str, Any]) -> list[str]:

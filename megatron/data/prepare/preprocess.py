@@ -8,7 +8,6 @@ batches per worker are in flight, so memory stays small for inputs of any size.
 from __future__ import annotations
 
 import collections
-import json
 import os
 import sys
 import threading
@@ -24,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron.data.identity import tokenizer_fingerprint
 from megatron.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron.data.prepare.readers import Batch, Source, read_batches
+from megatron.data.prepare.rows import parse_row
 from megatron.data.tokenizer import Tokenizer, portable_spec, tokenizer_from_spec
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError
 
 _IN_FLIGHT = 4  # batches per worker
 _SHOWN_ERRORS = 20
@@ -129,32 +130,6 @@ class BatchEncoder:
         encoded.sizes.append(sizes)
 
 
-def parse_row(raw: Any, unit: str, keys: Sequence[str]) -> list[str] | None:
-    """Return the text of each key; None for a blank line. Raises ValueError for a malformed row."""
-    if unit == "document":
-        return [_checked(raw.decode("utf-8"), "text")] + [""] * (len(keys) - 1)
-    if isinstance(raw, bytes):
-        if not raw.strip():
-            return None
-        raw = json.loads(raw.decode("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError(f"a JSON {type(raw).__name__}, not an object")
-    return [_checked(_entry(raw, key), key) for key in keys]
-
-
-def _entry(row: dict[str, Any], key: str) -> Any:
-    if key not in row:
-        raise ValueError(f"no key {key!r} (found: {', '.join(map(str, list(row)[:5])) or 'none'})")
-    return row[key]
-
-
-def _checked(text: Any, key: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{key!r} is {type(text).__name__}, not text")
-    text.encode("utf-8")  # a lone surrogate, which JSON can spell, is no text: UnicodeEncodeError is a ValueError
-    return text
-
-
 def preprocess(
     sources: Sequence[Source],
     tokenizer: Tokenizer,
@@ -168,7 +143,7 @@ def preprocess(
 
     Raises:
         ValueError: ``append_eod`` without an end-of-document id; nothing to write; unreadable input.
-        MalformedInput: too many malformed rows.
+        UserError: too many malformed rows.
     """
     if options.append_eod and tokenizer.eod_id is None:
         raise UserError(
@@ -193,7 +168,7 @@ def preprocess(
                 summary.documents[key], summary.tokens[key] = writer.num_documents, writer.num_tokens
             progress(encoded, summary)
         if _too_many(summary, options):
-            raise MalformedInput(summary, options)
+            raise _malformed(summary, options)
         if not all(summary.tokens.get(key) for key in options.keys):
             raise UserError("the input holds no text", "at least one token is needed", "check --input and --json-keys")
         for key, writer in zip(options.keys, writers):
@@ -202,19 +177,15 @@ def preprocess(
     return summary
 
 
-class MalformedInput(ValueError):
+def _malformed(summary: Summary, options: PreprocessOptions) -> UserError:
     """More malformed rows than allowed; nothing was written."""
-
-    def __init__(self, summary: Summary, options: PreprocessOptions) -> None:
-        """Describe ``summary.errors``."""
-        shown = "\n".join("  " + error for error in summary.errors)
-        more = (
-            f"\n  and {summary.malformed - len(summary.errors)} more" if summary.malformed > len(summary.errors) else ""
-        )
-        super().__init__(
-            f"{summary.malformed} malformed rows:\n{shown}{more}\nat most {options.max_errors} are allowed, so nothing "
-            "was written; correct them, or leave them out with --max-errors N or --skip-errors"
-        )
+    more = summary.malformed - len(summary.errors)
+    shown = [f"  {error}" for error in summary.errors] + [f"  and {more} more"] * (more > 0)
+    return UserError(
+        "\n".join([f"{summary.malformed} malformed rows:", *shown]),
+        f"at most {options.max_errors} are allowed, so nothing was written",
+        "correct them, or leave them out with --max-errors N or --skip-errors",
+    )
 
 
 def _too_many(summary: Summary, options: PreprocessOptions) -> bool:
@@ -233,6 +204,7 @@ def _meta(key: str, tokenizer: Tokenizer, options: PreprocessOptions, summary: S
         "malformed": summary.malformed,
         "empty": summary.empty,
         "tokenizer": portable_spec(tokenizer, Path(options.output_prefix).parent),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
 
 
@@ -265,7 +237,7 @@ def _encode_all(
                 yield _result(pool, waiting.popleft())
         except BrokenProcessPool as error:
             _abandon(pool)
-            raise UserError(
+            raise Failure(
                 f"one of {options.workers} workers was killed, probably for lack of memory",
                 "nothing was written",
                 "use fewer --workers",

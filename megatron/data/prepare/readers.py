@@ -1,4 +1,4 @@
-"""Input of the preprocessing: JSONL (also gzipped), plain text, parquet and saved ``datasets`` folders, in batches.
+"""Input of the preprocessing: JSON lines and plain text (also compressed), parquet, saved ``datasets``, in batches.
 
 A reader yields batches of rows without looking into them: parsing is the workers' part. It names every row by file and
 line, so that a wrong one can be reported.
@@ -7,20 +7,22 @@ line, so that a wrong one can be reported.
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.data.prepare.streams import COMPRESSIONS, read_json_lines, read_lines, read_whole, uncompressed_name
 from megatron.errors import UserError
 
 FORMATS = ("jsonl", "text", "parquet", "datasets")
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
 _BATCH_ROWS = 2048
 _BATCH_BYTES = 1 << 19
+_SHOWN_NAMES = 10
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,34 @@ class Batch:
     bytes_read: int
 
 
-def find_sources(inputs: Sequence[str], format: str | None = None) -> list[Source]:
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def find_sources(
+    inputs: Sequence[str], format: str | None = None, *, root: str | None = None, say: Callable[[str], None] = _say
+) -> list[Source]:
     """Return the inputs in order; folders and glob patterns stand for the files in them, sorted by name.
 
     Args:
         inputs: files, folders (of files, or saved by ``datasets``) or patterns.
         format: one of FORMATS; None decides by file name.
+        root: folder that relative inputs lie in; default: the working directory.
+        say: told which files of a folder are left out, because their names tell no format.
 
     Raises:
-        ValueError: nothing matches, or a file's name does not tell its format.
+        UserError: nothing matches, or a file's name does not tell its format.
     """
     sources: list[Source] = []
     for text in inputs:
-        path = Path(os.path.expanduser(text))
+        path = Path(os.path.expanduser(root or "."), os.path.expanduser(text))
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             sources.append(_saved_dataset(path))
             continue
         if path.is_dir():
-            paths = [file for file in sorted(path.rglob("*")) if file.is_file() and (format or _format_of(file))]
+            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            paths = [file for file in found if format or _format_of(file)]
+            _name_left_out(text, [str(file.relative_to(path)) for file in found if file not in set(paths)], say)
         else:
             paths = (
                 [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -81,15 +93,24 @@ def find_sources(inputs: Sequence[str], format: str | None = None) -> list[Sourc
             if kind is None:
                 raise UserError(
                     f"--input {file}: its name does not tell the format",
-                    f"known are {', '.join(_SUFFIXES)} (and .gz)",
+                    f"known are {', '.join(_SUFFIXES)}, also with {', '.join(COMPRESSIONS)}",
                     f"add --input-format {'|'.join(FORMATS)}",
                 )
             sources.append(Source(file, kind))
     return sources
 
 
+def _name_left_out(folder: str, names: list[str], say: Callable[[str], None]) -> None:
+    if names:
+        rest = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        say(
+            f"--input {folder}: left out {len(names)} of its files, whose names tell no format: "
+            f"{', '.join(names[:_SHOWN_NAMES])}{rest} (--input-format reads all)"
+        )
+
+
 def _format_of(path: Path) -> str | None:
-    return _SUFFIXES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    return _SUFFIXES.get(Path(uncompressed_name(path)).suffix.lower())
 
 
 def _saved_dataset(path: Path) -> Source:
@@ -108,7 +129,9 @@ def _saved_dataset(path: Path) -> Source:
 
 def total_bytes(sources: Sequence[Source]) -> int | None:
     """Return the bytes that the readers will report; None when some input cannot tell."""
-    if any(source.format in ("parquet", "datasets") or source.path.suffix == ".gz" for source in sources):
+    if any(
+        source.format in ("parquet", "datasets") or source.path.suffix.lower() in COMPRESSIONS for source in sources
+    ):
         return None
     return sum(source.path.stat().st_size for source in sources)
 
@@ -126,7 +149,7 @@ def read_batches(source: Source, keys: Sequence[str], *, text_split: str = "file
         OSError: the file cannot be read.
     """
     if source.format in ("jsonl", "text"):
-        rows = _lines(source.path) if source.format == "jsonl" else _texts(source.path, text_split)
+        rows = read_json_lines(source.path) if source.format == "jsonl" else _texts(source.path, text_split)
         unit = "line" if source.format == "jsonl" else "document"
         yield from _batched(rows, str(source.path), unit)
     else:
@@ -137,29 +160,19 @@ def read_batches(source: Source, keys: Sequence[str], *, text_split: str = "file
             first += len(records)
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with _open(path) as file:
-        yield from file
-
-
 def _texts(path: Path, text_split: str) -> Iterator[bytes]:
-    with _open(path) as file:
-        if text_split == "file":
-            yield file.read()
-            return
-        block: list[bytes] = []
-        for line in file:
-            if line.strip():
-                block.append(line)
-            elif block:
-                yield b"".join(block)
-                block = []
-        if block:
+    if text_split == "file":
+        yield read_whole(path)
+        return
+    block: list[bytes] = []
+    for line in read_lines(path):
+        if line.strip():
+            block.append(line)
+        elif block:
             yield b"".join(block)
+            block = []
+    if block:
+        yield b"".join(block)
 
 
 def _batched(rows: Iterator[bytes], source: str, unit: str) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.errors import UserError
+from megatron.files import replace_file
 
 NGRAM_WORDS = 13  # the usual length in contamination checks of language models
 _MIN_CHARS = 200  # a shorter class goes into its module's document; a shorter document is left out
@@ -204,13 +205,6 @@ def _size(document: Document) -> int:
 def write_jsonl(path: Path, documents: Iterable[Document]) -> int:
     """Write ``{"text": …, "source": …}`` lines; the file appears complete or not at all. Returns bytes of text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    total = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps({"text": document.text, "source": document.source}, ensure_ascii=False) + "\n")
-            total += _size(document)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return total
+    rows = [{"text": document.text, "source": document.source} for document in documents]
+    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return sum(len(row["text"].encode()) for row in rows)

@@ -10,15 +10,18 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, clean_prefix, read_meta
+from megatron.data.prepare.rows import parse_row
+from megatron.data.prepare.streams import COMPRESSIONS, read_json_lines
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError
+from megatron.files import replace_file
 
 _RUN_TOKENS = 1 << 26  # tokens copied at once
 
@@ -122,7 +125,7 @@ def subset_jsonl(
     """Copy chosen lines of a JSONL file, byte for byte. Blank lines are no documents.
 
     Args:
-        source: JSONL file to read.
+        source: JSONL file to read; it may be compressed.
         output: JSONL file to write; it appears complete or not at all. OUTPUT.json beside it holds the report.
         selection: which documents; its ``tokens`` needs a tokenizer.
         tokenizer: counts tokens, one end of document for each included where the tokenizer has one.
@@ -139,18 +142,12 @@ def subset_jsonl(
             "counting needs a tokenizer",
             "pass for instance --vocab-file and --merge-file, or use --documents",
         )
-    offsets, sizes = _scan_lines(source, tokenizer, key)
+    if Path(output).suffix.lower() in COMPRESSIONS:
+        raise UserError(f"--output {output}", "a subset is written as plain JSON lines", "leave its last suffix out")
+    sizes = _document_sizes(source, tokenizer, key)
     chosen = selection.choose(sizes)
-    temporary = f"{output}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
-    try:
-        with open(source, "rb") as reader, open(temporary, "wb") as writer:
-            for index in chosen:
-                reader.seek(int(offsets[index]))
-                writer.write(reader.readline().rstrip(b"\r\n") + b"\n")
-        os.replace(temporary, output)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    replace_file(output, lambda file: file.writelines(_chosen_lines(source, chosen)))
     tokens = int(sizes[chosen].sum(dtype=np.int64)) if tokenizer is not None else None
     prefix = f"{os.path.splitext(output)[0]}_{key}_document"
     report = {
@@ -160,46 +157,48 @@ def subset_jsonl(
         "rule": selection.describe(),
         "data_path_line": f'"1.0 {prefix}"',
     }
-    Path(f"{output}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    replace_file(f"{output}.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _scan_lines(path: str, tokenizer: Tokenizer | None, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the byte offset of every document and its tokens (zeros without a tokenizer), int64 each."""
-    offsets: list[int] = []
+def _documents(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line) of the lines that are not blank."""
+    return ((number, line) for number, line in enumerate(read_json_lines(Path(path)), 1) if line.strip())
+
+
+def _chosen_lines(path: str, chosen: np.ndarray) -> Iterator[bytes]:
+    """Yield the documents of the ascending indices ``chosen``; what follows the last one is not read."""
+    wanted = iter(chosen.tolist())
+    index = next(wanted, None)
+    for place, (_, line) in enumerate(_documents(path)):
+        if place == index:
+            yield line.rstrip(b"\r\n") + b"\n"
+            index = next(wanted, None)
+            if index is None:
+                return
+
+
+def _document_sizes(path: str, tokenizer: Tokenizer | None, key: str) -> np.ndarray:
+    """Return the tokens of every document (zeros without a tokenizer), int64."""
+    if tokenizer is None:
+        return np.zeros(sum(1 for _ in _documents(path)), np.int64)
     sizes: list[int] = []
-    texts: list[str] = []
-    offset = 0
-    extra = 0 if tokenizer is None or tokenizer.eod_id is None else 1
-
-    def flush() -> None:
-        if tokenizer is not None:
-            sizes.extend(len(ids) + extra for ids in tokenizer.encode_batch(texts))
-            texts.clear()
-
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                offsets.append(offset)
-                if tokenizer is not None:
-                    texts.append(_text(line, key, f"{path}, line {number}"))
-            offset += len(line)
-            if len(texts) >= 1000:
-                flush()
-    flush()
-    return np.array(offsets, np.int64), np.array(sizes if tokenizer is not None else [0] * len(offsets), np.int64)
+    extra = int(tokenizer.eod_id is not None)
+    documents = _documents(path)
+    while batch := list(islice(documents, 1000)):
+        texts = [_text(line, key, f"{path}, line {number}") for number, line in batch]
+        sizes += [len(ids) + extra for ids in tokenizer.encode_batch(texts)]
+    return np.array(sizes, np.int64)
 
 
 def _text(line: bytes, key: str, where: str) -> str:
-    """Return the text of one JSON line."""
+    """Return the text of one JSON line that is not blank."""
     try:
-        text = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError) as error:
+        (text,) = parse_row(line, "line", [key]) or [""]
+    except ValueError as error:
         raise UserError(
-            f"{where}: no {key!r} ({error!r})", "every line is a JSON object with that field", "pass --json-key"
+            f"{where}: {error}", "every line is a JSON object with that field as text", "pass --json-key"
         ) from error
-    if not isinstance(text, str):
-        raise UserError(f"{where}: {key!r} is a {type(text).__name__}", "it must be text", "pass --json-key")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What ``megatron_ar`` and ``megatron_mdm`` share: tokens, groups of answers, cache, progress, ranks.
+"""What ``megatron_ar`` and ``megatron_mdm`` share: tokens, groups of answers, generation, cache, progress, ranks.
 
 Requests are spread over data-parallel ranks by lm-eval itself; tensor-parallel peers work on the same requests.
 """
@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
 
-from megatron.errors import UserError
-from megatron.evaluation.requests import ResultCache, encode_pair
+from megatron.config.shape import Shape
+from megatron.errors import UserError, require
+from megatron.evaluation.lm_eval.generation import GeneratingLM
+from megatron.evaluation.lm_eval.groups import REFUSED, Group, Refusals, place_of
+from megatron.evaluation.requests import ResultCache, encode_pair, whole_number
 from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
-from megatron.generation.text import Completion
 from megatron.inference.model import InferenceModel, load_model
 from megatron.model.arithmetic import total_parameters
 
 LOAD_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
+DEFAULT_BATCH_SIZE = 32
 
 
-class MegatronLM(TemplateLM):
+class MegatronLM(GeneratingLM):
     """What the two models share: loading, tokens, groups of answers, cache, progress, ranks.
 
     Args:
@@ -35,7 +36,10 @@ class MegatronLM(TemplateLM):
         load_tag: checkpoint to load; default: the newest that verifies.
         model: a loaded model instead of ``load``.
         dtype: float32 (default), bfloat16 or float16.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; "auto" and "auto:N" take the default of 32.
+        max_batch_size: rows per forward pass at most.
+        seed: of generated texts, where a task does not say (and of the masks of a masked model).
+        device: such as "cpu" or "cuda:0"; where there is no such device, the model stays where it was loaded.
         max_length: longest input; default: the sequence length of training.
         max_gen_toks: tokens to generate where a task does not say.
         cache_dir: keep finished results here and continue from them; default: nothing is kept.
@@ -55,6 +59,7 @@ class MegatronLM(TemplateLM):
         cache_dir: str | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
+        seed: int = 1234,
         **tokenizer: str,
     ) -> None:
         super().__init__()
@@ -66,20 +71,21 @@ class MegatronLM(TemplateLM):
             if load is None:
                 raise UserError("no model was given", "a path is needed", "pass --model_args load=RUN_DIRECTORY")
             model = load_model(load, tag=load_tag, dtype=dtype, tokenizer_options=tokenizer or None)
-        if device is not None and torch.device(device).type != model.device.type:
-            model.model.to(device)
         self.loaded = model
         self.context = model.context
-        self.batch_size = int(batch_size) if batch_size not in (None, "auto") else 32  # type: ignore[arg-type]
-        self.max_length = min(max_length or model.max_length, model.max_length)
-        self.max_gen_toks = max_gen_toks
+        _move(model, device)
+        self.batch_size = rows_of(batch_size, at_most=max_batch_size)
+        self.max_length = min(whole_number("max_length", max_length or model.max_length, at_least=2), model.max_length)
+        self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
+        self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer = model.require_tokenizer()
         self.summary = EstimateSummary()
-        self._rank, self._world_size, self._device = self.context.dp_rank, self.context.dp_size, model.device
+        self.refusals = Refusals()
+        self._rank, self._world_size, self._device = self.context.dp.rank, self.context.dp.size, model.device
         folder = Path(cache_dir) if cache_dir else None
         fingerprint = f"{model.identity} {self.fingerprint()}"
         self.cache = ResultCache(
-            folder, fingerprint=fingerprint, rank=self.context.rank, write=self.context.tp_rank == 0
+            folder, fingerprint=fingerprint, rank=self.context.rank, write=self.context.tp.rank == 0
         )
 
     @abstractmethod
@@ -89,12 +95,6 @@ class MegatronLM(TemplateLM):
     @abstractmethod
     def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
         """Score the requests of each group (the answers of one question, or one request alone)."""
-
-    @abstractmethod
-    def complete(
-        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
-    ) -> list[Completion]:
-        """Continue token prompts by up to ``new`` tokens."""
 
     @property
     @abstractmethod
@@ -128,28 +128,40 @@ class MegatronLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihoods of continuations, or bounds on them, and whether greedy decoding gives the continuation."""
         groups: dict[Any, Group] = {}
+        results: dict[int, tuple[float, bool]] = {}
         for index, instance in enumerate(requests):
-            context, continuation = instance.args[0], instance.args[1]
-            place = (instance.task_name, instance.doc_id) if instance.doc_id is not None else ("text", context)
-            group = groups.setdefault(place, Group(key=f"{place[0]}/{place[1]}"))
-            group.add(index, instance.args[:2], self._encode(context, continuation))
-        results = self._run_groups("loglikelihood", list(groups.values()), disable_tqdm=disable_tqdm)
-        for index, instance in enumerate(requests):
-            self.cache_hook.add_partial("loglikelihood", instance.args, results[index])
-        return [results[index] for index in range(len(requests))]
+            place = place_of(instance)
+            try:
+                tokens = self._encode(*instance.args[:2])
+            except UserError as error:
+                self.refusals.add(instance, error)
+                results[index] = (REFUSED, False)
+                continue
+            ranking = getattr(instance, "ranking", None)
+            group = groups.setdefault(place, Group(key=f"{place[0]}/{place[1]}", ranking=ranking))
+            group.add(index, instance.args[:2], tokens)
+        results |= self._run_groups("loglikelihood", list(groups.values()), disable_tqdm=disable_tqdm)
+        return self.hand_over("loglikelihood", requests, results)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts after EOD, in windows of the longest input."""
+        """Log-likelihoods of whole texts after EOD, in windows of the longest input; an empty text has log-likelihood 0."""
         groups = []
+        results: dict[int, float] = {}
         for index, instance in enumerate(requests):
             (text,) = instance.args
-            group = Group(key=f"{instance.task_name}/{instance.doc_id}", needs_greedy=False)
-            group.add(index, (text,), ([self.eot_token_id], self.tok_encode(text)))
-            groups.append(group)
-        results = self._run_groups("loglikelihood_rolling", groups, disable_tqdm=disable_tqdm)
-        for index, instance in enumerate(requests):
-            self.cache_hook.add_partial("loglikelihood_rolling", instance.args, results[index][0])
-        return [results[index][0] for index in range(len(requests))]
+            try:
+                tokens = self.tok_encode(text)
+                results[index] = 0.0
+                if tokens:
+                    group = Group(key="/".join(map(str, place_of(instance))), needs_greedy=False)
+                    group.add(index, (text,), ([self.eot_token_id], tokens))
+                    groups.append(group)
+            except UserError as error:
+                self.refusals.add(instance, error)
+                results[index] = REFUSED
+        scored = self._run_groups("loglikelihood_rolling", groups, disable_tqdm=disable_tqdm)
+        results |= {index: value for index, (value, _) in scored.items()}
+        return self.hand_over("loglikelihood_rolling", requests, results)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -163,19 +175,27 @@ class MegatronLM(TemplateLM):
         return [results[index] for index in range(len(requests))]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and its continuation, both with at least one token.
+
+        Raises:
+            UserError: one of them has none.
+        """
         if context:
-            return encode_pair(self.tok_encode, context, continuation)
-        target = self.tok_encode(continuation)
-        if target and target[0] == self.eot_token_id and len(target) > 1:
-            return target[:1], target[1:]
-        return [self.eot_token_id], target
+            first, target = encode_pair(self.tok_encode, context, continuation)
+        else:
+            first, target = [], self.tok_encode(continuation)
+            own_start = len(target) > 1 and target[0] == self.eot_token_id
+            first, target = (target[:1], target[1:]) if own_start else ([self.eot_token_id], target)
+        require(first, f"context {context!r} is blank", "a blank text has no token to start from", "leave it empty")
+        require(target, f"continuation {continuation!r} is empty", "a likelihood needs a token", "drop the item")
+        return first, target
 
     def _run_groups(self, kind: str, groups: list[Group], *, disable_tqdm: bool) -> dict[int, tuple[float, bool]]:
         """Results by request index: from the cache, or scored in chunks that go to the cache at once."""
         results: dict[int, tuple[float, bool]] = {}
         waiting = []
         for group in groups:
-            name = self.cache.key(kind, group.key, group.strings, group.needs_greedy)
+            name = self.cache.key(kind, group.key, group.strings, group.needs_greedy, repr(group.ranking))
             stored = self.cache.get(name)
             if stored is None:
                 waiting.append((name, group))
@@ -207,51 +227,6 @@ class MegatronLM(TemplateLM):
             results.update(dict.fromkeys(indices, (estimate.value, bool(estimate.is_greedy))))
             self.summary.add(group.task, estimate)
 
-    # Generation
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of prompts up to a stop string."""
-        results: dict[int, str] = {}
-        by_options: dict[str, list[int]] = {}
-        for index, instance in enumerate(requests):
-            stored = self.cache.get(self.cache.key("generate_until", *instance.args))
-            if stored is not None:
-                results[index] = stored
-            else:
-                by_options.setdefault(repr(sorted(instance.args[1].items())), []).append(index)
-        progress = tqdm(
-            total=len(requests),
-            initial=len(results),
-            desc="generate_until",
-            disable=disable_tqdm or self.context.rank != 0,
-        )
-        for indices in by_options.values():
-            indices.sort(key=lambda index: -len(requests[index].args[0]))
-            for start in range(0, len(indices), self.batch_size):
-                chunk = indices[start : start + self.batch_size]
-                texts = self._generate([requests[index].args[0] for index in chunk], requests[chunk[0]].args[1])
-                for index, text in zip(chunk, texts):
-                    results[index] = text
-                    self.cache.put(self.cache.key("generate_until", *requests[index].args), text)
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                progress.update(len(chunk))
-        progress.close()
-        return [results[index] for index in range(len(requests))]
-
-    def _generate(self, prompts: list[str], arguments: dict[str, Any]) -> list[str]:
-        options: dict[str, Any] = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
-        until = handle_stop_sequences(options.pop("until", None), eos=None)
-        new = int(options.pop("max_gen_toks"))
-        room = self.max_length - new
-        if room < 1:
-            raise UserError(
-                f"a task generates {new} tokens",
-                f"prompt and continuation share {self.max_length} positions",
-                "lower max_gen_toks with --gen_kwargs max_gen_toks=N",
-            )
-        tokens = [(self.tok_encode(prompt) or [self.eot_token_id])[-room:] for prompt in prompts]
-        return [completion.text for completion in self.complete(tokens, options=options, until=until, new=new)]
-
     # Ranks
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -262,10 +237,14 @@ class MegatronLM(TemplateLM):
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """The object of every data-parallel rank, on rank ``dst``."""
         values = self._gather(obj)
+        for value in values if isinstance(obj, dict) else ():
+            for task, metrics in obj.items():
+                if isinstance(metrics, dict):  # a rank all of whose items of a task were refused has no metric of it
+                    value[task] = {**{name: [] for name in metrics}, **value[task]}
         return values if self.rank == dst else None
 
     def _gather(self, value: Any) -> list[Any]:
-        return self.context.gather_objects(value)[self.context.tp_rank :: self.context.tp_size]
+        return self.context.gather_objects(value)[self.context.tp.rank :: self.context.tp.size]
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -273,7 +252,7 @@ class MegatronLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results besides the scores."""
-        parameters = total_parameters(self.loaded.config.model)["total"]
+        parameters = total_parameters(Shape.of(self.loaded.config.model))["total"]
         return {
             "model_source": self.loaded.source,
             "model_num_parameters": parameters,
@@ -283,36 +262,26 @@ class MegatronLM(TemplateLM):
         }
 
 
-class Group:
-    """Requests that are scored together: the answers of one question."""
+def rows_of(batch_size: int | str | None, *, at_most: int | None = None) -> int:
+    """Rows per forward pass from lm-eval's batch size, which is a number, "auto" or "auto:N".
 
-    def __init__(self, *, key: str, needs_greedy: bool | None = None) -> None:
-        self.key = key
-        self.task = key.rsplit("/", 1)[0]
-        self.indices: list[list[int]] = []  # request numbers of each different answer
-        self.strings: list[tuple[str, ...]] = []
-        self.tokens: list[tuple[list[int], list[int]]] = []
-        self._needs_greedy = needs_greedy
+    Raises:
+        UserError: something else.
+    """
+    if batch_size is None or str(batch_size).split(":")[0] == "auto":
+        rows = DEFAULT_BATCH_SIZE
+    else:
+        rows = whole_number("batch_size", batch_size)
+    return rows if at_most is None else min(rows, whole_number("max_batch_size", at_most))
 
-    def add(self, index: int, strings: Sequence[str], tokens: tuple[list[int], list[int]]) -> None:
-        """Add request number ``index``: its texts and its (context, target) ids.
 
-        An answer that is there already is scored once: lm-eval repeats requests to give all ranks as many, and two equal
-        answers would race for ever.
-        """
-        if tuple(strings) in self.strings:
-            self.indices[self.strings.index(tuple(strings))].append(index)
-            return
-        self.indices.append([index])
-        self.strings.append(tuple(strings))
-        self.tokens.append(tokens)
-
-    @property
-    def needs_greedy(self) -> bool:
-        """Multiple choice ranks likelihoods; only a lone answer is asked whether it would be generated."""
-        return len(self.indices) == 1 if self._needs_greedy is None else self._needs_greedy
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request."""
-        return max(len(context) + len(target) for context, target in self.tokens)
+def _move(model: InferenceModel, device: str | None) -> None:
+    """Move the model to another kind of device, as far as there is one: lm-eval asks for CUDA wherever it runs."""
+    try:
+        wanted = model.device.type if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"device {device!r}", "it is a device of torch", 'use "cpu" or "cuda:0"') from error
+    if wanted == "cuda" and not torch.cuda.is_available():
+        print(f"device {device}: CUDA is not available here; the model runs on {model.device}", flush=True)
+    elif wanted != model.device.type:
+        model.model.to(device)

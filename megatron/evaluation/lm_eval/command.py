@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.config import ModelConfig, build_parser
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.evaluation.estimators import ESTIMATORS
 from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list, task_loader
+from megatron.files import replace_file
+from megatron.objectives import OBJECTIVES
 
 DEFAULT_DRAWS = 128
 # Flags of training that evaluation reads; model sizes are compared with the checkpoint; others have no effect here.
@@ -30,7 +32,7 @@ MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {
 
 def build_downstream_parser() -> argparse.ArgumentParser:
     """Evaluation flags in front of all training flags (which scripts pass along); absent ones are absent."""
-    parser = build_parser("evaluate_downstream.py")
+    parser = build_parser(OBJECTIVES, "evaluate_downstream.py")
     parser.description = "Evaluate a checkpoint of any layout, or a Hugging Face export, on lm-eval and local tasks."
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -52,8 +54,8 @@ def build_downstream_parser() -> argparse.ArgumentParser:
     add("--only_mc_nll", action="store_true", help="masked diffusion: likelihoods only, no greedy decoding")
     add("--eval_fp32", action="store_true", help="run in float32 whatever --bf16 says (default on CPU)")
     add("--inference", action="store_true", help="accepted for existing scripts: this program never trains")
-    add("--limit", type=float, metavar="N", help="items per task (a fraction below 1)")
-    add("--num_fewshot", type=int, metavar="N", help="examples in the context; default: the task's own")
+    add("--limit", type=_limit, metavar="N", help="items per task (a fraction below 1)")
+    add("--num_fewshot", type=_shots, metavar="N", help="examples in the context; default: the task's own")
     add("--gen_kwargs", metavar="K=V,...", help="generation: temperature, top_k, top_p, max_gen_toks; masked diffusion also "
         "order, steps, block_length, guidance")  # fmt: skip
     add("--log_samples", action="store_true", help="put every item and its scores into the JSON")
@@ -62,18 +64,40 @@ def build_downstream_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _limit(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if 0 < value < 1 or (1 <= value < 1e15 and value == int(value)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of items; give 1 or more, or a fraction below 1")
+
+
+def _shots(text: str) -> int:
+    if text.isdecimal() and len(text) < 7:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of examples; give 0 or more")
+
+
 def run_downstream(argv: Sequence[str] | None = None) -> int:
     """Parse, evaluate, write and print.
 
     Raises:
-        ValueError: wrong flags, model or task.
+        UserError: wrong flags, model or task.
+        Failure: a data set or the folder of the results that cannot be used.
     """
     arguments = build_downstream_parser().parse_args(argv)
     tasks = parse_task_list(arguments.task_list)
     if not tasks:
         raise UserError("--task_list is empty", "an evaluation needs a task", "pass --task_list all or names")
-    refused = {"multiple_choice": "--only_generate computes no likelihoods to rank by; drop the flag or the task"}
+    no_likelihoods = "--only_generate computes no likelihoods to rank by or to average"
+    refused = dict.fromkeys(("multiple_choice", "loglikelihood_rolling"), no_likelihoods)
     loader = task_loader(tasks, refused if arguments.only_generate else None)
+    require(
+        not arguments.results_path or not Path(arguments.results_path).is_dir(),
+        f"--results_path {arguments.results_path} is a folder",
+        "the results are one JSON file",
+        "name a file in it",
+    )
     if arguments.fetch_only:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
@@ -82,6 +106,10 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         raise UserError("no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
     context = _start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
     lm = build_lm(arguments, context)
+    if arguments.gen_kwargs is not None:
+        from lm_eval.utils import simple_parse_args_string
+
+        lm.read_generation_arguments(simple_parse_args_string(arguments.gen_kwargs))
     if context.is_first_rank:
         _say_what_has_no_effect(arguments)
     from lm_eval.evaluator import simple_evaluate
@@ -91,8 +119,9 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         gen_kwargs=arguments.gen_kwargs, log_samples=arguments.log_samples, batch_size=lm.batch_size,
     )  # fmt: skip
     summary = lm.summary.merge(lm._gather(lm.summary)).as_dict()
+    refusals = lm.refusals.merge(lm._gather(lm.refusals))
     if results is not None and context.is_first_rank:
-        results = finish_results(dict(results), summary, arguments)
+        results = finish_results(dict(results), summary, arguments, refusals=refusals)
         if arguments.results_path:
             _write(Path(arguments.results_path), results)
         print(table(results))
@@ -120,6 +149,7 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         "batch_size": getattr(arguments, "micro_batch_size", None),
         "max_length": getattr(arguments, "seq_length", None),
         "cache_dir": f"{arguments.results_path}.cache" if arguments.results_path else None,
+        "seed": getattr(arguments, "seed", 1234),
     }
     if not model.is_masked:
         given = [
@@ -139,7 +169,7 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
     return MegatronMDM(
         **options, estimator=estimator, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS),
         adaptive=not arguments.no_adaptive, greedy="never" if arguments.only_mc_nll else "auto",
-        only_greedy=arguments.only_generate, seed=getattr(arguments, "seed", 1234),
+        only_greedy=arguments.only_generate,
     )  # fmt: skip
 
 
@@ -156,7 +186,7 @@ def _check_model_flags(arguments: argparse.Namespace, model: ModelConfig) -> Non
 
 
 def _say_what_has_no_effect(arguments: argparse.Namespace) -> None:
-    known = {action.dest for action in build_parser()._actions}
+    known = {action.dest for action in build_parser(OBJECTIVES)._actions}
     idle = sorted(name for name in vars(arguments) if name in known - USED - MODEL_FIELDS)
     if idle:
         print(
@@ -172,12 +202,16 @@ def _start_processes(tp_size: int) -> Any:
     """The process groups of a launcher's environment, or a single process."""
     import torch
 
+    from megatron.parallel.connection import connect
     from megatron.parallel.context import ParallelContext
+    from megatron.parallel.launch import Launch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    require(
+        tp_size >= 1, f"--tensor-model-parallel-size {tp_size}", "a model is on at least one rank", "correct the number"
+    )
+    launch = Launch.from_environment()
+    if launch.world_size > 1:
+        connect(launch)
     elif tp_size > 1 and not torch.distributed.is_initialized():
         raise UserError(
             f"--tensor-model-parallel-size {tp_size} in a single process",
@@ -187,19 +221,46 @@ def _start_processes(tp_size: int) -> Any:
     return ParallelContext.create(tp_size=tp_size)
 
 
-def finish_results(results: dict[str, Any], summary: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Add what the likelihoods were; take out metrics that were not computed."""
+BOUNDED = {
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+}  # metrics that a bound bounds from above
+UPPER_BOUND = " (upper bound)"
+
+
+def finish_results(
+    results: dict[str, Any],
+    summary: dict[str, Any],
+    arguments: argparse.Namespace,
+    *,
+    refusals: dict[str, dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Say what the likelihoods were, in the names of metrics too, and what was refused; take out what was not computed."""
     for task, metrics in results["results"].items():
         kind = results["configs"].get(task, {}).get("output_type")
         dropped: tuple[str, ...] = ()
         if kind == "loglikelihood" and arguments.only_generate:
             dropped = ("perplexity",)
-        elif kind == "loglikelihood" and arguments.only_mc_nll:
-            dropped = ("acc",)
-        for name in [name for name in metrics if name.split(",")[0].removesuffix("_stderr") in dropped]:
-            del metrics[name]
+        elif arguments.only_mc_nll:
+            dropped = {"loglikelihood": ("acc",), "multiple_choice": ("exact_match",)}.get(kind, ())
+        is_bound = "bound: " in summary.get(task, {}).get("estimator", "")
+        results["results"][task] = {
+            _label(name) if is_bound else name: value
+            for name, value in metrics.items()
+            if name.split(",")[0].removesuffix("_stderr") not in dropped
+        }
     results["likelihoods"] = summary
+    results["refused"] = refusals or {}
     return results
+
+
+def _label(name: str) -> str:
+    """``word_perplexity_stderr,none`` → ``word_perplexity (upper bound)_stderr,none``; other metrics as they are."""
+    metric, comma, filter_name = name.partition(",")
+    base = metric.removesuffix("_stderr")
+    return base + UPPER_BOUND + metric[len(base) :] + comma + filter_name if base in BOUNDED else name
 
 
 def table(results: dict[str, Any]) -> str:
@@ -216,22 +277,27 @@ def table(results: dict[str, Any]) -> str:
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             shown = f"{value:.4f}" + (f" ± {stderr:.4f}" if isinstance(stderr, float) and math.isfinite(stderr) else "")
             items = str(results.get("n-samples", {}).get(task, {}).get("effective", ""))
-            kind = own.get("estimator", "")
-            if metric == "perplexity" and kind.startswith("bound"):
-                metric = "perplexity (upper bound)"
-            rows.append((task, items, metric, shown, kind, "" if error is None else f"{error:.3f}",
+            rows.append((task, items, metric, shown, own.get("estimator", ""), "" if error is None else f"{error:.3f}",
                          f"{own['passes_per_answer']:.1f}" if own else ""))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    note = "value ± standard error over items; ± nats: rms standard error of a likelihood from its mask draws; passes per answer"
-    return "\n".join([*lines, note])
+    lines.append("value ± standard error over items; ± nats: rms standard error of one likelihood over its mask draws; passes: "
+                 "forward passes for one likelihood")  # fmt: skip
+    if any("ranking: " in own.get("estimator", "") for own in results.get("likelihoods", {}).values()):
+        lines.append(
+            "ranking: likelihoods from races, good for the winner and biased otherwise (--no_adaptive: bounds)"
+        )
+    for task, reasons in results.get("refused", {}).items():
+        item, reason = next(iter(reasons.items()))
+        lines.append(
+            f"{task}: {len(reasons)} items refused and left out of its metrics, the first: item {item}: {reason}"
+        )
+    return "\n".join(lines)
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
     from lm_eval.utils import handle_non_serializable
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))
-    temporary.replace(path)
+    replace_file(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))

@@ -6,20 +6,24 @@ these two registered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.registry import register_model
 
-from megatron.errors import UserError
-from megatron.evaluation.adaptive import Question, RaceSettings, race
+from megatron.errors import UserError, require
+from megatron.evaluation.adaptive import Question, RaceSettings, Ranking, race, raced
 from megatron.evaluation.estimators import LeftToRight, make_estimator
-from megatron.evaluation.lm_eval.base import Group, MegatronLM
-from megatron.evaluation.requests import windows
-from megatron.evaluation.scorer import CausalScorer, Estimate, MaskedScorer
+from megatron.evaluation.lm_eval.base import MegatronLM
+from megatron.evaluation.lm_eval.groups import Group
+from megatron.evaluation.requests import whole_number, windows
+from megatron.evaluation.scorer import CausalScorer, Estimate, MaskedScorer, Request
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion, continue_causal, continue_masked
+
+MAX_DRAWS = 10**6
 
 
 @register_model("megatron_ar")
@@ -56,28 +60,32 @@ class MegatronAR(MegatronLM):
         totals = iter([add_up([next(scores) for _ in request_pieces]) for request_pieces in pieces])
         return [[next(totals) for _ in group.indices] for group in groups]
 
+    def generation_settings(self, options: dict[str, Any], *, new: int) -> TokenSampling:
+        """See :class:`MegatronLM`."""
+        return token_sampling(options)
+
     def complete(
-        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
     ) -> list[Completion]:
         """See :class:`MegatronLM`."""
         return continue_causal(
-            self.loaded.decoder, self.tokenizer, prompts, max_new_tokens=new, sampling=token_sampling(options),
-            stop_strings=until, batch_size=self.batch_size, forbidden=self.loaded.unused_ids, device=self.device,
+            self.loaded.decoder, self.tokenizer, prompts, max_new_tokens=new, sampling=settings, stop_strings=until,
+            batch_size=self.batch_size, streams=streams, forbidden=self.loaded.unused_ids, device=self.device,
         )  # fmt: skip
 
 
 @register_model("megatron_mdm")
 class MegatronMDM(MegatronLM):
-    """A masked diffusion model: bounds with error bars, or the left-to-right chain rule.
+    """A masked diffusion model: bounds with their errors, or the left-to-right chain rule.
 
     Args:
         load: see :class:`MegatronLM`.
         estimator: one of ``megatron.evaluation.estimators.ESTIMATORS``.
         num_mc: draws of every answer, or the most of them where ``adaptive``.
-        adaptive: more draws only for questions whose ranking is undecided (multiple choice).
-        greedy: whether to decode single answers for exact match: "auto", or "never".
-        only_greedy: decode single answers and compute no likelihoods.
-        seed: of the masks.
+        adaptive: race where a task's metrics need nothing but the winner of a question (see adaptive.py).
+        greedy: whether to say for every answer if greedy decoding gives it: "auto", or "never".
+        only_greedy: say that and compute no likelihoods.
+        seed: of the masks and of generated texts.
         gen_order, gen_steps, gen_block_length, guidance: defaults of generation (see diffusion.py).
         options: the rest of :class:`MegatronLM`.
     """
@@ -98,21 +106,17 @@ class MegatronMDM(MegatronLM):
         guidance: float = 0.0,
         **options: Any,
     ) -> None:
-        self.estimator = make_estimator(estimator, seed=seed)
-        self.num_mc, self.adaptive, self.greedy, self.only_greedy, self.seed = (
-            num_mc,
-            adaptive,
-            greedy,
-            only_greedy,
-            seed,
-        )
+        self.estimator = make_estimator(estimator, seed=whole_number("seed", seed, at_least=0))
+        self.num_mc = whole_number("num_mc", num_mc)
+        require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
+        self.adaptive, self.greedy, self.only_greedy = adaptive, greedy, only_greedy
         self.generation = {
             "order": gen_order,
             "steps": gen_steps,
             "block_length": gen_block_length,
             "guidance": guidance,
         }
-        super().__init__(load, **options)
+        super().__init__(load, seed=seed, **options)
         self.scorer = MaskedScorer(
             self.loaded.logits, mask_id=self.loaded.mask_id, max_length=self.max_length, batch_size=self.batch_size,
             device=self.device,
@@ -135,78 +139,104 @@ class MegatronMDM(MegatronLM):
         """The estimator, for people."""
         if self.only_greedy:
             return "greedy decoding only"
-        draws = "" if self.estimator.max_draws(2) == 1 else f", {'up to ' if self.adaptive else ''}{self.num_mc} draws"
+        draws = "" if self.estimator.max_draws(2) == 1 else f", {self.num_mc} draws"
+        draws += ", races where only the winner counts" if draws and self.adaptive else ""
         return f"{self.estimator.kind}: {self.estimator.name}{draws}"
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
         """See :class:`MegatronLM`."""
-        raced = [g for g in groups if self.adaptive and self.num_mc >= 8 and len(g.indices) > 1 and self._can_race(g)]
         results: dict[int, list[Estimate]] = {}
-        if raced:
+        racing = [(group, group.ranking) for group in groups if group.ranking is not None and self._can_race(group)]
+        if racing:
             settings = RaceSettings(first_draws=min(4, self.num_mc), max_draws=self.num_mc)
-            for group, tallies in zip(
-                raced, race(self.scorer, [self._question(g) for g in raced], self.estimator, settings=settings)
-            ):
-                results[id(group)] = [tally.estimate() for tally in tallies]
+            questions = [self._question(group, ranking) for group, ranking in racing]
+            tallies = race(self.scorer, questions, self.estimator, settings=settings)
+            contenders = [group for group, _ in racing]
+            estimates = [[raced(tally) for tally in own] for own in tallies]
+            results = {id(g): own for g, own in zip(contenders, self._with_greedy_flags(contenders, estimates))}
         rest = [group for group in groups if id(group) not in results]
         results.update(zip(map(id, rest), self._score_plain(rest)))
         return [results[id(group)] for group in groups]
 
     def _can_race(self, group: Group) -> bool:
-        """Answers that fit one row each, and an estimator that samples."""
+        """Several answers that fit one row each, and an estimator that samples."""
         fits = all(len(target) < self.row_length for _, target in group.tokens)
-        return fits and self.estimator.max_draws(2) is None and not self.only_greedy
+        sampled = self.estimator.max_draws(2) is None and not self.only_greedy
+        return self.adaptive and self.num_mc >= 8 and len(group.indices) > 1 and fits and sampled
 
-    def _question(self, group: Group) -> Question:
-        choices = [
-            windows(context, target, row_length=self.row_length, key=group.key)[0] for context, target in group.tokens
-        ]
-        return Question(tuple(choices), tuple(float(max(len(strings[-1].strip()), 1)) for strings in group.strings))
+    def _requests(self, group: Group) -> list[list[Request]]:
+        """The rows that score each answer of a group: one, or several windows."""
+        return [windows(*pair, row_length=self.row_length, key=group.key) for pair in group.tokens]
+
+    def _question(self, group: Group, ranking: Ranking) -> Question:
+        choices = tuple(own[0] for own in self._requests(group))
+        return Question(choices, ranking.lengths([strings[-1] for strings in group.strings]))
 
     def _score_plain(self, groups: Sequence[Group]) -> list[list[Estimate]]:
-        pieces = [
-            (group, windows(context, target, row_length=self.row_length, key=group.key))
-            for group in groups
-            for context, target in group.tokens
-        ]
+        pieces = [own for group in groups for own in self._requests(group)]
         if self.only_greedy:
-            totals = [not_computed() for _ in pieces]
+            totals = iter([not_computed() for _ in pieces])
         else:
-            scores = iter(
-                self.scorer.score([r for _, own in pieces for r in own], self.estimator, num_draws=self.num_mc)
-            )
-            totals = [add_up([next(scores) for _ in own]) for _, own in pieces]
-        wanted = [
-            index for index, (group, own) in enumerate(pieces)
-            if group.needs_greedy and len(own) == 1 and (self.greedy == "auto" or self.only_greedy)
-        ]  # fmt: skip
+            requests = [request for own in pieces for request in own]
+            scores = iter(self.scorer.score(requests, self.estimator, num_draws=self.num_mc))
+            totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
+        return self._with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
+
+    def _with_greedy_flags(self, groups: Sequence[Group], estimates: list[list[Estimate]]) -> list[list[Estimate]]:
+        """The estimates with ``is_greedy``: every window of the answer is what greedy decoding gives, where that is asked."""
+        if self.greedy != "auto" and not self.only_greedy:
+            return estimates
+        pieces = [self._requests(group) if group.needs_greedy else [] for group in groups]
+        requests = [request for group in pieces for own in group for request in own]
         in_order = isinstance(self.estimator, LeftToRight)
-        flags = self.scorer.is_greedy([pieces[index][1][0] for index in wanted], left_to_right=in_order)
-        for index, flag in zip(wanted, flags):
-            totals[index] = Estimate(**{**totals[index].__dict__, "is_greedy": flag})
-        remaining = iter(totals)
-        return [[next(remaining) for _ in group.indices] for group in groups]
+        flags = iter(self.scorer.is_greedy(requests, left_to_right=in_order))
+        verdicts = [[False not in [next(flags) for _ in own] for own in group] for group in pieces]
+        return [
+            [dataclasses.replace(e, is_greedy=flag) for e, flag in zip(own, given)] if given else own
+            for own, given in zip(estimates, verdicts)
+        ]
+
+    def generation_settings(self, options: dict[str, Any], *, new: int) -> DiffusionSettings:
+        """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
+        own = {name: options.get(name, default) for name, default in self.generation.items()}
+        settings = DiffusionSettings(
+            order=str(own["order"]), steps=_number(own, "steps", int, None),
+            block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
+            sampling=token_sampling(options),
+        )  # fmt: skip
+        settings.check_steps(new)
+        return settings
 
     def complete(
-        self, prompts: Sequence[list[int]], *, options: dict[str, Any], until: list[str], new: int
+        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
     ) -> list[Completion]:
-        """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
-        own: dict[str, Any] = {name: options.get(name, default) for name, default in self.generation.items()}
-        settings = DiffusionSettings(**own, sampling=token_sampling(options))
+        """See :class:`MegatronLM`."""
         return continue_masked(
             self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size, streams=streams,
         )  # fmt: skip
 
 
 def token_sampling(options: dict[str, Any]) -> TokenSampling:
-    """lm-eval's generation arguments as settings."""
+    """lm-eval's generation arguments as settings.
+
+    Raises:
+        UserError: an argument that is no number or out of range.
+    """
     return TokenSampling(
-        temperature=float(options.get("temperature", 0.0) or 0.0) if options.get("do_sample", True) else 0.0,
-        top_k=int(options.get("top_k", 0) or 0),
-        top_p=float(options.get("top_p", 1.0) or 1.0),
-        seed=int(options.get("seed", 1234)),
+        temperature=_number(options, "temperature", float, 0.0) if options.get("do_sample", True) else 0.0,
+        top_k=_number(options, "top_k", int, 0),
+        top_p=_number(options, "top_p", float, 1.0),
+        seed=_number(options, "seed", int, 1234),
     )
+
+
+def _number(options: dict[str, Any], name: str, kind: Callable[[Any], Any], default: Any) -> Any:
+    value = options.get(name)
+    try:
+        return default if value is None else kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{name} {value!r}", "it is a number", "correct --gen_kwargs") from None
 
 
 def add_up(pieces: Sequence[Estimate]) -> Estimate:

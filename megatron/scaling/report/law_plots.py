@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megatron.runs.comparison import comparisons
-from megatron.runs.reading import Run, format_count
+from megatron.runs.counts import format_count
+from megatron.runs.run import Run
 from megatron.scaling.fit import Fit
 from megatron.scaling.laws import DataConstrained
 from megatron.scaling.literature import CRITICAL_RANGE_TOKENS, PUBLISHED, critical_flops
-from megatron.scaling.planner import critical_compute
-from megatron.scaling.report.plots import RC, figure_legend, objective_style
+from megatron.scaling.predict import critical_compute
+from megatron.scaling.report.style import RC, figure_legend, objective_style
 
 
 def data_value(fits: Sequence[Fit]) -> Figure:
@@ -47,7 +48,7 @@ def data_value(fits: Sequence[Fit]) -> Figure:
         panel.set_title("What repeated data is worth")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        figure_legend(figure, panel, columns=2)
+        figure_legend(figure, [panel], columns=2)
     return figure
 
 
@@ -71,7 +72,7 @@ def critical_line(ar: Fit | None, mdm: Fit | None, runs: Sequence[Run]) -> Figur
         panel.set(xscale="log", yscale="log", xlabel="unique tokens", ylabel="training FLOPs (6·N·D)")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
         panel.set_title("From which compute on MDM (bound) is at or below AR (exact)")
-        figure_legend(figure, panel, columns=2)
+        figure_legend(figure, [panel], columns=2)
     return figure
 
 

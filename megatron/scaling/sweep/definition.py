@@ -1,29 +1,20 @@
-"""A sweep: one YAML file that names a grid of runs. Here: what the runs are, what they cost and where they stand.
-
-Each run owns one directory. ``sweep.json`` in it holds the flags it was started with, so that a changed YAML file can
-never continue another run's results; a lock on ``sweep.lock`` is held by the runner *and inherited by the training
-process*, so that it is free exactly when nothing trains there, also after a kill -9 of the runner.
-"""
+"""A sweep: one YAML file that names a grid of runs. Here: what the runs are, and what they cost (state.py: where they stand)."""
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
-import os
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron.config.presets import PRESETS, swiglu_width
-from megatron.errors import UserError
-from megatron.model.arithmetic import PAPER_VOCAB_SIZE, compute_parameters, preset_parameters
-from megatron.runs.reading import Run, load_run
-from megatron.scaling.planner import DEVICES
+from megatron.errors import UserError, require
+from megatron.model.arithmetic import PAPER_VOCAB_SIZE, PEAK_FLOPS, compute_parameters, preset_parameters
+from megatron.objectives import OBJECTIVES
 
 _KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm", "exclude"}
 _GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
@@ -83,7 +74,7 @@ def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
     Raises:
-        ValueError: not YAML, an unknown or missing key, or a value that no run can have.
+        UserError: not YAML, an unknown or missing key, or a value that no run can have.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -133,11 +124,15 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
             models, _listed(grid["unique_tokens"]), _listed(epochs), _listed(grid.get("seed", 1234))
         )
         for model, unique, length, seed in axes:
-            place = {"objective": objective, "model": str(model), "unique_tokens": int(float(unique))}
+            place = {
+                "objective": objective,
+                "model": str(model),
+                "unique_tokens": int(_positive(unique, "unique_tokens")),
+            }
             size = _parameters(
                 str(model), _dashed(models[model] or {}), int(data.get("vocab_size") or PAPER_VOCAB_SIZE)
             )
-            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": int(seed)}
+            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": _seed(seed)}
             if any(all(place.get(key) == value for key, value in rule.items()) for rule in data.get("exclude") or []):
                 continue
             own = _dashed((data.get("objectives") or {}).get(objective) or {})
@@ -149,14 +144,38 @@ def _epochs(length: Any, parameters: int, unique_tokens: int) -> float:
     """Epochs, given as a number or as compute "1e19 FLOPs", which makes them C / (6·N·U) for each size."""
     text = str(length).lower()
     if not text.endswith("flops"):
-        return float(length)
-    return float(f"{float(text.removesuffix('flops')) / (6.0 * parameters * unique_tokens):.6g}")
+        return _positive(length, "epochs")
+    flops = _positive(text.removesuffix("flops").strip(), "epochs given as compute")
+    return float(f"{flops / (6.0 * parameters * unique_tokens):.6g}")
+
+
+def _positive(value: Any, name: str) -> float:
+    """A number of the file, which must be above 0."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    require(
+        math.isfinite(number) and number > 0,
+        f"{name} {value!r} is in the file",
+        "it must be positive and finite",
+        "mend that number",
+    )
+    return number
+
+
+def _seed(value: Any) -> int:
+    require(
+        isinstance(value, int) and value >= 0,
+        f"seed {value!r} is in the grid",
+        "a seed is a whole number from 0",
+        "mend it",
+    )
+    return int(value)
 
 
 def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> SweepRun:
     unique, epochs, model = place["unique_tokens"], place["epochs"], place["model"]
-    if unique <= 0 or epochs <= 0:
-        raise ValueError(f"unique_tokens {unique} and epochs {epochs:g} are in the grid; both must be positive")
     explicit = {key: flags[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size") if key in flags}
     flags = {
         **flags,
@@ -184,7 +203,9 @@ def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int
             )
         return preset_parameters(model, vocab_size)
     if missing := {"num-layers", "hidden-size"} - explicit.keys():
-        raise ValueError(f"model {model} lacks {', '.join(sorted(missing))}; an explicit shape names both")
+        raise UserError(
+            f"model {model} lacks {', '.join(sorted(missing))}", "an explicit shape names both", "add them to the model"
+        )
     hidden = int(explicit["hidden-size"])
     width = int(explicit.get("ffn-hidden-size") or swiglu_width(hidden))
     return compute_parameters(
@@ -206,124 +227,16 @@ def _data_prefix(data: Mapping[str, Any], unique: int) -> str:
     return prefixes[unique]
 
 
-def state(run: SweepRun) -> str:
-    """ "finished", "running", "failed" (its last attempt ended with an error), "interrupted" or "waiting"."""
-    if is_locked(run):
-        return "running"
-    check_owner(run)
-    attempts = read_attempts(run)
-    if not attempts:
-        return "waiting"
-    if is_finished(run):
-        return "finished"
-    return "failed" if attempts[-1]["returncode"] not in (0, None) else "interrupted"
-
-
-def is_finished(run: SweepRun) -> bool:
-    """Whether the results are complete: the last step is logged and validated, and the program ended well or left the
-    checkpoint of that step."""
-    result = read_result(run)
-    if result is None or not result.is_finished:
-        return False
-    last = max((int(row["step"]) for row in result.train), default=0)
-    if any(flag.startswith("valid-data-path") for flag in run.flags) and (
-        not result.valid or result.valid[-1].step < last
-    ):
-        return False
-    attempts = read_attempts(run)
-    ended_well = bool(attempts) and attempts[-1]["returncode"] == 0
-    latest = run.folder / "latest"
-    return ended_well or (latest.exists() and latest.read_text().strip() == f"global_step{last}")
-
-
-def read_result(run: SweepRun) -> Run | None:
-    """The run directory, or None before training wrote it."""
-    return load_run(run.folder) if (run.folder / "run.json").exists() else None
-
-
-def check_owner(run: SweepRun) -> None:
-    """Refuse a directory that was started with other flags.
-
-    Raises:
-        ValueError: what differs.
-    """
-    file = run.folder / "sweep.json"
-    if not file.exists():
-        return
-    stored, wanted = json.loads(file.read_text(encoding="utf-8"))["flags"], _plain(run)
-    if stored != wanted:
-        names = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-        changes = ", ".join(f"{key}: {stored.get(key)!r} before, {wanted.get(key)!r} now" for key in names)
-        raise UserError(
-            f"{run.folder} was started with other flags ({changes})",
-            "one directory holds one configuration",
-            "restore the flags, change output, or delete that directory",
-        )
-
-
-def claim(run: SweepRun) -> None:
-    """Write down whose directory this is; a directory that holds a run of unknown origin is refused."""
-    check_owner(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    file = run.folder / "sweep.json"
-    if file.exists():
-        return
-    if (run.folder / "run.json").exists():
-        raise UserError(
-            f"{run.folder} holds a run that no sweep started",
-            "one directory holds one configuration",
-            "change output, or delete that directory",
-        )
-    temporary = file.with_name("sweep.json.tmp")
-    temporary.write_text(json.dumps({"format": 1, "flags": _plain(run)}, indent=1), encoding="utf-8")
-    temporary.replace(file)
-
-
-@contextmanager
-def lock(run: SweepRun) -> Iterator[int | None]:
-    """The file descriptor of the run's lock, or None where somebody else holds it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run.folder / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)  # a child that inherited it keeps the lock
-
-
-def is_locked(run: SweepRun) -> bool:
-    if not (run.folder / "sweep.lock").exists():
-        return False
-    with lock(run) as descriptor:
-        return descriptor is None
-
-
-def read_attempts(run: SweepRun) -> list[dict[str, Any]]:
-    """Starts (``returncode`` None) and ends of training programs, oldest first; a line torn by a kill is left out."""
-    file = run.folder / "attempts.jsonl"
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
 def hours(flops: float, price: Mapping[str, Any]) -> float | None:
     """Wall-clock hours at the stated devices and utilisation; None where the sweep names no device."""
     if not price:
         return None
-    if "peak_tflops" not in price and price.get("device", "H100") not in DEVICES:
-        raise UserError(
-            f"price names device {price['device']}", f"known are {', '.join(DEVICES)}", "or give peak_tflops"
-        )
-    peak = float(price["peak_tflops"]) * 1e12 if "peak_tflops" in price else DEVICES[price.get("device", "H100")]
-    return flops / (peak * float(price.get("mfu", 0.4)) * int(price.get("devices", 1))) / 3600
+    device = price.get("device", "H100")
+    if "peak_tflops" not in price and device not in PEAK_FLOPS:
+        raise UserError(f"price names device {device}", f"known are {', '.join(PEAK_FLOPS)}", "or give peak_tflops")
+    peak = _positive(price["peak_tflops"], "peak_tflops") * 1e12 if "peak_tflops" in price else PEAK_FLOPS[device]
+    speed = peak * _positive(price.get("mfu", 0.4), "mfu") * _positive(price.get("devices", 1), "devices")
+    return flops / speed / 3600
 
 
 def unmatched(runs: Sequence[SweepRun]) -> list[str]:
@@ -346,11 +259,8 @@ def unmatched(runs: Sequence[SweepRun]) -> list[str]:
 
 
 def _objective_flags() -> set[str]:
-    from dataclasses import fields
-
-    from megatron.config.schema import ObjectiveConfig
-
-    return {item.name.replace("_", "-") for item in fields(ObjectiveConfig)} | {"num-mc"}
+    owned = [item.name for cls in OBJECTIVES.values() for item in fields(cls.Options)]
+    return {name.replace("_", "-") for name in owned} | {"objective", "mask-token-id", "num-mc"}
 
 
 def _exact_count(count: int) -> str:
@@ -359,10 +269,6 @@ def _exact_count(count: int) -> str:
         if count >= scale and count * 100 % scale == 0:
             return f"{count / scale:.10g}{suffix}"
     return str(count)
-
-
-def _plain(run: SweepRun) -> dict[str, Any]:
-    return json.loads(json.dumps({**run.flags, "objective": run.objective}))
 
 
 def _dashed(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -377,8 +283,10 @@ def _check_keys(path: Path, where: str, data: Any, known: set[str], *, required:
     if not isinstance(data, dict):
         raise UserError(f"{path}: {where} is {type(data).__name__}", "it must be a mapping", "see docs/scaling.md")
     if unknown := sorted(data.keys() - known):
-        raise ValueError(
-            f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}; known are {', '.join(sorted(known))}"
+        raise UserError(
+            f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}",
+            f"known are {', '.join(sorted(known))}",
+            "see docs/scaling.md",
         )
     if missing := sorted(required - data.keys()):
         raise UserError(f"{path}: {where} lacks {', '.join(missing)}", "add them", "see docs/scaling.md")

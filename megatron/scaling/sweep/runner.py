@@ -12,10 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron.scaling.sweep.definition import Sweep, SweepRun, claim, is_finished, lock, read_attempts
+from megatron.errors import Failure
+from megatron.files import one_at_a_time
+from megatron.scaling.sweep.definition import Sweep, SweepRun
+from megatron.scaling.sweep.state import claim, is_finished, lock, read_attempts
 
 ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 2.0
@@ -175,6 +179,9 @@ def _last_line(log: Path) -> str:
 def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
     """The words that start one run; variables such as $SLURM_NNODES in the launcher are filled in."""
     words = [os.path.expandvars(word) for word in sweep.launcher]
+    if "torchrun" in words:  # also behind srun; that of this environment, on PATH or not
+        at = words.index("torchrun")
+        words[at : at + 1] = [sys.executable, "-m", "torch.distributed.run"]
     if words[0] == "python":
         words[0] = sys.executable
     return [*words, str(ROOT / run.program), *run.arguments()]
@@ -183,23 +190,33 @@ def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
 def make_subsets(sweep: Sweep, runs: Sequence[SweepRun], say: Callable[[str], None] = print) -> None:
     """Cut the missing data subsets from the sweep's source with tools/make_subset.py (complete or absent).
 
+    A subset that another process (a task of the same array) is cutting is waited for.
+
     Raises:
-        ValueError: the tool failed.
+        Failure: the tool failed.
     """
     if sweep.subset_source is None:
         return
     for prefix, tokens in sorted({(str(run.flags["train-data-path"]), run.unique_tokens) for run in runs}):
         if Path(prefix + ".idx").exists():
             continue
-        say(f"cutting {tokens:,} tokens from {sweep.subset_source}")
-        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        tool = [sys.executable, str(ROOT / "tools/make_subset.py")]
-        done = subprocess.run(
-            [*tool, "--input", sweep.subset_source, "--output", prefix, "--tokens", str(tokens)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise ValueError(f"no subset of {tokens} tokens could be cut: {done.stderr.strip()}")
+        waiting = f"waiting for the subset {prefix}, which another process is cutting"
+        with one_at_a_time(Path(prefix + ".lock"), waiting=partial(say, waiting)):
+            if not Path(prefix + ".idx").exists():
+                say(f"cutting {tokens:,} tokens from {sweep.subset_source}")
+                _cut(sweep.subset_source, prefix, tokens)
+
+
+def _cut(source: str, prefix: str, tokens: int) -> None:
+    tool = [sys.executable, str(ROOT / "tools/make_subset.py")]
+    done = subprocess.run(
+        [*tool, "--input", source, "--output", prefix, "--tokens", str(tokens)], capture_output=True, text=True
+    )
+    if done.returncode:
+        reason = done.stderr.strip().removeprefix("error: ")
+        raise Failure(
+            f"no subset of {tokens} tokens could be cut ({reason})", "runs need their data", "mend that and start again"
+        )
 
 
 def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:

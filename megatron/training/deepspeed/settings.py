@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
         num_parameters: parameters on this rank; bounds the communication buffers.
 
     Raises:
-        ValueError: ``--deepspeed_config`` contradicts a flag, or configures what this project owns.
+        UserError: ``--deepspeed_config`` contradicts a flag, or configures what this project owns.
     """
     run, optimizer = config.run, config.optimizer
     assert run.global_batch_size is not None
@@ -56,6 +57,8 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "pipeline": {"use_reentrant": False},
+        # It synchronises the device twice a micro-batch; step times are measured in the loop.
+        "timers": {"throughput": {"enabled": False}},
     }
     if run.bf16:
         settings["bf16"] = {"enabled": True}
@@ -63,64 +66,120 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
     return settings if config.parallel.deepspeed_config is None else _merge_file(settings, config)
 
 
-def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Add the user's file; a value that contradicts a flag is refused rather than silently chosen."""
-    path = Path(config.parallel.deepspeed_config or "")
-    given = read_settings_file(path)
-    merged = dict(settings)
-    for key, value in given.items():
-        if key == "zero_optimization":
-            stage = value.get("stage", config.parallel.zero_stage)
-            _agree(path, "zero_optimization.stage", stage, config.parallel.zero_stage, "--zero-stage")
-            merged[key] = {**settings[key], **{k: v for k, v in value.items() if k != "stage" and v != "auto"}}
-        elif key == "bf16":
-            _agree(path, "bf16.enabled", value.get("enabled", False), config.run.bf16, "--bf16")
-            merged[key] = {**settings.get(key, {}), **value}
-        elif key in OWNED and value != "auto":
-            _agree(path, key, value, settings[key], OWNED[key])
-        elif value != "auto":
-            merged[key] = value
-    return merged
-
-
+# What a file may set besides: how a run communicates, reports and uses memory, not what it trains.
+FREE = {
+    *("zero_optimization", "bf16", "fp16", "pipeline", "timers", "activation_checkpointing", "aio", "checkpoint"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "dataloader_drop_last"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "disable_allgather"),
+    *("prescale_gradients", "gradient_predivide_factor"),
+}
+# Values inside a section that must agree with ours: the flag or the reason, by path.
 OWNED = {
     "train_batch_size": "--global-batch-size",
     "train_micro_batch_size_per_gpu": "--micro-batch-size",
     "gradient_accumulation_steps": "--global-batch-size and --micro-batch-size",
     "gradient_clipping": "--clip-grad",
+    "zero_optimization.stage": "--zero-stage",
+    "bf16.enabled": "--bf16",
+    "pipeline.use_reentrant": "nothing (blocks recompute themselves)",
+    "data_types.grad_accum_dtype": "nothing (gradients add up in fp32)",
+    "zero_allow_untested_optimizer": "nothing (the optimizer is torch's)",
+    "zero_force_ds_cpu_optimizer": "nothing (the optimizer is torch's)",
+    # Without them a step with a NaN or infinite gradient would be taken.
+    "bf16.check_grad_overflow": "nothing (such steps are skipped)",
+    "zero_optimization.compute_grad_norm": "nothing (such steps are skipped)",
 }
 REFUSED = {
     "optimizer": "the optimizer is set by --optimizer, --lr, --weight-decay and --adam-*",
     "scheduler": "the schedule is set by --lr-decay-style, --lr-warmup-samples and --min-lr",
+    "curriculum_learning": "every sample is seen whole, in the order of the data plan",
+    "data_efficiency": "every sample is seen whole, in the order of the data plan",
+    "compression_training": "weights are trained as they are",
+    "zero_optimization.zenflow": "every gradient counts in its own step",
+    "bf16.bf16_master_weights_and_grads": "masters and moments are fp32",
+    "bf16.bf16_optimizer_states": "masters and moments are fp32",
 }
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Read and check the parts of a DeepSpeed JSON file that need no other flag.
 
+    Values "auto" are left to us, so they are dropped; so are sections that are switched off.
+
     Raises:
-        ValueError: not a JSON object, or it configures fp16, an optimizer or a schedule.
+        UserError: not a JSON object, or it changes what is trained.
     """
     try:
-        given = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        given = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed_config {path}: {error}", "it must be a JSON file", "correct it") from error
     if not isinstance(given, dict):
         raise UserError(
             f"--deepspeed_config {path} holds a {type(given).__name__}", "it must be a JSON object", "correct it"
         )
-    for key, reason in REFUSED.items():
-        if key in given:
-            raise UserError(f"--deepspeed_config {path} has {key!r}", f"{reason}", "remove it from the file")
-    if given.get("fp16", {}).get("enabled", False):
+    known = FREE | {name.partition(".")[0] for name in OWNED}
+    given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
+    if not _is_off(given.get("fp16")):
         raise UserError(f"--deepspeed_config {path} enables fp16", "runs are bf16 or fp32", "remove it and pass --bf16")
+    for name, value in _members(given):
+        reason = REFUSED.get(name)
+        if "." not in name and name not in known:
+            reason = reason or "a setting that is not known here may change what is trained"
+        if reason is not None and not _is_off(value):
+            raise UserError(f"--deepspeed_config {path} has {name!r}", reason, "remove it from the file")
     return given
 
 
-def _agree(path: Path, name: str, given: Any, expected: Any, flag: str) -> None:
-    if given not in ("auto", expected):
-        raise UserError(
-            f"--deepspeed_config {path} sets {name} to {given}, the flags to {expected}",
-            "they must agree",
-            f"change the file or {flag}",
-        )
+def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Add the user's file; a value that contradicts a flag is refused rather than silently chosen."""
+    path = Path(config.parallel.deepspeed_config or "")
+    given = read_settings_file(path)
+    expected = {name: _look_up(settings, name) for name in OWNED}
+    expected["zero_optimization.stage"] = config.parallel.zero_stage  # stage 0 runs as 1
+    expected["bf16.enabled"] = config.run.bf16
+    expected["bf16.check_grad_overflow"] = expected["zero_optimization.compute_grad_norm"] = True
+    for name, flag in OWNED.items():
+        value = _look_up(given, name)
+        if value is not None and value != expected[name]:
+            raise UserError(
+                f"--deepspeed_config {path} sets {name} to {value}, the flags to {expected[name]}",
+                "they must agree",
+                f"change the file or {flag}",
+            )
+    merged = dict(settings)
+    for key, value in given.items():
+        merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
+    merged["zero_optimization"]["stage"] = effective_zero_stage(config)
+    return merged
+
+
+def _without_auto(value: Any) -> Any:
+    """The value without the members that are "auto", at any depth."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_auto(member) for key, member in value.items() if member != "auto"}
+
+
+def _members(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Sections, and the values within them as "section.name"."""
+    for key, value in given.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", member) for name, member in value.items())
+
+
+def _look_up(values: dict[str, Any], name: str) -> Any:
+    section, _, member = name.partition(".")
+    value = values.get(section)
+    if member:
+        return value.get(member) if isinstance(value, dict) else None
+    return value
+
+
+def _is_off(value: Any) -> bool:
+    return value in (False, None) or (isinstance(value, dict) and value.get("enabled", True) is False)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")

@@ -17,12 +17,12 @@ from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.warm_start import AutoregressiveStart
 from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
-from megatron.parallel.sharding import ShardSpec
+from megatron.parallel.sharding import ShardSpec, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ShardedState:
+class Shards:
     """Fragments of one rank's model and optimizer."""
 
     def __init__(self, module: torch.nn.Module, optimizer: Any, context: ParallelContext) -> None:
@@ -36,7 +36,7 @@ class ShardedState:
 
     def specs(self) -> dict[str, ShardSpec]:
         """Shape and split of every tensor on this rank, by canonical name."""
-        return {p.canonical_name: p.shard_spec for p in self.module.parameters()}  # type: ignore[attr-defined]
+        return {record.name: record.spec for record in map(shard_of, self.module.parameters())}
 
     def fragments_to_save(self) -> list[Fragment]:
         """What this rank alone must write: of a tensor that several ranks hold, the first one's."""
@@ -52,7 +52,7 @@ class ShardedState:
         """Overwrite weights, and with them moments and step count, from a checkpoint of any layout.
 
         Raises:
-            ValueError: tensors are missing from the checkpoint or have other shapes.
+            UserError: tensors are missing from the checkpoint or have other shapes.
         """
         for name, spec in self.specs().items():
             saved = reader.specs.get(name)
@@ -78,27 +78,27 @@ class ShardedState:
 
     def _is_writer(self, parameter: torch.nn.Parameter) -> bool:
         is_tied_copy = getattr(parameter, "ds_pipe_replicated", False)
-        is_split = parameter.shard_spec.dim is not None  # type: ignore[attr-defined]
-        return not is_tied_copy and (is_split or self.context.tp_rank == 0)
+        is_split = shard_of(parameter).spec.dim is not None
+        return not is_tied_copy and (is_split or self.context.tp.rank == 0)
 
     def _fragments(self, parameter: Any, kinds: tuple[str, ...]) -> Iterator[Fragment]:
         located = self._locate(parameter)
         if located is None:
             return
         flat, start, offset, numel = located
-        tp_size = self.context.tp_size if parameter.shard_spec.dim is not None else 1
-        tp_rank = self.context.tp_rank if tp_size > 1 else 0
+        whole, tp = shard_of(parameter), self.context.tp
+        tp_rank, tp_size = (tp.rank, tp.size) if whole.spec.dim is not None else (0, 1)
         for kind in kinds:
             source = flat if kind == "weight" else self.optimizer.optimizer.state[flat][kind]
             data = source.detach().narrow(0, offset, numel)
-            yield Fragment(kind, parameter.canonical_name, tp_rank, tp_size, start, data)
+            yield Fragment(kind, whole.name, tp_rank, tp_size, start, data)
 
     def _locate(self, parameter: Any) -> tuple[torch.Tensor, int, int, int] | None:
         """Flat fp32 partition, first element of the parameter in it, its offset there, and the number of elements."""
         if self.is_zero3:
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             part = parameter.ds_tensor.ds_numel
-            start = self.context.dp_rank * part
+            start = self.context.dp.rank * part
             numel = min(part, parameter.ds_numel - start)  # the last partitions are padded
             return (self.optimizer.fp32_partitioned_groups_flat[group], start, offset, numel) if numel > 0 else None
         mapping = parameter._hp_mapping

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 from data.conftest import GOLDEN, ROOT
+from megatron.data.identity import tokenizer_fingerprint
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.prepare.preprocess import _result
 from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.files import sha256_of
 
 BYTES = ("--tokenizer-type", "ByteTokenizer")
 NULL = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "9")
@@ -59,7 +61,9 @@ def test_jsonl(tool, tmp_path: Path, workers: int) -> None:
     size = sum(len(text.encode()) for text in TEXTS)
     assert read_meta(prefix) == {
         "format": 1, "documents": 5000, "tokens": size + 5000, "text_bytes": size, "append_eod": True,
-        "vocab_size": 257, "eod_id": 256, "malformed": 0, "empty": 0, "tokenizer": {"type": "ByteTokenizer"},
+        "vocab_size": 257, "eod_id": 256, "malformed": 0, "empty": 0, "tokenizer": {"type": "ByteTokenizer"}, "largest_id": 256,
+        "tokenizer_fingerprint": tokenizer_fingerprint(ByteTokenizer()),
+        "digests": {part: sha256_of(f"{prefix}.{part}") for part in ("bin", "idx")},
     }  # fmt: skip
     assert outputs(tmp_path) == [f"out_text_document{suffix}" for suffix in (".bin", ".idx", ".meta.json")]
 
@@ -141,11 +145,11 @@ def test_parquet_and_saved_datasets(tool, tmp_path: Path) -> None:
         "body",
         *BYTES,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "has the columns id, text, not body; --json-keys names columns" in done.stderr
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "dict"))
     done = tool("preprocess_data.py", "--input", tmp_path / "dict", "--output-prefix", tmp_path / "no", *BYTES)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "holds the splits train, test; one data set is made of one split;" in done.stderr
     assert not list(tmp_path.glob("no*"))
 
@@ -172,7 +176,7 @@ def malformed(tmp_path: Path) -> Path:
 
 def test_malformed_lines_stop_the_run_by_default(tool, tmp_path: Path, malformed: Path) -> None:
     done = tool("preprocess_data.py", "--input", malformed, "--output-prefix", tmp_path / "out", *BYTES, "--workers", 2)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "6 malformed rows" in done.stderr
     for number in BAD_LINES:
         assert f"in.jsonl, line {number + (number > 20)}: " in done.stderr
@@ -182,7 +186,7 @@ def test_malformed_lines_stop_the_run_by_default(tool, tmp_path: Path, malformed
 
 def test_malformed_lines_can_be_left_out(tool, tmp_path: Path, malformed: Path) -> None:
     command = ("preprocess_data.py", "--input", malformed, "--output-prefix", tmp_path / "out", *BYTES, "--workers", 1)
-    assert tool(*command, "--max-errors", 5).returncode == 1
+    assert tool(*command, "--max-errors", 5).returncode == 2
     assert outputs(tmp_path) == []
     for flags in (("--max-errors", "6"), ("--skip-errors", "--overwrite")):
         done = tool(*command, *flags)
@@ -202,7 +206,7 @@ def test_finished_data_is_not_replaced_by_accident(tool, tmp_path: Path) -> None
     assert tool(*command).returncode == 0
     before = (tmp_path / "out_text_document.idx").stat().st_mtime_ns
     done = tool(*command)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "out_text_document.idx exists;" in done.stderr
     assert (tmp_path / "out_text_document.idx").stat().st_mtime_ns == before
 
@@ -214,7 +218,6 @@ def test_finished_data_is_not_replaced_by_accident(tool, tmp_path: Path) -> None
         (["--input", str(ROOT / "pyproject.toml"), *BYTES], "its name does not tell the format; known are .jsonl"),
         (["--input", str(GOLDEN / "golden.jsonl")], "no tokenizer: neither a flag nor the data"),
         (["--input", str(GOLDEN / "golden.jsonl"), *BYTES, "--json-keys", "body"], "40 malformed rows"),
-        (["--input", str(GOLDEN / "golden.jsonl"), *BYTES, "--workers", "0"], "--workers at least 1"),
         (["--input", str(GOLDEN / "golden.jsonl"), *NULL, "--append-eod"],
          "--append-eod with NullTokenizer(9), which has no end-of-document token"),
         (["--input", str(GOLDEN / "golden.jsonl"), *NULL],
@@ -223,16 +226,44 @@ def test_finished_data_is_not_replaced_by_accident(tool, tmp_path: Path) -> None
 )  # fmt: skip
 def test_wrong_use(tool, tmp_path: Path, arguments: list[str], message: str) -> None:
     done = tool("preprocess_data.py", *arguments, "--output-prefix", tmp_path / "out")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert outputs(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "number",
+    ["--max-errors=-1", "--workers=0", "--workers=99999999", "--log-interval=-3", "--vocab-size=0", "--workers=nan",
+     "--vocab-size=1" + "0" * 5000],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(
+    tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import preprocess_data
+
+    with pytest.raises(SystemExit, match="2"):
+        preprocess_data.parse_args(["--input", "x", "--output-prefix", str(tmp_path / "out"), number])
+    assert "it must be a whole number from" in capsys.readouterr().err
+
+
+def test_relative_inputs_lie_in_the_root(tool, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    write_jsonl(tmp_path / "raw" / "in.jsonl", TEXTS[:3])
+    second = write_jsonl(tmp_path / "second.jsonl", TEXTS[3:5])
+    done = tool(
+        "preprocess_data.py", "--root", tmp_path / "raw", "--input", "in.jsonl", second, "--output-prefix",
+        tmp_path / "out", *BYTES, "--workers", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert decoded(tmp_path / "out_text_document") == TEXTS[:5]
+
+
 def test_empty_input(tool, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n\n")
     done = tool("preprocess_data.py", "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", *BYTES)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "the input holds no text" in done.stderr
     assert outputs(tmp_path) == []
 

@@ -94,5 +94,5 @@ def test_corpus_tokenizer_and_data_by_command(tool, tmp_path: Path, documents: l
     assert len(data) == len(sides[0])
     assert all(data[index][-1] == 0 for index in range(len(data)))
     done = tool("train_tokenizer.py", "--input", train, "--vocab-size", 5, "--output", tmp_path / "tok2")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "needs 257 ids" in done.stderr

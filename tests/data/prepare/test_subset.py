@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from megatron.data.blend import parse_blend, read_data_path_file
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron.data.prepare.inspection import histogram, inspect
+from megatron.data.identity import verify_data
+from megatron.data.indexed import DamagedData, IndexedDataset, IndexedDatasetWriter, read_meta
+from megatron.data.prepare.inspection import histogram, inspect, record
 from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
 from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = str(ROOT / "tests/golden/data/golden_text_document")
@@ -202,8 +204,30 @@ def test_damage_is_found(tmp_path: Path) -> None:
     index = bytearray((tmp_path / "d.idx").read_bytes())
     index[34 + 4 * 3 + 8] = 2  # second pointer
     (tmp_path / "d.idx").write_bytes(bytes(index))
-    assert "pointers are not where the sizes put them" in " ".join(inspect(prefix)["problems"])
+    with pytest.raises(DamagedData, match=r"d\.idx puts document 1 of 2 tokens at byte 2"):
+        inspect(prefix)
+
+
+def test_data_without_digests_can_be_recorded_and_verified(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "d", [[1, 2, 7], [3, 7]])
+    command = [sys.executable, str(ROOT / "tools/inspect_data.py"), "--record", prefix]
+    subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    verify_data([prefix], say=lambda text: None)
+    meta = read_meta(prefix) or {}
+    assert (meta["documents"], meta["tokens"], meta["largest_id"]) == (2, 5, 7)
+    (tmp_path / "d.bin").write_bytes(bytes(10))
+    with pytest.raises(DamagedData):
+        verify_data([prefix])
+    with pytest.raises(UserError, match="only intact data are recorded"):
+        record(inspect(prefix))
+
+
+def test_changed_tokens_are_found(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "d", [[1, 2, 7], [3, 7]], {"vocab_size": 9})
+    raw = bytearray((tmp_path / "d.bin").read_bytes())
+    raw[0] ^= 2
+    (tmp_path / "d.bin").write_bytes(raw)
     command = [sys.executable, str(ROOT / "tools/inspect_data.py"), prefix]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
-    assert "DAMAGED" in result.stdout
+    assert "DAMAGED: " in result.stdout and "d.bin is not as it was written (its checksum differs)" in result.stdout

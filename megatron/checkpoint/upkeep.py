@@ -1,0 +1,180 @@
+"""Keeping a run directory in order: going back, what killed processes left, and checkpoints that are no longer wanted.
+
+All of it is for one process at a time: the first rank, under the run's lock. What is not a checkpoint of this project is
+never touched. Every function returns lines to print.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, damaged_files, read_manifest, step_of, tag_folders
+from megatron.checkpoint.select import newest_first
+from megatron.errors import Failure, UserError
+from megatron.files import replace_file
+
+ABANDONED = "abandoned"
+OWN_FILE = re.compile(r"shard-[0-9]{5,}\.safetensors|manifest\.json|\.?manifest\.json[\w.]*\.tmp")
+# Those of megatron.files, and of its predecessor.
+OWN_TEMPORARY = re.compile(r"\.[\w.\-]+\.[0-9]+\.[0-9a-f]{8}\.tmp|(?:latest|run\.json|best\.json)\.tmp")
+
+
+def set_back(run_dir: Path, tag: Path | None) -> list[str]:
+    """Make ``tag`` the newest checkpoint of the run; call it once between loading and the first save.
+
+    Checkpoints of later steps belong to a branch that is left now (``--load-tag``, or a fall back to an older one) and
+    move to ``abandoned/``, from the last to the first; then ``latest`` names ``tag``. Killed in between, it can be done again.
+
+    Args:
+        run_dir: folder of the run that is about to save.
+        tag: what was loaded; None where the run starts anew in a folder that holds another. Of another folder: nothing
+            is done.
+
+    Raises:
+        Failure: a folder could not be moved.
+    """
+    if tag is not None and tag.resolve().parent != run_dir.resolve():
+        return []
+    step = -1 if tag is None else step_of(tag)
+    if step is None:
+        return []
+    later = [path for path in tag_folders(run_dir) if (step_of(path) or 0) > step]
+    is_stale = tag is not None and _text(run_dir / LATEST) != tag.name
+    try:
+        for path in later:
+            path.rename(_free_name(run_dir / ABANDONED, path.name))
+        if tag is None:
+            (run_dir / LATEST).unlink(missing_ok=True)
+        elif is_stale:
+            replace_file(run_dir / LATEST, tag.name)
+        (run_dir / NEXT).unlink(missing_ok=True)
+    except OSError as error:
+        raise Failure(
+            f"{error.filename or run_dir} could not be changed ({error.strerror or error})",
+            "going back moves later checkpoints aside",
+            "make the run directory writable, or train into another --save",
+        ) from error
+    said = []
+    if later:
+        names = ", ".join(path.name for path in later)
+        said.append(f"moved {names} to {run_dir / ABANDONED}: a branch that this run leaves; delete it when you like")
+    if tag is not None and is_stale:
+        said.append(f"`{LATEST}` names {tag.name} now")
+    return ["; ".join(said)] if said else []
+
+
+def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> list[str]:
+    """Delete the checkpoints of this run but the newest ``keep_last`` and those of the steps in ``keep``.
+
+    The one that ``latest`` names is the newest. Those of another run (by run id) or without a readable manifest are
+    neither counted nor deleted. What cannot be deleted is said, and no reason to end a run.
+    """
+    known: list[tuple[Path, object]] = []
+    for tag in newest_first(run_dir):
+        try:
+            known.append((tag, read_manifest(tag).get("run_id")))
+        except UserError:
+            continue
+    own = [tag for tag, run_id in known if run_id in (None, known[0][1])]  # format 1 had no run ids
+    lines = []
+    for tag in own[max(1, keep_last) :]:
+        if step_of(tag) not in keep:
+            lines += _attempt(lambda tag=tag: _delete_tag(tag), tag)  # type: ignore[misc]
+    return lines
+
+
+def sweep_leftovers(run_dir: Path) -> list[str]:
+    """Complete or undo what killed processes began; call it at start, before a checkpoint is chosen.
+
+    A save that was killed between its renames is completed, or the tag whose place it took is put back; other halves
+    (``.saving``, ``.replaced``, temporary files, half-deleted tags) are deleted where they hold nothing but our files.
+    """
+    lines: list[str] = []
+    named = _text(run_dir / NEXT)
+    for path in sorted(run_dir.glob("global_step*.*"), reverse=True):  # .saving before .replaced
+        tag, ending = path.with_suffix(""), path.suffix
+        if ending not in (".saving", ".replaced") or step_of(tag) is None or not path.is_dir():
+            continue
+        if not tag.exists() and (ending == ".replaced" or named == tag.name) and _is_complete(path):
+            lines += _attempt(lambda path=path, tag=tag: _restore(path, tag), path)  # type: ignore[misc]
+        else:
+            lines += _delete_if_own(path, "an interrupted save")
+    if named is not None:
+        lines += _attempt(lambda: _complete_latest(run_dir, named), run_dir / NEXT)
+    latest = step_of(Path(_text(run_dir / LATEST) or ""))
+    for tag in tag_folders(run_dir):
+        # One without a manifest that is older than `latest` was being deleted; a later one is said when a tag is chosen.
+        if latest is not None and (step_of(tag) or 0) < latest and not (tag / MANIFEST).exists():
+            lines += _delete_if_own(tag, "a half-deleted checkpoint")
+    for path in sorted(run_dir.glob("*.tmp")):
+        if OWN_TEMPORARY.fullmatch(path.name) and path.is_file():
+            lines += _attempt(lambda path=path: _unlink(path), path)  # type: ignore[misc]
+    return lines
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a folder has a manifest, and the files that it lists in their sizes."""
+    try:
+        return not list(damaged_files(folder, checksums=False))
+    except UserError:
+        return False
+
+
+def _restore(path: Path, tag: Path) -> str:
+    path.rename(tag)
+    return f"completed {tag}, which a killed save had left as {path.name}"
+
+
+def _unlink(path: Path) -> str:
+    path.unlink()
+    return f"removed {path} (a temporary file)"
+
+
+def _complete_latest(run_dir: Path, named: str) -> str | None:
+    if step_of(Path(named)) is None or not _is_complete(run_dir / named):
+        (run_dir / NEXT).unlink()
+        return None
+    os.replace(run_dir / NEXT, run_dir / LATEST)
+    return f"`{LATEST}` names {named} now: its save was interrupted at the last moment"
+
+
+def _delete_if_own(folder: Path, what: str) -> list[str]:
+    """Delete a folder of nothing but our files; another one is left, with a line."""
+    foreign = sorted(path.name for path in folder.iterdir() if not OWN_FILE.fullmatch(path.name) or path.is_dir())
+    if foreign:
+        return [f"left {folder} ({what}) alone: it holds {', '.join(foreign[:5])}"]
+
+    def delete() -> str:
+        _delete_tag(folder)
+        return f"removed {folder} ({what})"
+
+    return _attempt(delete, folder)
+
+
+def _delete_tag(folder: Path) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted tag is no checkpoint
+    shutil.rmtree(folder)
+
+
+def _attempt(action: Callable[[], str | None], path: Path) -> list[str]:
+    """Do it and return its line, or one that says why it was not possible."""
+    try:
+        line = action()
+    except OSError as error:
+        return [f"warning: {path} could not be removed or renamed ({error.strerror or error})"]
+    return [line] if line else []
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    taken = {path.name for path in folder.iterdir()}
+    names = [name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))]
+    return folder / next(each for each in names if each not in taken)

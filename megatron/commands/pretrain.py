@@ -1,0 +1,39 @@
+"""Train or validate: the program of pretrain_gpt.py and pretrain_mdm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron.training.main import main
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.plan import Plan
+
+
+def pretrain(objective: str, argv: Sequence[str] | None = None) -> int:
+    """Run the program with ``objective`` as its default; returns the exit status (see :func:`megatron.training.main.main`)."""
+    return main(objective, argv, probe=answer_gap)
+
+
+def answer_gap(plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:
+    """The probe of ``--gap-task``: training knows nothing of evaluation, so the two meet here."""
+    from megatron.evaluation.gap import gap_metric
+    from megatron.model.batch import Inputs
+    from megatron.model.gpt import GPTModel
+
+    model, objective = engine.module, engine.objective.for_eval()
+    assert isinstance(model, GPTModel)  # pipeline stages are refused with the flag
+
+    def logits(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return model.logits(Inputs(input_ids), objective.attention_mask, positions=positions)
+
+    return gap_metric(
+        plan.settings,
+        logits_fn=logits,
+        evaluating=lambda: engine.evaluating(objective),
+        device=engine.context.device,
+    )

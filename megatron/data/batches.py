@@ -1,0 +1,97 @@
+"""Micro-batches of a rank for as long as they are wanted: loader processes that end with their trainer, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import signal
+from collections.abc import Iterator
+from multiprocessing import RawValue
+from types import FrameType, TracebackType
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron.errors import Failure
+from megatron.model.batch import ModelBatch
+
+# How torch words it when a loader process died, or could not hand its batch over.
+LOST = re.compile(
+    r"DataLoader worker .*(killed|exited)|shared memory|shm|Bus error|timed out|Too many open files", re.DOTALL
+)
+
+
+class Workers:
+    """How loader processes answer signals.
+
+    Ctrl-C and a cluster's signals reach every process of a job, but the trainer answers them: it may need more batches
+    before it stops. So workers ignore them, except SIGTERM once the trainer lets them go (or is gone itself):
+    multiprocessing sends it at exit and waits for the process without limit.
+    """
+
+    def __init__(self) -> None:
+        self._released, self._trainer = RawValue("b", 0), os.getpid()
+        atexit.register(self.release)  # before multiprocessing's own exit handler, which was registered earlier
+
+    def release(self) -> None:
+        """From now on SIGTERM ends the workers."""
+        self._released.value = 1
+
+    def __call__(self, _worker: int) -> None:
+        """Set up a worker (``worker_init_fn``)."""
+        for number in (signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+
+    def _on_terminate(self, _number: int, _frame: FrameType | None) -> None:
+        if self._released.value or os.getppid() != self._trainer:
+            os._exit(0)
+
+
+class Batches:
+    """An iterator over the micro-batches of a loader; a context manager that ends its processes."""
+
+    def __init__(self, loader: DataLoader, workers: Workers) -> None:
+        """Args:
+        loader: of :func:`megatron.data.loader.build_loader`.
+        workers: what its processes were set up with.
+        """
+        self._workers, self._source = workers, iter(loader)
+
+    def __iter__(self) -> Iterator[ModelBatch[torch.Tensor]]:
+        return self
+
+    def __next__(self) -> ModelBatch[torch.Tensor]:
+        """The next micro-batch.
+
+        Raises:
+            Failure: a loader process died or did not answer in time.
+        """
+        try:
+            return next(self._source)
+        except (RuntimeError, OSError) as error:
+            if not LOST.search(str(error)):
+                raise
+            raise Failure(
+                f"the data loader lost a process ({' '.join(str(error).split())[-300:]})",
+                "its processes hand batches over through /dev/shm and need memory and files for it",
+                "enlarge /dev/shm (docker run --shm-size), lower --num-workers (0 needs none), or raise ulimit -n",
+            ) from error
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the loader's processes now: none may hold up the exit of the trainer."""
+        self._workers.release()
+        shut_down = getattr(self._source, "_shutdown_workers", None)  # of the iterator with processes
+        if shut_down is None:
+            return
+        shut_down()  # they leave by themselves within milliseconds; one that hangs is sent SIGTERM after 5 s
+        for process in self._source._workers:  # type: ignore[attr-defined]
+            if process.is_alive():
+                process.kill()
+                process.join()

@@ -1,0 +1,202 @@
+"""What a data set is, by content: fingerprints for records, and the checks that data and vocabulary belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.data.blend import parse_blend
+from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
+from megatron.data.tokenizer import Tokenizer, tokenizer_from_spec
+from megatron.errors import UserError
+from megatron.files import sha256_of
+from megatron.statistics import fingerprint, half_of
+
+_BLOCK_BYTES = 1 << 22
+SCAN_LIMIT_BYTES = 1 << 31  # of a .bin without a record of its largest id that is read at the start: about a second
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer | dict[str, Any]) -> str:
+    """Return a hash of the vocabulary: equal where every id stands for the same token, wherever the files lie.
+
+    Args:
+        tokenizer: a tokenizer, or the spec that ``tokenizer_from_spec`` reads.
+
+    Returns:
+        32 hexadecimal digits; ``"ids:SIZE"`` for a NullTokenizer, which knows no tokens.
+
+    Raises:
+        UserError: the spec names nothing that can be built.
+    """
+    built = tokenizer_from_spec(tokenizer) if isinstance(tokenizer, dict) else tokenizer
+    vocabulary = built.vocabulary()
+    if vocabulary is None:
+        return f"ids:{built.vocab_size}"
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:32]
+
+
+def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a data path means, by content.
+
+    Args:
+        paths: one prefix or a blend, as ``parse_blend`` reads it.
+
+    Returns:
+        One record a part, in order: prefix (absolute, links resolved), weight (normalised), documents, tokens and
+        idx_sha256 (SHA-256 of PREFIX.idx: it holds the lengths of all documents).
+
+    Raises:
+        UserError: a wrong blend, or missing or damaged data.
+    """
+    pairs = parse_blend(paths)
+    total = sum(weight for weight, _ in pairs)
+    records = []
+    for weight, prefix in pairs:
+        data = IndexedDataset(prefix)
+        records.append(
+            {
+                "prefix": os.path.realpath(data.prefix),
+                "weight": weight / total,
+                "documents": len(data),
+                "tokens": data.num_tokens,
+                "idx_sha256": sha256_of(f"{data.prefix}.idx"),
+            }
+        )
+    return records
+
+
+def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str | None = None) -> None:
+    """Refuse data of different tokenizers, and ids outside the vocabulary.
+
+    The largest id is read from PREFIX.meta.json. Where that does not record it, PREFIX.bin is read, spread evenly over at
+    most ``SCAN_LIMIT_BYTES`` of it.
+
+    Args:
+        blends: data paths of training, validation, …; an empty one counts for nothing.
+        vocab_size: every id must be below it.
+        fingerprint: of the tokenizer of the run (``tokenizer_fingerprint``); None, or one of a NullTokenizer, where the run
+            has only ids: then all data must have been made with one tokenizer, whichever.
+
+    Raises:
+        UserError: which data set was made with another tokenizer than which, or holds which id.
+    """
+    prefixes = _prefixes(blends)
+    makers = [maker for maker in (_maker(prefix) for prefix in prefixes) if maker is not None]
+    if fingerprint is not None and not fingerprint.startswith("ids:"):
+        makers.insert(0, _Maker("the tokenizer of this run", fingerprint, vocab_size, None))
+    for maker in makers[1:]:
+        if not maker.agrees(makers[0]):
+            raise UserError(
+                f"{maker.name} was made with {maker.describe()}",
+                f"{makers[0].name} has {makers[0].describe()}, and ids must mean one thing",
+                "preprocess it again with the same tokenizer, or give other data",
+            )
+    for prefix in prefixes:
+        _check_ids(prefix, vocab_size)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """The tokenizer of a data set, as far as its PREFIX.meta.json tells (older ones have no fingerprint)."""
+
+    name: str
+    fingerprint: str | None
+    vocab_size: int | None
+    eod_id: int | None
+
+    def agrees(self, other: _Maker) -> bool:
+        if self.fingerprint is not None and other.fingerprint is not None:
+            return self.fingerprint == other.fingerprint
+        pairs = ((self.vocab_size, other.vocab_size), (self.eod_id, other.eod_id))
+        return all(mine == theirs for mine, theirs in pairs if mine is not None and theirs is not None)
+
+    def describe(self) -> str:
+        known = {"fingerprint": self.fingerprint, "end of document": self.eod_id}
+        rest = "".join(f", {name} {value}" for name, value in known.items() if value is not None)
+        return f"a vocabulary of {self.vocab_size} ids{rest}"
+
+
+def _maker(prefix: str) -> _Maker | None:
+    meta = read_meta(prefix)
+    spec = None if meta is None else meta.get("tokenizer")
+    if (
+        meta is None
+        or meta.get("vocab_size") is None
+        or (isinstance(spec, dict) and spec.get("type") == "NullTokenizer")
+    ):
+        return None  # ids say nothing about what they stand for
+    return _Maker(prefix, meta.get("tokenizer_fingerprint"), meta["vocab_size"], meta.get("eod_id"))
+
+
+def _check_ids(prefix: str, vocab_size: int) -> None:
+    recorded = (read_meta(prefix) or {}).get("largest_id")
+    largest = recorded if recorded is not None else max((int(block.max()) for block in _blocks(prefix)), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds the id {largest}",
+            f"ids must be below the size of the vocabulary, {vocab_size}",
+            "give the tokenizer (or --vocab-size) that the data were made with",
+        )
+
+
+def _blocks(prefix: str) -> Iterator[np.ndarray]:
+    """Yield the tokens of PREFIX.bin in blocks; of a large file only some, evenly spaced."""
+    data = IndexedDataset(prefix)
+    length = _BLOCK_BYTES // data.dtype.itemsize
+    blocks = -(-data.num_tokens // length)
+    step = max(1, -(-blocks * _BLOCK_BYTES // SCAN_LIMIT_BYTES))
+    for block in range(0, blocks, step):
+        yield data.tokens[block * length : (block + 1) * length]
+
+
+def verify_data(*blends: Sequence[str], say: Callable[[str], None] = print) -> None:
+    """Read all data once and compare them with the digests in PREFIX.meta.json.
+
+    Args:
+        blends: data paths, as in :func:`check_vocabulary`.
+        say: gets a line a data set.
+
+    Raises:
+        UserError: a data set records no digests.
+        DamagedData: a file is not what was written.
+    """
+    for prefix in _prefixes(blends):
+        recorded = (read_meta(prefix) or {}).get("digests")
+        if not recorded:
+            raise UserError(
+                f"{prefix}.meta.json records no digests",
+                "--verify-data compares with what was written",
+                f"record what is there now: tools/inspect_data.py --record {prefix}, or leave --verify-data out",
+            )
+        for problem in digest_problems(prefix, recorded):
+            raise DamagedData(
+                problem, "its tokens must be those that were written", "copy it again, or preprocess again"
+            )
+        say(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
+
+
+def digest_problems(prefix: str, recorded: dict[str, str]) -> list[str]:
+    """Return a sentence for each file of a data set whose SHA-256 is not the recorded one."""
+    return [
+        f"{prefix}.{suffix} is not as it was written (its checksum differs)"
+        for suffix in ("idx", "bin")
+        if recorded.get(suffix) not in (None, sha256_of(f"{prefix}.{suffix}"))
+    ]
+
+
+def _prefixes(blends: Sequence[Sequence[str]]) -> list[str]:
+    """Return the prefixes of all blends, each once."""
+    return list(dict.fromkeys(prefix for paths in blends if paths for _, prefix in parse_blend(paths)))
+
+
+def selection_half(*parts: IndexedDataset) -> np.ndarray:
+    """Return whether each document is of the selection half, bool [documents], all parts one after the other."""
+    halves = [half_of(fingerprint(part[index])) == "selection" for part in parts for index in range(len(part))]
+    return np.array(halves, dtype=bool)

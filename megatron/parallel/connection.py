@@ -1,0 +1,218 @@
+"""Processes that know each other: how they meet, and how they part.
+
+Nobody waits in silence: a process that waits for others says for whom, and one whose peer is gone says who left.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from megatron.errors import Failure
+from megatron.parallel.launch import Launch, local_device
+
+NOTICE_SECONDS = 15.0  # before the first line; each next one comes after twice as long
+# How gloo, NCCL and the store word it when the other end of a connection is gone.
+GONE = re.compile(
+    r"connection (closed|reset) by peer|connection refused|broken pipe|remote process exited|socket closed|"
+    r"recvvalue failed|sendbytes failed|got 0 bytes|failed to recv|pair closure",
+    re.IGNORECASE,
+)
+
+
+class PeerFailure(Failure):
+    """Another rank is gone, and this one cannot go on without it."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The connected processes: who they are, and what became of them.
+
+    Attributes:
+        launch: this process.
+        hosts: host name of every rank.
+        store: the key-value store where they met; None where they were connected by someone else, who also parts them.
+    """
+
+    launch: Launch
+    hosts: tuple[str, ...] = ()
+    store: dist.Store | None = field(default=None, repr=False)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether :func:`connect` has tied this process to others."""
+        return self.store is not None and self.launch.world_size > 1
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Part from the others.
+
+        After an error nothing is destroyed: that would wait for peers that may be waiting for this process. They are told
+        why it goes; the caller then ends the process (:func:`end_process`).
+        """
+        if error is None:
+            if self.store is not None:
+                dist.destroy_process_group()
+            return
+        if self.store is not None and not isinstance(error, PeerFailure):
+            with suppress(RuntimeError):  # its keeper is gone: nobody is left to be told
+                self.store.set(f"left/{self.launch.rank}", f"{type(error).__name__}: {error}"[:500])
+
+    def peer_failure(self, error: BaseException) -> PeerFailure | None:
+        """One line for an error that only says that a peer is gone; None for any other error.
+
+        The peer is named as far as it can be known: a rank that failed has left a message, of one that was killed the
+        connection may tell the address.
+        """
+        if self.launch.world_size == 1 or not isinstance(error, RuntimeError) or not GONE.search(str(error)):
+            return None
+        found = "; ".join(self._departed())
+        if not found:
+            address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
+            where = f" at {address.group(1)}" if address else ""
+            found = f"a process{where} is gone without a word (killed, or its host is down)"
+        return PeerFailure(
+            f"rank {self.launch.rank} lost a peer: {found}",
+            "a run needs all its ranks",
+            "see the messages of that rank, then start again with --load",
+        )
+
+    def _departed(self) -> list[str]:
+        """What ranks that left after an error had to say."""
+        found: list[str] = []
+        if self.store is None:
+            return found
+        try:
+            for rank, host in enumerate(self.hosts):
+                if self.store.check([f"left/{rank}"]):
+                    found.append(f"rank {rank} on {host} failed ({self.store.get(f'left/{rank}').decode()})")
+        except RuntimeError:  # no answer
+            if self.launch.agent_attempt is None:
+                found.append(f"rank 0 on {self.hosts[0]} is gone, and with it the meeting place")
+        return found
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process at once, with its children: Python's way out would wait for peers that wait for this process."""
+    for child in multiprocessing.active_children():  # loader workers would outlive it
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # closed or full
+            stream.flush()
+    os._exit(status)
+
+
+def connect(launch: Launch, *, timeout_minutes: float = 30.0) -> Connection:
+    """Start the default process group, gloo on the CPU and NCCL on CUDA, once every rank is there.
+
+    Every rank calls at the meeting place; whoever waits long says for whom.
+
+    Args:
+        launch: this process.
+        timeout_minutes: limit of the wait, and of every later collective.
+
+    Raises:
+        Failure: ranks are missing after the limit, or the meeting place cannot be opened.
+    """
+    if dist.is_initialized():
+        return Connection(launch)
+    timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store = dist.HashStore()
+    hosts: tuple[str, ...] = (socket.gethostname(),)
+    if launch.world_size > 1:
+        store = _open_store(launch, timeout)
+        hosts = _roll_call(launch, store, timeout)
+    device = local_device(launch)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
+    )
+    return Connection(launch, hosts, store)
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Open the meeting place, or call there until it opens."""
+    assert launch.master_addr is not None and launch.master_port is not None
+    is_keeper = launch.rank == 0 and launch.agent_attempt is None
+    for patience in _patience(timeout):
+        try:
+            store = dist.TCPStore(
+                launch.master_addr,
+                launch.master_port,
+                is_master=is_keeper,
+                timeout=timedelta(seconds=patience),
+                wait_for_workers=False,
+            )
+            store.set_timeout(timeout)
+            return dist.PrefixStore(f"megatron/attempt_{launch.agent_attempt or 0}", store)
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            if is_keeper:
+                raise Failure(
+                    f"rank 0 cannot open {launch.meeting_place} ({str(error).splitlines()[0]})",
+                    "the ranks meet at MASTER_ADDR:MASTER_PORT, a free port of rank 0's host",
+                    "choose another port or address",
+                ) from error
+            _notice(launch, f"rank 0, which opens {launch.meeting_place}")
+    raise Failure(
+        f"rank {launch.rank}: nobody answers at {launch.meeting_place}",
+        "rank 0 opens it within --distributed-timeout-minutes",
+        "check that rank 0 runs, its address, and the network between the hosts",
+    )
+
+
+def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[str, ...]:
+    """Host name of every rank, once all have given theirs; the first of those that wait says who is missing."""
+    keys = [f"host/{rank}" for rank in range(launch.world_size)]
+    store.set(keys[launch.rank], socket.gethostname())
+    absent = ""
+    for patience in _patience(timeout):
+        with suppress(RuntimeError):
+            store.wait(keys, timedelta(seconds=patience))
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if not missing:
+            return tuple(store.get(key).decode() for key in keys)
+        absent = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {launch.world_size}"
+        if launch.rank == min(set(range(launch.world_size)) - set(missing)):
+            _notice(launch, f"{absent}, to come to {launch.meeting_place}")
+    raise Failure(
+        f"{absent} never came to {launch.meeting_place}",
+        "all ranks start within --distributed-timeout-minutes",
+        "check the hosts of those ranks, the host file and the firewall",
+    )
+
+
+def _patience(timeout: timedelta) -> Iterator[float]:
+    """Seconds to wait until the next line, until the limit is reached."""
+    deadline, patience = time.monotonic() + timeout.total_seconds(), NOTICE_SECONDS
+    while (remaining := deadline - time.monotonic()) > 0:
+        yield max(0.1, min(patience, remaining))
+        patience *= 2
+
+
+def _notice(launch: Launch, whom: str) -> None:
+    print(f"rank {launch.rank} on {socket.gethostname()} waits for {whom}", file=sys.stderr, flush=True)
+
+
+def _ranges(ranks: list[int]) -> str:
+    """``0, 2-5``."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and rank == parts[-1][1] + 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

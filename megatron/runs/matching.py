@@ -1,0 +1,220 @@
+"""What differs between two runs: the guard that keeps a comparison of objectives from being one of something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.runs.run import Run
+
+Weight = Literal["result", "unknown", "layout"]
+
+_OBJECTIVE_FIELDS = frozenset({"run.num_mc"})
+"""Belongs to how an objective is estimated, so it goes with the objective like the whole ``objective`` section."""
+
+_OUTPUT_FIELDS = frozenset(
+    {
+        "run.save",
+        "run.save_interval",
+        "run.keep_last",
+        "run.log_interval",
+        "run.exit_duration_in_mins",
+        "run.kill_switch_file",
+        "run.skip_train",
+        "run.no_load_rng",
+        "data.data_cache_path",
+        "data.data_impl",
+    }
+)
+"""Where things are written and how often they are logged; so do all tensorboard and wandb options."""
+
+_LAYOUT_FIELDS = frozenset({"run.micro_batch_size", "data.num_workers"})
+"""How the work is spread; the same numbers come out by design, up to rounding. So does the ``parallel`` section."""
+
+_ELSEWHERE = frozenset(
+    {
+        "run.load",
+        "run.load_tag",
+        *(f"data.{part}_data_path{suffix}" for part in ("train", "valid") for suffix in ("", "_file")),
+    }
+)
+"""Compared by what they mean (:func:`_start`, :func:`_data_differences`)."""
+
+_TOKENIZER_FIELDS = frozenset(
+    f"data.{name}" for name in ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that differs between two runs.
+
+    ``weight``: "result": it can change the numbers. "unknown": the records do not say whether it differs. "layout": it should
+    not change the numbers.
+    """
+
+    field: str
+    first: Any
+    second: Any
+    weight: Weight = "result"
+
+    @property
+    def layout(self) -> bool:
+        return self.weight == "layout"
+
+    def __str__(self) -> str:
+        if self.weight == "unknown":
+            return f"{self.field}: unknown, {self.first!r} in both, of which the records keep no contents"
+        return f"{self.field}: {self.first!r} against {self.second!r}"
+
+
+def differences(first: Run, second: Run) -> list[Difference]:
+    """What differs between two runs, apart from the objective and from where output goes; what matters comes first.
+
+    AR and MDM runs of one comparison may differ in objective and attention only (the attention follows from the
+    objective); everything of weight "result" is a confounder.
+    """
+    left, right = _flatten(first.info["config"]), _flatten(second.info["config"])
+    found: list[Difference] = []
+    by_content = _TOKENIZER_FIELDS if _fingerprint(first) and _fingerprint(second) else frozenset()
+    for name in left.keys() | right.keys():
+        layout = name.startswith("parallel.") or name in _LAYOUT_FIELDS
+        if name in by_content or (_says_nothing(name) and not layout):
+            continue
+        if left.get(name) != right.get(name):
+            found.append(Difference(name, left.get(name), right.get(name), "layout" if layout else "result"))
+    found += _data_differences(first, second)
+    for name, one, other in (
+        ("start", _start(first), _start(second)),
+        ("tokenizer", _fingerprint(first), _fingerprint(second)),
+        ("noise scheme", first.info.get("noise_scheme", 1), second.info.get("noise_scheme", 1)),
+        ("settings changed on the way", _changed(first), _changed(second)),
+        ("tokens per epoch", first.unique_tokens, second.unique_tokens),
+        ("parameters", first.parameters, second.parameters),
+        ("validation samples", _validated(first, "num_samples"), _validated(second, "num_samples")),
+        ("validation documents", _validated(first, "num_documents"), _validated(second, "num_documents")),
+    ):
+        recorded = name not in ("tokenizer", "validation documents") or None not in (one, other)
+        if one != other and recorded:
+            found.append(Difference(name, one, other))
+    order = ("result", "unknown", "layout")
+    return sorted(found, key=lambda item: (order.index(item.weight), item.field))
+
+
+def matched_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Difference]]]:
+    """For each run of another objective than AR, the AR run that it matches best, and what differs between them."""
+    baselines = [run for run in runs if run.objective == "ar" and not run.is_evaluation]
+    pairs = []
+    for run in runs:
+        if run.objective == "ar" or run.is_evaluation or not baselines:
+            continue
+        partner = min(baselines, key=lambda other: len(differences(other, run)))
+        pairs.append((partner, run, differences(partner, run)))
+    return pairs
+
+
+def _data_differences(first: Run, second: Run) -> list[Difference]:
+    """Training and validation data by content where both records hold it, else by what was given."""
+    found = []
+    for part in ("train", "valid"):
+        name = f"data.{part}"
+        one, other = _recorded(first, part), _recorded(second, part)
+        if one is not None and other is not None:
+            if _contents(one) != _contents(other):
+                found.append(Difference(name, _described(one), _described(other)))
+            elif _prefixes(one) != _prefixes(other):
+                found.append(Difference(f"{name}, place", _prefixes(one), _prefixes(other), "layout"))
+            continue
+        given, also = _given(first, part), _given(second, part)
+        if given != also:
+            found.append(Difference(name, given, also))
+        elif given is not None and given.startswith("file "):
+            found.append(Difference(name, given, also, "unknown"))
+    return found
+
+
+def _recorded(run: Run, part: str) -> list[Mapping[str, Any]] | None:
+    entries = (run.info.get("data") or {}).get(part)
+    return None if entries is None else list(entries)
+
+
+def _contents(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Per corpus of a blend, in its order: share, documents, tokens, and fingerprint (without one, the place)."""
+    total = sum(float(entry.get("weight") or 1) for entry in entries)
+    return [
+        (
+            round(float(entry.get("weight") or 1) / total, 9),
+            entry.get("documents"),
+            entry.get("tokens"),
+            entry.get("idx_sha256") or entry.get("prefix"),
+        )
+        for entry in entries
+    ]
+
+
+def _prefixes(entries: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [entry.get("prefix") for entry in entries]
+
+
+def _described(entries: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(
+        f"{share:.4g} of {entry.get('prefix')} ({entry.get('tokens')} tokens, .idx {str(entry.get('idx_sha256'))[:8]})"
+        for (share, *_), entry in zip(_contents(entries), entries)
+    )
+
+
+def _given(run: Run, part: str) -> str | None:
+    """Paths and weights as they were given, or the name of the file that lists them."""
+    file = run.setting("data", f"{part}_data_path_file")
+    if file:
+        return f"file {file}"
+    paths = run.setting("data", f"{part}_data_path")
+    return None if not paths else " ".join(map(str, [paths] if isinstance(paths, str) else paths))
+
+
+def _start(run: Run) -> str | None:
+    """Whose weights a run began with; None for its own, also when it was continued."""
+    load = run.setting("run", "load")
+    if load is None or load == run.setting("run", "save"):
+        return None
+    tag = run.setting("run", "load_tag")
+    return f"{load} {tag}" if tag else str(load)
+
+
+def _changed(run: Run) -> dict[str, Any]:
+    """Settings that later attempts changed: {name: [before, now]}, without those that say nothing about numbers."""
+    found: dict[str, Any] = {}
+    for attempt in run.info.get("attempts") or []:
+        found.update(
+            {name: change for name, change in (attempt.get("changed") or {}).items() if not _says_nothing(name)}
+        )
+    return found
+
+
+def _says_nothing(name: str) -> bool:
+    """Whether a setting belongs to the objective, to the output or to the layout."""
+    return (
+        name in _OBJECTIVE_FIELDS | _OUTPUT_FIELDS | _LAYOUT_FIELDS | _ELSEWHERE
+        or name.startswith(("objective.", "parallel."))
+        or "tensorboard" in name
+        or "wandb" in name
+    )
+
+
+def _fingerprint(run: Run) -> str | None:
+    return (run.info.get("tokenizer") or {}).get("fingerprint")
+
+
+def _validated(run: Run, name: str) -> int | None:
+    return getattr(run.valid[-1], name) if run.valid else None
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

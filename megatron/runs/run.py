@@ -1,0 +1,231 @@
+"""One run as reports, fits and sweeps see it: what was asked for, its training log and its learning curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron.runs.counts import format_count
+from megatron.statistics import OVER_DOCUMENTS, OVER_SAMPLES, ValidationSums, mean_loss
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One validation.
+
+    Attributes:
+        step, samples, tokens, epoch, flops: where in the training.
+        nll, nll_se: loss and its standard error, nats per token.
+        label: what the loss is: "NLL (exact)", "NLL bound", or another text that is neither.
+        num_mc, num_samples: noise draws a sample, and samples.
+        bits_per_byte: None where the data do not say how many bytes of text a token stands for.
+        num_documents: documents validated on; None in records that do not say.
+        se_kind: what ``nll_se`` takes for independent, "documents" or (older records) "samples".
+        protocol: estimator and fingerprint of the data; "" where they were not recorded.
+        sums: file under the run directory with the sums a (sample, document), or None.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    epoch: float
+    flops: float
+    nll: float
+    nll_se: float
+    label: str
+    num_mc: int
+    num_samples: int
+    bits_per_byte: float | None
+    num_documents: int | None = None
+    se_kind: str = OVER_SAMPLES
+    protocol: str = ""
+    sums: str | None = None
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity: exp(nll). Infinite where the exponent overflows."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    @property
+    def estimator(self) -> tuple[str, int, int, str]:
+        """What must agree between two points of one curve."""
+        return self.label, self.num_mc, self.num_samples, self.protocol
+
+    @property
+    def error_unit(self) -> str:
+        """What ± is over: "37 documents", or "160 samples"."""
+        if self.se_kind == OVER_DOCUMENTS and self.num_documents is not None:
+            return f"{self.num_documents:,} documents"
+        return f"{self.num_samples:,} samples"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The number that a report gives for a run.
+
+    ``chosen_apart``: the checkpoint was chosen on other documents than the number is of; otherwise the choice makes it look a
+    little better than it is.
+    """
+
+    row: Validation
+    nll: float
+    nll_se: float
+    error_unit: str
+    chosen_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, or an evaluation that was written to a folder of its own.
+
+    Attributes:
+        info: run.json.
+        train: rows of the training log in order of steps, each with at least ``step`` and ``samples``.
+        valid: the learning curve: validations with the most common estimator and data.
+        other_valid: what stands apart from the curve: validations with other settings (a last one with more draws), and
+            evaluations of finished checkpoints. They are shown, and touch neither curve nor best.
+        problems: what in the files could not be read, in words.
+        seeds: the seeds of which this run is the mean (``replicates.py``); empty for one run.
+    """
+
+    path: Path
+    name: str
+    info: Mapping[str, Any]
+    train: tuple[Mapping[str, Any], ...]
+    valid: tuple[Validation, ...]
+    other_valid: tuple[Validation, ...] = ()
+    problems: tuple[str, ...] = ()
+    seeds: tuple[int | None, ...] = ()
+
+    @property
+    def objective(self) -> str:
+        return str(self.info["objective"])
+
+    @property
+    def label(self) -> str:
+        """What the validation number is: "NLL (exact)", "NLL bound", or another text that is neither."""
+        return str(self.info["label"])
+
+    @property
+    def is_exact(self) -> bool:
+        return "exact" in self.label.lower()
+
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether the number is a likelihood or a bound on it, so that it may be compared at all."""
+        return self.is_exact or (self.label.lower().startswith("nll bound"))
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether the folder holds evaluations of some checkpoint and no training of its own."""
+        return not self.train and not self.valid and bool(self.other_valid)
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; where a pipeline run did not count them, the compute formula's."""
+        return int(self.info["parameters"].get("total") or self.compute_parameters)
+
+    @property
+    def compute_parameters(self) -> int:
+        """Parameters N in FLOPs = 6*N*D."""
+        return int(self.info["parameters"]["for_compute"])
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of one epoch; 0 where the run had no training data."""
+        return int(self.info["unique_tokens"] or 0)
+
+    @property
+    def train_flops(self) -> float:
+        return float(self.info["train_flops"] or 0)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs that the run was asked for; 0 without training data."""
+        given = self.info.get("epochs")
+        if given is None and self.unique_tokens:
+            return float(self.info["train_tokens"]) / self.unique_tokens
+        return float(given or 0)
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the run, of the first one where it is a mean."""
+        return self.setting("run", "seed")
+
+    @property
+    def size_name(self) -> str:
+        """Preset name where the run used one, else the parameter count such as "0.9M"."""
+        preset = self.setting("model", "model")
+        return str(preset) if preset else format_count(self.parameters)
+
+    @property
+    def title(self) -> str:
+        """Objective and size, for legends and sentences."""
+        mean = f" (mean of {len(self.seeds)} seeds)" if self.seeds else ""
+        return f"{self.objective.upper()} {self.size_name}{mean}"
+
+    def setting(self, section: str, name: str) -> Any:
+        """One field of the configuration, or None where it was not recorded."""
+        return (self.info["config"].get(section) or {}).get(name)
+
+    @cached_property
+    def best(self) -> Validation | None:
+        """The validation with the lowest finite NLL, or None before the first."""
+        finite = [row for row in self.valid if math.isfinite(row.nll)]
+        return min(finite, key=lambda row: row.nll) if finite else None
+
+    @cached_property
+    def result(self) -> Result | None:
+        """The run's number: the checkpoint chosen on the selection half of the documents and reported on the other, where
+        sums of every validation tell the halves apart; else the best validation itself."""
+        best = self.best
+        if best is None:
+            return None
+        halves = [(row, sums.halves()) for row in self.valid if (sums := self.sums(row)) is not None]
+        if len(halves) < len(self.valid) or any(half is None for _, half in halves):
+            return Result(best, best.nll, best.nll_se, best.error_unit)
+        row, half = min(halves, key=lambda item: mean_loss(item[1][0]).value)  # type: ignore[index]
+        assert half is not None
+        reported = mean_loss(half[1])
+        return Result(row, reported.value, reported.error, f"{reported.num_documents:,} documents", chosen_apart=True)
+
+    def sums(self, row: Validation) -> ValidationSums | None:
+        """The sums kept beside a validation; None where there are none of just this number, and for a mean of runs."""
+        if self.seeds or row.sums is None or not (self.path / row.sums).is_file():
+            return None
+        sums = ValidationSums.load(self.path / row.sums)
+        return sums if math.isclose(mean_loss(sums).value, row.nll, rel_tol=1e-4) else None
+
+    @property
+    def samples_done(self) -> int:
+        return max((int(row["samples"]) for row in self.train), default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last logged step reached the samples that the run was asked for (in whole global batches)."""
+        reached = max([self.samples_done, *(row.samples for row in self.valid)])
+        wanted = int(self.info["train_samples"] or 0)
+        batch = int(self.setting("run", "global_batch_size") or 1)
+        return reached >= wanted // batch * batch
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the validation curve as float64, for example ``column("nll")``."""
+        values = [getattr(row, name) for row in self.valid]
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+    def train_column(self, name: str) -> np.ndarray:
+        """One column of the training rows as float64; missing values are NaN."""
+        values = [row.get(name) for row in self.train]
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+
+    def tokens_per_second(self) -> float | None:
+        """Median training speed over the logged steps, which a slow first step or one stall does not move."""
+        speed = self.train_column("tokens_per_second")
+        speed = speed[np.isfinite(speed) & (speed > 0)]
+        return float(np.median(speed)) if speed.size else None

@@ -1,0 +1,136 @@
+"""What a compute budget reaches, and lines of equal loss over epochs and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from megatron.runs.counts import format_count
+from megatron.runs.run import Run
+from megatron.scaling.report.style import RC, count_seeds, figure_legend, limit_height, log_axis, objective_style
+
+MAX_PANELS = 6
+
+
+def pareto(runs: Sequence[Run]) -> Figure:
+    """Best validation against training FLOPs, one panel per budget of unique tokens (at most six): every validation faint,
+    and per objective the frontier of what it reaches for a compute budget, drawn on to the largest compute of the panel."""
+    objectives = sorted({run.objective for run in runs})
+    budgets = sorted({run.unique_tokens for run in runs if run.valid})[:MAX_PANELS]
+    columns = min(3, len(budgets))
+    rows = -(-len(budgets) // columns)
+    size = (6.6, 4.3) if len(budgets) == 1 else (1.4 + 3.3 * columns, 1.1 + 3.1 * rows)
+    with plt.rc_context(RC):
+        figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for panel, budget in zip(grid.flat, budgets):
+            members = [run for run in runs if run.unique_tokens == budget and run.valid]
+            most = max(float(run.column("flops").max()) for run in members)
+            for objective in objectives:
+                of_objective = [run for run in members if run.objective == objective]
+                if of_objective:
+                    _draw_frontier(panel, of_objective, objectives, most)
+            panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
+            log_axis(panel, "training FLOPs (6·N·D)")
+            limit_height(panel, [run for run in runs if run.unique_tokens in budgets])
+        for panel in grid.flat[len(budgets) :]:
+            panel.set_visible(False)
+        for panel in grid[:, 0]:
+            panel.set_ylabel("validation, nats per token")
+        figure_legend(figure, grid.flat[: len(budgets)])
+    return figure
+
+
+def _draw_frontier(panel: Axes, runs: Sequence[Run], objectives: Sequence[str], most_flops: float) -> None:
+    """Validations of one objective, and their frontier up to ``most_flops``: a larger budget reaches what a smaller does."""
+    style = objective_style(runs[0].objective, objectives)
+    x = np.concatenate([run.column("flops") for run in runs])
+    y = np.concatenate([run.column("nll") for run in runs])
+    keep = (x > 0) & np.isfinite(y)
+    panel.scatter(x[keep], y[keep], s=10, color=style.color, alpha=0.25, marker=style.marker, linewidths=0)
+    front_x, front_y = frontier(x[keep], y[keep])
+    if not front_x.size:
+        return
+    name = f"{runs[0].objective.upper()} frontier – {runs[0].label}"
+    reach = (np.append(front_x, most_flops), np.append(front_y, front_y[-1]))
+    panel.step(*reach, where="post", color=style.color, linestyle=style.dash, linewidth=1.4, label=name)
+    panel.plot(front_x, front_y, linestyle="none", marker=style.marker, color=style.color, markersize=3.5)
+
+
+def frontier(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points that no cheaper point beats: sorted by x, with y strictly falling."""
+    order = np.lexsort((y, x))
+    x, y = x[order], y[order]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(y)[:-1]])
+    keep = y < before
+    return x[keep], y[keep]
+
+
+def contour_sets(runs: Sequence[Run]) -> list[tuple[str, int, list[Run]]]:
+    """(objective, unique tokens, runs) where there are enough runs for contours: 3 sizes and 8 validations."""
+    sets = []
+    for objective, unique in sorted({(run.objective, run.unique_tokens) for run in runs}):
+        members = [run for run in runs if (run.objective, run.unique_tokens) == (objective, unique) and run.valid]
+        points = sum(len(run.valid) for run in members)
+        if len({run.parameters for run in members}) >= 3 and points >= 8:
+            sets.append((objective, unique, members))
+    return sets
+
+
+def iso_loss(runs: Sequence[Run]) -> Figure | None:
+    """Iso-loss contours over epochs and parameters, one panel per objective and budget; None without enough runs.
+
+    A point is a validation along a run; where several runs of one size meet at an epoch the best counts.
+    """
+    sets = contour_sets(runs)[:6]
+    if not sets:
+        return None
+    columns = min(3, len(sets))
+    rows = -(-len(sets) // columns)
+    with plt.rc_context(RC):
+        figure, grid = plt.subplots(
+            rows, columns, figsize=(1.0 + 3.6 * columns, 0.6 + 3.3 * rows), squeeze=False, layout="constrained"
+        )
+        for panel, (objective, unique, members) in zip(grid.flat, sets):
+            _draw_contours(panel, members)
+            title = f"{objective.upper()}, {format_count(unique)} tokens\n{members[0].label}, nats/token, {count_seeds(members)}"
+            panel.set_title(title)
+        for panel in grid.flat[len(sets) :]:
+            panel.set_visible(False)
+        for panel in grid[:, 0]:
+            panel.set_ylabel("parameters")
+    return figure
+
+
+def _draw_contours(panel: Axes, members: Sequence[Run]) -> None:
+    cells: dict[tuple[float, int], float] = {}
+    for run in members:
+        for row in run.valid:
+            if row.epoch > 0 and np.isfinite(row.nll):
+                key = (round(float(np.log10(row.epoch)), 3), run.parameters)
+                cells[key] = min(cells.get(key, np.inf), row.nll)
+    epochs = 10 ** np.array([key[0] for key in cells])
+    sizes = np.array([key[1] for key in cells], dtype=np.float64)
+    losses = np.array(list(cells.values()))
+    # Early validations are far above the rest and would take all the levels.
+    levels = np.linspace(losses.min(), np.quantile(losses, 0.8), 9)
+    shades = matplotlib.colormaps["cividis_r"](np.linspace(0.0, 0.75, 64))  # labels stay readable on the darkest
+    x, y = np.log10(epochs), np.log10(sizes)
+    filled = panel.tricontourf(x, y, losses, levels=levels, cmap=ListedColormap(shades), extend="max")
+    lines = panel.tricontour(x, y, losses, levels=levels, colors="black", linewidths=0.6)
+    panel.clabel(lines, fontsize=7, fmt="%.2f")
+    panel.plot(x, y, ".", color="black", markersize=2, alpha=0.5)
+    best = int(np.argmin(losses))
+    panel.plot(x[best], y[best], "*", markersize=13, color="white", markeredgecolor="black", clip_on=False, zorder=5)
+    panel.set_xlabel("epochs")
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if epochs.min() <= tick <= epochs.max()]
+    panel.set_xticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
+    shown = np.unique(sizes)
+    panel.set_yticks(np.log10(shown), [format_count(size) for size in shown])
+    panel.grid(visible=False)
+    panel.figure.colorbar(filled, ax=panel, shrink=0.85, format="%.2f")

@@ -1,0 +1,194 @@
+"""Tables and notes of the report page, as HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.errors import UserError
+from megatron.runs.comparison import plus_minus
+from megatron.runs.matching import Difference, matched_pairs
+from megatron.runs.run import Run
+from megatron.scaling.fit import Fit
+
+
+def section(title: str, body: str) -> str:
+    """A headed part of the page."""
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """An HTML table; numbers are right-aligned by the style of all but the first two columns."""
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def table_notes(runs: Sequence[Run]) -> str:
+    """What stands apart from the curves, and what could not be read."""
+    notes = []
+    for run in runs:
+        for row in run.other_valid:
+            notes.append(
+                f"{run.name}, step {row.step:,}: also validated with {row.num_mc} draws on {row.num_samples:,} samples"
+                + (f" ({row.protocol})" if row.protocol else "")
+                + f": {plus_minus(row.nll, row.nll_se)} nats/token over {row.error_unit} ({row.label})."
+            )
+        notes += [f"Not read: {problem}." for problem in run.problems]
+    return "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def pairs_html(runs: Sequence[Run]) -> str:
+    """The table of matched pairs."""
+    pairs = matched_pairs(runs)
+    if not pairs:
+        return "<p>There is no pair of AR and another objective among these runs.</p>"
+    parts = [
+        "<p>Two runs of one comparison may differ in objective (and the attention that comes with it) only. "
+        "Compared for every other run is the AR run closest to it:</p><ul>"
+    ]
+    for first, second, found in pairs:
+        names = f"<b>{html.escape(first.name)}</b> and <b>{html.escape(second.name)}</b>"
+        parts.append(f"<li>{names}: {_differences_html(found)}</li>")
+    return "".join(parts) + "</ul>"
+
+
+def _differences_html(found: Sequence[Difference]) -> str:
+    of_weight = {
+        weight: "; ".join(html.escape(str(item)) for item in found if item.weight == weight)
+        for weight in ("result", "unknown", "layout")
+    }
+    text = "matched: only the objective differs."
+    if of_weight["result"]:
+        text = f'<span class="warn">not matched</span>: {of_weight["result"]}.'
+    elif of_weight["unknown"]:
+        text = "nothing else differs in what the records say."
+    if of_weight["unknown"]:
+        text += f" {of_weight['unknown']}."
+    if of_weight["layout"]:
+        text += f" Layout differs too, which should not change the numbers: {of_weight['layout']}."
+    return text
+
+
+def laws_html(fits: Sequence[Fit]) -> str:
+    """Parameters of fitted laws with intervals and held-out errors; nothing without fits."""
+    if not fits:
+        return ""
+    rows = []
+    for fit in fits:
+        errors = [fit.noise, fit.cross_validation, fit.extrapolation]
+        shown = ["–" if value is None else f"{value:.2%}" for value in errors]
+        rows.append(
+            {
+                "Objective": fit.objective.upper(),
+                "Kind": fit.label,
+                "Law": fit.law.equation,
+                "Parameters, 95 % intervals": ", ".join(f"{name} = {fit.interval(name)}" for name in fit.law.names),
+                "Losses (runs)": f"{fit.num_points} ({fit.num_runs})",
+                "Residual": shown[0],
+                "Left-out runs": shown[1],
+                "Largest left-out runs": shown[2],
+            }
+        )
+    return section(
+        "Laws", table(rows) + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>"
+    )
+
+
+def downstream_html(runs: Sequence[Run]) -> str:
+    """A table of lm-eval style results (``RUN/downstream*.json``); nothing when no run has them."""
+    scores = {run.name: load_downstream(run.path) for run in runs}
+    scores = {name: tasks for name, tasks in scores.items() if tasks}
+    if not scores:
+        return ""
+    names = sorted({task for tasks in scores.values() for task in tasks})
+    rows = []
+    for run in runs:
+        if run.name in scores:
+            cells = {"Run": run.name, "Objective": run.objective.upper()}
+            cells.update({name: scores[run.name].get(name, "–") for name in names})
+            rows.append(cells)
+    return section("Downstream", table(rows) + "<p>± is the standard error over the items of a task.</p>")
+
+
+def load_downstream(folder: Path) -> dict[str, str]:
+    """``{"task metric": "0.512 ± 0.014"}`` from the lm-eval results in ``folder``.
+
+    The metric of a task is acc_norm where there is one, else acc, else its first number.
+
+    Raises:
+        UserError: a file is not JSON or has no "results".
+    """
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("downstream*.json")):
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))["results"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(
+                f"{file} is not an lm-eval result",
+                'such a file is JSON with a "results" object',
+                "delete it or write it again with the evaluation tool",
+            ) from None
+        for task, metrics in results.items():
+            values = {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            plain = [name for name in values if not name.endswith("_stderr")]
+            if not plain:
+                continue
+            metric = next((name for name in ("acc_norm", "acc") if name in values), plain[0])
+            error = values.get(f"{metric}_stderr", math.nan)
+            found[f"{task} {metric}"] = f"{values[metric]:.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
+    return found
+
+
+def notes_html() -> str:
+    """The notes under the figures."""
+    notes = (
+        "<b>NLL (exact)</b> is the negative log-likelihood that an autoregressive model gives to held-out text. "
+        "<b>NLL bound</b> is an upper bound on it, estimated by random masking: the model's true NLL is at or below "
+        "it. A bound below an exact NLL therefore shows that the bounded model is better; a bound above it decides "
+        "nothing by itself.",
+        "<b>±</b> is one standard error over the validation documents (and noise draws, for bounds): what other documents of "
+        "this kind would change. Records of older versions say samples instead, which is too small where samples share "
+        "documents; the column says which. Differences whose 95 % interval holds zero are not called differences; where both "
+        "runs keep their sums by document they are paired. Runs that differ only in their seed are drawn and compared as "
+        "their mean; its ± also holds the spread between the seeds.",
+        "<b>Best validation</b>: chosen on one half of the documents and reported on the other where the runs keep both; "
+        "else on the documents that it is reported on, which flatters it a little.",
+        "<b>AR and diffusion are scored on tokens one apart</b>: AR on tokens 1 to S of a sample given token 0, diffusion on "
+        "tokens 0 to S − 1 given nothing. This favours AR by at most (ln V − NLL)/S nats/token, V the vocabulary.",
+        "<b>Overfits from epoch e</b>: the last validation lies above the best one, at epoch e, beyond the error of the "
+        "difference.",
+        "<b>Training FLOPs</b> are 6·N·D with N the parameters of the compute formula (4Lh² + 3Lh·ffn + 6Lh + Vh) and D "
+        "the training tokens, repeated ones included.",
+        "<b>Scoring FLOPs per token</b> are 2·N for one pass, times the number of noise draws of a bound. Generating "
+        "costs 2·N a token with a key/value cache (AR), and 2·N times the number of denoising steps a token without "
+        "one (MDM): up to the sequence length when every step reveals one token.",
+        "<b>Perplexity</b> is exp(NLL), <b>bits per byte</b> is NLL / ln 2 / (bytes of text per token); only the latter "
+        "can be compared between tokenizers.",
+        "Validations along a run are taken before its learning rate has decayed; a run planned for that many epochs "
+        "would end a little lower.",
+    )
+    return "<ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
+
+
+def provenance_html(runs: Sequence[Run]) -> str:
+    """Where every run comes from."""
+    rows = []
+    for run in runs:
+        versions = run.info.get("versions") or {}
+        rows.append(
+            {
+                "Run": run.name,
+                "Started": str(run.info.get("started", "–")),
+                "Device": str(run.info.get("device", "–")),
+                "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            }
+        )
+    return table(rows)

@@ -1,0 +1,167 @@
+"""Between the model's streams and DeepSpeed's pipeline, which passes bare tensors of one form from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+
+from megatron.data.loader import to_device
+from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
+from megatron.model.block import TransformerBlock
+from megatron.model.embedding import Embedding
+from megatron.model.gpt import Layer
+from megatron.model.loss import HeadOutput
+from megatron.model.mask import AttentionMask, differs_between_samples, within_segments
+from megatron.objectives.base import Objective
+from megatron.parallel.context import ParallelContext
+
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Mode:
+    """What the model computes at the moment. The engine changes it, the layers of a stage look at it.
+
+    Attributes:
+        objective: gives attention mask and loss.
+        within_documents: keep attention within documents, whatever the objective's mask.
+        per_token: a loss for every token instead of the scalar training loss.
+    """
+
+    objective: Objective
+    within_documents: bool
+    per_token: bool = False
+
+    @property
+    def mask(self) -> AttentionMask:
+        """Which keys a query sees."""
+        mask = self.objective.attention_mask
+        return within_segments(mask) if self.within_documents else mask
+
+
+class PipelineBlock(TransformerBlock):
+    """A block of a stage."""
+
+    def __init__(self, *, mode: Mode, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.mode = mode
+
+    def forward(self, tensors: Tensors) -> Tensors:  # type: ignore[override]
+        """The tensors of the next stream."""
+        return _tensors(super().forward(_stream(tensors), self.mode.mask))
+
+
+class PipelineLoss:
+    """``loss_fn(outputs, labels)`` of DeepSpeed's last stage."""
+
+    __name__ = "loss"  # DeepSpeed prints it
+
+    def __init__(self, mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]) -> None:
+        """Args:
+        mode: gives the kind of loss.
+        context: this process.
+        asked: told of the targets before every loss.
+        """
+        self.mode, self.context, self.asked = mode, context, asked
+
+    def __call__(self, output: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        kind = self.mode.objective.loss
+        loss = kind.per_token if self.mode.per_token else kind.reduce
+        self.asked(Targets(*targets))
+        return loss(HeadOutput(*output), Targets(*targets), self.context)
+
+
+def build_stage(
+    layers: Iterable[Layer], mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
+) -> torch.nn.Module:
+    """This rank's stage: as many blocks as any other, the embedding on the first and the head on the last."""
+    from deepspeed.pipe import PipelineModule
+
+    with redirect_stdout(StringIO()):  # it prints its partition
+        return PipelineModule(
+            layers=stage_layers(layers, mode),
+            topology=topology(context),
+            loss_fn=PipelineLoss(mode, context, asked),
+            partition_method=f"type:{PipelineBlock.__name__}",
+            activation_checkpoint_interval=0,  # blocks recompute themselves
+        )
+
+
+def topology(context: ParallelContext) -> Any:
+    """The grid as DeepSpeed lays it out; the same order as ours (a test compares them)."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    return PipeModelDataParallelTopology(num_pp=context.pp.size, num_mp=context.tp.size, num_dp=context.dp.size)
+
+
+def stage_layers(layers: Iterable[Layer], mode: Mode) -> list[Any]:
+    """DeepSpeed's description of the model: the same layers, taking and giving tensors."""
+    from deepspeed.pipe import LayerSpec, TiedLayerSpec
+
+    embedding, *blocks, norm, head = layers
+    tied = {"tied_weight_attr": ["word_embeddings.weight"], **embedding.arguments}
+    specs = [TiedLayerSpec(embedding.tied_to, Embedding, forward_fn=_embed, **tied)]
+    specs += [LayerSpec(PipelineBlock, mode=mode, **block.arguments) for block in blocks]
+    specs += [_hidden, LayerSpec(norm.module, **norm.arguments)]
+    if head.tied_to is None:
+        specs.append(LayerSpec(head.module, **head.arguments))
+    else:
+        specs.append(TiedLayerSpec(head.tied_to, head.module, forward_fn=head.forward, **tied))
+    return [*specs, _matrix_in_graph]
+
+
+def pipeline_batches(
+    data: Iterator[ModelBatch[torch.Tensor]], mode: Mode, device: torch.device
+) -> Iterator[tuple[Any, Targets]]:
+    """Micro-batches as DeepSpeed reads them: inputs of the first stage, labels of the last one.
+
+    They are moved here, because DeepSpeed's own copies wait for the device.
+
+    Either ids alone travel or everything does, filled in where a batch lacks it: the receiving stages expect the form of
+    the first micro-batch for ever. Positions and segments are filled in only where a batch may have them at all.
+    """
+    for batch in data:
+        inputs, targets = to_device(batch, device)
+        if inputs.position_ids is None and not differs_between_samples(mode.mask):
+            yield (inputs.input_ids,), targets
+        else:
+            yield _filled(inputs), targets
+
+
+def _filled(inputs: Inputs[torch.Tensor]) -> Inputs[torch.Tensor]:
+    ids, positions, samples, segments = inputs
+    assert samples is not None
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+    return Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments)
+
+
+def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
+    return _tensors(embedding(Inputs(*inputs)))
+
+
+def _hidden(tensors: Tensors) -> torch.Tensor:
+    return _stream(tensors).hidden
+
+
+def _stream(tensors: Tensors) -> Stream:
+    return Stream(*tensors) if isinstance(tensors, tuple) else Stream(tensors)
+
+
+def _tensors(stream: Stream) -> Tensors:
+    present = tuple(part for part in stream if part is not None)
+    return present if len(present) > 1 else stream.hidden
+
+
+def _matrix_in_graph(output: HeadOutput) -> HeadOutput:
+    """The last layer of a pipeline: the output matrix as a node of the graph instead of a bare parameter.
+
+    When the first gradient reaches an output of the module, DeepSpeed 0.19.8 zeroes the bf16 gradients of the last
+    micro-batch. A bare parameter is no node that it could watch: it has its gradient by then, and would lose it.
+    """
+    return HeadOutput(output.hidden, output.matrix.view_as(output.matrix))

@@ -1,0 +1,221 @@
+"""What a training run writes beside its checkpoints. Every rank has one; the first one's writes, the others' share answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from megatron.checkpoint.upkeep import remove_old_checkpoints, set_back
+from megatron.config import config_to_dict
+from megatron.data.blend import parse_blend
+from megatron.data.dataset import text_bytes_per_token
+from megatron.files import replace_file
+from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
+from megatron.parallel.context import ParallelContext
+from megatron.runs.provenance import now, this_attempt
+from megatron.runs.record import BEST, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
+from megatron.statistics import ValidationSums
+from megatron.training.deepspeed.engine import Engine
+from megatron.training.interval import Interval
+from megatron.training.plan import Plan, Sources, Start
+from megatron.training.progress import Progress
+from megatron.training.reporting import MetricsLog, Screen, measured
+
+
+class RunFolder:
+    """The run directory of a run that trains.
+
+    Attributes:
+        run_id: of this run alone; the same on every rank.
+        validated_steps: steps whose validation is recorded, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        start: Start,
+        progress: Progress,
+        context: ParallelContext,
+        *,
+        screen: Screen,
+    ) -> None:
+        """Continue the record of the run, or begin one; a collective call.
+
+        Args:
+            plan: the run.
+            start: the checkpoint that was loaded, if any.
+            progress: where the run stands.
+            context: this process.
+            screen: for people.
+        """
+        self.plan, self.progress, self.context, self.screen = plan, progress, context, screen
+        self.parameters = parameters_for_compute(plan.shape, plan.vocabulary.size)
+        self._tag = start.tag if start.is_continued else None  # until the first save, which begins a new branch there
+        self._log: MetricsLog | None = None
+        self._record: RunRecord | None = None
+        if context.is_first_rank:
+            (plan.run_dir / STOPPED).unlink(missing_ok=True)
+            self._record = self._continued(start)
+            self._record.write(plan.run_dir)
+            self._log = MetricsLog(plan.run_dir, plan.settings, last_step=progress.step)
+        own = (self._record and self._record.run_id, self._log and self._log.file.validated)
+        self.run_id, self.validated_steps = context.gather_objects(own)[0]
+
+    def position(self) -> dict[str, Any]:
+        """The fields that every row begins with."""
+        return self.progress.position(unique_tokens=self.plan.sources.unique_tokens, parameters=self.parameters)
+
+    def write(self, row: TrainRow) -> None:
+        """Record and print a log line."""
+        if self._log is not None:
+            self._log.write(row)
+        self.screen.train_line(row)
+
+    def add_validation(self, row: ValidRow, sums: Callable[[], ValidationSums]) -> None:
+        """Record and print a validation, and remember the best one.
+
+        Args:
+            row: its line.
+            sums: makes the sums a (sample, document) behind it; asked on the first rank only.
+        """
+        path = f"{VALIDATIONS}/step{row.step}.npz"
+        row = replace(row, best=self.progress.is_best(row.nll), sums=path)
+        if row.best:
+            self.progress.remember_best(row, measured(row))
+        if self._log is not None:
+            (self.plan.run_dir / VALIDATIONS).mkdir(exist_ok=True)
+            sums().save(self.plan.run_dir / path)
+            self._log.write(row)
+            if row.best:
+                best = {
+                    "step": row.step,
+                    "nll": row.nll,
+                    "nll_se": row.nll_se,
+                    "label": row.label,
+                    "num_mc": row.num_mc,
+                }
+                replace_file(self.plan.run_dir / BEST, json.dumps(best))
+        self.screen.valid_line(row)
+        self._prune()
+
+    def save(self, engine: Engine, interval: Interval, *, at_once: bool) -> bool:
+        """Write a checkpoint if one is due; a collective call.
+
+        Args:
+            engine: weights and moments.
+            interval: log interval in the middle of which the run may be.
+            at_once: whatever ``--save-interval`` says.
+
+        Returns:
+            Whether it was written.
+        """
+        plan, progress, run = self.plan, self.progress, self.plan.settings.run
+        is_due = run.save_interval is not None and progress.step % run.save_interval == 0
+        if run.save is None or not (at_once or is_due):
+            return False
+        started = time.perf_counter()
+        interval.store()
+        if self._tag is not None and self._record is not None and self._tag.parent.resolve() == plan.run_dir.resolve():
+            for line in set_back(plan.run_dir, self._tag):
+                self.screen.print(line)
+        self._tag = None
+        state = {
+            **progress.to_manifest(),
+            "run_id": self.run_id,
+            "saved_at": now(),
+            "noise_seed": plan.seeds.noise,
+            "noise_scheme": plan.seeds.scheme,
+            "unique_tokens": plan.sources.unique_tokens,
+            "data": plan.sources.fingerprints,
+            "tokenizer": plan.vocabulary.tokenizer,
+            "config": plan.settings,
+        }
+        tag = engine.save(plan.run_dir, state)
+        self.screen.print(f"saved {tag} in {time.perf_counter() - started:.1f} s")
+        self._prune()
+        return True
+
+    def _prune(self) -> None:
+        """Delete checkpoints beyond ``--keep-last``, but not the best one."""
+        keep_last = self.plan.settings.run.keep_last
+        if keep_last is not None and self._record is not None:
+            best = set() if self.progress.best_step is None else {self.progress.best_step}
+            for line in remove_old_checkpoints(self.plan.run_dir, keep_last=keep_last, keep=best):
+                self.screen.print(line)
+
+    def end(self, reason: str | None) -> None:
+        """Record how the run ended, and say it in the last line."""
+        progress, run_dir = self.progress, self.plan.run_dir
+        is_saved = self.plan.settings.run.save is not None
+        if self._record is not None:
+            ended = {"reason": reason or "end", "step": progress.step, "time": now()}
+            attempts = [*self._record.attempts[:-1], replace(self._record.attempts[-1], ended=ended)]
+            self._record = replace(self._record, attempts=attempts)
+            self._record.write(run_dir)
+            if reason is not None:
+                replace_file(
+                    run_dir / STOPPED, json.dumps({"reason": reason, "step": progress.step, "saved": is_saved})
+                )
+        if reason is not None:
+            saved = f"checkpoint of step {progress.step} saved" if is_saved else "no --save, so nothing was saved"
+            self.screen.print(f"stopped by {reason} at step {progress.step}; {saved}")
+            return
+        best = f"; best validation {progress.best_text} at step {progress.best_step}" if progress.best_text else ""
+        self.screen.print(f"done: {progress.step} steps{best}; metrics in {run_dir}")
+
+    def close(self) -> None:
+        """Flush and close the sinks."""
+        if self._log is not None:
+            self._log.close()
+
+    def _continued(self, start: Start) -> RunRecord:
+        """The record of this run with one more attempt, or a new one."""
+        plan, schedule = self.plan, self.plan.schedule
+        before = RunRecord.read(plan.run_dir) if start.is_continued else None
+        tokens = schedule.train_samples * plan.shape.seq_length
+        unique_tokens = plan.sources.unique_tokens
+        attempt = replace(
+            this_attempt(layout=plan.layout.sizes(), device=self.context.device),
+            from_step=self.progress.step,
+            from_samples=self.progress.consumed_samples,
+            from_tag=None if start.tag is None else str(start.tag),
+            changed={name: list(values) for name, values in start.changed.items()},
+        )
+        length: dict[str, Any] = {
+            "unique_tokens": unique_tokens,
+            "train_samples": schedule.train_samples,
+            "train_tokens": tokens,
+            "epochs": tokens / unique_tokens if unique_tokens else 0.0,
+            "train_flops": training_flops(self.parameters, tokens),
+        }
+        if before is not None:
+            run_id = before.run_id or start.manifest.get("run_id") or uuid4().hex
+            return replace(before, **length, run_id=run_id, attempts=[*before.attempts, attempt])
+        return RunRecord(
+            objective=str(plan.settings.objective.objective),
+            label=plan.objective.for_eval().label,
+            train_label=plan.objective.label,
+            config=config_to_dict(plan.settings),
+            parameters={**total_parameters(plan.shape), "for_compute": self.parameters},
+            **length,
+            layout=attempt.layout,
+            versions=attempt.versions,
+            device=attempt.device,
+            started=attempt.started,
+            text_bytes_per_token=bytes_per_token(plan.sources),
+            run_id=(start.is_continued and start.manifest.get("run_id")) or uuid4().hex,
+            noise_scheme=plan.seeds.scheme,
+            data=plan.sources.fingerprints,
+            tokenizer=plan.vocabulary.tokenizer,
+            attempts=[attempt],
+        )
+
+
+def bytes_per_token(sources: Sources) -> float | None:
+    """Bytes of text per token of the training data (the validation data's without any), where one prefix records them."""
+    prefixes = [prefix for _, prefix in parse_blend(sources.train or sources.valid)]
+    return text_bytes_per_token(prefixes[0]) if len(prefixes) == 1 else None

@@ -1,0 +1,141 @@
+"""A run with nothing left to decide. Consumers take the part that they use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.config.schema import Config
+from megatron.config.shape import Shape
+from megatron.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one global batch is spread over processes: tp · pp · dp = world."""
+
+    world_size: int
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    micro_batch_size: int
+    global_batch_size: int
+    zero_stage: int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one rank in a step."""
+        return self.global_batch_size // (self.micro_batch_size * self.dp_size)
+
+    def sizes(self) -> dict[str, int]:
+        """What run.json says of the layout."""
+        return {
+            "world": self.world_size,
+            "tp": self.tp_size,
+            "pp": self.pp_size,
+            "dp": self.dp_size,
+            "micro_batch_size": self.micro_batch_size,
+            "zero_stage": self.zero_stage,
+        }
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lengths in samples.
+
+    Attributes:
+        train_samples: length of training, as given: data order and learning rate are planned with it, as megatron-core
+            does; training ends with the last whole global batch.
+        warmup_samples: linear warm-up; a fraction of the decay need not be whole.
+        decay_samples: samples over which the rate decays.
+    """
+
+    train_samples: int
+    warmup_samples: float
+    decay_samples: int
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Seeds of a run.
+
+    Attributes:
+        run: of weights and data order.
+        noise: of masks, times and dropout; another one after ``--no-load-rng``.
+        scheme: version of the noise scheme.
+    """
+
+    run: int
+    noise: int
+    scheme: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        tag: checkpoint to load, or None for a fresh start.
+        manifest: of that checkpoint, or empty.
+        skipped: newer checkpoints that cannot be used, with the reason.
+        is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
+        with_optimizer: moments are loaded too.
+        changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
+    """
+
+    tag: Path | None
+    manifest: dict[str, Any]
+    skipped: tuple[str, ...]
+    is_continued: bool
+    with_optimizer: bool
+    changed: dict[str, tuple[Any, Any, str]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Training and validation data.
+
+    Attributes:
+        train, valid: blends as :func:`megatron.data.dataset.build_dataset` takes them; empty where there is none.
+        unique_tokens: tokens of one epoch of the training data; 0 without any.
+        fingerprints: what the data are, for run.json: prefixes, weights, sizes, digests.
+    """
+
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+    unique_tokens: int
+    fingerprints: dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens: ``size`` of the tokenizer, ``mask_id`` where the objective masks, fingerprint of the tokenizer."""
+
+    size: int
+    mask_id: int | None
+    tokenizer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run.
+
+    Attributes:
+        settings: the flags with everything filled in: what run.json and checkpoints record.
+        shape, layout, schedule, seeds, objective, start, sources, vocabulary: its parts.
+        run_dir: where it writes.
+        notes: flags without effect, and what else a person should read once.
+    """
+
+    settings: Config
+    shape: Shape
+    layout: Layout
+    schedule: Schedule
+    seeds: Seeds
+    objective: Objective
+    start: Start
+    sources: Sources
+    vocabulary: Vocabulary
+    run_dir: Path
+    notes: tuple[str, ...]

@@ -1,0 +1,107 @@
+"""The ways to stop a run from outside: signals, a kill-switch file, a time limit, a launcher that is gone. All ranks agree."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.parallel.context import ParallelContext
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Exit status of a run that was stopped before its end (EX_TEMPFAIL: start it again), so that `train && eval` stops too.
+STOPPED_STATUS = 75
+
+
+class StopRequest:
+    """Asks all ranks, without waiting for them, whether one of them was told to stop.
+
+    A context manager: the signal handlers that were there before are put back on leaving.
+
+    Attributes:
+        reason: why to stop, once the ranks have agreed on it.
+    """
+
+    def __init__(
+        self,
+        context: ParallelContext,
+        *,
+        minutes: float | None = None,
+        switch: str | None = None,
+        launcher: int | None = None,
+    ) -> None:
+        """Args:
+        context: this process.
+        minutes: time limit from now on, or None.
+        switch: kill-switch file, or None.
+        launcher: process that started this one and supervises it, or None: without it nobody would ever stop the rank.
+        """
+        self.launcher = launcher
+        self.context, self.switch = context, switch
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.signal_name: str | None = None
+        self.reason: str | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._asked is not None and kind is None:
+            self._asked[1].wait()  # every rank asked once more than it looked
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_name is not None:
+            raise KeyboardInterrupt  # Ctrl-C twice: do not wait for the checkpoint
+        self.signal_name = signal.Signals(number).name
+
+    def poll(self) -> str | None:
+        """Why to stop now, or None. A collective call: every rank makes the same calls in the same order.
+
+        With several processes the answer is that to the question of the call before: the exchange runs while the device
+        computes, so nothing waits for it.
+        """
+        self.reason = self.reason or self._poll()
+        return self.reason
+
+    def _poll(self) -> str | None:
+        group = self.context.control_group
+        own = torch.tensor(self._flags(), dtype=torch.uint8)
+        if group is None:
+            return self._reason(own)
+        before, self._asked = self._asked, (own, dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group, async_op=True))
+        if before is None:
+            return None
+        flags, work = before
+        work.wait()
+        return self._reason(flags)
+
+    def _flags(self) -> list[bool]:
+        return [
+            self.signal_name is not None,
+            self.switch is not None and Path(self.switch).exists(),
+            self.deadline is not None and time.monotonic() > self.deadline,
+            self.launcher is not None and os.getppid() != self.launcher,
+        ]
+
+    def _reason(self, flags: torch.Tensor) -> str | None:
+        names = (
+            str(self.signal_name or "a signal to another rank"),
+            f"the kill-switch file {self.switch}",
+            "--exit-duration-in-mins",
+            "the end of its launcher",
+        )
+        return next((name for flag, name in zip(flags.tolist(), names) if flag), None)

@@ -1,0 +1,141 @@
+"""Input files are read as the standards say; nothing is skipped silently; errors name file and line."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron.data.blend import read_data_path_file
+from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
+from megatron.data.prepare.readers import Source, find_sources, read_batches
+from megatron.data.prepare.rows import parse_row
+from megatron.data.prepare.streams import read_json_lines, read_lines
+from megatron.data.prepare.subset import Selection, subset_jsonl
+from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.errors import UserError
+
+TEXTS = ["one\u2028two", "next\u0085line", "carriage\rreturn", "größer 第"]
+LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS).encode()
+
+
+def zstandard(raw: bytes) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard,
+}
+
+
+def texts(path: Path) -> list[str]:
+    rows = [row for batch in read_batches(Source(path, "jsonl"), ["text"]) for row in batch.rows]
+    return [text for row in rows for text in parse_row(row, "line", ["text"]) or []]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_every_compression_with_and_without_a_byte_order_mark(tmp_path: Path, suffix: str, mark: bytes) -> None:
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(COMPRESSORS[suffix](mark + LINES))
+    assert find_sources([str(tmp_path)]) == [Source(path, "jsonl")]
+    assert texts(path) == TEXTS
+    report = subset_jsonl(str(path), str(tmp_path / "out.jsonl"), Selection(documents=3), tokenizer=ByteTokenizer())
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(line + b"\n" for line in LINES.split(b"\n")[:3])
+    assert report["tokens"] == sum(len(text.encode()) + 1 for text in TEXTS[:3])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2"])
+def test_compressed_parts_one_after_the_other_are_one_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"in.jsonl{suffix}"
+    path.write_bytes(COMPRESSORS[suffix](LINES) + COMPRESSORS[suffix](LINES))
+    assert texts(path) == TEXTS + TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut off", "changed", "not compressed", "cut in the first bytes"])
+def test_damaged_compression_names_the_file(tmp_path: Path, suffix: str, damage: str) -> None:
+    path = tmp_path / f"in.jsonl{suffix}"
+    noise = "".join(f'{{"text": "{i * 7919 % 10007} {i * i}"}}\n' for i in range(20000)).encode()
+    raw = bytearray(COMPRESSORS[suffix](noise))
+    half = len(raw) // 2
+    if damage == "changed":
+        place = (
+            2 if suffix == ".zst" else half
+        )  # frames that pyarrow writes have no checksum, so their header is changed
+        raw[place : place + 40] = bytes(40)
+    contents = {"cut off": raw[:half], "not compressed": noise, "cut in the first bytes": raw[:7], "changed": raw}
+    path.write_bytes(contents[damage])
+    with pytest.raises(UserError, match=rf"in\.jsonl{suffix} is damaged or cut off.*; .*copy or compress it again"):
+        list(read_lines(path))
+    if (suffix, damage) == (".gz", "cut off"):
+        with pytest.raises(UserError, match=r"cut off after line \d+ "):
+            list(read_lines(path))
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.json.zst", "README.md", "notes.docx", "sub/c.txt.bz2", "sub/.state"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(LINES)
+    said: list[str] = []
+    found = find_sources([str(tmp_path)], say=said.append)
+    assert [str(source.path.relative_to(tmp_path)) for source in found] == ["a.jsonl", "b.json.zst", "sub/c.txt.bz2"]
+    assert len(said) == 1 and "left out 3 of its files" in said[0]
+    assert all(name in said[0] for name in ("README.md", "notes.docx", "sub/.state"))
+    with pytest.raises(UserError, match=r"notes\.docx: its name does not tell the format"):
+        find_sources([str(tmp_path / "notes.docx")])
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [('[{"text": "a"}, {"text": "b"}]', "array"), ('[\n {"text": "a"}\n]', "array"), ('\n[ {\n"text": "a"}]', "array"),
+     ('{\n "text": "a"\n}', "object spread over lines")],
+)  # fmt: skip
+def test_one_json_value_instead_of_lines_is_one_message(tmp_path: Path, content: str, kind: str) -> None:
+    path = tmp_path / "in.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"in\.json holds one JSON {kind}; JSON lines .* jq -c"):
+        list(read_json_lines(path))
+    with pytest.raises(UserError, match="holds one JSON"):
+        preprocess([Source(path, "jsonl")], ByteTokenizer(), PreprocessOptions(str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_deep_nesting_is_a_malformed_row_with_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: nested too deeply to be read"):
+        preprocess([Source(path, "jsonl")], ByteTokenizer(), PreprocessOptions(str(tmp_path / "out")))
+    with pytest.raises(UserError, match=r"in\.jsonl, line 2: nested too deeply"):
+        subset_jsonl(str(path), str(tmp_path / "o.jsonl"), Selection(tokens=1), tokenizer=ByteTokenizer())
+
+
+def test_utf_16_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("text", encoding="utf-16")
+    with pytest.raises(UserError, match=r"in\.txt is UTF-16; text must be UTF-8; convert it"):
+        list(read_batches(Source(tmp_path / "in.txt", "text"), ["text"]))
+
+
+def test_a_data_path_file_with_a_byte_order_mark_and_odd_characters(tmp_path: Path) -> None:
+    (tmp_path / "path.txt").write_bytes(codecs.BOM_UTF8 + '"1.0 data/odd\u2028name"\r\n'.encode())
+    assert read_data_path_file(tmp_path / "path.txt") == ["1.0 data/odd\u2028name"]
+
+
+def test_a_subset_is_not_written_under_a_compressed_name(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    with pytest.raises(UserError, match="written as plain JSON lines"):
+        subset_jsonl(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl.gz"), Selection(documents=1))

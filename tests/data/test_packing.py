@@ -1,0 +1,118 @@
+"""Documents inside a sample: where they begin, and what the flags make of that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.config.schema import DataConfig
+from megatron.data.dataset import BlendedDataset, GPTDataset
+from megatron.data.loader import build_loader
+from megatron.data.packing import ONE_STREAM, Packing, build_packing, places_in_documents
+from megatron.errors import UserError
+from megatron.objectives import parse
+from megatron.objectives.ar import Autoregressive
+from megatron.parallel.context import ParallelContext
+
+SIZES = [5, 1, 12, 40, 3, 9, 0, 7, 2, 1]
+
+
+def owner(tokens: np.ndarray) -> np.ndarray:
+    """Document of each token of data whose tokens count upwards."""
+    return np.searchsorted(np.cumsum(SIZES), tokens, side="right")
+
+
+def test_pieces_name_the_document_of_every_token(make_data: Callable[..., str]) -> None:
+    dataset = GPTDataset(make_data("d", SIZES), 60, 16, seed=1)
+    several = 0
+    for index in range(len(dataset)):
+        tokens, (documents, places) = dataset[index], dataset.pieces(index)
+        assert np.array_equal(documents, owner(tokens)) and documents.dtype == places.dtype == np.int64
+        is_boundary = (np.diff(tokens) != 1) | (np.diff(documents) != 0)
+        assert np.array_equal(np.diff(places) > 0, is_boundary) and (np.diff(places) >= 0).all()
+        several += len(np.unique(documents)) > 1
+    assert several > len(dataset) / 2
+    with pytest.raises(IndexError):
+        dataset.pieces(len(dataset))
+
+
+def test_a_document_after_itself_is_two_pieces(make_data: Callable[..., str]) -> None:
+    dataset = GPTDataset(make_data("d", [6]), 8, 16, seed=1)
+    documents, places = dataset.pieces(0)
+    assert set(documents) == {0}
+    assert np.array_equal(np.diff(places), (np.diff(dataset[0]) != 1).astype(int))
+
+
+def test_documents_of_a_blend_are_counted_through(make_data: Callable[..., str]) -> None:
+    parts = [GPTDataset(make_data(name, SIZES), 40, 16, seed=1) for name in ("a", "b")]
+    blend = BlendedDataset([0.5, 0.5], parts, 40)
+    found = {part: set() for part in range(2)}
+    for index in range(40):
+        part, place = blend.order[index]
+        own, (documents, places) = parts[part].pieces(place), blend.pieces(index)
+        assert np.array_equal(documents, own.documents + 10 * part) and np.array_equal(places, own.places)
+        found[part] |= set(documents)
+    assert not found[0] & found[1]
+
+
+def test_positions_begin_again_with_every_segment() -> None:
+    segments = np.array([[0, 0, 0, 1, 1, 3, 3], [2, 2, 2, 2, 2, 2, 2]])
+    assert places_in_documents(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("packing", [ONE_STREAM, Packing(True), Packing(False, True), Packing(True, True, eod_id=17)])
+def test_the_loader_gives_what_is_asked_for(make_data: Callable[..., str], packing: Packing, num_workers: int) -> None:
+    dataset = GPTDataset(make_data("d", SIZES), 24, 16, seed=1)
+    loader = build_loader(
+        dataset, Autoregressive(), ParallelContext(), micro_batch_size=8, last_sample=24, num_workers=num_workers,
+        packing=packing,
+    )  # fmt: skip
+    left_out = 0
+    for inputs, targets in loader:
+        pieces = [dataset.pieces(sample) for sample in inputs.sample_ids.tolist()]
+        places = np.stack([piece.places[:-1] for piece in pieces])
+        assert (inputs.position_ids is not None) == packing.reset_positions
+        assert (inputs.segment_ids is not None) == packing.reset_attention
+        if inputs.position_ids is not None:
+            assert np.array_equal(inputs.position_ids.numpy(), places_in_documents(places))
+        if inputs.segment_ids is not None:
+            assert np.array_equal(inputs.segment_ids.numpy(), places)
+        ends = inputs.input_ids == packing.eod_id if packing.eod_id is not None else torch.zeros(8, 16).bool()
+        assert torch.equal(targets.loss_weights, (~ends).float())
+        assert targets.num_tokens.tolist() == (16 - ends.sum(-1)).tolist()
+        left_out += int(ends.sum())
+    assert (left_out > 0) == (packing.eod_id is not None)
+
+
+def flags(*words: object) -> DataConfig:
+    shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "1", "--train-samples", "8"]
+    return parse([*shape, *map(str, words)], objective="ar").data
+
+
+def test_flags_say_what_is_reset(make_data: Callable[..., str]) -> None:
+    data = ["--train-data-path", make_data("d", SIZES)]
+    assert build_packing(flags(*data)) == ONE_STREAM
+    assert build_packing(flags(*data, "--reset-position-ids")) == Packing(reset_positions=True)
+    assert build_packing(flags(*data, "--reset-attention-mask")) == Packing(reset_attention=True)
+
+
+def test_the_eod_token_comes_from_the_data_or_the_tokenizer(make_data: Callable[..., str]) -> None:
+    one, two = make_data("one", SIZES), make_data("two", SIZES)
+    Path(f"{one}.meta.json").write_text(json.dumps({"eod_id": 17}))
+    assert build_packing(flags("--train-data-path", one, "--eod-mask-loss")).eod_id == 17
+    tokenizer = ["--tokenizer-type", "ByteTokenizer"]
+    assert build_packing(flags("--train-data-path", two, "--eod-mask-loss", *tokenizer)).eod_id == 256
+    with pytest.raises(UserError, match="end-of-document"):
+        build_packing(flags("--train-data-path", two, "--eod-mask-loss"))
+    with pytest.raises(UserError, match="end-of-document"):
+        build_packing(flags("--train-data-path", two, "--eod-mask-loss", "--tokenizer-type", "NullTokenizer",
+                            "--vocab-size", 100))  # fmt: skip
+    Path(f"{two}.meta.json").write_text(json.dumps({"eod_id": 18}))
+    with pytest.raises(UserError, match=r"\[17, 18\]"):
+        build_packing(flags("--train-data-path", one, "--valid-data-path", two, "--eod-mask-loss"))

@@ -1,0 +1,138 @@
+"""Packed documents under every layout: each document's losses are those of the document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from layouts import jobs
+from layouts.pool import WorkerPool
+
+SAMPLES = 8
+RESET = {"reset_position_ids": True, "reset_attention_mask": True}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train``: documents of 16 random tokens, two and a bit in a sample."""
+    from megatron.data.indexed import IndexedDatasetWriter
+
+    folder = tmp_path_factory.mktemp("documents")
+    with IndexedDatasetWriter(folder / "train", np.dtype(np.uint16)) as writer:
+        for row in np.random.default_rng(0).integers(0, 499, (40, 16)):
+            writer.add_document(row.astype(np.uint16))
+    return folder
+
+
+def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Inputs and targets of the first samples, and the loss of each token as the engine of this rank finds it."""
+    from megatron.data.dataset import build_dataset
+    from megatron.data.loader import build_loader
+    from megatron.data.packing import build_packing
+    from megatron.objectives import build_objective, parse
+    from megatron.parallel.context import ParallelContext
+    from megatron.parallel.launch import Launch
+    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.resolve import resolve
+
+    launch = Launch.from_environment()
+    flags = parse(argv, objective=objective, world_size=launch.world_size)
+    config = resolve(flags, launch, run_name="packed").settings
+    parallel = config.parallel
+    context = ParallelContext.create(
+        tp_size=parallel.tensor_model_parallel_size, pp_size=parallel.pipeline_model_parallel_size
+    )
+    engine = Engine(config, build_objective(config), context)
+    view = engine.objective.for_eval()
+    seq_length = config.model.seq_length
+    dataset = build_dataset(
+        config.data.train_data_path, num_samples=SAMPLES, seq_length=seq_length, seed=1, name="train"
+    )
+    options = {"micro_batch_size": config.run.micro_batch_size, "last_sample": SAMPLES, "num_workers": 0}
+    loader = build_loader(dataset, view, context, packing=build_packing(config.data), **options)
+    with loader:
+        batches = list(loader)
+    with engine.evaluating(view):
+        losses = engine.eval_step(iter(batches), num_micro_batches=len(batches))
+    inputs, targets = zip(*batches)
+    merged = [torch.cat(parts) for parts in ([i.input_ids for i in inputs], [i.segment_ids for i in inputs],
+                                             [t.labels for t in targets], [t.loss_weights for t in targets])]  # fmt: skip
+    return merged, losses
+
+
+def alone(objective: str, argv: list[str], parts: list[torch.Tensor]) -> torch.Tensor:
+    """The same losses from the plain model, each document by itself: no positions, no segments, no mask tensor."""
+    from megatron.model.batch import Inputs
+    from megatron.model.gpt import GPTModel
+    from megatron.objectives import parse
+    from megatron.parallel.launch import Launch
+    from megatron.training.resolve import resolve
+
+    plan = resolve(parse(argv, objective=objective), Launch(), run_name="packed")
+    mask = plan.objective.for_eval().attention_mask
+    model = GPTModel(plan.shape, seed=plan.seeds.run).eval()
+    ids, segments, labels, weights = parts
+    losses = torch.zeros(weights.shape)
+    with torch.no_grad():
+        for row in range(len(ids)):
+            for segment in segments[row].unique():
+                own = segments[row] == segment
+                logits = model.logits(Inputs(ids[row][own][None]), mask)[0]
+                losses[row][own] = F.cross_entropy(logits, labels[row][own], reduction="none") * weights[row][own]
+    return losses
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"tp_size": 2}), (2, {"pp_size": 2})], ids=str)
+def test_losses_are_those_of_each_document_alone(
+    pools: Callable[[int], WorkerPool],
+    documents: Path,
+    tmp_path: Path,
+    objective: str,
+    size: int,
+    layout: dict[str, Any],
+) -> None:
+    argv = jobs.flags(documents, tmp_path / "run", **RESET, **layout)
+    single = jobs.flags(documents, tmp_path / "run", **RESET)
+    results = pools(size).run(token_losses, objective, argv)
+    parts, losses = results[-1]  # the last stage knows them
+    assert all(len(row.unique()) in (2, 3, 4) for row in parts[1])  # two whole documents, or one between two cut ones
+    expected = alone(objective, single, parts)
+    assert losses.shape == expected.shape == (SAMPLES, 32) and (losses > 0).sum() > SAMPLES * 8
+    assert (losses - expected).abs().max() < 1e-6 * max(1.0, float(parts[3].max()))
+
+
+def test_without_the_reset_documents_see_each_other(
+    pools: Callable[[int], WorkerPool], documents: Path, tmp_path: Path
+) -> None:
+    """The test above can fail: positions alone do not part the documents."""
+    argv = jobs.flags(documents, tmp_path / "run", **RESET)
+    parts, losses = pools(1).run(token_losses, "ar", argv)[0]
+    whole = [parts[0], torch.zeros_like(parts[1]), *parts[2:]]
+    assert (alone("ar", argv, whole) - losses).abs().max() > 1e-3
+
+
+def test_documents_ends_leave_the_loss(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+    """Training and validation under --eod-mask-loss, in two layouts."""
+    from megatron.data.indexed import IndexedDatasetWriter
+
+    random = np.random.default_rng(0)
+    for name in ("train", "valid"):
+        with IndexedDatasetWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
+            for size in random.integers(4, 30, 200):
+                writer.add_document(np.append(random.integers(0, 200, size), 499).astype(np.uint16))
+        (tmp_path / f"{name}.meta.json").write_text('{"eod_id": 499, "vocab_size": 500}')
+    records = {}
+    for size, layout in ((1, {}), (2, {"micro_batch_size": 8, "tp_size": 2})):
+        options = {"eod_mask_loss": True, "valid_data_path": tmp_path / "valid", "train_iters": 3}
+        argv = jobs.flags(tmp_path, tmp_path / f"run{size}", **{**options, "micro_batch_size": 8, **layout, **RESET})
+        assert [trace.status for trace in pools(size).run(jobs.train, "ar", argv)] == [0] * size
+        records[size] = jobs.records(tmp_path / f"run{size}", "valid")[3]
+    assert records[1]["nll"] == pytest.approx(records[2]["nll"], abs=1e-5)
+    assert 0 < records[1]["nll"] < 7

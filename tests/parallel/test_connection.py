@@ -1,0 +1,129 @@
+"""Waiting is said, and so is who is gone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import time
+
+import pytest
+import torch.distributed as dist
+from layouts.pool import Process
+
+from megatron.errors import Failure
+from megatron.parallel import connection
+from megatron.parallel.connection import Connection, PeerFailure, connect
+from megatron.parallel.launch import Launch
+
+HOST = socket.gethostname()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def meet(rank: int, world_size: int, port: int, timeout_minutes: float, delay: float = 0.0) -> int:
+    """Connect as a rank of a launcher without an agent; impatient."""
+    connection.NOTICE_SECONDS = 0.5
+    time.sleep(delay)
+    try:
+        found = connect(Launch(rank, world_size, rank, "127.0.0.1", port), timeout_minutes=timeout_minutes)
+    except Failure as error:
+        print(f"error: {error}")
+        return 1
+    print("hosts", *found.hosts, "shared" if found.is_shared else "alone")
+    dist.barrier()
+    found.leave()
+    print("left", dist.is_initialized())
+    return 0
+
+
+def test_a_rank_that_waits_says_for_whom_until_all_are_there() -> None:
+    port = free_port()
+    first, third = Process(meet, 0, 3, port, 1.0), Process(meet, 2, 3, port, 1.0)
+    first.wait_until(lambda: f"rank 0 on {HOST} waits for rank 1 of 3, to come to 127.0.0.1:{port}" in first.output)
+    second = Process(meet, 1, 3, port, 1.0)
+    assert [process.wait(60) for process in (first, second, third)] == [0, 0, 0]
+    for process in (first, second, third):
+        assert f"hosts {HOST} {HOST} {HOST} shared\nleft False" in process.output
+    assert "waits for rank 1" not in third.output  # one voice
+
+
+def test_a_rank_that_is_never_joined_ends_in_words() -> None:
+    process = Process(meet, 0, 4, free_port(), 0.03)
+    assert process.wait(60) == 1
+    assert "error: ranks 1-3 of 4 never came to 127.0.0.1:" in process.output
+    assert "check the hosts of those ranks" in process.output
+
+
+def test_a_meeting_place_that_nobody_opens_is_named() -> None:
+    port = free_port()
+    process = Process(meet, 1, 2, port, 0.03)
+    assert process.wait(60) == 1
+    assert f"rank 1 on {HOST} waits for rank 0, which opens 127.0.0.1:{port}" in process.output
+    assert f"error: rank 1: nobody answers at 127.0.0.1:{port}; rank 0 opens it" in process.output
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = Process(meet, 0, 2, port, 1.0)
+        assert process.wait(60) == 1
+        assert f"error: rank 0 cannot open 127.0.0.1:{port}" in process.output and "free port" in process.output
+
+
+def test_a_process_alone_needs_no_meeting_place() -> None:
+    process = Process(meet, 0, 1, 0, 1.0)
+    assert process.wait(60) == 0 and f"hosts {HOST} alone" in process.output
+
+
+@pytest.fixture
+def three() -> list[Connection]:
+    """Three ranks as they see each other, by hand."""
+    store = dist.HashStore()
+    return [Connection(Launch(rank, 3, 0, "a", 1), ("a", "b", "c"), store) for rank in range(3)]
+
+
+CLOSED = RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.7]:41522")
+
+
+def test_a_rank_that_fails_is_named_with_its_host_and_reason(three: list[Connection]) -> None:
+    three[1].leave(KeyError("token 7"))
+    found = three[0].peer_failure(CLOSED)
+    assert isinstance(found, PeerFailure) and found.exit_status == 1
+    assert str(found) == (
+        "rank 0 lost a peer: rank 1 on b failed (KeyError: 'token 7'); a run needs all its ranks; "
+        "see the messages of that rank, then start again with --load"
+    )
+    three[0].leave(found)  # it fails because another did, which is no news
+    assert "rank 0 on a" not in str(three[2].peer_failure(CLOSED))
+
+
+def test_parting_ends_no_process(three: list[Connection]) -> None:
+    """Whoever calls ``main()`` keeps the processes that it has started itself."""
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    try:
+        three[1].leave(KeyError("token 7"))
+        child.join(0.2)
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_of_a_killed_rank_the_address_is_told(three: list[Connection]) -> None:
+    found = str(three[0].peer_failure(CLOSED))
+    assert found.startswith("rank 0 lost a peer: a process at 10.0.0.7 is gone without a word")
+    nccl = RuntimeError("NCCL error: remote process exited or there was a network error")
+    assert "a process is gone without a word" in str(three[0].peer_failure(nccl))
+
+
+def test_other_errors_stay_what_they_are(three: list[Connection]) -> None:
+    assert three[0].peer_failure(RuntimeError("shapes differ")) is None
+    assert three[0].peer_failure(ConnectionResetError("Connection reset by peer")) is None  # of a download, say
+    assert Connection(Launch()).peer_failure(CLOSED) is None

@@ -1,0 +1,138 @@
+"""Overfitting, gaps and conclusions. All runs here are SYNTHETIC (see synthetic_runs.py)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron.runs.comparison import comparisons, conditioning_gap, gap_between, overfitting, plus_minus, summary_row
+from megatron.runs.conclusion import conclusion
+from megatron.runs.reading import find_runs, load_run
+from runs.synthetic_runs import write_run, write_sums
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    return write_run(folder / "ar", "ar", epochs=40), write_run(folder / "mdm", "mdm")
+
+
+def test_overfitting_needs_a_rise_beyond_the_error(pair, tmp_path):
+    ar, mdm = (overfitting(load_run(path)) for path in pair)
+    assert ar is not None
+    assert ar.rises
+    assert 8 < ar.best.epoch < 22
+    assert mdm is not None
+    assert mdm.at_end
+    assert not mdm.rises
+    folder = write_run(tmp_path / "noisy", "ar", epochs=40)
+    text = (folder / "metrics.jsonl").read_text().replace('"nll_se": 0.012', '"nll_se": 0.5')
+    (folder / "metrics.jsonl").write_text(text)
+    noisy = overfitting(load_run(folder))
+    assert noisy is not None
+    assert not noisy.rises
+
+
+def test_conclusion_says_which_is_ahead_and_that_a_bound_is_one_sided(pair, tmp_path):
+    text = " ".join(conclusion(find_runs(pair)))
+    assert "AR is ahead" in text
+    assert "upper bound" in text
+    assert "not a matched pair" in text
+    assert "far below the scale" in text
+    better = write_run(tmp_path / "mdm", "mdm", parameters=900_000_000)
+    text = " ".join(conclusion(find_runs([pair[0], better])))
+    assert "MDM is ahead" in text
+    assert "at least that" in text
+
+
+def test_a_loss_that_is_no_likelihood_is_not_ranked(pair, tmp_path):
+    runs = find_runs([*pair, write_run(tmp_path / "maskgit", "maskgit", parameters=9_000_000)])
+    assert [second.objective for _, second in comparisons(runs)] == ["mdm"]
+    assert any("no likelihood: maskgit" in text for text in conclusion(runs))
+
+
+def test_summary_marks_bounds(pair):
+    assert summary_row(load_run(pair[1]))["Perplexity"].startswith("≤")
+    assert not summary_row(load_run(pair[0]))["Perplexity"].startswith("≤")
+    assert "4 draws" in summary_row(load_run(pair[1]))["Kind"]
+
+
+def test_plus_minus_shows_the_digits_of_the_error():
+    assert plus_minus(3.71, 0.004) == "3.7100 ± 0.0040"
+    assert plus_minus(3.71, float("nan")) == "3.710"
+
+
+def test_differences_of_two_runs_are_paired_by_document(tmp_path):
+    """Effects of documents are the same in both runs: 40 documents tell a gap that two errors added would not."""
+    folders = [write_run(tmp_path / name, name, epochs=20) for name in ("ar", "mdm")]
+    for folder in folders:
+        write_sums(folder)
+    ar, mdm = map(load_run, folders)
+    gap = gap_between(ar, mdm)
+    assert gap.how == "paired over 40 documents"
+    assert gap.value == pytest.approx(mdm.best.nll - ar.best.nll, rel=1e-6)
+    assert gap.error < 0.2 * ar.best.nll_se
+    assert gap.is_real
+    assert gap.reach > 1.96 * gap.error, "Student's t"
+    text = " ".join(conclusion([ar, mdm]))
+    assert "paired over 40 documents" in text
+    assert "over validation documents" in text
+    assert "samples" not in text
+    assert summary_row(ar)["± over"] == "40 documents"
+    turn = overfitting(ar)
+    assert turn is not None
+    assert turn.rises, "the two validations of one run are paired, too"
+
+
+def test_old_records_say_that_their_error_is_over_samples(pair):
+    text = " ".join(conclusion(find_runs(pair)))
+    assert "over validation samples and noise draws, too small where samples share documents" in text
+    assert "as if the runs were judged on different samples" in text
+    assert summary_row(load_run(pair[0]))["± over"] == "160 samples"
+
+
+def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
+    folder = write_run(tmp_path / "ar", "ar", epochs=20)
+    write_sums(folder, shift=0.3, halves=True)
+    run = load_run(folder)
+    halves = [run.sums(row).halves() for row in run.valid]
+    chosen = min(range(len(halves)), key=lambda index: halves[index][0].loss.sum())
+    report = halves[chosen][1]
+    assert run.result is not None
+    assert run.result.chosen_apart
+    assert run.result.row.step == run.valid[chosen].step
+    assert run.result.nll == pytest.approx(report.loss.sum() / report.tokens.sum())
+    assert run.result.error_unit == "20 documents"
+    assert "flatters" not in " ".join(conclusion([run]))
+    (folder / f"validations/step{run.valid[0].step:08d}.npz").unlink()
+    whole = load_run(folder).result
+    assert whole is not None
+    assert not whole.chosen_apart, "without the sums of one validation nothing can be chosen apart"
+
+
+def test_sums_of_another_number_are_not_used(tmp_path):
+    """A file that a later validation left over, or that was copied, does not belong to the row."""
+    folder = write_run(tmp_path / "ar", "ar", epochs=5)
+    write_sums(folder)
+    text = (folder / "metrics.jsonl").read_text()
+    run = load_run(folder)
+    assert run.sums(run.valid[-1]) is not None
+    (folder / "metrics.jsonl").write_text(text.replace(f'"nll": {run.valid[-1].nll}', '"nll": 3.21'))
+    run = load_run(folder)
+    assert run.valid[-1].nll == 3.21
+    assert run.sums(run.valid[-1]) is None
+
+
+def test_what_scoring_rules_give_ar_is_stated_and_sized(pair, tmp_path):
+    """(ln V − NLL)/S at most: V 500, S 128."""
+    folder = write_run(tmp_path / "ar", "ar", epochs=5)
+    info = json.loads((folder / "run.json").read_text())
+    info["config"]["data"]["vocab_size"] = 500
+    (folder / "run.json").write_text(json.dumps(info))
+    ar, mdm = load_run(folder), load_run(pair[1])
+    assert conditioning_gap(ar, mdm) == pytest.approx((np.log(500) - ar.best.nll) / 128)
+    assert conditioning_gap(ar, ar) is None
+    text = " ".join(conclusion([ar, mdm]))
+    assert "tokens 1 to 128 of a sample given token 0, MDM on tokens 0 to 127 given nothing" in text

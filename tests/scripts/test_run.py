@@ -1,0 +1,104 @@
+"""tools/_run.py: how each ending of a tool is printed, and its status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron.errors import Failure, UserError
+from tools._run import status_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def raising(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("a", "b", "c"), 2, "error: a; b; c"),
+        (Failure("a", "b", "c"), 1, "error: a; b; c"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (FileNotFoundError(errno.ENOENT, "", "x.json"), 2, "error: x.json: no such file or directory; it must exist; "),
+        (IsADirectoryError(errno.EISDIR, "", "x"), 2, "error: x: is a directory; "),
+        (FileExistsError(errno.EEXIST, "", "a", None, "b"), 2, "error: b: file exists; "),
+        (PermissionError(errno.EACCES, "", "x"), 1, "error: x: permission denied; "),
+        (OSError(errno.ENOSPC, "", "x"), 1, "error: x: no space left on device; its file system is full; "),
+        (OSError(errno.EROFS, "", "x"), 1, "error: x: read-only file system; "),
+        (ModuleNotFoundError("", name="numpy.linalg"), 1, f"error: {sys.executable} has no package numpy.linalg; "),
+    ],
+    ids=repr,
+)
+def test_an_error_for_the_user_is_one_line(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(raising(error)) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        RuntimeError("a bug"),
+        OSError(errno.ENOSPC, "which file?"),
+        OSError(errno.EBADF, "", "x"),
+        ModuleNotFoundError("", name="megatron.absent"),
+        ModuleNotFoundError("", name="tkinter"),
+    ],
+    ids=repr,
+)
+def test_anything_else_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        status_of(raising(error))
+    assert raised.value is error
+
+
+def test_what_main_returns_is_the_status() -> None:
+    assert [status_of(lambda: None), status_of(lambda: 0), status_of(lambda: 1)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_closed_pipe_is_quiet(lines: int) -> None:
+    """Few lines fail when the interpreter flushes them, many while they are printed."""
+    program = f"from tools._run import run\nrun(lambda: print('x\\n' * {lines}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_no_closed_output() -> None:
+    program = "from tools._run import run\ndef main(): raise BrokenPipeError(32, 'a worker')\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "BrokenPipeError" in done.stderr
+
+
+def test_a_full_disk_under_the_output_is_said() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    program = "from tools._run import run\nrun(lambda: print('x'))"
+    command = [sys.executable, "-c", program]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output: no space left on device; ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,146 @@
+"""A stop sent to an example script reaches the trainer, whatever launcher stands between, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = REPO / "examples_scaling/training/ar/140m_100M.sh"
+STOPPED = 75
+
+
+def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
+    """A script in a session of its own, by which what it leaves behind is found."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**clean, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **variables},
+    )  # fmt: skip
+
+
+def left_behind(session: int) -> list[str]:
+    """Command lines of the processes of a session that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state != "Z":
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it has just ended
+    return [words for words in found if words]  # one that is being torn down has none
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, f"no {path} after {seconds} s"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "number"),
+    [("python", 1, signal.SIGUSR1), ("torchrun", 2, signal.SIGTERM), ("deepspeed", 2, signal.SIGUSR1)],
+)
+def test_a_stop_is_saved_under_every_launcher(
+    launcher: str, processes: int, number: signal.Signals, token_files: Path, tmp_path: Path
+) -> None:
+    """Default workers and settings; the signal goes to the script alone, as SLURM or systemd send it."""
+    run_dir = tmp_path / "run"
+    process = start(
+        ["bash", str(SCRIPT), "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"],
+        LAUNCHER=launcher, GPUS_PER_NODE=str(processes), RUN_DIR=str(run_dir), SEQ_LENGTH="32", LOG_INTERVAL="1",
+        TRAIN_DATA=str(token_files / "train"), VALID_DATA=str(token_files / "valid"), EPOCHS="1000",
+        TOKENIZER_FLAGS="--tokenizer-type NullTokenizer --vocab-size 500", MICRO_BATCH_SIZE="2", GLOBAL_BATCH_SIZE="4",
+    )  # fmt: skip
+    try:
+        wait_for(run_dir / "metrics.jsonl", process)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == STOPPED, output
+        assert output.rstrip().endswith("stopped; the same command continues")
+        assert "Traceback" not in output
+        assert (run_dir / (run_dir / "latest").read_text().strip() / "manifest.json").exists()
+        assert not (tmp_path / "run.stop").exists()
+        assert left_behind(process.pid) == []
+    finally:
+        for pid in [process.pid] if process.poll() is None else []:
+            os.killpg(pid, signal.SIGKILL)
+
+
+# What the scripts do, with a stand-in for the trainer: it says "ready", and ends with 75 when its file appears.
+TRAINER = """import pathlib, sys, time
+print("ready", flush=True)
+while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.02)
+sys.exit(int(sys.argv[2]))"""
+
+
+def supervised(tmp_path: Path, status: int, stop_file: str = "run.stop") -> subprocess.Popen[str]:
+    body = f'source "{REPO}/examples_scaling/common.sh"; STOP_FILE="$1"; supervise "$2" -c "$3" run.stop {status}; echo next'
+    command = ["bash", "-c", body, "script", stop_file, sys.executable, TRAINER]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("status", [75, 0])
+def test_a_stopped_script_does_not_go_on(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    process = supervised(tmp_path, status)
+    process.send_signal(number)
+    output = process.communicate(timeout=20)[0]
+    assert (process.returncode, output) == (STOPPED, "stopped; the same command continues\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_end_and_a_failure_keep_their_status(tmp_path: Path) -> None:
+    for status, said in ((0, "next\n"), (1, ""), (2, "")):
+        process = supervised(tmp_path, status)
+        (tmp_path / "run.stop").touch()
+        assert (process.communicate(timeout=20)[0], process.returncode) == (said, status)
+        (tmp_path / "run.stop").unlink()
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
+    process = supervised(tmp_path, 75, stop_file="nobody-looks")
+    process.send_signal(signal.SIGINT)
+    wait_until = time.monotonic() + 10
+    while not (tmp_path / "nobody-looks").exists() and time.monotonic() < wait_until:
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert left_behind(process.pid) == []
+
+
+def test_a_tool_is_ended_with_all_its_processes(tmp_path: Path) -> None:
+    process = supervised(tmp_path, 75, stop_file="")
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert left_behind(process.pid) == []
+
+
+@pytest.mark.parametrize(("status", "expected"), [("75", 75), ("-9", 137)])
+def test_torchrun_ends_as_its_processes_ended(status: str, expected: int, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\nstatus = int(sys.argv[1])\n"
+        "sys.exit(status) if status >= 0 else os.kill(os.getpid(), -status)\n"
+    )
+    command = [sys.executable, str(REPO / "tools/_torchrun.py"), "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(program), status], capture_output=True, text=True, timeout=100)
+    assert done.returncode == expected, done.stderr
+    assert "Traceback" not in done.stderr

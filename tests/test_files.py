@@ -1,0 +1,155 @@
+"""Files and folders appear whole or not at all, and say what went wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from megatron.errors import Failure, UserError
+from megatron.files import remove_leftovers, replace_file, replace_folder, temporary_name
+
+
+def write_parts(file: BinaryIO) -> None:
+    file.write(b"one ")
+    file.write("zwei\u2028".encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("zwei\u2028", "zwei\u2028"), (b"raw", "raw"), (write_parts, "one zwei\u2028")]
+)
+def test_text_bytes_and_functions_are_written(tmp_path: Path, content: object, expected: str) -> None:
+    target = tmp_path / "x.json"
+    target.write_text("old")
+    replace_file(target, content)  # type: ignore[arg-type]
+    assert target.read_bytes().decode() == expected
+    assert os.listdir(tmp_path) == ["x.json"]
+    assert target.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def test_an_error_of_the_content_passes_and_leaves_the_old_file(tmp_path: Path) -> None:
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        open(tmp_path / "other source")  # noqa: SIM115 - does not exist
+
+    target = tmp_path / "x"
+    target.write_text("old")
+    with pytest.raises(FileNotFoundError, match="other source"):
+        replace_file(target, fail)
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def _write_with_little_room(path: Path, outcome: object) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        replace_file(path, b"x" * 5000)
+    except Failure as error:
+        outcome.put(str(error))  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_names_the_file_and_the_cure(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.write_text("old")
+    context = get_context("fork")
+    outcome = context.Queue()
+    process = context.Process(target=_write_with_little_room, args=(target, outcome))
+    process.start()
+    message = outcome.get(timeout=30)
+    process.join()
+    assert message.startswith(f"{target} could not be written (File too large); it needs") and "free space" in message
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("make", [lambda path: replace_file(path, "new"), lambda path: _make_folder(path)])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Failure, match=r"file/x could not be written \((Not a directory|File exists)\)"):
+        make(tmp_path / "file" / "x")
+
+
+def _make_folder(path: Path) -> None:
+    with replace_folder(path) as folder:
+        (folder / "a").write_text("a")
+
+
+def test_standard_output_is_written_to_directly(tmp_path: Path) -> None:
+    code = "from megatron.files import replace_file; replace_file('/dev/stdout', 'hello')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "hello", done.stderr
+    with open(tmp_path / "log", "w") as log:
+        log.write("before ")
+        log.flush()
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=60)
+    assert (tmp_path / "log").read_text() == "before hello"
+    assert os.listdir(tmp_path) == ["log"] and Path("/dev/stdout").is_symlink()
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    with replace_folder(target) as folder:
+        (folder / "a").write_text("a")
+        assert not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+    assert (target / "a").read_text() == "a"
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with replace_folder(tmp_path / "folder") as folder:
+            (folder / "a").write_text("a")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_folder_is_replaced_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"folder exists and is not empty; a finished folder is never overwritten"):
+        _make_folder(target)
+    assert (target / "mine").read_text() == "mine"
+    rename = Path.rename
+
+    def refuse_new(self: Path, to: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError("stale file handle")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(Failure, match="stale file handle"), replace_folder(target, replace=True) as folder:
+        (folder / "a").write_text("a")
+    monkeypatch.undo()
+    assert [path.name for path in target.iterdir()] == ["mine"]
+    with replace_folder(target, replace=True) as folder:
+        (folder / "a").write_text("a")
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_leftovers_are_removed_when_old_enough(tmp_path: Path) -> None:
+    old, young, other = (temporary_name(tmp_path / name) for name in ("a", "a", "b"))
+    for path in (old, young, other):
+        path.mkdir()
+        (path / "part").write_text("half")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    (tmp_path / "a").write_text("finished")
+    assert remove_leftovers(tmp_path, name="a") == [old]
+    assert remove_leftovers(tmp_path, name="a", older_than_seconds=0) == [young]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", other.name])

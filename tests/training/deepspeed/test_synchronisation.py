@@ -1,0 +1,88 @@
+"""Nothing of ours waits for the device within a step. What DeepSpeed waits for is counted, so that a change is noticed."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import jobs
+from layouts.pool import WorkerPool
+
+import megatron
+
+OURS = Path(megatron.__file__).parent
+# On a GPU each of these brings a value to the host, hence waits for everything that was queued before.
+READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+
+def count_reads(argv: list[str]) -> dict[str, int]:
+    """Reads of device values in the third step of a run, by the file that asks for them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron.training.main import main
+    from megatron.training.observer import Observer
+
+    found: Counter[str] = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if function.__name__.split(".")[0] in READS and (file := _asking_file()):
+                found[file] += 1
+            return function(*arguments, **(options or {}))
+
+    class Watcher(Observer):
+        steps = 0
+
+        def step_begins(self, engine: Any, consumed_samples: int) -> None:
+            self.steps += 1
+            self.mode = Counting() if self.steps == 3 else None
+            if self.mode is not None:
+                self.mode.__enter__()
+
+        def step_ended(self, result: Any) -> None:
+            if self.mode is not None:
+                self.mode.__exit__(None, None, None)
+
+    assert main("mdm", argv, observer=Watcher()) == 0
+    return dict(found)
+
+
+def _asking_file() -> str | None:
+    """The innermost file of ours or DeepSpeed's; None within the preparation of batches, which runs in loader workers."""
+    stack = traceback.extract_stack()[:-2]
+    if any(Path(frame.filename).is_relative_to(OURS / "data") for frame in stack):
+        return None
+    for frame in reversed(stack):
+        path = Path(frame.filename)
+        if path.is_relative_to(OURS):
+            return f"megatron/{path.relative_to(OURS)}"
+        if "site-packages/deepspeed/" in frame.filename:
+            return f"deepspeed/{frame.filename.rpartition('site-packages/deepspeed/')[2]}"
+    return "elsewhere"
+
+
+UTILS, ZERO = "deepspeed/runtime/utils.py", "deepspeed/runtime/zero/stage_1_and_2.py"
+# Reads of DeepSpeed 0.19.8 in one step: the gradient norm, whether it is finite, and (ZeRO 2) whether any gradient is not.
+EXPECTED: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
+    "fp32": (1, {}, {UTILS: 3}),
+    "bf16": (1, {"bf16": True}, {UTILS: 2}),
+    "zero2 bf16": (2, {"bf16": True, "zero_stage": 2}, {UTILS: 3, ZERO: 1}),
+    "zero3 bf16": (2, {"bf16": True, "zero_stage": 3}, {UTILS: 1}),
+    "tp2 bf16": (2, {"bf16": True, "tp_size": 2}, {UTILS: 2}),
+    "pp2 bf16": (2, {"bf16": True, "pp_size": 2}, {UTILS: 2}),
+}
+
+
+@pytest.mark.parametrize("layout", list(EXPECTED))
+def test_a_step_waits_only_where_deepspeed_does(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: str
+) -> None:
+    size, changes, expected = EXPECTED[layout]
+    flags = {"train_iters": 4, "log_interval": 100, "micro_batch_size": 2, **changes}
+    for found in pools(size).run(count_reads, jobs.flags(token_files, tmp_path / "run", **flags)):
+        assert not [place for place in found if not place.startswith("deepspeed/")], found
+        assert found == expected

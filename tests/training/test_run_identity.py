@@ -1,0 +1,250 @@
+"""A run directory belongs to one run, and its records say what was done: settings, data, lengths, attempts, evaluations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from layouts import jobs
+from layouts.pool import Process, WorkerPool
+
+from megatron.data.indexed import IndexedDatasetWriter
+from megatron.objectives import parse
+from megatron.parallel.launch import Launch
+from megatron.runs.record import RunRecord, ValidRow
+from megatron.statistics import ValidationSums, mean_loss
+from megatron.training.resolve import resolve
+
+OLD = Path(__file__).parents[1] / "golden" / "run_v1"
+OLD_FLAGS: dict[str, Any] = {
+    "num-layers": 2, "hidden-size": 16, "ffn-hidden-size": 32, "num-attention-heads": 2, "seq-length": 16,
+    "micro-batch-size": 2, "global-batch-size": 4, "vocab-size": 99, "make-vocab-size-divisible-by": 4,
+    "hidden-dropout": 0.1, "attention-dropout": 0.1, "lr": 1e-3, "min-lr": 1e-4, "lr-warmup-samples": 4, "seed": 99,
+    "eval-interval": 5, "eval-iters": 2, "save-interval": 5, "train-iters": 10,
+}  # fmt: skip
+Start = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def start(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path) -> Start:
+    """``start(size, **flags)`` runs the program on RUN = tmp_path/run; returns status and output of the first rank."""
+
+    def run(
+        size: int = 1, *, objective: str = "mdm", save: Path | None = tmp_path / "run", **changes: Any
+    ) -> tuple[int, str]:
+        argv = jobs.flags(token_files, save, **changes)
+        traces = pools(size).run(jobs.train, objective, argv)
+        return traces[0].status, pools(size).output(0)
+
+    return run
+
+
+def record(run_dir: Path) -> RunRecord:
+    found = RunRecord.read(run_dir)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("objective", ["gpt", "mdm"])
+def test_a_run_of_the_first_version_goes_on_as_it_would_have(
+    pools: Callable[[int], WorkerPool], tmp_path: Path, objective: str
+) -> None:
+    """Bit for bit, dropout and masks included: under the noise scheme that it began with."""
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir, data = tmp_path / "old" / objective, tmp_path / "old"
+    expected = {kind: jobs.records(run_dir, kind) for kind in ("train", "valid")}
+    changes = {"num_mc": 2} if objective == "mdm" else {}
+    argv = jobs.flags(data, run_dir, load=run_dir, valid_data_path=data / "valid", **{**OLD_FLAGS, **changes})
+    assert pools(1).run(jobs.train, {"gpt": "ar"}.get(objective, objective), argv)[0].status == 0, pools(1).output(0)
+    assert "continuing at step 5" in pools(1).output(0)
+    for step in range(1, 11):
+        for name in ("loss", "lr", "grad_norm", "tokens", "epoch", "flops"):
+            assert jobs.records(run_dir)[step][name] == expected["train"][step][name], (step, name)
+    for step in (5, 10):
+        assert jobs.records(run_dir, "valid")[step]["nll"] == pytest.approx(expected["valid"][step]["nll"], rel=1e-6)
+    assert record(run_dir).attempts[-1].from_step == 5 and record(run_dir).run_id
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [("lr", 5e-3, "optimizer.lr 0.001 → 0.005"), ("weight_decay", 0.5, "optimizer.weight_decay"), ("seed", 7, "run.seed"),
+     ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
+     ("seq_length", 16, "model.seq_length 32 → 16"), ("hidden_dropout", 0.2, "model.hidden_dropout")],
+)  # fmt: skip
+def test_settings_that_change_results_are_refused_unless_asked_for(
+    start: Start, tmp_path: Path, name: str, value: Any, shown: str
+) -> None:
+    """Also for a run that is finished; recorded with the step from which they hold, the run's own stay as they were."""
+    run_dir = tmp_path / "run"
+    assert start(train_iters=2)[0] == 0
+    before = (run_dir / "run.json").read_bytes()
+    for steps in (2, 4):
+        status, output = start(load=run_dir, train_iters=steps, **{name: value})
+        assert status == 2 and "was trained with other settings" in output and shown in output
+        assert "--change-settings" in output and (run_dir / "run.json").read_bytes() == before
+    status, output = start(load=run_dir, train_iters=4, change_settings=True, **{name: value})
+    assert status == 0, output
+    now, then = record(run_dir), json.loads(before)
+    (changed,) = [key for key in now.attempts[-1].changed if key.endswith(f".{name}")]
+    assert now.config == then["config"] and now.run_id == then["run_id"]
+    assert now.attempts[-1].from_step == 2 and now.attempts[-1].changed[changed][1] == value
+
+
+def test_tokens_and_epochs_count_what_was_trained(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start(train_iters=2)[0] == 0
+    assert start(load=run_dir, train_iters=4, seq_length=16, change_settings=True)[0] == 0
+    rows = jobs.records(run_dir)
+    assert [rows[step]["tokens"] for step in (1, 2, 3, 4)] == [256, 512, 640, 768]
+    unique = record(run_dir).unique_tokens
+    assert rows[4]["epoch"] == pytest.approx(768 / unique)
+    assert rows[4]["flops"] == 6 * record(run_dir).parameters["for_compute"] * 768
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(16, 5), (4, 20)])
+def test_another_batch_trains_exactly_the_remaining_samples(
+    start: Start, tmp_path: Path, batch: int, steps: int
+) -> None:
+    run_dir = tmp_path / "run"
+    options = {"train_iters": None, "train_samples": 160, "log_interval": 1, "save_interval": 10}
+    assert start(**options)[0] == 0
+    shutil.rmtree(run_dir / "global_step20")
+    (run_dir / "latest").write_text("global_step10")
+    status, output = start(load=run_dir, **{**options, "global_batch_size": batch})
+    assert status == 0 and "run.global_batch_size was 8" in output
+    rows = jobs.records(run_dir)
+    assert [rows[step]["samples"] for step in (10, 11, 10 + steps)] == [80, 80 + batch, 160]
+    assert max(rows) == 10 + steps
+
+
+def test_other_data_are_refused_by_content(start: Start, token_files: Path, tmp_path: Path) -> None:
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    assert start(train_iters=2)[0] == 0
+    shutil.copytree(token_files, moved, ignore=shutil.ignore_patterns("index-cache"))
+    assert start(load=run_dir, train_iters=3, train_data_path=moved / "train")[0] == 0  # the same, elsewhere
+    with IndexedDatasetWriter(tmp_path / "other", np.dtype(np.uint16)) as writer:
+        for size in (400, 300):
+            writer.add_document(np.arange(size) % 500)
+    status, output = start(load=run_dir, train_iters=4, train_data_path=tmp_path / "other")
+    assert status == 2 and "data.train" in output
+
+
+def test_a_missing_folder_to_load_is_refused_and_a_fresh_start_is_said(start: Start, tmp_path: Path) -> None:
+    status, output = start(load=tmp_path / "TYPO")
+    assert status == 2 and f"--load {tmp_path}/TYPO does not exist" in output
+    status, output = start(load=tmp_path / "run", train_iters=1)
+    assert status == 0 and f"starting fresh: no checkpoint in {tmp_path}/run yet" in output
+
+
+def test_a_checkpoint_is_judged_as_what_it_was_trained_for(start: Start, tmp_path: Path, token_files: Path) -> None:
+    assert start(train_iters=1)[0] == 0
+    options = {"skip_train": True, "train_iters": None, "train_data_path": None, "save": None}
+    options |= {"load": tmp_path / "run", "valid_data_path": token_files / "valid"}
+    status, output = start(objective="ar", **options)
+    assert status == 2 and "is a checkpoint of objective mdm, this run evaluates ar" in output
+
+
+def test_an_evaluation_lies_beside_the_run_that_it_judges(start: Start, tmp_path: Path, token_files: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert start(train_iters=2, valid_data_path=token_files / "valid", eval_iters=2)[0] == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    options = {"skip_train": True, "train_iters": None, "train_data_path": None, "save": None, "load": run_dir}
+    status, output = start(valid_data_path=token_files / "valid", eval_iters="full", num_mc=2, **options)
+    assert status == 0 and f"recorded in {run_dir}/evaluations/" in output
+    assert {path: path.read_bytes() for path in before} == before
+    (path,) = (run_dir / "evaluations").glob("*.json")
+    found = json.loads(path.read_text())
+    assert (found["checkpoint"], found["run_id"], found["objective"]) == ("global_step2", record(run_dir).run_id, "mdm")
+    assert found["protocol"]["num_mc"] == 2 and found["protocol"]["valid"][0]["idx_sha256"]
+    row = ValidRow(**found["result"])
+    estimate = mean_loss(ValidationSums.load(path.with_suffix(".npz")))
+    assert (row.nll, row.nll_se) == (estimate.value, estimate.error) and row.se_kind == "documents"
+    assert jobs.records(run_dir)[2]["epoch"] == row.epoch
+
+
+def test_more_validation_than_there_is_takes_each_sample_once(start: Start, tmp_path: Path, token_files: Path) -> None:
+    options = {"train_iters": 1, "valid_data_path": token_files / "valid"}
+    assert start(save=tmp_path / "all", eval_iters="full", **options)[0] == 0
+    status, output = start(save=tmp_path / "more", eval_iters=1000, **options)
+    assert status == 0 and "samples, each once (--eval-iters asks for 8000)" in output
+    whole, more = (jobs.records(tmp_path / name, "valid")[1] for name in ("all", "more"))
+    assert (more["num_samples"], more["nll"], more["nll_se"]) == (whole["num_samples"], whole["nll"], whole["nll_se"])
+
+
+def test_order_and_decay_are_planned_with_the_given_samples(token_files: Path, tmp_path: Path) -> None:
+    """As megatron-core does; training ends with the last whole batch."""
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=None, train_samples=190, lr_warmup_fraction=0.0125)
+    plan = resolve(parse(argv, objective="ar"), Launch(), run_name="x")
+    assert (plan.schedule.train_samples, plan.schedule.decay_samples, plan.schedule.warmup_samples) == (190, 190, 2.375)
+    assert plan.settings.optimizer.lr_warmup_samples == 2.375
+
+
+def test_a_run_of_190_samples_trains_184(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=None, train_samples=190, log_interval=23)[0] == 0
+    assert jobs.records(tmp_path / "run")[23]["samples"] == 184
+
+
+def test_a_second_run_in_one_folder_is_refused_at_once(token_files: Path, tmp_path: Path) -> None:
+    argv = jobs.flags(token_files, tmp_path, load=tmp_path, train_iters=100_000, log_interval=1)
+    first = Process(jobs.run_main, "mdm", argv)
+    first.wait_until(lambda: (tmp_path / "metrics.jsonl").exists())
+    second = Process(jobs.run_main, "mdm", argv)
+    assert second.wait(60) == 2
+    assert "is being trained into by process" in second.output and " since " in second.output
+    assert first.is_running
+    first.stop()  # killed: its lock is stale
+    argv = jobs.flags(token_files, tmp_path, load=tmp_path, train_iters=100_000, exit_duration_in_mins=1e-6)
+    assert Process(jobs.run_main, "mdm", argv).wait() == 75
+
+
+def test_the_first_loss_does_not_depend_on_tensor_parallelism_where_the_vocabulary_is_padded(
+    start: Start, tmp_path: Path, token_files: Path
+) -> None:
+    options = {"train_iters": 1, "vocab_size": 501, "make_vocab_size_divisible_by": 128}
+    for size, name in ((1, "one"), (2, "two")):
+        assert start(size, save=tmp_path / name, tp_size=size, **options)[0] == 0
+    losses = [jobs.records(tmp_path / name)[1]["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_run_json_says_where_it_happened_and_what_it_had(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=1)[0] == 0
+    found = record(tmp_path / "run")
+    attempt = found.attempts[0]
+    assert attempt.command and attempt.host and attempt.version and attempt.versions["torch"] and attempt.device
+    assert attempt.ended is not None and attempt.ended["reason"] == "end"
+    (part,) = found.data["train"]
+    assert Path(part["prefix"]).is_absolute() and part["documents"] == 300 and len(part["idx_sha256"]) == 64
+    assert found.tokenizer["vocab_size"] == jobs.VOCAB and found.noise_scheme == 2 and found.run_id
+    manifest = json.loads((tmp_path / "run/global_step1/manifest.json").read_text())
+    assert manifest["run_id"] == found.run_id and manifest["data"] == found.data
+
+
+def test_tensorboard_shows_a_step_once_after_going_back(start: Start, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"tensorboard_dir": tmp_path / "events", "train_iters": 6, "save_interval": 2}
+    assert start(**options)[0] == 0
+    assert start(load=tmp_path / "run", load_tag="global_step2", **options)[0] == 0
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_validation_that_was_owed_is_made_up(start: Start, tmp_path: Path, token_files: Path) -> None:
+    """The save comes first; a kill between the two must not leave a hole in the curve."""
+    options = {"valid_data_path": token_files / "valid", "eval_iters": 1, "eval_interval": 2, "save_interval": 2}
+    assert start(train_iters=4, **options)[0] == 0
+    whole = jobs.records(tmp_path / "run", "valid")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(
+        "".join(line for line in metrics.read_text().splitlines(True) if '"valid", "step": 4' not in line)
+    )
+    assert list(jobs.records(tmp_path / "run", "valid")) == [2]
+    assert start(load=tmp_path / "run", train_iters=4, **options)[0] == 0
+    assert jobs.records(tmp_path / "run", "valid") == whole

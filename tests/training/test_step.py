@@ -1,0 +1,39 @@
+"""The way of a step's numbers to the host."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron.training.step import StepNumbers, StepResult
+
+
+def test_numbers_are_those_of_the_step_also_when_it_has_gone_on() -> None:
+    loss = torch.tensor(2.5)
+    pending = StepResult(loss, torch.tensor(0.5), torch.tensor(False), 1e-3).to_host()
+    loss.fill_(9.0)  # the next step reuses the buffer
+    assert pending.is_here and pending.read() == StepNumbers(2.5, 0.5, False, 1e-3)
+
+
+def test_a_skipped_step_keeps_its_nan_and_its_infinite_norm() -> None:
+    numbers = StepResult(torch.tensor(math.nan), torch.tensor(math.inf), torch.tensor(True), 0.0).to_host().read()
+    assert math.isnan(numbers.loss) and numbers.grad_norm == math.inf and numbers.skipped is True
+
+
+@pytest.mark.gpu
+def test_the_copy_does_not_wait_for_the_device() -> None:
+    device = torch.device("cuda")
+    busy = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            busy = busy @ busy
+        loss = busy.sum() * 0 + 1.0
+        pending = StepResult(loss, loss, torch.zeros((), dtype=torch.bool, device=device), 0.1).to_host()
+        assert not pending.is_here
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert pending.read().lr == 0.1

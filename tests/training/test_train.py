@@ -1,0 +1,110 @@
+"""What a run makes of step results: averages over log intervals, skipped steps, the best validation, the story in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import jobs
+from layouts.pool import WorkerPool
+
+from megatron.errors import Failure
+from megatron.runs.record import TrainRow
+from megatron.training.interval import Interval
+from megatron.training.progress import Progress
+from megatron.training.reporting import Screen, Throughput
+from megatron.training.step import StepResult
+
+UNIQUE_TOKENS, PARAMETERS, BATCH, SEQ = 400, 7, 4, 10
+
+
+def drive(
+    *results: tuple[float, bool], log_interval: int = 2, progress: Progress | None = None, max_skipped: int = 10
+) -> list[TrainRow]:
+    """The rows of a run whose steps give (loss, skipped)."""
+    progress = progress or Progress()
+    throughput = Throughput(
+        batch_size=BATCH, seq_length=SEQ, flops_per_token=1.0, num_devices=1, device=torch.device("cpu")
+    )
+    screen = Screen(total_steps=9, first_step=0, enabled=True)
+    interval, rows = Interval(progress, screen, throughput, max_skipped=max_skipped), []
+    for count, (loss, skipped) in enumerate(results, 1):
+        progress.advance(samples=BATCH, tokens=BATCH * SEQ)
+        norm = torch.tensor(math.inf if skipped else 1.0)
+        interval.add(StepResult(torch.tensor(loss), norm, torch.tensor(skipped), 1e-3))
+        if progress.step % log_interval == 0 or count == len(results):
+            rows.append(interval.row(progress.position(unique_tokens=UNIQUE_TOKENS, parameters=PARAMETERS)))
+    return rows
+
+
+def test_a_log_line_averages_its_interval_and_says_where_the_run_is() -> None:
+    first, second, last = drive((1.0, False), (2.0, False), (6.0, False), (4.0, False), (9.0, False))
+    assert [row.loss for row in (first, second, last)] == [1.5, 5.0, 9.0]
+    assert (second.step, second.samples, second.tokens, second.batch_size) == (4, 16, 160, BATCH)
+    assert (second.epoch, second.flops) == (160 / 400, 6 * 7 * 160)
+
+
+def test_skipped_steps_are_counted_but_not_averaged(capsys: pytest.CaptureFixture) -> None:
+    """Also where the loss of the skipped step is finite and only its gradient is not."""
+    results = [(2.0, False), (100.0, True), (math.nan, True), (math.inf, True), (4.0, False)]
+    first, second, last = drive(*results)
+    assert (first.loss, first.skipped_steps) == (2.0, 1)
+    assert math.isnan(second.loss)  # no loss at all, which is not a loss of 0
+    assert second.skipped_steps == 3
+    assert (last.loss, last.skipped_steps, last.grad_norm) == (4.0, 3, 1.0)
+    assert "step 2 skipped: its gradient is not finite (1 so far)" in capsys.readouterr().out
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
+    """The limit is on steps in a row: single bad steps may add up to more. It is noticed one step late."""
+    drive(*[(1.0, step % 2 == 0) for step in range(9)], max_skipped=2, log_interval=100)
+    progress = Progress()
+    with pytest.raises(Failure, match=r"3 steps in a row .*--max-skipped-steps 2\).* lower --lr"):
+        drive((1.0, False), *[(math.nan, True)] * 8, max_skipped=2, log_interval=100, progress=progress)
+    assert progress.step == 5
+
+
+def test_an_interval_goes_on_after_a_restart() -> None:
+    progress = Progress(step=2, consumed_samples=8, tokens=80, loss_sum=3.0, loss_count=2)
+    assert [row.loss for row in drive((6.0, False), (7.0, False), log_interval=3, progress=progress)] == [3.0, 7.0]
+
+
+def test_losses_of_the_unfinished_interval_travel_with_the_checkpoint() -> None:
+    throughput = Throughput(batch_size=1, seq_length=1, flops_per_token=1.0, num_devices=1, device=torch.device("cpu"))
+    progress = Progress()
+    interval = Interval(progress, Screen(total_steps=9, first_step=0, enabled=False), throughput, max_skipped=1)
+    for loss in (1.0, 2.0):
+        interval.add(StepResult(torch.tensor(loss), torch.tensor(1.0), torch.tensor(False), 1e-3))
+    interval.store()
+    assert (progress.loss_sum, progress.loss_count) == (3.0, 2)
+
+
+@pytest.mark.parametrize(("nll", "is_best"), [(math.nan, False), (math.inf, False), (4.9, True), (5.0, False)])
+def test_the_best_validation_is_the_lowest_finite_one(nll: float, is_best: bool) -> None:
+    assert Progress(best_step=1, best_nll=5.0).is_best(nll) == is_best
+    assert not Progress().is_best(math.nan) and Progress().is_best(7.0)
+
+
+def test_saves_fall_on_the_interval_and_on_the_last_step(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """And come before the validation of the same step, which may take long."""
+    options: dict[str, Any] = {
+        "train_iters": 5,
+        "save_interval": 2,
+        "log_interval": 3,
+        "eval_interval": 4,
+        "eval_iters": 1,
+    }
+    argv = jobs.flags(token_files, tmp_path, valid_data_path=token_files / "valid", **options)
+    assert pools(1).run(jobs.train, "mdm", argv)[0].status == 0
+    lines = pools(1).output(0).splitlines()
+    story = [line.split()[0] + line.split("global_step")[1][0] for line in lines if line.startswith("saved")]
+    assert story == ["saved2", "saved4", "saved5"]
+    order = [line.split()[0] for line in lines if line.startswith(("saved", "validation at"))]
+    assert order == ["saved", "saved", "validation", "saved", "validation"]
+    assert list(jobs.records(tmp_path)) == [3, 5]
