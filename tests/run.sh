@@ -2,6 +2,7 @@
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
 #   bash tests/run.sh                    everything (9 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
+#   bash tests/run.sh --storm            thousands of damaged checkpoints and data files instead, with their tables (half an hour)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,6 +16,10 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 echo "== ruff"; "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check --quiet .
 echo "== mypy"; "$PYTHON" -m mypy
+if [ "${1:-}" = --storm ]; then
+  shift
+  STORM=1 exec "$PYTHON" -m pytest -q -s --timeout 3600 tests/checkpoint/test_corruption.py tests/data/test_corruption.py "$@"
+fi
 # Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
 # one takes the tests that run on several gloo workers, the other goes through the rest file by file.
 echo "== pytest"; exec "$PYTHON" -m pytest -n 2 --dist loadgroup --durations=15 "$@"

@@ -6,9 +6,13 @@ import atexit
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import RawValue
+from multiprocessing.queues import Queue
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,7 +22,8 @@ from megatron.model.batch import ModelBatch
 
 # How torch words it when a loader process died, or could not hand its batch over.
 LOST = re.compile(
-    r"DataLoader worker .*(killed|exited)|shared memory|shm|Bus error|timed out|Too many open files", re.DOTALL
+    r"DataLoader worker .*(killed|exited)|shared memory|shm|Bus error|timed out|Too many open files|No space left",
+    re.DOTALL,
 )
 
 
@@ -43,21 +48,54 @@ class Workers:
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
+        # A batch that cannot be handed over would be dropped by the queue, and the trainer would wait for it.
+        Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
 
     def _on_terminate(self, _number: int, _frame: FrameType | None) -> None:
         if self._released.value or os.getppid() != self._trainer:
             os._exit(0)
 
 
+def _cannot_hand_over(error: Exception, _batch: object) -> NoReturn:
+    print(f"a loader process ends: {error}", file=sys.stderr, flush=True)
+    os._exit(1)  # which the trainer notices at once
+
+
+def _loss(error: BaseException) -> Failure:
+    return Failure(
+        f"the data loader lost a process ({' '.join(str(error).split())[-300:]})",
+        "its processes hand batches over through /dev/shm and need memory and files for it",
+        "enlarge /dev/shm (docker run --shm-size), lower --num-workers (0 needs none), or raise ulimit -n",
+    )
+
+
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    """Turn what torch says of a lost loader process into a :class:`Failure`."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if LOST.search(str(error)):
+            raise _loss(error) from error
+        raise
+
+
 class Batches:
     """An iterator over the micro-batches of a loader; a context manager that ends its processes."""
 
     def __init__(self, loader: DataLoader, workers: Workers) -> None:
-        """Args:
-        loader: of :func:`megatron.data.loader.build_loader`.
-        workers: what its processes were set up with.
+        """Start the processes.
+
+        Args:
+            loader: of :func:`megatron.data.loader.build_loader`.
+            workers: what its processes were set up with.
+
+        Raises:
+            Failure: there is no room for them.
         """
-        self._workers, self._source = workers, iter(loader)
+        self._workers = workers
+        with _losses_named():
+            self._source = iter(loader)
 
     def __iter__(self) -> Iterator[ModelBatch[torch.Tensor]]:
         return self
@@ -68,16 +106,8 @@ class Batches:
         Raises:
             Failure: a loader process died or did not answer in time.
         """
-        try:
+        with _losses_named():
             return next(self._source)
-        except (RuntimeError, OSError) as error:
-            if not LOST.search(str(error)):
-                raise
-            raise Failure(
-                f"the data loader lost a process ({' '.join(str(error).split())[-300:]})",
-                "its processes hand batches over through /dev/shm and need memory and files for it",
-                "enlarge /dev/shm (docker run --shm-size), lower --num-workers (0 needs none), or raise ulimit -n",
-            ) from error
 
     def __enter__(self) -> Batches:
         return self
@@ -85,7 +115,16 @@ class Batches:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the loader's processes now: none may hold up the exit of the trainer."""
+        """End the loader's processes now: none may hold up the exit of the trainer.
+
+        Raises:
+            Failure: the error is that a loader process died, which torch says wherever the trainer is at that moment.
+        """
+        self._end_processes()
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            raise _loss(error) from error
+
+    def _end_processes(self) -> None:
         self._workers.release()
         shut_down = getattr(self._source, "_shutdown_workers", None)  # of the iterator with processes
         if shut_down is None:
