@@ -2,9 +2,17 @@
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
 #   bash tests/run.sh                    everything (9 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
-#   bash tests/run.sh --storm            thousands of damaged checkpoints and data files instead, with their tables (half an hour)
+#   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (two hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+STORMS=()
+if [ "${1:-}" = --storm ]; then
+  shift
+  export STORM=1
+  STORMS=(-s tests/checkpoint/test_corruption.py tests/data/test_corruption.py tests/training/test_command_lines.py
+    tests/training/test_exit_table.py tests/training/test_kill_storm.py)
+fi
 
 bash install.sh --deps-only --with test
 PYTHON="$(bash install.sh --print-python)"
@@ -16,9 +24,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 echo "== ruff"; "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check --quiet .
 echo "== mypy"; "$PYTHON" -m mypy
-if [ "${1:-}" = --storm ]; then
-  shift
-  STORM=1 exec "$PYTHON" -m pytest -q -s --timeout 3600 tests/checkpoint/test_corruption.py tests/data/test_corruption.py "$@"
+if [ "${#STORMS[@]}" -gt 0 ]; then   # one at a time: kills and exits are timed
+  echo "== storms"; exec "$PYTHON" -m pytest -q --timeout 7200 --durations=15 "${STORMS[@]}" "$@"
 fi
 # Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
 # one takes the tests that run on several gloo workers, the other goes through the rest file by file.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol
 
-from megatron.config.option import check_ranges, spelling
+from megatron.config.option import check_range, check_ranges, spelling
 from megatron.config.schema import Config
 from megatron.errors import UserError
 
@@ -82,7 +83,11 @@ def parse(
     from megatron.config.validate import validate
 
     parser = build_parser(registry, prog)
-    namespace, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    for word in words:
+        if word.startswith("--") and word.partition("=")[2] == "--":  # argparse would give an empty list of values
+            parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
+    namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(_unknown_flag_message(parser, unknown))
     sections = {}
@@ -122,6 +127,7 @@ def _own_options(name: str, given: Mapping[str, Any], registry: Registry) -> Any
         raise UserError(f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name")
     own = {item.name for item in dataclasses.fields(registry[name].Options)}
     for flag, value in given.items():
+        check_range(_options(registry)[flag], value)
         owners = [other for other, cls in registry.items() if flag in {f.name for f in dataclasses.fields(cls.Options)}]
         if flag not in own and value:  # 0 and False switch off, as in published scripts
             raise UserError(
@@ -129,9 +135,7 @@ def _own_options(name: str, given: Mapping[str, Any], registry: Registry) -> Any
                 f"it belongs to {', '.join(owners)}",
                 f"drop it or pass --objective {owners[0]}",
             )
-    options = registry[name].Options(**{flag: value for flag, value in given.items() if flag in own})
-    check_ranges(options)
-    return options
+    return registry[name].Options(**{flag: value for flag, value in given.items() if flag in own})
 
 
 def build_parser(registry: Registry, prog: str | None = None) -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # a whole number may be too long for a float
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
@@ -116,9 +116,20 @@ def check_ranges(section: Any) -> None:
         UserError: the first one outside.
     """
     for item in fields(section):
-        allowed, value = item.metadata.get("range"), getattr(section, item.name)
-        if allowed is not None and value is not None and value not in allowed:
-            raise UserError(f"{spelling(item)} is {value}", f"it must be {allowed}", "correct the number")
+        check_range(item, getattr(section, item.name))
+
+
+def check_range(item: Field, value: Any) -> None:
+    """Check the value of one option; None and what has no range pass.
+
+    Raises:
+        UserError: it is outside.
+    """
+    allowed = item.metadata.get("range")
+    if allowed is not None and value is not None and value not in allowed:
+        text = str(value)
+        shown = text if len(text) <= 40 else f"{text[:40]}…"
+        raise UserError(f"{spelling(item)} is {shown}", f"it must be {allowed}", "correct the number")
 
 
 def idle_options(sections: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[Field, str]]:

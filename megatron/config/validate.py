@@ -5,6 +5,7 @@ Every message says what was given, the rule and the fix, and is raised before a 
 
 from __future__ import annotations
 
+import os
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,13 @@ from megatron.config.option import LARGEST_INT, idle_options, spelling
 from megatron.config.packages import PACKAGES, is_installed
 from megatron.config.schema import Config, RunConfig
 from megatron.config.shape import Shape
-from megatron.errors import require
+from megatron.errors import UserError, require
 
 if TYPE_CHECKING:
     from megatron.config.cli import Registry
+
+# Units of options that name a place, and the longest ending that is put after it.
+PATHS = {"FILE": "", "DIR": "/manifest.json", "PATH": ".meta.json"}
 
 
 def validate(config: Config, registry: Registry, options: Any, world_size: int) -> None:
@@ -32,6 +36,7 @@ def validate(config: Config, registry: Registry, options: Any, world_size: int) 
         UserError: the first rule that is broken.
     """
     _refuse_idle(config, options)
+    _validate_paths(config)
     _validate_model(config)
     _validate_parallel(config, world_size)
     _validate_batch(config, world_size)
@@ -70,6 +75,27 @@ def _sections(config: Config, options: Any = None) -> tuple[dict[str, Any], dict
     if options is not None:
         sections["options"] = options
     return sections, {item.name: getattr(s, item.name) for s in sections.values() for item in fields(s)}
+
+
+def _validate_paths(config: Config) -> None:
+    """Whether there is something or not, every path can be looked at: asking later would raise whatever the system says."""
+    for item, value in (
+        (item, getattr(part, item.name)) for part in _sections(config)[0].values() for item in fields(part)
+    ):
+        if not item.metadata or item.metadata["unit"] not in PATHS or not value:
+            continue
+        for path in [value] if isinstance(value, str) else value:
+            try:
+                os.stat(path + PATHS[item.metadata["unit"]])
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                shown = path if len(path) <= 80 else f"{path[:80]}…"
+                raise UserError(
+                    f"{spelling(item)} {shown} cannot be looked at ({error.strerror})",
+                    "it names a place of the file system",
+                    "correct the path or its permissions",
+                ) from error
 
 
 def _validate_model(config: Config) -> None:

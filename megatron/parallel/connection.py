@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.errors import Failure
 from megatron.parallel.launch import Launch, local_device
 
+AGENT_SECONDS = 60.0
 NOTICE_SECONDS = 15.0  # before the first line; each next one comes after twice as long
 # How gloo, NCCL and the store word it when the other end of a connection is gone.
 GONE = re.compile(
@@ -148,30 +149,47 @@ def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
     """Open the meeting place, or call there until it opens."""
     assert launch.master_addr is not None and launch.master_port is not None
     is_keeper = launch.rank == 0 and launch.agent_attempt is None
-    for patience in _patience(timeout):
-        try:
-            store = dist.TCPStore(
-                launch.master_addr,
-                launch.master_port,
-                is_master=is_keeper,
-                timeout=timedelta(seconds=patience),
-                wait_for_workers=False,
-            )
-            store.set_timeout(timeout)
-            return dist.PrefixStore(f"megatron/attempt_{launch.agent_attempt or 0}", store)
-        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
-            if is_keeper:
-                raise Failure(
-                    f"rank 0 cannot open {launch.meeting_place} ({str(error).splitlines()[0]})",
-                    "the ranks meet at MASTER_ADDR:MASTER_PORT, a free port of rank 0's host",
-                    "choose another port or address",
-                ) from error
-            _notice(launch, f"rank 0, which opens {launch.meeting_place}")
+    address = (launch.master_addr, launch.master_port)
+    if not is_keeper:
+        _wait_for_answer(launch, address, timeout)
+    try:
+        store = dist.TCPStore(*address, is_master=is_keeper, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+        raise Failure(
+            f"rank {launch.rank} cannot {'open' if is_keeper else 'call at'} {launch.meeting_place} "
+            f"({str(error).splitlines()[0]})",
+            "the ranks meet at MASTER_ADDR:MASTER_PORT, a free port of rank 0's host",
+            "choose another port or address",
+        ) from error
+    return dist.PrefixStore(f"megatron/attempt_{launch.agent_attempt or 0}", store)
+
+
+def _wait_for_answer(launch: Launch, address: tuple[str, int], timeout: timedelta) -> None:
+    """Call at the meeting place until somebody answers. An agent of torchrun keeps it from before its processes start."""
+    by_agent = launch.agent_attempt is not None
+    limit = min(timeout, timedelta(seconds=AGENT_SECONDS)) if by_agent else timeout
+    for patience in _patience(limit):
+        until = time.monotonic() + patience
+        while time.monotonic() < until:
+            _refuse_abandoned(launch)
+            with suppress(OSError), socket.create_connection(address, timeout=patience):
+                return
+            time.sleep(0.2)
+        _notice(launch, f"{'the agent of torchrun' if by_agent else 'rank 0'}, which opens {launch.meeting_place}")
     raise Failure(
         f"rank {launch.rank}: nobody answers at {launch.meeting_place}",
-        "rank 0 opens it within --distributed-timeout-minutes",
+        "the agent of torchrun keeps it open" if by_agent else "rank 0 opens it within --distributed-timeout-minutes",
         "check that rank 0 runs, its address, and the network between the hosts",
     )
+
+
+def _refuse_abandoned(launch: Launch) -> None:
+    if launch.is_abandoned:
+        raise Failure(
+            f"rank {launch.rank} waits, but its launcher is gone",
+            "the other ranks will not come without it",
+            "start the job again",
+        )
 
 
 def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[str, ...]:
@@ -180,9 +198,13 @@ def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[s
     store.set(keys[launch.rank], socket.gethostname())
     absent = ""
     for patience in _patience(timeout):
-        with suppress(RuntimeError):
-            store.wait(keys, timedelta(seconds=patience))
-        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        until = time.monotonic() + patience
+        while True:
+            with suppress(RuntimeError):
+                store.wait(keys, timedelta(seconds=min(1.0, patience)))
+            missing = _missing(launch, store, keys)
+            if not missing or time.monotonic() >= until:
+                break
         if not missing:
             return tuple(store.get(key).decode() for key in keys)
         absent = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {launch.world_size}"
@@ -193,6 +215,19 @@ def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[s
         "all ranks start within --distributed-timeout-minutes",
         "check the hosts of those ranks, the host file and the firewall",
     )
+
+
+def _missing(launch: Launch, store: dist.Store, keys: list[str]) -> list[int]:
+    """Ranks that have not given their names."""
+    _refuse_abandoned(launch)
+    try:
+        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError as error:
+        raise Failure(
+            f"rank {launch.rank} lost {launch.meeting_place} while it waited",
+            "who keeps the meeting place stays until the end",
+            "see the messages of the launcher and of rank 0, then start again",
+        ) from error
 
 
 def _patience(timeout: timedelta) -> Iterator[float]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
@@ -28,6 +29,7 @@ class Launch:
         local_rank: index of this process on its host, which picks the accelerator.
         master_addr, master_port: where the processes meet; None for a process alone.
         agent_attempt: restart count of a torchrun agent that keeps the meeting place, or None where rank 0 keeps it.
+        chain: processes above this one that started it and wait for it, each with its parent: (child, parent).
     """
 
     rank: int = 0
@@ -36,6 +38,7 @@ class Launch:
     master_addr: str | None = None
     master_port: int | None = None
     agent_attempt: int | None = None
+    chain: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
@@ -52,15 +55,16 @@ class Launch:
         is_inside = 0 <= rank < world_size
         require(is_inside, f"RANK is {rank} with WORLD_SIZE {world_size}", "ranks count from 0", LAUNCHERS)
         require(local_rank >= 0, f"LOCAL_RANK is {local_rank}", "it counts the processes of a host from 0", LAUNCHERS)
+        by_agent = values.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        chain = _chain() if environment is None and (world_size > 1 or by_agent or "CROSS_RANK" in values) else ()
         if world_size == 1:
-            return cls(local_rank=local_rank)
+            return cls(local_rank=local_rank, chain=chain)
         address, port = values.get("MASTER_ADDR"), _integer(values, "MASTER_PORT", 0)
         if not address:
             raise UserError(f"MASTER_ADDR is missing with WORLD_SIZE {world_size}", "the ranks meet there", LAUNCHERS)
         require(0 < port < 2**16, f"MASTER_PORT is {values.get('MASTER_PORT')}", "a port is in 1 … 65535", LAUNCHERS)
-        by_agent = values.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         attempt = _integer(values, "TORCHELASTIC_RESTART_COUNT", 0) if by_agent else None
-        return cls(rank, world_size, local_rank, address, port, attempt)
+        return cls(rank, world_size, local_rank, address, port, attempt, chain)
 
     @property
     def is_first_rank(self) -> bool:
@@ -68,14 +72,39 @@ class Launch:
         return self.rank == 0
 
     @property
-    def supervisor(self) -> int | None:
-        """Process that started this one and waits for it, where a launcher did: the parent. None for a process alone."""
-        return os.getppid() if self.world_size > 1 or self.agent_attempt is not None else None
+    def is_abandoned(self) -> bool:
+        """Whether a launcher above this process is gone: nobody else would ever stop it."""
+        return any(_parent(child) != parent for child, parent in self.chain)
 
     @property
     def meeting_place(self) -> str:
         """``host:port``."""
         return f"{self.master_addr}:{self.master_port}"
+
+
+def _chain() -> tuple[tuple[int, int], ...]:
+    """The launchers above this process: its parent, and with DeepSpeed, which has two in a row, the one above."""
+    own, parent = os.getpid(), os.getppid()
+    above = _parent(parent)
+    has_two = above is not None and all("deepspeed" in _command(pid) for pid in (parent, above))
+    return ((own, parent), (parent, above)) if has_two and above is not None else ((own, parent),)
+
+
+def _parent(pid: int) -> int | None:
+    """Parent of a process; None where it is gone, or where the system does not tell."""
+    if pid == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def local_device(launch: Launch | None = None) -> torch.device:

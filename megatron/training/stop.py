@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.launch import Launch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Exit status of a run that was stopped before its end (EX_TEMPFAIL: start it again), so that `train && eval` stops too.
@@ -34,16 +34,15 @@ class StopRequest:
         *,
         minutes: float | None = None,
         switch: str | None = None,
-        launcher: int | None = None,
+        launch: Launch | None = None,
     ) -> None:
         """Args:
         context: this process.
         minutes: time limit from now on, or None.
         switch: kill-switch file, or None.
-        launcher: process that started this one and supervises it, or None: without it nobody would ever stop the rank.
+        launch: tells whether a launcher of this process is gone; None: that is not asked.
         """
-        self.launcher = launcher
-        self.context, self.switch = context, switch
+        self.context, self.launch, self.switch = context, launch, switch
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.signal_name: str | None = None
         self.reason: str | None = None
@@ -94,7 +93,7 @@ class StopRequest:
             self.signal_name is not None,
             self.switch is not None and Path(self.switch).exists(),
             self.deadline is not None and time.monotonic() > self.deadline,
-            self.launcher is not None and os.getppid() != self.launcher,
+            self.launch is not None and self.launch.is_abandoned,
         ]
 
     def _reason(self, flags: torch.Tensor) -> str | None:

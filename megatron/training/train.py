@@ -49,7 +49,7 @@ def train(
                 context,
                 minutes=run.exit_duration_in_mins,
                 switch=run.kill_switch_file,
-                launcher=connection.launch.supervisor,
+                launch=connection.launch,
             )
         )
         progress = Progress()

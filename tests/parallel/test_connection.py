@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import time
 
@@ -127,3 +128,12 @@ def test_other_errors_stay_what_they_are(three: list[Connection]) -> None:
     assert three[0].peer_failure(RuntimeError("shapes differ")) is None
     assert three[0].peer_failure(ConnectionResetError("Connection reset by peer")) is None  # of a download, say
     assert Connection(Launch()).peer_failure(CLOSED) is None
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait() -> None:
+    """Killed while its processes start, torchrun takes the meeting place along."""
+    gone = ((os.getpid(), os.getppid() + 1),)
+    began = time.monotonic()
+    with pytest.raises(Failure, match="rank 1 waits, but its launcher is gone"):
+        connect(Launch(1, 2, 1, "127.0.0.1", free_port(), 0, chain=gone))
+    assert time.monotonic() - began < 5

@@ -19,8 +19,11 @@ from typing import Any
 from layouts import jobs
 from layouts.pool import ENVIRONMENT
 
+from megatron.checkpoint.select import select
+
 REPO = Path(__file__).resolve().parents[2]
 MARK = "MEGATRON_TEST_JOB"
+PROGRAMS = ("pretrain_mdm.py", "troubled_program.py")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "dp2": (2, {}),
@@ -33,7 +36,9 @@ ENDLESS = 20_000  # steps of 20 ms: a run that does not end by itself within a t
 
 def launch(launcher: str, processes: int) -> list[str]:
     """What stands before the program on the command line."""
-    if launcher == "torchrun":
+    if launcher == "plain torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    if launcher == "torchrun":  # that of the scripts
         return [sys.executable, str(REPO / "tools/_torchrun.py"), "--standalone", "--nproc-per-node", str(processes)]
     if launcher == "deepspeed":
         with socket.socket() as found:
@@ -102,6 +107,20 @@ class Job:
                 continue
         return found
 
+    def trainers(self) -> list[int]:
+        """The processes that train, by rank."""
+        ranks = {}
+        for pid in self.processes():
+            try:
+                words, parents = _command(pid), _command(_parent(pid))
+                rank = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+            except OSError:
+                continue
+            program = [word for word in words[1:3] if word != "-u"][:1]
+            if words != parents and program and Path(program[0]).name in PROGRAMS:  # equal to its parent: of the loader
+                ranks[int(rank.group(1)) if rank else 0] = pid
+        return [ranks[rank] for rank in sorted(ranks)]
+
     def wait_until(self, condition: Callable[[], Any], *, seconds: float = 120) -> None:
         """Return when the condition holds; fail when the job ends before."""
         deadline = time.monotonic() + seconds
@@ -148,6 +167,14 @@ def _state(path: Path) -> str:
     return (path / "stat").read_text().rpartition(") ")[2][0]
 
 
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+
+
 def arguments(tokens: Path, run_dir: Path, layout: str = "one", **changes: Any) -> list[str]:
     """Flags of an endless tiny run with the default loader, a line a step and a checkpoint every five."""
     defaults = {"train_iters": ENDLESS, "save_interval": 5, "keep_last": 2, "num_workers": None}
@@ -159,3 +186,10 @@ def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     found = re.findall(r'"step": (\d+)[^\n]*\n', path.read_text()) if path.exists() else []
     return int(found[-1]) if found else 0
+
+
+def saved_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint, which is whole; None where there is none."""
+    found = select(run_dir)
+    assert not found.skipped
+    return None if found.tag is None else int(found.tag.name.removeprefix("global_step"))
