@@ -2,7 +2,7 @@
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
 #   bash tests/run.sh                    everything (9 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
-#   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (two hours)
+#   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

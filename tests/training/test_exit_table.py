@@ -204,6 +204,8 @@ def assert_status(ending: Ending, row: Row, launcher: str) -> None:
         assert ending.status == row.status, ending.output[-3000:]
     elif row.whose == "launcher":
         assert ending.status in (row.status, 128 - row.status, 1), ending.output[-3000:]
+    elif launcher == "deepspeed" and row.status > 0:
+        assert ending.status == row.status, ending.output[-3000:]
     elif launcher == "torchrun":
         expected = row.status if row.status > 0 else 128 - row.status
         assert ending.status in (expected, 1 if row.status < 0 else expected), ending.output[-3000:]
@@ -219,5 +221,5 @@ def assert_saved(job: Job, row: Row) -> None:
     elif row.saves == "interval":
         interval = row.changes.get("save_interval", INTERVAL)
         due = math.floor(last / interval) * interval
-        # `last`: the first of two signals may have been answered in full before the second came
-        assert saved in (last, due, due - interval, *([None] if last < 2 * interval else [])), (saved, last)
+        heard = [last] if row.status == 130 else []  # the second Ctrl-C may find the checkpoint of the first made
+        assert saved in (due, due - interval, *heard, *([None] if last < 2 * interval else [])), (saved, last)
