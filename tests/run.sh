@@ -11,7 +11,7 @@ if [ "${1:-}" = --storm ]; then
   shift
   export STORM=1
   STORMS=(-s tests/checkpoint/test_corruption.py tests/data/test_corruption.py tests/training/test_command_lines.py
-    tests/training/test_exit_table.py tests/training/test_kill_storm.py)
+    tests/training/test_exits.py tests/training/test_kill_storm.py)
 fi
 
 bash install.sh --deps-only --with test
