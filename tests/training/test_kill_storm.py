@@ -86,9 +86,10 @@ class Storm:
     def kill(self, job: Job) -> str:
         """SIGKILL somebody; returns whom."""
         trainers, everybody = job.trainers(), job.processes()
-        victim = self.chance.choice(
-            ("trainer", "job") if job.process.pid in trainers else ("trainer", "job", "launcher")
-        )
+        victims = ("trainer", "job") if job.process.pid in trainers else ("trainer", "job", "launcher")
+        # Whoever was taken least often so far; before there are trainers only everybody can be taken.
+        fewest = min(self.counts[f"killed: {name}"] for name in victims)
+        victim = self.chance.choice([name for name in victims if self.counts[f"killed: {name}"] == fewest])
         if not trainers or victim == "job":
             victim, targets = "job", everybody
         else:
