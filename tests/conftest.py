@@ -52,7 +52,7 @@ def token_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train`` and ``valid``: documents of random ids below 500, one epoch of 640 samples of 32 tokens."""
     import numpy as np
 
-    from megatron.data.indexed import IndexedDatasetWriter
+    from megatron.data.prepare.writer import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("tokens")
     random = np.random.default_rng(0)

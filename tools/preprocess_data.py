@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the flags; Megatron's spellings."""
     from megatron.data.prepare.readers import FORMATS
-    from megatron.data.tokenizer import TYPES
+    from megatron.data.tokenizer import KINDS
 
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--skip-errors", action="store_true", help="leave out any number of malformed rows")
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
-        "--tokenizer-type", metavar="TYPE", choices=TYPES, help=", ".join(TYPES) + " (default: by the other flags)"
+        "--tokenizer-type", metavar="TYPE", choices=KINDS, help=", ".join(KINDS) + " (default: by the other flags)"
     )
     group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE")
     group.add_argument("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.config.schema import DataConfig
 from megatron.data.indexed import clean_prefix
 from megatron.errors import UserError
 
@@ -74,6 +75,22 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
             f"weight of {bad[0]} in {' '.join(items)!r}", "weights must be positive", "drop it or raise its weight"
         )
     return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
+
+
+def data_prefixes(config: DataConfig) -> list[str]:
+    """Return the prefixes that the flags name, those of the training data first.
+
+    Raises:
+        UserError: a wrong blend or data path file.
+    """
+    prefixes = []
+    for paths, file in (
+        (config.train_data_path, config.train_data_path_file),
+        (config.valid_data_path, config.valid_data_path_file),
+    ):
+        items = read_data_path_file(file) if file and not paths else paths
+        prefixes += [prefix for _, prefix in parse_blend(items)] if items else []
+    return prefixes
 
 
 def _as_weight(word: str) -> float | None:

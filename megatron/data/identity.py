@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron.data.blend import parse_blend
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
-from megatron.data.tokenizer import Tokenizer, tokenizer_from_spec
+from megatron.data.tokenizer_types import Tokenizer
 from megatron.errors import UserError
 from megatron.files import sha256_of
 from megatron.statistics import fingerprint, half_of
@@ -23,22 +23,15 @@ _BLOCK_BYTES = 1 << 22
 SCAN_LIMIT_BYTES = 1 << 31  # of a .bin without a record of its largest id that is read at the start: about a second
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer | dict[str, Any]) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Return a hash of the vocabulary: equal where every id stands for the same token, wherever the files lie.
-
-    Args:
-        tokenizer: a tokenizer, or the spec that ``tokenizer_from_spec`` reads.
 
     Returns:
         32 hexadecimal digits; ``"ids:SIZE"`` for a NullTokenizer, which knows no tokens.
-
-    Raises:
-        UserError: the spec names nothing that can be built.
     """
-    built = tokenizer_from_spec(tokenizer) if isinstance(tokenizer, dict) else tokenizer
-    vocabulary = built.vocabulary()
+    vocabulary = tokenizer.vocabulary()
     if vocabulary is None:
-        return f"ids:{built.vocab_size}"
+        return f"ids:{tokenizer.vocab_size}"
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:32]
 
 

@@ -1,67 +1,43 @@
-"""The tokenizer protocol and the choice of a tokenizer from flags or from what the data says about itself."""
+"""The choice of a tokenizer, from flags or from what the data says about itself."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-from megatron.data.blend import parse_blend, read_data_path_file
+from megatron.config.schema import DataConfig
+from megatron.data.blend import data_prefixes
 from megatron.data.indexed import read_meta
 from megatron.data.tokenizer_types import (
     ByteTokenizer,
     NullTokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
     gpt2_bpe,
     hf_tokenizer,
 )
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
-if TYPE_CHECKING:
-    from megatron.config.schema import DataConfig
-
-TYPES = ("GPT2BPETokenizer", "HFTokenizer", "SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer")
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back.
-
-    Attributes:
-        name: short name for people.
-        vocab_size: number of ids, before any padding; every id is below it.
-        eod_id: id that ends a document; None when the tokenizer has none.
-        mask_id: id of a mask token of the tokenizer's own; None when it has none (the usual case).
-    """
-
-    name: str
-    vocab_size: int
-    eod_id: int | None
-    mask_id: int | None
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of many texts; the fast way to encode."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; ids outside the vocabulary (mask, padding) give nothing."""
-
-    def spec(self) -> dict[str, Any]:
-        """Return what tokenizer_from_spec needs to build this tokenizer again, as JSON values."""
-
-    def vocabulary(self) -> dict[str, int] | None:
-        """Return the id of every token, as the tokenizer spells tokens; None when it knows only ids."""
+# Kind of tokenizer → what builds it, and the entries of a spec that it takes.
+KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
+    "GPT2BPETokenizer": (gpt2_bpe, ("vocab_file", "merge_file")),
+    "HFTokenizer": (hf_tokenizer, ("model",)),
+    "SentencePieceTokenizer": (SentencePieceTokenizer, ("model",)),
+    "ByteTokenizer": (ByteTokenizer, ()),
+    "NullTokenizer": (NullTokenizer, ("vocab_size",)),
+}
+FILES = {"vocab_file": "--vocab-file", "merge_file": "--merge-file", "model": "--tokenizer-model"}  # entries and flags
 
 
 def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the flags name, or else the one that the training data names in PREFIX.meta.json.
 
     Raises:
-        ValueError: the flags contradict each other or the data, name nothing, or files are missing.
+        UserError: the flags contradict each other or the data, name nothing, or files are missing.
     """
-    metas = _data_metas(config)
+    metas = {prefix: meta for prefix in data_prefixes(config) if (meta := read_meta(prefix)) is not None}
     tokenizer = tokenizer_from_spec(_spec_of(config, metas))
     if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
         raise UserError(
@@ -84,56 +60,22 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer that :meth:`Tokenizer.spec` described.
 
     Raises:
-        ValueError: an unknown type, a missing entry or a missing file.
+        UserError: an unknown type, a missing entry or a missing file.
     """
-    kind = next((name for name in TYPES if name.lower() == str(spec.get("type", "")).lower()), None)
-    needs = {
-        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
-        "HFTokenizer": ("model",),
-        "SentencePieceTokenizer": ("model",),
-        "NullTokenizer": ("vocab_size",),
-    }
+    kind = _kind(str(spec.get("type", "")))
+    build, entries = KINDS[kind]
+    for entry in entries:
+        flag = FILES.get(entry, "--vocab-size")
+        require(spec.get(entry) is not None, f"{kind} without {flag}", "it cannot be built without", f"add {flag}")
+    return build(*(spec[entry] for entry in entries))
+
+
+def _kind(name: str) -> str:
+    """The kind of tokenizer that is called ``name`` in any case."""
+    kind = next((kind for kind in KINDS if kind.lower() == name.lower()), None)
     if kind is None:
-        raise UserError(
-            f"tokenizer type {spec.get('type')!r}", f"it must be one of {', '.join(TYPES)}", "choose one of them"
-        )
-    flags = {"model": "--tokenizer-model"}
-    for entry in needs.get(kind, ()):
-        if spec.get(entry) is None:
-            flag = flags.get(entry, "--" + entry.replace("_", "-"))
-            raise UserError(f"{kind} without {flag}", "it cannot be built without", f"add {flag}")
-    if kind == "GPT2BPETokenizer":
-        return gpt2_bpe(spec["vocab_file"], spec["merge_file"])
-    if kind == "HFTokenizer":
-        return hf_tokenizer(spec["model"])
-    if kind == "SentencePieceTokenizer":
-        return SentencePieceTokenizer(spec["model"])
-    return NullTokenizer(int(spec["vocab_size"])) if kind == "NullTokenizer" else ByteTokenizer()
-
-
-def portable_spec(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Return the spec with files relative to ``folder``, so that data and tokenizer can be moved together."""
-    spec = tokenizer.spec()
-    for key in ("vocab_file", "merge_file", "model"):
-        if spec.get(key) and os.path.exists(spec[key]):
-            spec[key] = os.path.relpath(os.path.realpath(spec[key]), folder.resolve())
-    return spec
-
-
-def _data_metas(config: DataConfig) -> dict[str, dict[str, Any]]:
-    """Return prefix → PREFIX.meta.json of the data that has one, training data first."""
-    metas = {}
-    sources = (
-        (config.train_data_path, config.train_data_path_file),
-        (config.valid_data_path, config.valid_data_path_file),
-    )
-    for paths, file in sources:
-        items = list(paths) if paths else read_data_path_file(file) if file else []
-        for _, prefix in parse_blend(items) if items else []:
-            meta = read_meta(prefix)
-            if meta is not None:
-                metas[prefix] = meta
-    return metas
+        raise UserError(f"tokenizer type {name!r}", f"it must be one of {', '.join(KINDS)}", "choose one of them")
+    return kind
 
 
 def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -144,12 +86,10 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
     elif kind is None and config.tokenizer_model:
         kind = "HFTokenizer"
     if kind is not None:
-        used = {"gpt2bpetokenizer": ("vocab_file", "merge_file"), "hftokenizer": ("model",)}
-        used["sentencepiecetokenizer"] = used["hftokenizer"]
-        unused = [key for key, value in files.items() if value and key not in used.get(kind.lower(), ())]
-        if unused:
-            raise UserError(
-                f"{unused[0]} {files[unused[0]]} with {kind}, which does not read it",
+        for entry, file in files.items():
+            require(
+                not file or entry in KINDS[_kind(kind)][1],
+                f"{FILES[entry]} {file} with {kind}, which does not read it",
                 "give one tokenizer",
                 "drop the flag or change --tokenizer-type",
             )
@@ -157,10 +97,10 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
     for prefix, meta in metas.items():
         if isinstance(meta.get("tokenizer"), dict):
             spec = dict(meta["tokenizer"])
-            for key in ("vocab_file", "merge_file", "model"):
-                beside = Path(prefix).parent / str(spec.get(key))
-                if spec.get(key) and beside.exists():
-                    spec[key] = os.path.normpath(beside)
+            for entry in FILES:
+                beside = Path(prefix).parent / str(spec.get(entry))
+                if spec.get(entry) and beside.exists():
+                    spec[entry] = os.path.normpath(beside)
             return spec
     raise UserError(
         "no tokenizer: neither a flag nor the data (PREFIX.meta.json) names one",

@@ -10,51 +10,84 @@ import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from megatron.data.word_cache import WordCache, applies_to
 from megatron.errors import UserError
 
 GPT2_EOD = "<|endoftext|>"
 _EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
-_MASK_NAMES = ("<|mask|>", "<mask>", "[MASK]", "<|mdm_mask|>")
+_HF_CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
 
 
-class FastTokenizer:
-    """A tokenizer of the ``tokenizers`` library: GPT-2 BPE from two files, or a tokenizer.json."""
+class Tokenizer(Protocol):
+    """Text to ids and back.
 
-    def __init__(self, backend: Any, spec: dict[str, Any], *, eod: str | None, mask: str | None) -> None:
-        """Wrap ``backend`` (tokenizers.Tokenizer); ``eod`` and ``mask`` are token strings of its vocabulary."""
+    Attributes:
+        name: short name for people.
+        vocab_size: number of ids, before any padding; every id is below it.
+        eod_id: id that ends a document; None when the tokenizer has none.
+    """
+
+    name: str
+    vocab_size: int
+    eod_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of many texts; the fast way to encode."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; ids outside the vocabulary (mask, padding) give nothing."""
+        ...
+
+    def spec(self) -> dict[str, Any]:
+        """Return what tokenizer_from_spec needs to build this tokenizer again, as JSON values."""
+        ...
+
+    def vocabulary(self) -> dict[str, int] | None:
+        """Return the id of every token, as the tokenizer spells tokens; None when it knows only ids."""
+        ...
+
+
+class FastTokenizer(Tokenizer):
+    """A tokenizer of the ``tokenizers`` library: GPT-2 BPE from two files, or a tokenizer.json.
+
+    Attributes:
+        backend: the library's, a tokenizers.Tokenizer.
+    """
+
+    def __init__(self, backend: Any, spec: dict[str, Any], *, eod: str | None) -> None:
+        """Wrap ``backend``; ``eod`` is a token string of its vocabulary."""
         backend.no_truncation()  # a tokenizer.json may ask for both; they would silently change the data
         backend.no_padding()
         backend.encode_special_tokens = True
-        self._backend = backend
-        self._words = WordCache(backend) if applies_to(backend) else None
+        self.backend = backend
         self._spec = spec
         self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
-        self.eod_id: int | None = backend.token_to_id(eod) if eod else None
-        self.mask_id: int | None = backend.token_to_id(mask) if mask else None
+        self.eod_id = backend.token_to_id(eod) if eod else None
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._words is not None:
-            return self._words.encode_batch(texts)
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def spec(self) -> dict[str, Any]:
         return dict(self._spec)
 
     def vocabulary(self) -> dict[str, int]:
-        return self._backend.get_vocab(with_added_tokens=True)
+        return self.backend.get_vocab(with_added_tokens=True)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model`` file."""
 
     def __init__(self, model: str) -> None:
@@ -70,9 +103,7 @@ class SentencePieceTokenizer:
         self._model = model
         self.name = f"SentencePieceTokenizer({Path(model).name})"
         self.vocab_size = int(processor.vocab_size())
-        self.eod_id: int | None = processor.eos_id() if processor.eos_id() >= 0 else None
-        ids = [processor.piece_to_id(piece) for piece in _MASK_NAMES]
-        self.mask_id: int | None = next((i for i in ids if i != processor.unk_id()), None)
+        self.eod_id = processor.eos_id() if processor.eos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text, out_type=int)
@@ -90,19 +121,15 @@ class SentencePieceTokenizer:
         return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes: ids 0-255 are bytes, 256 is the end of a document. Needs no files."""
 
     name = "ByteTokenizer"
     vocab_size = 257
-    eod_id: int | None = 256
-    mask_id: int | None = None
+    eod_id = 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.encode("utf-8")) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -114,11 +141,8 @@ class ByteTokenizer:
         return {**{f"byte {index}": index for index in range(256)}, "end of document": 256}
 
 
-class NullTokenizer:
+class NullTokenizer(Tokenizer):
     """For text that is token ids already, separated by spaces. Knows only the size of the vocabulary."""
-
-    eod_id: int | None = None
-    mask_id: int | None = None
 
     def __init__(self, vocab_size: int) -> None:
         """Accept ids below ``vocab_size``."""
@@ -136,9 +160,6 @@ class NullTokenizer:
                 "choose another --tokenizer-type for text",
             )
         return [int(word) for word in words]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
@@ -170,7 +191,7 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
-    return FastTokenizer(backend, spec, eod=GPT2_EOD, mask=None)
+    return FastTokenizer(backend, spec, eod=GPT2_EOD)
 
 
 def hf_tokenizer(model: str) -> FastTokenizer:
@@ -184,62 +205,45 @@ def hf_tokenizer(model: str) -> FastTokenizer:
     """
     tokenizers = _import("tokenizers")
     path = Path(model).expanduser()
-    if path.is_file():
-        files = {"tokenizer.json": path}
-    elif path.is_dir():
-        files = {file.name: file for file in path.glob("*.json")}
-    elif model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(
-            f"--tokenizer-model {model} does not exist", "a path must be a folder or a file", "check the path"
-        )
-    else:
-        files = _hub_files(model)
-    if "tokenizer.json" not in files:
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise UserError(
+                f"--tokenizer-model {model} does not exist", "a path must be a folder or a file", "check the path"
+            )
+        path = _from_hub(model)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
         raise UserError(
             f"no tokenizer.json in {model}",
             "a Hugging Face tokenizer needs one",
-            (
-                "for a SentencePiece .model file use --tokenizer-type SentencePieceTokenizer, for vocab.json "
-                "and merges.txt use --vocab-file and --merge-file"
-            ),
+            "for a SentencePiece .model file use --tokenizer-type SentencePieceTokenizer, for vocab.json "
+            "and merges.txt use --vocab-file and --merge-file",
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
+        backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:
         raise UserError(
-            f"{files['tokenizer.json']} ({error})",
-            "it must be a tokenizer.json of the tokenizers library",
-            "check --tokenizer-model",
+            f"{file} ({error})", "it must be a tokenizer.json of the tokenizers library", "check --tokenizer-model"
         ) from error
-    named: dict[str, str] = {}
-    for config in ("special_tokens_map.json", "tokenizer_config.json"):
-        if config in files:
-            for key, value in json.loads(files[config].read_text(encoding="utf-8")).items():
-                if key in ("eos_token", "mask_token") and value:
-                    named[key] = value["content"] if isinstance(value, dict) else value
     vocab = backend.get_vocab(with_added_tokens=True)
-    eod = named.get("eos_token") or next((name for name in _EOD_NAMES if name in vocab), None)
-    mask = named.get("mask_token") or next((name for name in _MASK_NAMES if name in vocab), None)
-    return FastTokenizer(backend, {"type": "HFTokenizer", "model": model}, eod=eod, mask=mask)
+    eod = next((name for name in _EOD_NAMES if name in vocab), None)
+    for config in (path / name for name in _HF_CONFIGS):
+        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+        eod = (named["content"] if isinstance(named, dict) else named) or eod
+    return FastTokenizer(backend, {"type": "HFTokenizer", "model": model}, eod=eod)
 
 
-def _hub_files(name: str) -> dict[str, Path]:
+def _from_hub(name: str) -> Path:
+    """Return the folder of the hub's cache that holds the files of a tokenizer."""
     hub = _import("huggingface_hub")
-    files: dict[str, Path] = {}
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            files[file] = Path(hub.hf_hub_download(name, file))
-        except Exception as error:
-            # Only tokenizer.json is needed; "local" means that the hub was not reached and the cache has nothing.
-            absent = isinstance(error, hub.errors.EntryNotFoundError)
-            if files or (absent and not isinstance(error, hub.errors.LocalEntryNotFoundError)):
-                continue
-            raise UserError(
-                f"tokenizer {name}: no such file or folder, and the hub gave {type(error).__name__}",
-                "--tokenizer-model is a folder, a tokenizer.json or a hub name",
-                "check it and the network (or HF_HOME, the cache)",
-            ) from error
-    return files
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=["tokenizer.json", *_HF_CONFIGS]))
+    except Exception as error:
+        raise UserError(
+            f"tokenizer {name}: no such file or folder, and the hub gave {type(error).__name__}",
+            "--tokenizer-model is a folder, a tokenizer.json or a hub name",
+            "check it and the network (or HF_HOME, the cache)",
+        ) from error
 
 
 def _existing(path: str, flag: str) -> Path:

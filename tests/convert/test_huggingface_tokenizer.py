@@ -14,7 +14,7 @@ import transformers
 from megatron.config.schema import DataConfig
 from megatron.convert.hf_folder import ExportOptions, export_folder, import_folder
 from megatron.convert.hf_tokenizer import MASK_TOKEN, _byte_characters
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.prepare.writer import IndexedDatasetWriter
 from tests.convert.folders import our_logits
 from tests.convert.reference import make_config, random_tensors
 

@@ -13,8 +13,10 @@ import pytest
 from megatron.config.schema import DataConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.bpe_training import train_bpe
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, portable_spec, tokenizer_from_spec
+from megatron.data.prepare.preprocess import portable_spec
+from megatron.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_from_spec
 from megatron.data.tokenizer_types import ByteTokenizer, NullTokenizer, gpt2_bpe, hf_tokenizer
+from megatron.errors import UserError
 
 from .conftest import GOLDEN
 
@@ -56,7 +58,7 @@ def check(tokenizer: Tokenizer) -> None:
 def test_gpt2(gpt2_files: tuple[str, str]) -> None:
     tokenizer = gpt2_bpe(*gpt2_files)
     check(tokenizer)
-    assert (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.mask_id) == (50257, 50256, None)
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (50257, 50256)
     assert tokenizer.encode("Hello world") == [15496, 995]
 
 
@@ -126,8 +128,9 @@ def test_special_tokens_of_a_folder(bpe_folder: str, tmp_path: Path) -> None:
     (tmp_path / "t" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     tokenizer = hf_tokenizer(str(tmp_path / "t"))
     assert tokenizer.decode([tokenizer.eod_id or 0]) == "<end>"
-    assert tokenizer.decode([tokenizer.mask_id or 0]) == "[MASK]"
-    assert tokenizer.vocab_size > max(tokenizer.eod_id or 0, tokenizer.mask_id or 0)
+    mask = tokenizer.vocabulary()["[MASK]"]
+    assert tokenizer.decode([mask]) == "[MASK]"
+    assert tokenizer.vocab_size > max(tokenizer.eod_id or 0, mask)
     check(tokenizer)
 
 
@@ -143,7 +146,6 @@ def test_sentencepiece(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(config)
     check(tokenizer)
     assert tokenizer.eod_id == 2
-    assert tokenizer.mask_id == 3
 
 
 def test_bytes_and_null() -> None:
@@ -222,3 +224,22 @@ def test_null_tokenizer_needs_only_a_size(make_data) -> None:
     config = DataConfig(train_data_path=[make_data("x", [5])], tokenizer_type="NullTokenizer", vocab_size=77)
     tokenizer = build_tokenizer(config)
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (77, None)
+
+
+def test_a_hub_name_is_read_from_the_cache_of_the_hub(
+    bpe_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="tokenizer me/bpe: no such file or folder, and the hub gave LocalEntryNotFound"
+    ):
+        hf_tokenizer("me/bpe")
+    kept = tmp_path / "models--me--bpe"
+    shutil.copytree(bpe_folder, kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    found = hf_tokenizer("me/bpe")
+    assert (found.spec()["model"], found.eod_id) == ("me/bpe", 0)
+    assert found.encode("lower") == hf_tokenizer(bpe_folder).encode("lower")

@@ -74,7 +74,7 @@ def test_training_logs_the_gap(tmp_path, objective, monkeypatch) -> None:
     import sys
     from pathlib import Path
 
-    from megatron.data.indexed import IndexedDatasetWriter
+    from megatron.data.prepare.writer import IndexedDatasetWriter
 
     repo = Path(__file__).resolve().parents[2]
     writer = IndexedDatasetWriter(tmp_path / "data", np.uint16)

@@ -21,7 +21,7 @@ RESET = {"reset_position_ids": True, "reset_attention_mask": True}
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train``: documents of 16 random tokens, two and a bit in a sample."""
-    from megatron.data.indexed import IndexedDatasetWriter
+    from megatron.data.prepare.writer import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("documents")
     with IndexedDatasetWriter(folder / "train", np.dtype(np.uint16)) as writer:
@@ -120,7 +120,7 @@ def test_without_the_reset_documents_see_each_other(
 
 def test_documents_ends_leave_the_loss(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
     """Training and validation under --eod-mask-loss, in two layouts."""
-    from megatron.data.indexed import IndexedDatasetWriter
+    from megatron.data.prepare.writer import IndexedDatasetWriter
 
     random = np.random.default_rng(0)
     for name in ("train", "valid"):

@@ -27,7 +27,7 @@ from checkpoint.saved import save
 from megatron.config.cli import build_parser
 from megatron.config.option import spelling
 from megatron.config.schema import Config
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 from megatron.parallel.launch import Launch

@@ -13,7 +13,7 @@ import pytest
 from layouts import jobs
 from layouts.pool import Process, WorkerPool
 
-from megatron.data.indexed import IndexedDatasetWriter
+from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
 from megatron.runs.record import RunRecord, ValidRow

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from megatron.data.identity import digest_problems
-from megatron.data.indexed import IndexedDataset, read_meta, write_meta
+from megatron.data.indexed import IndexedDataset, read_meta
+from megatron.data.prepare.writer import write_meta
 from megatron.errors import UserError
 from megatron.files import sha256_of
 

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from megatron.data.identity import tokenizer_fingerprint
-from megatron.data.indexed import IndexedDatasetWriter, token_dtype
 from megatron.data.prepare.readers import Batch, Source, read_batches
 from megatron.data.prepare.rows import parse_row
-from megatron.data.tokenizer import Tokenizer, portable_spec, tokenizer_from_spec
+from megatron.data.prepare.word_cache import batch_encoder
+from megatron.data.prepare.writer import IndexedDatasetWriter, token_dtype
+from megatron.data.tokenizer import FILES, Tokenizer, tokenizer_from_spec
 from megatron.errors import Failure, UserError
 
 _IN_FLIGHT = 4  # batches per worker
@@ -90,6 +91,7 @@ class BatchEncoder:
     def __init__(self, spec: dict[str, Any], options: PreprocessOptions) -> None:
         """Build the tokenizer of ``spec`` (see tokenizer_from_spec)."""
         self._tokenizer = tokenizer_from_spec(spec)
+        self._encode = batch_encoder(self._tokenizer)
         self._options = options
         self._dtype = token_dtype(self._tokenizer.vocab_size)
 
@@ -108,7 +110,7 @@ class BatchEncoder:
         encoded = Encoded([], [], [], 0, errors, batch.bytes_read)
         for column in range(0 if parse_only else len(self._options.keys)):
             texts = [row[column] for row in rows if row[column]]
-            ids = self._tokenizer.encode_batch(texts)
+            ids = self._encode(texts)
             self._append(encoded, ids)
             encoded.text_bytes.append(sum(len(text.encode("utf-8")) for text in texts))
             encoded.empty += len(rows) - len(encoded.sizes[-1])
@@ -206,6 +208,15 @@ def _meta(key: str, tokenizer: Tokenizer, options: PreprocessOptions, summary: S
         "tokenizer": portable_spec(tokenizer, Path(options.output_prefix).parent),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
+
+
+def portable_spec(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Return the spec with files relative to ``folder``, so that data and tokenizer can be moved together."""
+    spec = tokenizer.spec()
+    for key in FILES:
+        if spec.get(key) and os.path.exists(spec[key]):
+            spec[key] = os.path.relpath(os.path.realpath(spec[key]), folder.resolve())
+    return spec
 
 
 def _encode_all(

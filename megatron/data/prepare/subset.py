@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter, clean_prefix, read_meta
+from megatron.data.indexed import IndexedDataset, clean_prefix, read_meta
 from megatron.data.prepare.rows import parse_row
 from megatron.data.prepare.streams import COMPRESSIONS, read_json_lines
-from megatron.data.tokenizer import Tokenizer
+from megatron.data.prepare.word_cache import batch_encoder
+from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.data.tokenizer import FILES, Tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_file
 
@@ -184,10 +186,10 @@ def _document_sizes(path: str, tokenizer: Tokenizer | None, key: str) -> np.ndar
         return np.zeros(sum(1 for _ in _documents(path)), np.int64)
     sizes: list[int] = []
     extra = int(tokenizer.eod_id is not None)
-    documents = _documents(path)
+    documents, encode = _documents(path), batch_encoder(tokenizer)
     while batch := list(islice(documents, 1000)):
         texts = [_text(line, key, f"{path}, line {number}") for number, line in batch]
-        sizes += [len(ids) + extra for ids in tokenizer.encode_batch(texts)]
+        sizes += [len(ids) + extra for ids in encode(texts)]
     return np.array(sizes, np.int64)
 
 
@@ -247,7 +249,7 @@ def _refuse_existing(path: str) -> None:
 def _moved(spec: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
     """Return a tokenizer spec whose relative files, relative to the folder ``old``, are relative to ``new``."""
     out = dict(spec)
-    for key in ("vocab_file", "merge_file", "model"):
+    for key in FILES:
         if out.get(key) and (old / out[key]).exists():
             out[key] = os.path.relpath((old / out[key]).resolve(), new.resolve())
     return out

@@ -12,9 +12,10 @@ import pytest
 
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.identity import verify_data
-from megatron.data.indexed import DamagedData, IndexedDataset, IndexedDatasetWriter, read_meta
+from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
 from megatron.data.prepare.inspection import histogram, inspect, record
 from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
+from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.data.tokenizer_types import ByteTokenizer
 from megatron.errors import UserError
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron.data import word_cache
-from megatron.data.tokenizer_types import gpt2_bpe
-from megatron.data.word_cache import KNOWN_RANGES, WordCache, applies_to
-
-from .conftest import GOLDEN
+from data.conftest import GOLDEN
+from megatron.data.prepare import word_cache
+from megatron.data.prepare.word_cache import KNOWN_RANGES, WordCache, applies_to, batch_encoder
+from megatron.data.tokenizer_types import ByteTokenizer, gpt2_bpe
 
 
 @pytest.fixture(scope="module")
 def backend(gpt2_files: tuple[str, str]) -> Any:
-    return gpt2_bpe(*gpt2_files)._backend
+    return gpt2_bpe(*gpt2_files).backend
 
 
 def library(backend: Any, texts: list[str]) -> list[list[int]]:
@@ -124,3 +123,10 @@ def test_used_only_where_it_is_exact() -> None:
     assert applies_to(other)
     other.add_tokens(["hello"])
     assert not applies_to(other)
+
+
+def test_other_tokenizers_encode_as_they_do(gpt2_files: tuple[str, str]) -> None:
+    texts = ["one two", "three"]
+    gpt2, byte = gpt2_bpe(*gpt2_files), ByteTokenizer()
+    assert batch_encoder(byte) == byte.encode_batch != batch_encoder(gpt2)
+    assert batch_encoder(gpt2)(texts) == gpt2.encode_batch(texts)
