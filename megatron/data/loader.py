@@ -3,23 +3,95 @@
 Step k trains on samples k·B … (k + 1)·B − 1 of the stream, whatever the layout: micro-batch m of data-parallel rank r
 takes the samples from ``k·B + (m · dp_size + r) · micro_batch_size``, as in Megatron. So a run resumes from the number of
 samples alone, also with another number of ranks. The objective prepares the batch in the loader's processes.
+
+:class:`Packing` says what the boundaries of documents mean inside a sample that holds several: ``--reset-position-ids``,
+``--reset-attention-mask`` and ``--eod-mask-loss``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from megatron.config.schema import DataConfig
 from megatron.data.batches import Batches, Workers
+from megatron.data.blend import data_prefixes
 from megatron.data.dataset import Pieces
-from megatron.data.packing import ONE_STREAM, Packing, places_in_documents
+from megatron.data.indexed import read_meta
+from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import UserError, require
 from megatron.model.batch import ModelBatch, Samples
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples that hold several documents are treated. The default is one stream of tokens, as in Megatron.
+
+    Boundaries are those of the data set, not the EOD tokens, which a text may lack or contain.
+
+    Attributes:
+        reset_positions: positions begin again at 0 with every document.
+        reset_attention: tokens see their own document only.
+        eod_id: tokens of this id have no loss as inputs (what follows them is another document); None: all tokens have.
+    """
+
+    reset_positions: bool = False
+    reset_attention: bool = False
+    eod_id: int | None = None
+
+
+ONE_STREAM = Packing()
+
+
+def build_packing(config: DataConfig) -> Packing:
+    """The treatment that the flags ask for.
+
+    Raises:
+        UserError: ``--eod-mask-loss`` where neither data nor tokenizer say which token ends a document.
+    """
+    eod_id = _eod_id(config) if config.eod_mask_loss else None
+    return Packing(config.reset_position_ids, config.reset_attention_mask, eod_id)
+
+
+def _eod_id(config: DataConfig) -> int:
+    metas = (read_meta(prefix) or {} for prefix in data_prefixes(config))
+    recorded = {meta["eod_id"] for meta in metas if meta.get("eod_id") is not None}
+    require(
+        len(recorded) <= 1,
+        f"the data end their documents with the tokens {sorted(recorded)}",
+        "--eod-mask-loss needs one",
+        "preprocess the data with one tokenizer, or drop the flag",
+    )
+    eod_id = next(iter(recorded), None)
+    if eod_id is None:
+        with suppress(UserError):  # said below, with what it was needed for
+            eod_id = build_tokenizer(config).eod_id
+    if eod_id is None:
+        raise UserError(
+            "--eod-mask-loss, but neither PREFIX.meta.json nor the tokenizer names an end-of-document token",
+            "the token must be known to be left out of the loss",
+            "pass the tokenizer of the data (--vocab-file and --merge-file, or --tokenizer-model), or drop the flag",
+        )
+    return eod_id
+
+
+def places_in_documents(segment_ids: np.ndarray) -> np.ndarray:
+    """Positions that begin again at 0 with every segment, int64 [batch, seq + 1].
+
+    Args:
+        segment_ids: [batch, seq + 1] ascending segment of each token.
+    """
+    places = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
+    is_first = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    return places - np.maximum.accumulate(np.where(is_first, places, 0), axis=1)
 
 
 class TokenDataset(Protocol):
@@ -30,75 +102,43 @@ class TokenDataset(Protocol):
     def pieces(self, index: int) -> Pieces: ...
 
 
-class MicroBatchSampler(Sampler[list[int]]):
-    """Stream indices of each micro-batch of one data-parallel rank."""
+def micro_batches(
+    *, first_sample: int, last_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> Iterator[list[int]]:
+    """Stream indices of each micro-batch of one data-parallel rank.
 
-    def __init__(
-        self, *, first_sample: int, last_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
-    ) -> None:
-        """Args:
+    Args:
         first_sample: samples already consumed.
         last_sample: end of the stream; a last incomplete round is filled with indices past it.
         micro_batch_size: samples per micro-batch.
         dp_rank, dp_size: place among the data-parallel ranks.
-        """
-        self.first_sample, self.last_sample = first_sample, last_sample
-        self.micro_batch_size = micro_batch_size
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.micro_batch_size * self.dp_size
-        for start in range(self.first_sample, self.last_sample, stride):
-            first = start + self.dp_rank * self.micro_batch_size
-            yield list(range(first, first + self.micro_batch_size))
-
-    def __len__(self) -> int:
-        stride = self.micro_batch_size * self.dp_size
-        return -(-(self.last_sample - self.first_sample) // stride)
+    """
+    for start in range(first_sample, last_sample, micro_batch_size * dp_size):
+        first = start + dp_rank * micro_batch_size
+        yield list(range(first, first + micro_batch_size))
 
 
-class _Indexed(NamedTuple):
-    """One sample: its tokens [seq + 1], its index in the stream, and the segment of each token where that is asked for."""
+class _MicroBatches(Dataset):
+    """Micro-batches by the stream indices of their samples, prepared by the objective."""
 
-    tokens: np.ndarray
-    sample_id: int
-    segment_ids: np.ndarray | None
+    def __init__(self, dataset: TokenDataset, objective: Objective, packing: Packing, *, last_sample: int) -> None:
+        self.dataset, self.objective, self.packing, self.last_sample = dataset, objective, packing, last_sample
 
-
-class _WithIndex(Dataset):
-    """Samples with their stream index. Indices past the end repeat the last sample; evaluation drops them."""
-
-    def __init__(self, dataset: TokenDataset, last_sample: int, packing: Packing) -> None:
-        self.dataset, self.last_sample, self.packing = dataset, last_sample, packing
-
-    def __getitem__(self, index: int) -> _Indexed:
-        row = min(index, self.last_sample - 1)
-        segments = self.dataset.pieces(row).places if self.packing.asks_for_documents else None
-        return _Indexed(self.dataset[row], index, segments)
-
-
-class _Prepare:
-    """Collate function: stack the samples and let the objective make the batch (picklable)."""
-
-    def __init__(self, objective: Objective, packing: Packing) -> None:
-        self.objective, self.packing = objective, packing
-
-    def __call__(self, items: list[_Indexed]) -> ModelBatch[torch.Tensor]:
-        return as_tensors(self.objective.prepare(self._samples(items)))
-
-    def _samples(self, items: list[_Indexed]) -> Samples:
-        packing = self.packing
-        tokens = np.stack([item.tokens for item in items])
+    def __getitem__(self, indices: list[int]) -> ModelBatch[torch.Tensor]:
+        """Indices past the end repeat the last sample; evaluation drops them."""
+        rows, packing = [min(index, self.last_sample - 1) for index in indices], self.packing
+        tokens = np.stack([self.dataset[row] for row in rows])
         segments = None
-        if packing.asks_for_documents:
-            segments = np.stack([item.segment_ids for item in items if item.segment_ids is not None])
-        return Samples(
+        if packing.reset_positions or packing.reset_attention:
+            segments = np.stack([self.dataset.pieces(row).places for row in rows])
+        samples = Samples(
             tokens,
-            np.array([item.sample_id for item in items]),
+            np.array(indices),
             loss_mask=None if packing.eod_id is None else tokens != packing.eod_id,
             segment_ids=segments if packing.reset_attention else None,
             position_ids=places_in_documents(segments) if packing.reset_positions and segments is not None else None,
         )
+        return as_tensors(self.objective.prepare(samples))
 
 
 def as_tensors(batch: ModelBatch[np.ndarray]) -> ModelBatch[torch.Tensor]:
@@ -136,18 +176,17 @@ def build_loader(
         packing: how documents within a sample are treated.
         timeout_seconds: limit of the wait for one batch; 0: none.
     """
-    sampler = MicroBatchSampler(
-        first_sample=first_sample,
-        last_sample=last_sample,
-        micro_batch_size=micro_batch_size,
-        dp_rank=context.dp.rank,
-        dp_size=context.dp.size,
-    )
     workers = Workers()
     loader = DataLoader(
-        _WithIndex(dataset, last_sample, packing),
-        batch_sampler=sampler,
-        collate_fn=_Prepare(objective, packing),
+        _MicroBatches(dataset, objective, packing, last_sample=last_sample),
+        sampler=micro_batches(
+            first_sample=first_sample,
+            last_sample=last_sample,
+            micro_batch_size=micro_batch_size,
+            dp_rank=context.dp.rank,
+            dp_size=context.dp.size,
+        ),
+        batch_size=None,  # what the sampler gives are whole micro-batches
         num_workers=num_workers,
         pin_memory=context.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,

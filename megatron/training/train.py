@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from megatron.data.dataset import build_dataset, describe
-from megatron.data.loader import build_loader
-from megatron.data.packing import build_packing
+from megatron.data.loader import build_loader, build_packing
 from megatron.model.arithmetic import model_flops_per_token
 from megatron.parallel.connection import Connection
 from megatron.training.folder import RunFolder

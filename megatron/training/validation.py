@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
-from megatron.data.loader import MicroBatchSampler, build_loader
-from megatron.data.packing import build_packing
+from megatron.data.loader import build_loader, build_packing, micro_batches
 from megatron.model.arithmetic import parameters_for_compute
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
 from megatron.parallel.connection import Connection
@@ -133,7 +132,7 @@ class Validator:
             "first_sample": 0,
             "last_sample": dataset.num_samples,
         }
-        ids = iter(MicroBatchSampler(**share, dp_rank=context.dp.rank, dp_size=context.dp.size))
+        ids = micro_batches(**share, dp_rank=context.dp.rank, dp_size=context.dp.size)
         workers = self.plan.settings.data.num_workers
         with build_loader(dataset, objective, context, **share, num_workers=workers, packing=self._packing) as batches:
             while indices := [i for micro_batch in islice(ids, MICRO_BATCHES_PER_PASS) for i in micro_batch]:

@@ -12,8 +12,7 @@ import torch
 
 from megatron.config.schema import DataConfig
 from megatron.data.dataset import BlendedDataset, GPTDataset
-from megatron.data.loader import build_loader
-from megatron.data.packing import ONE_STREAM, Packing, build_packing, places_in_documents
+from megatron.data.loader import ONE_STREAM, Packing, build_loader, build_packing, places_in_documents
 from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.objectives.ar import Autoregressive

@@ -33,8 +33,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Inputs and targets of the first samples, and the loss of each token as the engine of this rank finds it."""
     from megatron.data.dataset import build_dataset
-    from megatron.data.loader import build_loader
-    from megatron.data.packing import build_packing
+    from megatron.data.loader import build_loader, build_packing
     from megatron.objectives import build_objective, parse
     from megatron.parallel.context import ParallelContext
     from megatron.parallel.launch import Launch

@@ -6,7 +6,7 @@ import torch
 from objective_helpers import MASK_ID, SEQ, make_objective, make_tokens, prepare, tiny_model
 from test_registry import flags_of
 
-from megatron.data.packing import places_in_documents
+from megatron.data.loader import places_in_documents
 from megatron.model.mask import within_segments
 from megatron.objectives import OBJECTIVES
 from megatron.objectives.permuted_ar import PermutedAR, document_by_document
