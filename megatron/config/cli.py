@@ -82,8 +82,9 @@ def parse(
     """
     from megatron.config.validate import validate
 
-    parser = build_parser(registry, prog)
     words = sys.argv[1:] if argv is None else list(argv)
+    registry = _needed(registry, words, objective)
+    parser = build_parser(registry, prog)
     for word in words:
         if word.startswith("--") and word.partition("=")[2] == "--":  # argparse would give an empty list of values
             parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
@@ -105,6 +106,19 @@ def parse(
     config = Config(**{**sections, "objective": chosen})
     validate(config, registry, options, world_size)
     return config
+
+
+def _needed(registry: Registry, words: Sequence[str], default: str) -> Registry:
+    """The named objective alone, so that no other is imported; all where a word is no flag of it, or asks for help."""
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--objective", nargs="?", default=default)
+    name = chooser.parse_known_args(words)[0].objective
+    if name not in registry:
+        return registry
+    own = {name: registry[name]}
+    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
+    known = {flag for action in build_parser(own)._actions for flag in action.option_strings}
+    return own if flags <= known - {"-h", "--help"} else registry
 
 
 def _options(registry: Registry) -> dict[str, dataclasses.Field]:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from importlib import import_module
 
 from megatron import config
 from megatron.config.schema import Config
 from megatron.errors import UserError
-from megatron.objectives.ar import Autoregressive
 from megatron.objectives.base import Objective, Setting
-from megatron.objectives.block_diffusion import BlockMaskedDiffusion
-from megatron.objectives.exact_count import ExactCountMDM
-from megatron.objectives.masked_attention_ar import MaskedAttentionAR
-from megatron.objectives.masked_input_ar import MaskedInputAR
-from megatron.objectives.maskgit import MaskGIT
-from megatron.objectives.mdm import MaskedDiffusion
-from megatron.objectives.permuted_ar import PermutedAR
 from megatron.randomness import SCHEME
 
 __all__ = [
@@ -28,16 +21,40 @@ __all__ = [
     "parse",
 ]
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "ar": Autoregressive,
-    "mdm": MaskedDiffusion,
-    "permuted_ar": PermutedAR,
-    "masked_attention_ar": MaskedAttentionAR,
-    "masked_input_ar": MaskedInputAR,
-    "maskgit": MaskGIT,
-    "exact_count_mdm": ExactCountMDM,
-    "block_diffusion": BlockMaskedDiffusion,
-}
+
+class Registry(Mapping[str, type[Objective]]):
+    """Objectives by name, each imported when it is asked for: a run needs its own and no other.
+
+    Attributes:
+        places: name → module of this package and class.
+    """
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> type[Objective]:
+        module, _, cls = self.places[name].partition(".")
+        return getattr(import_module(f"megatron.objectives.{module}"), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+OBJECTIVES = Registry(
+    {
+        "ar": "ar.Autoregressive",
+        "mdm": "mdm.MaskedDiffusion",
+        "permuted_ar": "permuted_ar.PermutedAR",
+        "masked_attention_ar": "masked_attention_ar.MaskedAttentionAR",
+        "masked_input_ar": "masked_input_ar.MaskedInputAR",
+        "maskgit": "maskgit.MaskGIT",
+        "exact_count_mdm": "exact_count.ExactCountMDM",
+        "block_diffusion": "block_diffusion.BlockMaskedDiffusion",
+    }
+)
 
 
 def parse(argv: Sequence[str] | None = None, **arguments: str | int | None) -> Config:
@@ -55,7 +72,7 @@ def build_objective(settings: Config, *, scheme: int = SCHEME) -> Objective:
     Raises:
         UserError: no such objective, or options that do not fit.
     """
-    name, run = settings.objective.objective, settings.run
+    name, run = str(settings.objective.objective), settings.run
     if name not in OBJECTIVES:
         raise UserError(
             f"--objective {name!r} is not known",
@@ -82,4 +99,4 @@ def evaluation_objective(settings: Config) -> Objective:
 
 def needs_mask_token(name: str | None) -> bool:
     """Whether the vocabulary must have room for a mask token."""
-    return name in OBJECTIVES and OBJECTIVES[name].needs_mask_token
+    return name is not None and name in OBJECTIVES and OBJECTIVES[name].needs_mask_token

@@ -50,6 +50,19 @@ def test_objectives_import_no_torch():
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["ar", "mdm", "maskgit"])
+def test_a_run_imports_its_own_objective_and_no_other(name):
+    program = (
+        "import sys; from megatron.objectives import *;"
+        "config = parse('--model 7M --train-iters 1 --objective'.split() + [sys.argv[1]]);"
+        "print(*(m for m in OBJECTIVES.places if 'megatron.objectives.' + m in sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, name], timeout=60, capture_output=True, text=True, check=True
+    )
+    assert set(result.stdout.split()) == ({"ar"} if name == "ar" else {"mdm", name})
+
+
 def test_noise_is_a_function_of_sample_ids(name):
     objective, tokens = make_objective(*flags_of(name)), make_tokens(24)
     for view in (objective, objective.for_eval(1, 4)):

@@ -33,30 +33,32 @@ from megatron.objectives.base import BOUND, MaskedDecoding
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "span_mdm.py"
 NAME = "span_mdm"
+MODULE = f"megatron.objectives.{NAME}"
+LINE = {"span_mdm": "span_mdm.SpanMaskedDiffusion"}  # of the registry
 
 
 def the_class() -> Any:
-    """The objective of the file, imported once a process."""
-    if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(NAME, FILE)
+    """The objective of the file, imported once a process as if it lay in ``megatron/objectives``."""
+    if MODULE not in sys.modules:
+        spec = importlib.util.spec_from_file_location(MODULE, FILE)
         assert spec is not None and spec.loader is not None
-        sys.modules[NAME] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[NAME])
-    return sys.modules[NAME].SpanMaskedDiffusion
+        sys.modules[MODULE] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[MODULE])
+    return sys.modules[MODULE].SpanMaskedDiffusion
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OBJECTIVES, NAME, the_class())  # the registry line
+    monkeypatch.setattr(OBJECTIVES, "places", {**OBJECTIVES.places, **LINE})
+    assert the_class() is OBJECTIVES[NAME]
 
 
 def train_it(argv: list[str]) -> jobs.Trace:
     """``jobs.train`` in a worker, with the registry line there."""
-    OBJECTIVES[NAME] = the_class()
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OBJECTIVES, "places", {**OBJECTIVES.places, **LINE})
+        the_class()
         return jobs.train(NAME, argv)
-    finally:
-        del OBJECTIVES[NAME]
 
 
 def test_every_layout_trains_it_alike(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path) -> None:
