@@ -72,15 +72,14 @@ class GPTDataset:
             self.plan = plan_order(
                 tokens_per_epoch=self.tokens_per_epoch, num_samples=num_samples, seq_length=seq_length, seed=seed
             )
-        except ValueError as error:
-            raise ValueError(f"{self.documents.prefix}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{self.documents.prefix}: {error.given}", error.rule, error.fix) from None
         self.num_samples = self.plan.total_samples if num_samples is None else num_samples
         self.num_epochs = self.num_samples * seq_length / self.tokens_per_epoch
         self.text_bytes_per_token = text_bytes_per_token(self.documents.prefix)
         folders = [Path(cache_path).expanduser()] if cache_path else []
         folders += default_cache_folders(self.documents.prefix)
-        label = "".join(char if char.isalnum() or char in "-_" else "_" for char in name)
-        self.maps = load_or_build_maps(self.documents.sizes, self.plan, name=label, folders=folders)
+        self.maps = load_or_build_maps(self.documents.sizes, self.plan, name=name, folders=folders)
 
     def __len__(self) -> int:
         """Return the number of samples that exist, at least ``num_samples``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,11 @@ def _blocks(prefix: str) -> Iterator[np.ndarray]:
         yield data.tokens[block * length : (block + 1) * length]
 
 
-def verify_data(*blends: Sequence[str], say: Callable[[str], None] = print) -> None:
-    """Read all data once and compare them with the digests in PREFIX.meta.json.
+def verify_data(*blends: Sequence[str]) -> None:
+    """Read all data once, compare them with the digests in PREFIX.meta.json and print a line a data set.
 
     Args:
         blends: data paths, as in :func:`check_vocabulary`.
-        say: gets a line a data set.
 
     Raises:
         UserError: a data set records no digests.
@@ -172,7 +171,7 @@ def verify_data(*blends: Sequence[str], say: Callable[[str], None] = print) -> N
             raise DamagedData(
                 problem, "its tokens must be those that were written", "copy it again, or preprocess again"
             )
-        say(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
+        print(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
 
 
 def digest_problems(prefix: str, recorded: dict[str, str]) -> list[str]:

@@ -83,8 +83,7 @@ def build_document_order(num_documents: int, plan: OrderPlan, rng: np.random.Ran
     together = plan.num_epochs - int(plan.separate_last_epoch)
     order = np.tile(np.arange(num_documents, dtype=np.int32), plan.num_epochs)
     rng.shuffle(order[: together * num_documents])
-    if plan.separate_last_epoch:
-        rng.shuffle(order[together * num_documents :])
+    rng.shuffle(order[together * num_documents :])  # where there is nothing apart, this draws nothing
     return order
 
 
@@ -116,8 +115,7 @@ def build_sample_order(plan: OrderPlan, rng: np.random.RandomState) -> np.ndarra
     dtype = np.uint32 if plan.total_samples < np.iinfo(np.uint32).max - 1 else np.int64
     order = np.arange(plan.total_samples, dtype=dtype)
     rng.shuffle(order[: plan.first_part_samples])
-    if plan.separate_last_epoch:
-        rng.shuffle(order[plan.first_part_samples :])
+    rng.shuffle(order[plan.first_part_samples :])
     return order
 
 

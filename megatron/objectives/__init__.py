@@ -12,15 +12,6 @@ from megatron.errors import UserError
 from megatron.objectives.base import Objective, Setting
 from megatron.randomness import SCHEME
 
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "build_objective",
-    "evaluation_objective",
-    "needs_mask_token",
-    "parse",
-]
-
 
 class Registry(Mapping[str, type[Objective]]):
     """Objectives by name, each imported when it is asked for: a run needs its own and no other.

@@ -15,6 +15,7 @@ from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask, Full, WithinSegments
 from megatron.objectives.base import BOUND, NO_BOUND, Decoding, MaskedDecoding, Setting, first_tokens
 from megatron.objectives.schedules import (
+    SCHEDULES,
     Linear,
     Schedule,
     bound_weight,
@@ -50,7 +51,7 @@ class ScheduleOptions(TimeOptions):
 
     # fmt: off
     noise_schedule: str | None = option(None, "masked share as a function of t: linear t, cosine sin(pi*t/2), "
-        "polynomial t^power; default: linear (maskgit: cosine)", choices=("linear", "cosine", "polynomial"))
+        "polynomial t^power; default: linear (maskgit: cosine)", choices=tuple(SCHEDULES))
     noise_schedule_power: float | None = option(None, "power of the polynomial schedule; default: 2", unit="POWER",
         range=Range(at_least=1, at_most=100), needs=("noise_schedule=polynomial",))
     # fmt: on

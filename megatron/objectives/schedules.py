@@ -13,6 +13,7 @@ p ∈ [ε, 1], times 1/(1 − ε); the linear one has weight 1/p; and the expect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,7 +78,7 @@ class Polynomial:
         UserError: such a power.
     """
 
-    power: float
+    power: float = 2.0
 
     def __post_init__(self) -> None:
         require(
@@ -99,15 +100,12 @@ class Polynomial:
         return 1 / (self.power + 1)
 
 
-NOISE_SCHEDULES = ("linear", "cosine", "polynomial")
-DEFAULT_POWER = 2.0
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"linear": Linear, "cosine": Cosine, "polynomial": Polynomial}
 
 
 def build_schedule(name: str, power: float | None = None) -> Schedule:
-    """The schedule called ``name``, one of :data:`NOISE_SCHEDULES`."""
-    if name == "polynomial":
-        return Polynomial(DEFAULT_POWER if power is None else power)
-    return Cosine() if name == "cosine" else Linear()
+    """The schedule called ``name``, one of :data:`SCHEDULES`; only a polynomial has a power."""
+    return SCHEDULES[name]() if power is None else SCHEDULES[name](power=power)
 
 
 def mask_probability(schedule: Schedule, t: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def start(prefix: str, cache: Path, *, verify: bool) -> tuple[Any, ...]:
     """Everything that a training run takes from a data set."""
     check_vocabulary([prefix], vocab_size=257, fingerprint=tokenizer_fingerprint(ByteTokenizer()))
     if verify:
-        verify_data([prefix], say=lambda text: None)
+        verify_data([prefix])
     data = GPTDataset(prefix, 300, 16, 7, cache_path=str(cache))
     samples = np.stack([data[index] for index in range(len(data))])
     meta = read_meta(prefix) or {}

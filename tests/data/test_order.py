@@ -10,6 +10,7 @@ import pytest
 from megatron.data import order
 from megatron.data.dataset import GPTDataset
 from megatron.data.order import build_maps, plan_order
+from megatron.errors import UserError
 
 from .conftest import GOLDEN
 
@@ -103,7 +104,7 @@ def test_one_epoch_is_read_once(make_data) -> None:
 
 
 def test_too_short_for_one_epoch(make_data) -> None:
-    with pytest.raises(ValueError, match=r"x: the data set has 10 tokens and seq_length is 10; .* --seq-length"):
+    with pytest.raises(UserError, match=r"x: the data set has 10 tokens and seq_length is 10; .* --seq-length"):
         GPTDataset(make_data("x", [10]), None, 10, 3)
     assert len(GPTDataset(make_data("y", [10]), 7, 10, 3)) >= 7  # several epochs make up for it
 

@@ -17,7 +17,7 @@ from megatron.data.indexed import DTYPES, HEADER, MAGIC, SEAL, clean_prefix, sea
 from megatron.errors import Failure, UserError
 from megatron.files import replace_file, sha256_of, sync_folder, written_whole
 
-_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+_CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 _MAX_UINT16_VOCAB = 65500  # Megatron's limit: it leaves a few ids for special tokens
 
 
