@@ -117,14 +117,11 @@ class _Maker:
 
 
 def _maker(prefix: str) -> _Maker | None:
-    meta = read_meta(prefix)
-    spec = None if meta is None else meta.get("tokenizer")
-    if (
-        meta is None
-        or meta.get("vocab_size") is None
-        or (isinstance(spec, dict) and spec.get("type") == "NullTokenizer")
-    ):
-        return None  # ids say nothing about what they stand for
+    meta = read_meta(prefix) or {}
+    spec = meta.get("tokenizer")
+    is_ids = isinstance(spec, dict) and spec.get("type") == "NullTokenizer"  # which say nothing of what they stand for
+    if is_ids or meta.get("vocab_size") is None:
+        return None
     return _Maker(prefix, meta.get("tokenizer_fingerprint"), meta["vocab_size"], meta.get("eod_id"))
 
 

@@ -9,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 
 from megatron import randomness as noise
-from megatron.objectives.base import Setting
 from megatron.objectives.mdm import MaskedDiffusion, TimeOptions
 
 
@@ -24,18 +23,11 @@ class ExactCountMDM(MaskedDiffusion):
 
     Options: ClassVar[type] = TimeOptions
 
-    @classmethod
-    def build(cls, options: object, setting: Setting) -> ExactCountMDM:
-        """See :class:`Objective`."""
-        assert isinstance(options, TimeOptions)
-        return cls(**cls.noise(options, setting))
-
     def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Exactly m masked tokens a row, see :meth:`MaskedDiffusion.masks_and_weights`."""
         counts = 1 + np.floor(self.times(sample_ids) * seq_length).astype(np.int64)  # t < 1, so at most L
         is_masked = np.zeros((len(sample_ids), seq_length), dtype=bool)
         for row, (sample, count) in enumerate(zip(sample_ids.tolist(), counts)):
-            is_masked[row, noise.generator(self.seed, noise.Purpose.NOISE, sample).permutation(seq_length)[:count]] = (
-                True
-            )
+            random = noise.generator(self.seed, noise.Purpose.NOISE, sample)
+            is_masked[row, random.permutation(seq_length)[:count]] = True
         return is_masked, is_masked * (seq_length / counts).astype(np.float32)[:, None]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron.objectives.base import NO_BOUND, Setting
+from megatron.objectives.base import NO_BOUND
 from megatron.objectives.mdm import MaskedDiffusion, ScheduleOptions
 from megatron.objectives.schedules import mean_mask_probability
 
@@ -25,12 +25,6 @@ class MaskGIT(MaskedDiffusion):
     default_schedule: ClassVar[str] = "cosine"
 
     Options: ClassVar[type] = ScheduleOptions
-
-    @classmethod
-    def build(cls, options: object, setting: Setting) -> MaskGIT:
-        """See :class:`Objective`."""
-        assert isinstance(options, ScheduleOptions)
-        return cls(**cls.noise(options, setting))
 
     @property
     def label(self) -> str:

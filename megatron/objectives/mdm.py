@@ -3,7 +3,7 @@ arXiv 2502.09992; the recipe of arXiv 2507.15857)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypedDict
 
 import numpy as np
@@ -123,14 +123,19 @@ class MaskedDiffusion:
 
     @classmethod
     def build(cls, options: object, setting: Setting) -> MaskedDiffusion:
-        """See :class:`Objective`. The reference's defaults of low-noise starts: 1,000 iterations, ratio 0.5."""
-        assert isinstance(options, MaskedDiffusionOptions)
-        return cls(
-            **cls.noise(options, setting),
+        """See :class:`Objective`; variants have some of the options.
+
+        The reference's defaults of low-noise starts: 1,000 iterations, ratio 0.5.
+        """
+        assert isinstance(options, TimeOptions)
+        built = cls(**cls.noise(options, setting))
+        if not isinstance(options, MaskedDiffusionOptions):
+            return built
+        low_noise_iters = (options.low_noise_iter or 1000) if options.low_noise_start else 0
+        return replace(
+            built,
             ar_ratio=options.ar_ratio,
-            low_noise_samples=(options.low_noise_iter or 1000) * setting.global_batch_size
-            if options.low_noise_start
-            else 0,
+            low_noise_samples=low_noise_iters * setting.global_batch_size,
             low_noise_ratio=options.low_noise_ratio or 0.5,
             random_length_ratio=options.random_length_ratio,
         )
