@@ -56,4 +56,5 @@ with open(metrics, "a", buffering=1) as file:
             file.write(json.dumps({"kind": "valid", **place, **number, "bits_per_byte": None}) + "\n")
         if os.environ.get("FAKE_FAIL") == objective and first and step == samples // 2:
             sys.exit(3)
-        latest.write_text(f"global_step{step}")
+        latest.with_suffix(".tmp").write_text(f"global_step{step}")
+        latest.with_suffix(".tmp").replace(latest)  # as the real one does it: a kill leaves the old one or the new one
