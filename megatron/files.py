@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron.errors import Failure, UserError
+from megatron.errors import Failure, require
 
+LEFTOVER_SECONDS = 24 * 3600
 Content = str | bytes | Callable[[BinaryIO], object]
 
 
@@ -38,54 +39,34 @@ def replace_file(path: str | Path, content: Content) -> None:
         if _is_stream(path):
             with open(path, "ab") as stream:
                 _write(stream, content)
-            return
-        temporary = temporary_name(path)
-        try:
-            with open(temporary, "xb") as file:
+        else:
+            with _published(path) as temporary, open(temporary, "xb") as file:
                 _write(file, content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
 
 
 @contextmanager
-def replace_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+def replace_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends well, and disappears when it does not.
 
     Args:
         path: folder to make; the folders above it are made too.
-        replace: take the place of a folder that is not empty; otherwise that is refused.
 
     Raises:
         UserError: there is something at ``path`` already.
-        Failure: it could not be written; what was at ``path`` is as it was.
+        Failure: it could not be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or (not replace and any(path.iterdir()))):
-        raise UserError(
-            f"{path} exists and is not empty", "a finished folder is never overwritten", "remove it or give another one"
-        )
-    temporary = temporary_name(path)
-    with written_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    try:
-        yield temporary
+    require(
+        not path.exists() or (path.is_dir() and not any(path.iterdir())),
+        f"{path} exists and is not empty",
+        "a finished folder is never overwritten",
+        "remove it or give another one",
+    )
+    with _published(path) as temporary:
         with written_whole(path):
-            for file in (file for file in temporary.rglob("*") if file.is_file()):
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-            if replace:
-                _exchange(temporary, path)
-            else:
-                temporary.rename(path)  # onto nothing or an empty folder
-            sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        yield temporary
 
 
 @contextmanager
@@ -113,21 +94,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_leftovers(folder: Path, *, name: str = "*", older_than_seconds: float = 24 * 3600) -> list[Path]:
-    """Delete temporary files and folders that killed processes left in ``folder``; return their paths.
+def remove_leftovers(folder: Path, *, name: str) -> None:
+    """Delete temporary files and folders of the target ``name`` that killed processes left in ``folder`` a day ago.
 
-    Args:
-        name: of the targets; a pattern.
-        older_than_seconds: younger ones may belong to a living process. A caller that holds a lock passes 0.
+    Younger ones may belong to a living process.
     """
-    removed = []
     for path in folder.glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):  # another process was faster, or it is not ours
-            if time.time() - path.lstat().st_mtime < older_than_seconds:
-                continue
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            removed.append(path)
-    return removed
+            if time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS:
+                _remove(path)
 
 
 @contextmanager
@@ -173,18 +148,30 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _exchange(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; a folder that is there goes aside first and comes back on failure."""
-    aside = new.with_suffix(".replaced")  # no leftover to sweep: between the two renames it is the only one
-    if path.exists():
-        path.rename(aside)
+@contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """Yield a temporary name. What the block makes there is put on the disk and renamed to ``path``; else it is removed."""
+    temporary = temporary_name(path)
     try:
-        new.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
+        yield temporary
+        with written_whole(path):
+            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            os.replace(temporary, path)  # a folder: onto nothing or an empty one
+            sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(temporary)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _is_stream(path: Path) -> bool:

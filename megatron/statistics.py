@@ -1,4 +1,4 @@
-"""What a printed ± means: the error of a mean loss over documents, of the difference of two runs, and their intervals.
+"""What a printed ± means: the error of a mean loss, or of a difference of two, over documents.
 
 A validation scores samples, windows cut from packed documents; a long document spans several of them. Two scores err
 together when they belong to one document, because documents are what was drawn from the population, and, where the
@@ -12,29 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megatron.errors import UserError, require
 from megatron.files import replace_file
 
 Array = np.ndarray
 Half = Literal["selection", "report"]
-
-OVER_DOCUMENTS = "documents"
-"""``se_kind`` of an error clustered by document (:func:`mean_loss`)."""
-OVER_SAMPLES = "samples"
-"""``se_kind`` of the older error, which takes samples for independent: too small where they share documents."""
-
-
-_COLUMNS = ("sample", "document", "tokens", "loss")
 
 
 @dataclass(frozen=True)
@@ -46,25 +34,12 @@ class Estimate:
         error: its standard error in the same unit; NaN where one document says nothing about others.
         num_documents: documents behind it.
         degrees: degrees of freedom of ``error``: fewer than documents where some hold most of the tokens.
-        has_noise: whether the objective's noise is a part of ``error``.
     """
 
     value: float
     error: float
     num_documents: int
     degrees: float
-    has_noise: bool
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """Both ends of the interval ``value ± t·error``, t of Student's distribution: wider at few documents."""
-        half = t_quantile((1 + confidence) / 2, self.degrees) * self.error
-        return self.value - half, self.value + half
-
-    @property
-    def meaning(self) -> str:
-        """What ± is, for tables and notes."""
-        noise = " and noise draws" if self.has_noise else ""
-        return f"one standard error over {self.num_documents} documents{noise}"
 
 
 @dataclass(frozen=True)
@@ -98,12 +73,9 @@ class ValidationSums:
             sample, document, tokens, loss: one array [n] each, as the attributes say.
             draws: noise draws a sample; 0 for an exact loss.
         """
-        keys = np.stack([np.asarray(sample, np.int32).ravel(), np.asarray(document, np.int32).ravel()])
-        unique, index, counts = np.unique(keys, axis=1, return_inverse=True, return_counts=True)
-        index = index.ravel()
-        mean = np.bincount(index, np.asarray(loss, np.float64).ravel(), len(counts)) / counts
-        size = np.bincount(index, np.asarray(tokens, np.float64).ravel(), len(counts)) / counts
-        return ValidationSums(unique[0], unique[1], np.rint(size).astype(np.int32), mean, draws)
+        pairs, index, counts = _pairs(sample, document)
+        size, mean = (np.bincount(index, np.ravel(values)) / counts for values in (tokens, loss))
+        return ValidationSums(pairs[0], pairs[1], np.rint(size).astype(np.int32), mean, draws)
 
     @staticmethod
     def of_tokens(sample: Array, document: Array, loss: Array, *, draws: int = 0) -> ValidationSums:
@@ -117,11 +89,8 @@ class ValidationSums:
         """
         counted = document >= 0
         owner = np.broadcast_to(np.asarray(sample)[:, None], document.shape)
-        keys = np.stack([owner[counted], document[counted]])
-        unique, index = np.unique(keys, axis=1, return_inverse=True)
-        index = index.ravel()
-        tokens, total = np.bincount(index), np.bincount(index, np.asarray(loss, np.float64)[counted])
-        return ValidationSums.collect(unique[0], unique[1], tokens, total, draws=draws)
+        pairs, index, tokens = _pairs(owner[counted], document[counted])
+        return ValidationSums(pairs[0], pairs[1], tokens.astype(np.int32), np.bincount(index, loss[counted]), draws)
 
     @property
     def num_documents(self) -> int:
@@ -131,105 +100,46 @@ class ValidationSums:
     def num_samples(self) -> int:
         return len(np.unique(self.sample))
 
-    def take(self, kept: Array) -> ValidationSums:
-        """The entries for which ``kept`` [entries] (mask or indices) holds."""
-        columns = (self.sample[kept], self.document[kept], self.tokens[kept], self.loss[kept])
-        return ValidationSums(
-            *columns, draws=self.draws, in_selection=None if self.in_selection is None else self.in_selection[kept]
-        )
-
     def with_halves(self, in_selection: Array) -> ValidationSums:
         """The same sums that know their halves; ``in_selection`` is [documents] bool, by index of the document."""
         return replace(self, in_selection=np.asarray(in_selection, bool)[self.document])
-
-    def halves(self) -> tuple[ValidationSums, ValidationSums] | None:
-        """Sums of the selection half and of the report half; None where they are not known or one of them is empty."""
-        chosen = self.in_selection
-        return None if chosen is None or chosen.all() or not chosen.any() else (self.take(chosen), self.take(~chosen))
 
     def save(self, path: str | Path) -> None:
         """Write one compressed .npz file, whole or not at all; about 8 bytes an entry."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
         replace_file(path, lambda file: np.savez_compressed(file, **arrays))
 
-    @staticmethod
-    def load(path: str | Path) -> ValidationSums:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: damaged, or another kind of file.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            draws = int(arrays.pop("draws"))
-            sums = ValidationSums(**{name: arrays[name] for name in (*_COLUMNS, *arrays)}, draws=draws)
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(
-                f"{path} cannot be read ({error})", "it holds the sums of one validation", "delete it or validate again"
-            ) from None
-        require(
-            sums.sample.ndim == 1 and len({array.shape for array in arrays.values()}) == 1,
-            f"{path} holds arrays of different lengths",
-            "sums have one sample, document, tokens and loss an entry",
-            "delete it or validate again",
-        )
-        return sums
-
 
 def mean_loss(sums: ValidationSums) -> Estimate:
-    """Loss per token, Σ loss / Σ tokens, with the error of this ratio by linearisation, clustered by document."""
-    return _estimate(sums, None)
+    """Loss per token, Σ loss / Σ tokens, with its error."""
+    return combined((1, sums))
 
 
-def difference(first: ValidationSums, second: ValidationSums) -> Estimate:
-    """Loss per token of ``second`` minus that of ``first``, paired: what makes a document hard for both cancels.
+def combined(*terms: tuple[int, ValidationSums]) -> Estimate:
+    """Σ sign · loss per token, each a ratio Σ loss / Σ tokens, with the error of the whole.
 
-    Only samples that both have scored count. Token counts may differ (AR does not score the first token of a sample).
+    By linearisation of the ratios, clustered by document; of two validations it is paired: what makes a document hard for
+    both cancels. Where noise is drawn, products of the influences of *different* documents in one sample are added, since
+    one mask serves a sample (the second way of two-way clustering; Cameron, Gelbach and Miller, 2011); a negative sum of
+    them adds nothing.
 
-    Raises:
-        UserError: the two share no sample.
+    Args:
+        terms: (sign, sums), the sign 1 or −1.
     """
-    common = np.intersect1d(first.sample, second.sample)
-    require(
-        len(common),
-        "two validations without a common sample",
-        "a paired difference needs the same samples",
-        "validate both runs on the same data",
+    ratios = [float(part.loss.sum() / part.tokens.sum()) for _, part in terms]
+    influence = np.concatenate(
+        [sign * (part.loss - ratio * part.tokens) / part.tokens.sum() for (sign, part), ratio in zip(terms, ratios)]
     )
-    return _estimate(second.take(np.isin(second.sample, common)), first.take(np.isin(first.sample, common)))
-
-
-def document_bootstrap(
-    sums: ValidationSums, other: ValidationSums | None = None, *, num_resamples: int = 1000, seed: int = 0
-) -> Array:
-    """Loss per token, or its difference to ``other``, of resamples of whole documents; [num_resamples] float64.
-
-    Slow, with no assumption but that documents are independent: the check of the errors above.
-    """
-    names, tables = np.unique(sums.document), []
-    for part in (sums,) if other is None else (sums, other):
-        index = np.searchsorted(names, part.document)
-        tables.append([np.bincount(index, value, len(names)) for value in (part.loss, part.tokens)])
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), num_resamples)
-    ratios = [(counts @ loss) / (counts @ tokens) for loss, tokens in tables]
-    return ratios[0] if other is None else ratios[0] - ratios[1]
-
-
-def t_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t at ``degrees`` ≥ 1 of freedom (any real number; else NaN), to 1e-4 of itself.
-
-    With t = √ν·tan θ the density of θ is cos^(ν − 1) θ, which is smooth, so that a fine table of its integral is enough.
-    """
-    if not degrees >= 1:
-        return math.nan
-    if degrees > 1e6:
-        return NormalDist().inv_cdf(probability)
-    theta = np.linspace(0.0, min(math.pi / 2, 40 / math.sqrt(degrees)), 20_001)
-    density = np.cos(theta) ** (degrees - 1)
-    mass = np.append(0.0, np.cumsum(density[1:] + density[:-1]))
-    angle = np.interp(abs(2 * probability - 1) * mass[-1], mass, theta)
-    return math.copysign(math.sqrt(degrees) * math.tan(angle), probability - 0.5)
+    weight = np.concatenate([part.tokens / part.tokens.sum() / len(terms) for _, part in terms])
+    document = np.concatenate([part.document for _, part in terms])
+    sample = np.concatenate([part.sample for _, part in terms])
+    variance, num_documents, degrees = _clustered(influence, weight, document)
+    if any(part.draws for _, part in terms):
+        by_sample = np.bincount(np.unique(sample, return_inverse=True)[1].ravel(), influence)
+        by_pair = np.bincount(_pairs(sample, document)[1], influence)
+        variance += max(0.0, float(np.sum(by_sample**2) - np.sum(by_pair**2)))
+    value = sum(sign * ratio for (sign, _), ratio in zip(terms, ratios))
+    return Estimate(value, math.sqrt(variance), num_documents, degrees)
 
 
 def fingerprint(tokens: ArrayLike) -> bytes:
@@ -248,24 +158,6 @@ def half_of(document_fingerprint: bytes | str) -> Half:
     return "selection" if digest[0] & 1 else "report"
 
 
-def _estimate(sums: ValidationSums, minus: ValidationSums | None) -> Estimate:
-    """Ratio of ``sums``, less that of ``minus``, with the error of the whole."""
-    parts = [(sums, 1.0)] + ([] if minus is None else [(minus, -1.0)])
-    ratios = [float(part.loss.sum() / part.tokens.sum()) for part, _ in parts]
-    influence = np.concatenate(
-        [sign * (part.loss - ratio * part.tokens) / part.tokens.sum() for (part, sign), ratio in zip(parts, ratios)]
-    )
-    weight = np.concatenate([part.tokens / part.tokens.sum() / len(parts) for part, _ in parts])
-    document = np.concatenate([part.document for part, _ in parts])
-    sample = np.concatenate([part.sample for part, _ in parts])
-    value = ratios[0] - (0.0 if minus is None else ratios[1])
-    has_noise = any(part.draws for part, _ in parts)
-    variance, num_documents, degrees = _clustered(influence, weight, document)
-    if has_noise:
-        variance += max(0.0, _sample_noise(influence, document, sample))
-    return Estimate(value, math.sqrt(variance), num_documents, degrees, has_noise)
-
-
 def _clustered(influence: Array, weight: Array, cluster: Array) -> tuple[float, int, float]:
     """Variance of Σ influence with independent clusters, their number, and its degrees of freedom.
 
@@ -281,9 +173,8 @@ def _clustered(influence: Array, weight: Array, cluster: Array) -> tuple[float, 
     return variance, len(sums), max(1.0, float(1 / np.sum(share**2)) - 1)
 
 
-def _sample_noise(influence: Array, document: Array, sample: Array) -> float:
-    """What a common mask adds: products of the influences of *different* documents in one sample (the second way of
-    two-way clustering; Cameron, Gelbach and Miller, 2011). May come out negative, and then adds nothing."""
-    by_sample = np.bincount(np.unique(sample, return_inverse=True)[1].ravel(), influence)
-    pairs = np.unique(np.stack([sample, document]), axis=1, return_inverse=True)[1].ravel()
-    return float(np.sum(by_sample**2) - np.sum(np.bincount(pairs, influence) ** 2))
+def _pairs(sample: ArrayLike, document: ArrayLike) -> tuple[Array, Array, Array]:
+    """The distinct (sample, document), int32 [2, pairs]; the pair of every entry; how many entries a pair has."""
+    entries = np.stack([np.ravel(sample), np.ravel(document)]).astype(np.int32)
+    pairs, index, counts = np.unique(entries, axis=1, return_inverse=True, return_counts=True)
+    return pairs, index.ravel(), counts

@@ -117,29 +117,28 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_folder_is_replaced_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_folder_is_never_replaced(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     target.mkdir()
     (target / "mine").write_text("mine")
     with pytest.raises(UserError, match=r"folder exists and is not empty; a finished folder is never overwritten"):
         _make_folder(target)
     assert (target / "mine").read_text() == "mine"
-    rename = Path.rename
-
-    def refuse_new(self: Path, to: Path) -> Path:
-        if self.suffix == ".tmp":
-            raise OSError("stale file handle")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", refuse_new)
-    with pytest.raises(Failure, match="stale file handle"), replace_folder(target, replace=True) as folder:
-        (folder / "a").write_text("a")
-    monkeypatch.undo()
-    assert [path.name for path in target.iterdir()] == ["mine"]
-    with replace_folder(target, replace=True) as folder:
-        (folder / "a").write_text("a")
+    assert os.listdir(tmp_path) == ["folder"]
+    (target / "mine").unlink()
+    _make_folder(target)
     assert [path.name for path in target.iterdir()] == ["a"]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: Path) -> None:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(Failure, match="stale file handle"):
+        _make_folder(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_leftovers_are_removed_when_old_enough(tmp_path: Path) -> None:
@@ -150,6 +149,5 @@ def test_leftovers_are_removed_when_old_enough(tmp_path: Path) -> None:
     os.utime(old, (0, 0))
     os.utime(other, (0, 0))
     (tmp_path / "a").write_text("finished")
-    assert remove_leftovers(tmp_path, name="a") == [old]
-    assert remove_leftovers(tmp_path, name="a", older_than_seconds=0) == [young]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", other.name])
+    remove_leftovers(tmp_path, name="a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a", young.name, other.name])

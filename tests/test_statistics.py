@@ -7,16 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from megatron.errors import UserError
-from megatron.statistics import (
-    ValidationSums,
-    difference,
-    document_bootstrap,
-    fingerprint,
-    half_of,
-    mean_loss,
-    t_quantile,
-)
+from megatron.runs.sums import difference, reach
+from megatron.statistics import ValidationSums, fingerprint, half_of, mean_loss
 
 SEQ = 64
 
@@ -37,6 +29,20 @@ def validate(owner, effects, seed: int, *, level: float = 3.0, mask: float = 0.0
     return ValidationSums.of_tokens(np.arange(len(owner)), owner, loss, draws=int(mask > 0))
 
 
+def document_bootstrap(sums: ValidationSums, other: ValidationSums | None = None) -> np.ndarray:
+    """Loss per token, or its difference to ``other``, of resamples of whole documents; [4000] float64.
+
+    Slow, with no assumption but that documents are independent: the check of the errors.
+    """
+    names, tables = np.unique(sums.document), []
+    for part in (sums,) if other is None else (sums, other):
+        index = np.searchsorted(names, part.document)
+        tables.append([np.bincount(index, value, len(names)) for value in (part.loss, part.tokens)])
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), 4000)
+    ratios = [(counts @ loss) / (counts @ tokens) for loss, tokens in tables]
+    return ratios[0] if other is None else ratios[0] - ratios[1]
+
+
 def test_error_equals_a_document_bootstrap():
     """Strong document effects, and documents that span samples: within 10 %, as the paired difference is."""
     owner, effects = corpus(0, documents=400)
@@ -44,11 +50,11 @@ def test_error_equals_a_document_bootstrap():
     first, second = validate(owner, effects, 2), validate(owner, effects + shifts, 3)
     assert np.unique(first.document, return_counts=True)[1].max() > 1, "documents must span samples"
     error = mean_loss(first).error
-    assert error == pytest.approx(document_bootstrap(first, num_resamples=4000).std(), rel=0.1)
+    assert error == pytest.approx(document_bootstrap(first).std(), rel=0.1)
     samples = np.array([first.loss[first.sample == i].sum() / SEQ for i in np.unique(first.sample)])
     assert error > 1.2 * samples.std(ddof=1) / math.sqrt(len(samples)), "samples of one document err together"
     paired = difference(first, second)
-    assert paired.error == pytest.approx(document_bootstrap(second, first, num_resamples=4000).std(), rel=0.1)
+    assert paired.error == pytest.approx(document_bootstrap(second, first).std(), rel=0.1)
     assert paired.error < 0.8 * math.hypot(error, mean_loss(second).error)
     assert paired.value == pytest.approx(mean_loss(second).value - mean_loss(first).value)
 
@@ -67,8 +73,7 @@ def test_intervals_hold_the_truth(documents, median, mask):
         first = validate(owner, effects, 20_000 + draw)
         second = validate(owner, effects + shifts, 30_000 + draw, mask=mask)
         for index, (estimate, truth) in enumerate(((mean_loss(second), 3.1), (difference(first, second), 0.1))):
-            low, high = estimate.interval()
-            inside[index] += low <= truth <= high
+            inside[index] += abs(estimate.value - truth) <= reach(estimate)
     assert np.all((inside >= 930) & (inside <= 970)), inside
 
 
@@ -80,7 +85,7 @@ def test_documents_of_one_length_give_the_textbook_error():
     assert estimate.value == pytest.approx(means.mean())
     assert estimate.error == pytest.approx(means.std(ddof=1) / math.sqrt(12))
     assert estimate.degrees == pytest.approx(11)
-    assert estimate.interval()[1] - estimate.value == pytest.approx(2.200985 * estimate.error, rel=1e-5)
+    assert reach(estimate) == pytest.approx(2.200985 * estimate.error, rel=1e-5)
 
 
 def test_repeated_samples_do_not_shrink_the_error():
@@ -101,8 +106,6 @@ def test_draws_of_a_sample_are_averaged():
     )
     assert mean_loss(together).value == pytest.approx(np.mean([mean_loss(draw).value for draw in draws]))
     assert mean_loss(together).error < min(mean_loss(draw).error for draw in draws)
-    assert "noise draws" in mean_loss(together).meaning
-    assert "noise" not in mean_loss(validate(owner, effects, 0)).meaning
 
 
 def test_order_of_entries_and_split_over_ranks_do_not_matter():
@@ -127,58 +130,11 @@ def test_tokens_without_a_document_are_not_counted():
     assert mean_loss(sums).value == pytest.approx(8 / 3)
 
 
-def test_differences_take_common_samples_and_other_token_counts():
-    """AR does not score the first token of a sample, so that counts differ by one."""
-    owner, effects = corpus(0, documents=40)
-    first = validate(owner, effects, 1)
-    later = owner.copy()
-    later[:, 0] = -1
-    second = ValidationSums.of_tokens(np.arange(len(owner)), later, np.full(owner.shape, 2.0))
-    assert difference(first, second.take(second.sample < 10)).value == pytest.approx(
-        2.0 - mean_loss(first.take(first.sample < 10)).value
-    )
-    with pytest.raises(UserError, match="without a common sample"):
-        difference(first.take(first.sample < 5), second.take(second.sample >= 5))
-
-
 def test_one_document_says_nothing_about_others():
     sums = ValidationSums.collect([0, 1], [0, 0], [10, 10], [30.0, 31.0])
     assert mean_loss(sums).value == pytest.approx(3.05)
     assert math.isnan(mean_loss(sums).error)
-    assert math.isnan(mean_loss(sums).interval()[0])
-
-
-def test_sums_survive_the_file(tmp_path):
-    owner, effects = corpus(0, documents=2000)
-    sums = validate(owner, effects, 1, mask=1.0).with_halves(np.arange(2000) % 2 == 0)
-    sums.save(tmp_path / "step00000040.npz")
-    again = ValidationSums.load(tmp_path / "step00000040.npz")
-    assert mean_loss(again) == mean_loss(sums)
-    assert again.draws == 1
-    assert [array.dtype for array in (again.sample, again.document, again.tokens, again.loss)] == [
-        np.int32, np.int32, np.int32, np.float64,
-    ]  # fmt: skip
-    np.testing.assert_array_equal(again.in_selection, sums.in_selection)
-    assert [path.name for path in tmp_path.iterdir()] == ["step00000040.npz"]
-    assert (tmp_path / "step00000040.npz").stat().st_size < 16 * len(sums.loss)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "other", "lengths"])
-def test_a_damaged_file_is_named(tmp_path, damage):
-    file = tmp_path / "step1.npz"
-    ValidationSums.collect([0, 1], [0, 1], [3, 4], [1.0, 2.0]).save(file)
-    data = bytearray(file.read_bytes())
-    if damage == "cut":
-        file.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        data[60] ^= 255
-        file.write_bytes(data)
-    elif damage == "other":
-        np.savez(file, a=np.zeros(3))
-    else:
-        np.savez(file, sample=[0, 1], document=[0], tokens=[1, 1], loss=[1.0, 1.0], draws=0)
-    with pytest.raises(UserError, match=r"step1\.npz"):
-        ValidationSums.load(file)
+    assert math.isnan(reach(mean_loss(sums)))
 
 
 def test_halves_are_a_function_of_the_document_alone():
@@ -189,28 +145,3 @@ def test_halves_are_a_function_of_the_document_alone():
     assert halves.count("selection") == pytest.approx(2000, abs=4 * math.sqrt(1000))
     assert half_of("a document") in ("selection", "report")
     assert [half_of(bytes([value])) for value in range(4)] == ["report", "report", "selection", "selection"], "for ever"
-
-
-def test_halves_of_sums_hold_whole_documents():
-    owner, effects = corpus(0, documents=50)
-    sums = validate(owner, effects, 1)
-    assert sums.halves() is None
-    chosen = np.arange(50) < 20
-    halves = sums.with_halves(chosen).halves()
-    assert halves is not None
-    assert set(halves[0].document) == set(range(20)) & set(sums.document)
-    assert halves[0].loss.sum() + halves[1].loss.sum() == pytest.approx(sums.loss.sum())
-    assert sums.with_halves(np.ones(50, bool)).halves() is None, "an empty half decides nothing"
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"), [(1, 12.7062), (2, 4.30265), (10, 2.228139), (100, 1.983972), (1e9, 1.959964)]
-)
-def test_t_quantiles(degrees, expected):
-    assert t_quantile(0.975, degrees) == pytest.approx(expected, rel=1e-5)
-    assert t_quantile(0.025, degrees) == pytest.approx(-expected, rel=1e-5)
-
-
-def test_t_quantile_between_integers_and_below_one():
-    assert t_quantile(0.975, 3) < t_quantile(0.975, 2.5) < t_quantile(0.975, 2)
-    assert math.isnan(t_quantile(0.975, 0.5))

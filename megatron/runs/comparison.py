@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron.runs.counts import format_count
 from megatron.runs.run import Result, Run, Validation
-from megatron.statistics import ValidationSums, difference, t_quantile
+from megatron.runs.sums import difference, halves, reach
+from megatron.statistics import ValidationSums
 
 FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit"})
 """Objectives that score all S tokens of a sample given nothing; the others score S tokens given the one before."""
@@ -169,8 +170,7 @@ def _gap(
     value = second.nll - first.nll
     if sums[0] is not None and sums[1] is not None and len(set(sums[0].sample) & set(sums[1].sample)):
         paired = difference(sums[0], sums[1])
-        reach = t_quantile(0.975, paired.degrees) * paired.error
-        return Gap(paired.value, paired.error, reach, f"paired over {paired.num_documents:,} documents")
+        return Gap(paired.value, paired.error, reach(paired), f"paired over {paired.num_documents:,} documents")
     error = math.hypot(*(row.nll_se if math.isfinite(row.nll_se) else 0.0 for row in (first, second)))
     return Gap(value, error, 2 * error, "from two errors added, as if the runs were judged on different samples")
 
@@ -179,5 +179,5 @@ def _result_sums(run: Run, result: Result) -> ValidationSums | None:
     sums = run.sums(result.row)
     if sums is None or not result.chosen_apart:
         return sums
-    halves = sums.halves()
-    return None if halves is None else halves[1]
+    split = halves(sums)
+    return None if split is None else split[1]

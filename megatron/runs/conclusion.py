@@ -14,8 +14,7 @@ from megatron.runs.comparison import (
 )
 from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, differences
-from megatron.runs.run import Run
-from megatron.statistics import OVER_SAMPLES
+from megatron.runs.run import OVER_SAMPLES, Run
 
 
 def conclusion(runs: Sequence[Run]) -> list[str]:

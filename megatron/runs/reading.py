@@ -17,8 +17,7 @@ from typing import Any
 
 from megatron.errors import UserError
 from megatron.runs.record import parse_line
-from megatron.runs.run import Run, Validation
-from megatron.statistics import OVER_SAMPLES
+from megatron.runs.run import OVER_SAMPLES, Run, Validation
 
 __all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
 

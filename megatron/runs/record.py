@@ -23,6 +23,7 @@ from megatron.files import replace_file
 FORMAT = 1
 METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
+OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class ValidRow:
     bits_per_byte: float | None
     best: bool
     num_documents: int | None = None
-    se_kind: str = "samples"
+    se_kind: str = OVER_DOCUMENTS
     estimator: str = ""
     data: str = ""
     sums: str | None = None

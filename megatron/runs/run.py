@@ -12,7 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron.runs.counts import format_count
-from megatron.statistics import OVER_DOCUMENTS, OVER_SAMPLES, ValidationSums, mean_loss
+from megatron.runs.record import OVER_DOCUMENTS
+from megatron.runs.sums import halves, load_sums
+from megatron.statistics import ValidationSums, mean_loss
+
+OVER_SAMPLES = "samples"
+"""``se_kind`` of older records, which took samples for independent: too small where they share documents."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,10 @@ class Run:
         best = self.best
         if best is None:
             return None
-        halves = [(row, sums.halves()) for row in self.valid if (sums := self.sums(row)) is not None]
-        if len(halves) < len(self.valid) or any(half is None for _, half in halves):
+        split = [(row, halves(sums)) for row in self.valid if (sums := self.sums(row)) is not None]
+        if len(split) < len(self.valid) or any(half is None for _, half in split):
             return Result(best, best.nll, best.nll_se, best.error_unit)
-        row, half = min(halves, key=lambda item: mean_loss(item[1][0]).value)  # type: ignore[index]
+        row, half = min(split, key=lambda item: mean_loss(item[1][0]).value)  # type: ignore[index]
         assert half is not None
         reported = mean_loss(half[1])
         return Result(row, reported.value, reported.error, f"{reported.num_documents:,} documents", chosen_apart=True)
@@ -199,7 +204,7 @@ class Run:
         """The sums kept beside a validation; None where there are none of just this number, and for a mean of runs."""
         if self.seeds or row.sums is None or not (self.path / row.sums).is_file():
             return None
-        sums = ValidationSums.load(self.path / row.sums)
+        sums = load_sums(self.path / row.sums)
         return sums if math.isclose(mean_loss(sums).value, row.nll, rel_tol=1e-4) else None
 
     @property

@@ -19,10 +19,10 @@ import numpy as np
 
 from megatron.errors import UserError
 from megatron.files import replace_file
+from megatron.runs.sums import t_quantile
 from megatron.scaling.interval import Interval
 from megatron.scaling.laws import LAWS, Law, Points, Reference
 from megatron.scaling.solve import Problem, minimize
-from megatron.statistics import t_quantile
 
 Array = np.ndarray
 FORMAT = 1

@@ -19,7 +19,7 @@ from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exa
 from megatron.parallel.connection import Connection
 from megatron.runs.provenance import this_attempt
 from megatron.runs.record import ValidRow, write_evaluation
-from megatron.statistics import OVER_DOCUMENTS, ValidationSums, mean_loss
+from megatron.statistics import ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.observer import Observer
 from megatron.training.plan import Plan
@@ -174,7 +174,6 @@ class Validator:
             "num_mc": draws,
             "num_samples": sums.num_samples,
             "num_documents": sums.num_documents,
-            "se_kind": OVER_DOCUMENTS,
             **likelihood_fields(estimate.value, label=label, bytes_per_token=self._dataset.text_bytes_per_token),
         }
 

@@ -10,6 +10,7 @@ import pytest
 from megatron.runs.comparison import comparisons, conditioning_gap, gap_between, overfitting, plus_minus, summary_row
 from megatron.runs.conclusion import conclusion
 from megatron.runs.reading import find_runs, load_run
+from megatron.runs.sums import halves as split_halves
 from runs.synthetic_runs import write_run, write_sums
 
 
@@ -97,7 +98,7 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     folder = write_run(tmp_path / "ar", "ar", epochs=20)
     write_sums(folder, shift=0.3, halves=True)
     run = load_run(folder)
-    halves = [run.sums(row).halves() for row in run.valid]
+    halves = [split_halves(run.sums(row)) for row in run.valid]
     chosen = min(range(len(halves)), key=lambda index: halves[index][0].loss.sum())
     report = halves[chosen][1]
     assert run.result is not None

@@ -17,7 +17,8 @@ from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
 from megatron.runs.record import RunRecord, ValidRow
-from megatron.statistics import ValidationSums, mean_loss
+from megatron.runs.sums import load_sums
+from megatron.statistics import mean_loss
 from megatron.training.resolve import resolve
 
 OLD = Path(__file__).parents[1] / "golden" / "run_v1"
@@ -162,7 +163,7 @@ def test_an_evaluation_lies_beside_the_run_that_it_judges(start: Start, tmp_path
     assert (found["checkpoint"], found["run_id"], found["objective"]) == ("global_step2", record(run_dir).run_id, "mdm")
     assert found["protocol"]["num_mc"] == 2 and found["protocol"]["valid"][0]["idx_sha256"]
     row = ValidRow(**found["result"])
-    estimate = mean_loss(ValidationSums.load(path.with_suffix(".npz")))
+    estimate = mean_loss(load_sums(path.with_suffix(".npz")))
     assert (row.nll, row.nll_se) == (estimate.value, estimate.error) and row.se_kind == "documents"
     assert jobs.records(run_dir)[2]["epoch"] == row.epoch
 
