@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron.errors import Failure, UserError
-from megatron.files import replace_file
+from megatron.files import replace_file, sha256_of
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -51,15 +52,6 @@ class Fragment:
         return f"{self.kind}/{self.name}/{self.tp_rank}-{self.tp_size}/{self.start}"
 
 
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file to the disk, with the permissions that the umask gives (the library makes 0600).
 
@@ -81,23 +73,37 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict
         ) from error
 
 
-def step_of(tag: Path) -> int | None:
-    """The step in the name of a tag; None where it is no name of a tag."""
-    match = re.fullmatch(r"global_step([0-9]{1,18})", tag.name)
-    return int(match.group(1)) if match else None
+def step_of(tag: str | Path) -> int:
+    """The step in the name of a tag; −1 where it is no name of a tag."""
+    match = re.fullmatch(r"global_step([0-9]{1,18})", Path(tag).name)
+    return int(match.group(1)) if match else -1
 
 
 def tag_folders(run_dir: Path) -> list[Path]:
     """Folders of a run that are named like a tag, complete or not, highest step first."""
-    tags = [path for path in run_dir.glob("global_step*") if step_of(path) is not None and path.is_dir()]
-    return sorted(tags, key=lambda path: step_of(path) or 0, reverse=True)
+    tags = [path for path in run_dir.glob("global_step*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(tags, key=step_of, reverse=True)
+
+
+def name_in(file: Path) -> str | None:
+    """What a file such as ``latest`` says; None without it."""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+
+
+def delete_tag(folder: Path) -> None:
+    """Delete a tag, its manifest first: half-deleted it is no checkpoint.
+
+    Raises:
+        OSError: not all of it could be deleted.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def write_manifest(tag: Path, manifest: Mapping[str, Any]) -> None:
     """Write a manifest, sealed with a checksum of its own content."""
     content = json.loads(json.dumps({**manifest, "format": FORMAT}))
-    content.pop(SEAL, None)
-    replace_file(tag / MANIFEST, json.dumps({**content, SEAL: _content_checksum(content)}, indent=1))
+    replace_file(tag / MANIFEST, json.dumps({**content, SEAL: _seal_of(content)}, indent=1))
 
 
 def read_manifest(tag: Path) -> dict[str, Any]:
@@ -125,11 +131,9 @@ def read_manifest(tag: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format {version!r}", f"this version reads 1 to {FORMAT}", "update the project, or load another"
         )
-    if version > 1 or SEAL in manifest:
-        content = {key: value for key, value in manifest.items() if key != SEAL}
-        if manifest.get(SEAL) != _content_checksum(content):
-            raise _damaged(path, "fails its own checksum")
-    if wrong := [name for name, holds in _FIELDS.items() if not holds(manifest.get(name))]:
+    if (version > 1 or SEAL in manifest) and manifest.get(SEAL) != _seal_of(manifest):
+        raise _damaged(path, "fails its own checksum")
+    if wrong := [name for name, is_valid in _FIELDS.items() if not _holds(is_valid, manifest.get(name))]:
         raise _damaged(path, f"holds no valid {', '.join(wrong)}")
     return manifest
 
@@ -153,14 +157,15 @@ def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool =
                 yield f"{name} is missing"
             elif path.stat().st_size != expected["bytes"]:
                 yield f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            elif checksums and file_checksum(path) != expected["sha256"]:
+            elif checksums and sha256_of(path) != expected["sha256"]:
                 yield f"{name} fails its checksum"
         except OSError as error:
             yield f"{name} cannot be read ({error.strerror or error})"
 
 
-def _content_checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of a JSON value, whatever its layout on the page."""
+def _seal_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all but the seal, whatever its layout on the page."""
+    content = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -170,40 +175,37 @@ def _damaged(path: Path, how: str) -> UserError:
     )
 
 
+def _holds(is_valid: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a value passes its check; one of another type fails in it."""
+    try:
+        return is_valid(value)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return False
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
 def _is_config(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+    return all(isinstance(section, dict) for section in value.values())
 
 
 def _is_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_tensor(tensor) for tensor in value.values())
+    return all(_is_tensor(tensor["shape"], tensor["dim"], tensor["blocks"]) for tensor in value.values())
 
 
-def _is_tensor(value: Any) -> bool:
-    """Whether this describes a :class:`ShardSpec`."""
-    if not isinstance(value, dict) or not isinstance(value.get("shape"), list):
-        return False
-    shape, dim, blocks = value["shape"], value.get("dim"), value.get("blocks")
-    if not (isinstance(blocks, list) and all(_is_count(number) for number in [*shape, *blocks])):
-        return False
-    return dim is None or (_is_count(dim) and dim < len(shape) and sum(blocks) == shape[dim])
+def _is_tensor(shape: Any, dim: Any, blocks: Any) -> bool:
+    """Whether these are the fields of a :class:`ShardSpec`."""
+    is_counted = isinstance(shape, list) and isinstance(blocks, list) and all(map(_is_count, [*shape, *blocks]))
+    return is_counted and (dim is None or (_is_count(dim) and sum(blocks) == shape[dim]))
 
 
 def _is_files(value: Any) -> bool:
     """Whether these are plain names with sizes and checksums, at least one."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(
-            Path(name).name == name
-            and isinstance(file, dict)
-            and _is_count(file.get("bytes"))
-            and isinstance(file.get("sha256"), str)
-            for name, file in value.items()
-        )
+    return bool(value) and all(
+        Path(name).name == name and _is_count(file["bytes"]) and isinstance(file["sha256"], str)
+        for name, file in value.items()
     )
 
 

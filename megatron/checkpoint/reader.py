@@ -18,21 +18,21 @@ from megatron.parallel.sharding import ShardSpec
 KEY = re.compile(r"([^/]+)/(.+)/([0-9]+)-([0-9]+)/([0-9]+)")  # see Fragment.key
 
 
-def fill_from_full(fragment: Fragment, full: torch.Tensor, spec: ShardSpec) -> None:
-    """Cut ``fragment.data`` out of a whole tensor."""
-    shard = spec.shard(full, fragment.tp_rank, fragment.tp_size).reshape(-1)
-    fragment.data.copy_(shard[fragment.start : fragment.start + fragment.data.numel()])
-
-
 class CheckpointReader:
-    """Reads tensors, or ranges of shards, of one tag. Files are mapped, so a rank reads only what it asks for."""
+    """Reads tensors, or ranges of shards, of one tag. Files are mapped, so a rank reads only what it asks for.
+
+    Attributes:
+        path, manifest, config: of the tag.
+        specs: whole shape and split of every tensor, by name.
+        replaced: whole weights, fp32, that are read in place of the saved ones.
+    """
 
     def __init__(self, tag: Path) -> None:
         """Args:
         tag: folder with a manifest.
 
         Raises:
-            ValueError: no manifest, or one of another format.
+            UserError: no manifest, one of another format, or a shard that cannot be read.
         """
         self.path = Path(tag)
         self.manifest = read_manifest(self.path)
@@ -41,6 +41,7 @@ class CheckpointReader:
             name: ShardSpec(tuple(t["shape"]), t["dim"], tuple(t["blocks"]))
             for name, t in self.manifest["tensors"].items()
         }
+        self.replaced: dict[str, torch.Tensor] = {}
         self._files: dict[str, Any] = {}
         self._index: dict[tuple[str, str, int], list[tuple[int, str, str]]] = {}
         self._tp_sizes: dict[tuple[str, str], int] = {}
@@ -50,8 +51,10 @@ class CheckpointReader:
         """A whole tensor, fp32, on the CPU.
 
         Raises:
-            ValueError: the checkpoint does not hold it.
+            UserError: the checkpoint does not hold it.
         """
+        if kind == "weight" and name in self.replaced:
+            return self.replaced[name]
         spec, tp_size = self._spec(name), self._tp_size(name, kind)
         shape = spec.local_shape(tp_size)
         numel = int(torch.Size(shape).numel())
@@ -61,13 +64,14 @@ class CheckpointReader:
 
     def read(self, fragment: Fragment) -> None:
         """Fill ``fragment.data`` from the checkpoint, whatever layout wrote it."""
-        spec, numel = self._spec(fragment.name), fragment.data.numel()
-        saved_tp_size = self._tp_size(fragment.name, fragment.kind)
-        if spec.dim is None or saved_tp_size == fragment.tp_size:
+        name, kind, data = fragment.name, fragment.kind, fragment.data
+        spec = self._spec(name)
+        if name not in self.replaced and (spec.dim is None or self._tp_size(name, kind) == fragment.tp_size):
             rank = 0 if spec.dim is None else fragment.tp_rank
-            fragment.data.copy_(self._flat(fragment.kind, fragment.name, rank, fragment.start, numel))
+            data.copy_(self._flat(kind, name, rank, fragment.start, data.numel()))
         else:
-            fill_from_full(fragment, self.tensor(fragment.name, fragment.kind), spec)
+            shard = spec.shard(self.tensor(name, kind), fragment.tp_rank, fragment.tp_size).reshape(-1)
+            data.copy_(shard[fragment.start : fragment.start + data.numel()])
 
     def _spec(self, name: str) -> ShardSpec:
         if name not in self.specs:

@@ -7,16 +7,26 @@ tried on its own; one that cannot be used is skipped with words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, damaged_files, read_manifest, step_of, tag_folders
-from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.warm_start import AutoregressiveStart
-from megatron.config.schema import Config
-from megatron.errors import UserError
+from megatron.checkpoint.files import (
+    LATEST,
+    MANIFEST,
+    NEXT,
+    damaged_files,
+    name_in,
+    read_manifest,
+    step_of,
+    tag_folders,
+)
+from megatron.errors import UserError, require
 from megatron.parallel.context import ParallelContext
+
+# A folder to try, and ""; or a file that names none, and why.
+_Candidate = tuple[Path, str]
 
 
 @dataclass(frozen=True)
@@ -25,29 +35,18 @@ class Selection:
 
     Attributes:
         tag: folder of the checkpoint, or None where the folder holds none and a run starts fresh.
-        manifest: that of the tag.
-        skipped: name and reason of everything newer that was passed over.
+        manifest: that of the tag; empty without one.
+        skipped: what was passed over though it is newer, each with its reason.
     """
 
     tag: Path | None = None
-    manifest: dict[str, Any] | None = None
-    skipped: tuple[tuple[str, str], ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def warning(self) -> str | None:
         """One line about what was skipped, or None."""
-        if not self.skipped:
-            return None
-        return "warning: skipped checkpoints: " + "; ".join(f"{name} ({reason})" for name, reason in self.skipped)
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A folder to try, or (``path`` None) something that names none, and why."""
-
-    name: str
-    path: Path | None = None
-    reason: str = ""
+        return f"warning: skipped checkpoints: {'; '.join(self.skipped)}" if self.skipped else None
 
 
 def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) -> Selection:
@@ -62,10 +61,8 @@ def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) 
         UserError: the tag asked for cannot be used, or none of several can; each is listed with its reason.
     """
 
-    def complaints(path: Path) -> list[str]:
-        return _complaints(path, checksums=checksums)
-
-    return _first_usable(Path(load), _candidates(Path(load), tag), complaints)
+    load = Path(load)
+    return _first_usable(load, _candidates(load, tag), partial(_complaints, checksums=checksums))
 
 
 def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelContext) -> Selection:
@@ -79,44 +76,55 @@ def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelCont
         own = _complaints(path, part=context.rank, parts=context.world_size)
         return list(dict.fromkeys(complaint for part in context.gather_objects(own) for complaint in part))
 
-    return _first_usable(Path(load), _from_first_rank(_candidates(Path(load), tag), context), complaints)
-
-
-def named_tag(run_dir: Path) -> Path | None:
-    """The folder that ``latest`` names (or will, once an interrupted save is completed); it need not be there."""
-    found = _named(run_dir)
-    return None if found is None else found.path
+    load = Path(load)
+    candidates: list[_Candidate] = []
+    error: Exception | None = None
+    if context.is_first_rank:  # file systems may show the others different folders
+        try:
+            candidates = list(_candidates(load, tag))
+        except (UserError, OSError) as refused:
+            error = refused
+    candidates, error = context.gather_objects((candidates, error))[0]
+    if error is not None:
+        raise error
+    return _first_usable(load, candidates, complaints)
 
 
 def newest_first(run_dir: Path) -> list[Path]:
     """Folders of tags from the newest on: that of ``latest``, unreadable ones (to be said), then by time of writing."""
-    named = named_tag(run_dir)
+    named = _named(run_dir)
 
     def recency(path: Path) -> tuple[bool, bool, str, int]:
-        step = step_of(path) or 0
-        if path == named:
-            return True, True, "", step
+        if (path, "") == named:
+            return True, True, "", step_of(path)
         try:
-            return False, False, str(read_manifest(path).get("saved_at", "")), step  # format 1: by step
+            return False, False, str(read_manifest(path).get("saved_at", "")), step_of(path)  # format 1: by step
         except UserError:
-            return False, True, "", step
+            return False, True, "", step_of(path)
 
     return sorted(tag_folders(run_dir), key=recency, reverse=True)
 
 
 def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
     """What to try, in order."""
-    if (load / MANIFEST).is_file() or (step_of(load) is not None and load.is_dir() and not tag_folders(load)):
-        if tag not in (None, load.name):
-            raise UserError(
-                f"--load {load} is one checkpoint and --load-tag is {tag}", "one of them names it", "drop --load-tag"
-            )
-        yield _Candidate(load.name, load)
+    if (load / MANIFEST).is_file() or (step_of(load) >= 0 and load.is_dir() and not tag_folders(load)):
+        require(
+            tag in (None, load.name),
+            f"--load {load} is one checkpoint and --load-tag is {tag}",
+            "one of them names it",
+            "drop --load-tag",
+        )
+        yield load, ""
         return
     if tag not in (None, LATEST):
-        if Path(str(tag)).name != tag:
-            raise UserError(f"--load-tag {tag}", "it is the name of a folder in --load", "pass such as global_step100")
-        yield _Candidate(str(tag), load / str(tag))
+        name = str(tag)
+        require(
+            Path(name).name == name,
+            f"--load-tag {name}",
+            "it is the name of a folder in --load",
+            "pass such as global_step100",
+        )
+        yield load / name, ""
         return
     named = _named(load)
     if named is not None:
@@ -126,22 +134,20 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
             f"{load} has no file {LATEST}", "--load-tag latest reads it", "name the tag, or drop --load-tag"
         )
     if tag is None:
-        for path in newest_first(load):
-            if named is None or path != named.path:
-                yield _Candidate(path.name, path)
+        yield from ((path, "") for path in newest_first(load) if (path, "") != named)
 
 
 def _named(load: Path) -> _Candidate | None:
-    """What ``latest`` names; None without such a file."""
+    """What ``latest`` names (or will, once an interrupted save is completed); None without such a file."""
     for file in (load / NEXT, load / LATEST):
-        if not file.is_file():
+        text = name_in(file)
+        if text is None:
             continue
-        text = file.read_text(encoding="utf-8", errors="replace").strip()
-        path = load / text if step_of(Path(text)) is not None and Path(text).name == text else None
-        if file.name == LATEST and path is None:
-            return _Candidate(LATEST, None, f"it holds {text[:80]!r}, no name of a checkpoint of this project")
-        if path is not None and (file.name == LATEST or (path / MANIFEST).is_file()):
-            return _Candidate(path.name, path)
+        is_name = step_of(text) >= 0 and Path(text).name == text
+        if file.name == LATEST and not is_name:
+            return file, f"it holds {text[:80]!r}, no name of a checkpoint of this project"
+        if file.name == LATEST or (is_name and (load / text / MANIFEST).is_file()):
+            return load / text, ""
     return None
 
 
@@ -156,51 +162,20 @@ def _complaints(path: Path, *, part: int = 0, parts: int = 1, checksums: bool = 
 def _first_usable(
     load: Path, candidates: Iterable[_Candidate], complaints_of: Callable[[Path], list[str]]
 ) -> Selection:
-    skipped: list[tuple[str, str]] = []
-    for candidate in candidates:
-        complaints = [candidate.reason] if candidate.path is None else complaints_of(candidate.path)
-        if candidate.path is not None and not complaints:
-            if not skipped and candidate.path == named_tag(load):
-                skipped = _newer(load, candidate.path)
-            return Selection(candidate.path, read_manifest(candidate.path), tuple(skipped))
-        skipped.append((candidate.name, ", ".join(complaints)))
-    if skipped:
-        raise UserError(
-            f"no checkpoint in {load} can be used: " + "; ".join(f"{name} ({reason})" for name, reason in skipped),
-            "a checkpoint needs its manifest and every file as they were written",
-            "restore them, choose another --load or --load-tag, or convert with tools/convert_checkpoint.py",
-        )
+    skipped: list[str] = []
+    for path, reason in candidates:
+        complaints = [reason] if reason else complaints_of(path)
+        if complaints:
+            skipped.append(f"{path.name} ({', '.join(complaints)})")
+            continue
+        if not skipped and (path, "") == _named(load):  # later ones: somebody went back, or `latest` is damaged
+            later = [tag for tag in tag_folders(load) if step_of(tag) > step_of(path)]
+            skipped = [f"{tag.name} (`{LATEST}` names {path.name})" for tag in later]
+        return Selection(path, read_manifest(path), tuple(skipped))
+    require(
+        not skipped,
+        f"no checkpoint in {load} can be used: {'; '.join(skipped)}",
+        "a checkpoint needs its manifest and every file as they were written",
+        "restore them, choose another --load or --load-tag, or convert with tools/convert_checkpoint.py",
+    )
     return Selection()
-
-
-def _newer(load: Path, named: Path) -> list[tuple[str, str]]:
-    """Tags of later steps than the one that ``latest`` names: somebody went back, or the file is damaged."""
-    later = [path for path in tag_folders(load) if (step_of(path) or 0) > (step_of(named) or 0)]
-    return [(path.name, f"`{LATEST}` names {named.name}") for path in later]
-
-
-def _from_first_rank(candidates: Iterator[_Candidate], context: ParallelContext) -> Iterator[_Candidate]:
-    """The first rank's candidates, or its error, on every rank: file systems may show them different folders."""
-    while True:
-        item: _Candidate | Exception | None = None
-        if context.is_first_rank:
-            try:
-                item = next(candidates, None)
-            except (UserError, OSError) as error:
-                item = error
-        item = context.gather_objects(item)[0]
-        if isinstance(item, Exception):
-            raise item
-        if item is None:
-            return
-        yield item
-
-
-def open_checkpoint(tag: Path, config: Config, *, vocab_size: int) -> CheckpointReader | AutoregressiveStart:
-    """The checkpoint itself, or with a mask token where masked diffusion starts from a model that never used one."""
-    reader = CheckpointReader(tag)
-    mask_id, padded = config.objective.mask_token_id, config.model.padded_vocab_size
-    was_masked = reader.config.objective.mask_token_id is not None
-    if not config.run.finetune or was_masked or mask_id is None or padded is None:
-        return reader
-    return AutoregressiveStart(reader, vocab_size=vocab_size, mask_id=mask_id, padded_vocab_size=padded)

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, damaged_files, read_manifest, step_of, tag_folders
+from megatron.checkpoint.files import (
+    LATEST,
+    MANIFEST,
+    NEXT,
+    damaged_files,
+    delete_tag,
+    name_in,
+    read_manifest,
+    step_of,
+    tag_folders,
+)
 from megatron.checkpoint.select import newest_first
 from megatron.errors import Failure, UserError
 from megatron.files import replace_file
@@ -37,13 +47,10 @@ def set_back(run_dir: Path, tag: Path | None) -> list[str]:
     Raises:
         Failure: a folder could not be moved.
     """
-    if tag is not None and tag.resolve().parent != run_dir.resolve():
+    if tag is not None and (tag.resolve().parent != run_dir.resolve() or step_of(tag) < 0):
         return []
-    step = -1 if tag is None else step_of(tag)
-    if step is None:
-        return []
-    later = [path for path in tag_folders(run_dir) if (step_of(path) or 0) > step]
-    is_stale = tag is not None and _text(run_dir / LATEST) != tag.name
+    later = [path for path in tag_folders(run_dir) if tag is None or step_of(path) > step_of(tag)]
+    is_stale = tag is not None and name_in(run_dir / LATEST) != tag.name
     try:
         for path in later:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
@@ -80,10 +87,11 @@ def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> 
         except UserError:
             continue
     own = [tag for tag, run_id in known if run_id in (None, known[0][1])]  # format 1 had no run ids
-    lines = []
+    lines: list[str] = []
     for tag in own[max(1, keep_last) :]:
         if step_of(tag) not in keep:
-            lines += _attempt(lambda tag=tag: _delete_tag(tag), tag)  # type: ignore[misc]
+            with _errors_said(tag, lines):
+                delete_tag(tag)
     return lines
 
 
@@ -94,25 +102,31 @@ def sweep_leftovers(run_dir: Path) -> list[str]:
     (``.saving``, ``.replaced``, temporary files, half-deleted tags) are deleted where they hold nothing but our files.
     """
     lines: list[str] = []
-    named = _text(run_dir / NEXT)
+    named = name_in(run_dir / NEXT)
     for path in sorted(run_dir.glob("global_step*.*"), reverse=True):  # .saving before .replaced
         tag, ending = path.with_suffix(""), path.suffix
-        if ending not in (".saving", ".replaced") or step_of(tag) is None or not path.is_dir():
+        if ending not in (".saving", ".replaced") or step_of(tag) < 0 or not path.is_dir():
             continue
-        if not tag.exists() and (ending == ".replaced" or named == tag.name) and _is_complete(path):
-            lines += _attempt(lambda path=path, tag=tag: _restore(path, tag), path)  # type: ignore[misc]
-        else:
-            lines += _delete_if_own(path, "an interrupted save")
+        with _errors_said(path, lines):
+            if not tag.exists() and (ending == ".replaced" or named == tag.name) and _is_complete(path):
+                path.rename(tag)
+                lines.append(f"completed {tag}, which a killed save had left as {path.name}")
+            else:
+                lines.append(_delete_if_own(path, "an interrupted save"))
     if named is not None:
-        lines += _attempt(lambda: _complete_latest(run_dir, named), run_dir / NEXT)
-    latest = step_of(Path(_text(run_dir / LATEST) or ""))
+        with _errors_said(run_dir / NEXT, lines):
+            lines += _complete_latest(run_dir, named)
+    latest = step_of(name_in(run_dir / LATEST) or "")
     for tag in tag_folders(run_dir):
         # One without a manifest that is older than `latest` was being deleted; a later one is said when a tag is chosen.
-        if latest is not None and (step_of(tag) or 0) < latest and not (tag / MANIFEST).exists():
-            lines += _delete_if_own(tag, "a half-deleted checkpoint")
+        if step_of(tag) < latest and not (tag / MANIFEST).exists():
+            with _errors_said(tag, lines):
+                lines.append(_delete_if_own(tag, "a half-deleted checkpoint"))
     for path in sorted(run_dir.glob("*.tmp")):
         if OWN_TEMPORARY.fullmatch(path.name) and path.is_file():
-            lines += _attempt(lambda path=path: _unlink(path), path)  # type: ignore[misc]
+            with _errors_said(path, lines):
+                path.unlink()
+                lines.append(f"removed {path} (a temporary file)")
     return lines
 
 
@@ -124,53 +138,30 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def _restore(path: Path, tag: Path) -> str:
-    path.rename(tag)
-    return f"completed {tag}, which a killed save had left as {path.name}"
-
-
-def _unlink(path: Path) -> str:
-    path.unlink()
-    return f"removed {path} (a temporary file)"
-
-
-def _complete_latest(run_dir: Path, named: str) -> str | None:
-    if step_of(Path(named)) is None or not _is_complete(run_dir / named):
+def _complete_latest(run_dir: Path, named: str) -> list[str]:
+    if step_of(named) < 0 or not _is_complete(run_dir / named):
         (run_dir / NEXT).unlink()
-        return None
+        return []
     os.replace(run_dir / NEXT, run_dir / LATEST)
-    return f"`{LATEST}` names {named} now: its save was interrupted at the last moment"
+    return [f"`{LATEST}` names {named} now: its save was interrupted at the last moment"]
 
 
-def _delete_if_own(folder: Path, what: str) -> list[str]:
-    """Delete a folder of nothing but our files; another one is left, with a line."""
+def _delete_if_own(folder: Path, what: str) -> str:
+    """Delete a folder of nothing but our files; another one is left. Returns the line that says which."""
     foreign = sorted(path.name for path in folder.iterdir() if not OWN_FILE.fullmatch(path.name) or path.is_dir())
     if foreign:
-        return [f"left {folder} ({what}) alone: it holds {', '.join(foreign[:5])}"]
-
-    def delete() -> str:
-        _delete_tag(folder)
-        return f"removed {folder} ({what})"
-
-    return _attempt(delete, folder)
+        return f"left {folder} ({what}) alone: it holds {', '.join(foreign[:5])}"
+    delete_tag(folder)
+    return f"removed {folder} ({what})"
 
 
-def _delete_tag(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that a half-deleted tag is no checkpoint
-    shutil.rmtree(folder)
-
-
-def _attempt(action: Callable[[], str | None], path: Path) -> list[str]:
-    """Do it and return its line, or one that says why it was not possible."""
+@contextmanager
+def _errors_said(path: Path, lines: list[str]) -> Iterator[None]:
+    """Go on after an error of the operating system, with a line: tidying is no reason to end a run."""
     try:
-        line = action()
+        yield
     except OSError as error:
-        return [f"warning: {path} could not be removed or renamed ({error.strerror or error})"]
-    return [line] if line else []
-
-
-def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else None
+        lines.append(f"warning: {path} could not be removed or renamed ({error.strerror or error})")
 
 
 def _free_name(folder: Path, name: str) -> Path:

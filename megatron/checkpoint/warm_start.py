@@ -8,47 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.files import Fragment
-from megatron.checkpoint.reader import CheckpointReader, fill_from_full
-from megatron.errors import UserError
+from megatron.checkpoint.reader import CheckpointReader
+from megatron.config.schema import Config
+from megatron.errors import require
 
 VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
 
 
-class AutoregressiveStart:
-    """A :class:`CheckpointReader` of an autoregressive run that has a mask token.
+def open_checkpoint(tag: Path, config: Config, *, vocab_size: int) -> CheckpointReader:
+    """The checkpoint; with a mask token where masked diffusion starts from a model that never used one.
 
-    Attributes:
-        specs: of the new model; the vocabulary may have more rows than the checkpoint.
-    """
-
-    def __init__(self, reader: CheckpointReader, *, vocab_size: int, mask_id: int, padded_vocab_size: int) -> None:
-        """Args:
-        reader: the autoregressive checkpoint.
+    Args:
+        tag: folder of the checkpoint.
+        config: of the run that begins.
         vocab_size: vocabulary before padding.
-        mask_id: id of the mask token.
-        padded_vocab_size: rows of the new model.
-        """
-        self._reader = reader
-        self.path, self.manifest = reader.path, reader.manifest
+    """
+    reader = CheckpointReader(tag)
+    mask_id, padded = config.objective.mask_token_id, config.model.padded_vocab_size
+    was_masked = reader.config.objective.mask_token_id is not None
+    if config.run.finetune and not was_masked and mask_id is not None and padded is not None:
         own = {name: reader.tensor(name) for name in VOCABULARY_TENSORS if name in reader.specs}
-        self._changed = with_mask_embedding(
-            own, vocab_size=vocab_size, mask_id=mask_id, padded_vocab_size=padded_vocab_size
-        )
-        self.specs = dict(reader.specs)
-        for name, tensor in self._changed.items():
-            self.specs[name] = replace(self.specs[name], full_shape=tuple(tensor.shape), blocks=(padded_vocab_size,))
-
-    def read(self, fragment: Fragment) -> None:
-        """Fill a fragment of the weights; there is no optimizer state to continue."""
-        if fragment.name in self._changed:
-            fill_from_full(fragment, self._changed[fragment.name], self.specs[fragment.name])
-        else:
-            self._reader.read(fragment)
+        changed = with_mask_embedding(own, vocab_size=vocab_size, mask_id=mask_id, padded_vocab_size=padded)
+        for name, tensor in changed.items():
+            reader.specs[name] = replace(reader.specs[name], full_shape=tuple(tensor.shape), blocks=(padded,))
+            reader.replaced[name] = tensor
+    return reader
 
 
 def with_mask_embedding(
@@ -73,20 +62,17 @@ def with_mask_embedding(
         A new dict; only the vocabulary tensors are copies.
 
     Raises:
-        ValueError: the vocabulary or the mask token does not fit the rows.
+        UserError: the vocabulary or the mask token does not fit the rows.
     """
     embedding = tensors["word_embeddings.weight"]
     rows = embedding.shape[0]
     wanted = padded_vocab_size or max(rows, mask_id + 1)
-    if not (0 < vocab_size <= rows and 0 <= mask_id < wanted and wanted >= rows):
-        raise UserError(
-            (
-                f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} "
-                "in the new model"
-            ),
-            "the rows must hold the vocabulary and the mask token, and none may be lost",
-            "change --mask-token-id or --padded-vocab-size",
-        )
+    require(
+        0 < vocab_size <= rows and 0 <= mask_id < wanted and wanted >= rows,
+        f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} in the new model",
+        "the rows must hold the vocabulary and the mask token, and none may be lost",
+        "change --mask-token-id or --padded-vocab-size",
+    )
     out = dict(tensors)
     tokens = torch.ones(vocab_size, dtype=torch.bool)
     if mask_id < vocab_size:

@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron.checkpoint.files import LATEST, NEXT, Fragment, file_checksum, save_tensors, write_manifest
+from megatron.checkpoint.files import LATEST, NEXT, Fragment, save_tensors, write_manifest
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import replace_file, sha256_of
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 
@@ -94,7 +94,7 @@ def _write_shard(scratch: Path, fragments: Iterable[Fragment], context: Parallel
     path = scratch / f"shard-{context.rank:05d}.safetensors"
     tensors = {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments}
     save_tensors(path, tensors)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_checksum(path)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:

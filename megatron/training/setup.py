@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from megatron.checkpoint.select import agree_on_checkpoint, open_checkpoint
-from megatron.checkpoint.warm_start import AutoregressiveStart
+from megatron.checkpoint.select import agree_on_checkpoint
+from megatron.checkpoint.warm_start import open_checkpoint
 from megatron.model.arithmetic import parameters_for_compute, total_parameters
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
@@ -44,7 +44,7 @@ def build(plan: Plan, connection: Connection, observer: Observer | None) -> Buil
     if start.tag is not None:
         reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size)
         engine.load(reader, with_optimizer=start.with_optimizer)
-        if isinstance(reader, AutoregressiveStart) and context.is_first_rank:
+        if reader.replaced and context.is_first_rank:
             print(
                 "the mask token starts as the mean of the token embeddings (the checkpoint never used one)", flush=True
             )
@@ -59,8 +59,7 @@ def _verified(plan: Plan, context: ParallelContext) -> Start:
     selection = agree_on_checkpoint(run.load, run.load_tag, context)
     if selection.tag is None:
         return replace(start, tag=None, manifest={}, is_continued=False, with_optimizer=False)
-    skipped = tuple(f"{name} ({reason})" for name, reason in selection.skipped)
-    return replace(start, tag=selection.tag, manifest=selection.manifest or {}, skipped=skipped)
+    return replace(start, tag=selection.tag, manifest=selection.manifest, skipped=selection.skipped)
 
 
 def introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, label: str) -> None:

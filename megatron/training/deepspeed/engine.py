@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.warm_start import AutoregressiveStart
 from megatron.checkpoint.writer import write_checkpoint
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
@@ -154,7 +153,7 @@ class Engine:
             context=self.context,
         )
 
-    def load(self, reader: CheckpointReader | AutoregressiveStart, *, with_optimizer: bool) -> None:
+    def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
         """Overwrite the weights, and with them moments and step count, from a checkpoint of any layout.
 
         Raises:

@@ -14,7 +14,6 @@ import torch
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.warm_start import AutoregressiveStart
 from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec, shard_of
@@ -48,7 +47,7 @@ class Shards:
             for fragment in self._fragments(parameter, ("weight", *moments))
         ]
 
-    def load(self, reader: CheckpointReader | AutoregressiveStart, *, with_optimizer: bool) -> None:
+    def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
         """Overwrite weights, and with them moments and step count, from a checkpoint of any layout.
 
         Raises:
