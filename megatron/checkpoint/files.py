@@ -138,18 +138,19 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     return manifest
 
 
-def damaged_files(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
-    """Complaints about the files of a tag.
+def complaints(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
+    """What keeps a tag from being used: its manifest, or files of it.
 
     Args:
-        tag: folder with a manifest.
+        tag: folder of the tag.
         part, parts: check every ``parts``-th file from ``part`` on, to share the work between ranks.
         checksums: read the files; otherwise only their sizes are compared.
-
-    Raises:
-        UserError: the manifest cannot be used.
     """
-    files = sorted(read_manifest(tag)["files"].items())
+    try:
+        files = sorted(read_manifest(tag)["files"].items())
+    except UserError as error:
+        yield error.given
+        return
     for name, expected in files[part::parts]:
         path = tag / name
         try:

@@ -12,16 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.files import (
-    LATEST,
-    MANIFEST,
-    NEXT,
-    damaged_files,
-    name_in,
-    read_manifest,
-    step_of,
-    tag_folders,
-)
+from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, name_in, read_manifest, step_of, tag_folders
 from megatron.errors import UserError, require
 from megatron.parallel.context import ParallelContext
 
@@ -62,7 +53,7 @@ def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) 
     """
 
     load = Path(load)
-    return _first_usable(load, _candidates(load, tag), partial(_complaints, checksums=checksums))
+    return _first_usable(load, _candidates(load, tag), partial(complaints, checksums=checksums))
 
 
 def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelContext) -> Selection:
@@ -72,9 +63,9 @@ def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelCont
         UserError: on every rank, as in :func:`select`.
     """
 
-    def complaints(path: Path) -> list[str]:
-        own = _complaints(path, part=context.rank, parts=context.world_size)
-        return list(dict.fromkeys(complaint for part in context.gather_objects(own) for complaint in part))
+    def all_complaints(path: Path) -> Iterable[str]:
+        own = list(complaints(path, part=context.rank, parts=context.world_size))
+        return dict.fromkeys(complaint for part in context.gather_objects(own) for complaint in part)
 
     load = Path(load)
     candidates: list[_Candidate] = []
@@ -87,22 +78,27 @@ def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelCont
     candidates, error = context.gather_objects((candidates, error))[0]
     if error is not None:
         raise error
-    return _first_usable(load, candidates, complaints)
+    return _first_usable(load, candidates, all_complaints)
 
 
-def newest_first(run_dir: Path) -> list[Path]:
-    """Folders of tags from the newest on: that of ``latest``, unreadable ones (to be said), then by time of writing."""
+def newest_first(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Folders of tags with their manifests from the newest on: that of ``latest``, those without a manifest that can be
+    read (to be said), then by time of writing."""
     named = _named(run_dir)
 
-    def recency(path: Path) -> tuple[bool, bool, str, int]:
-        if (path, "") == named:
-            return True, True, "", step_of(path)
-        try:
-            return False, False, str(read_manifest(path).get("saved_at", "")), step_of(path)  # format 1: by step
-        except UserError:
-            return False, True, "", step_of(path)
+    def recency(tag: tuple[Path, dict[str, Any] | None]) -> tuple[bool, bool, str, int]:
+        path, manifest = tag
+        written = str((manifest or {}).get("saved_at", ""))  # format 1 has none: by step
+        return (path, "") == named, manifest is None, written, step_of(path)
 
-    return sorted(tag_folders(run_dir), key=recency, reverse=True)
+    return sorted(((path, _manifest(path)) for path in tag_folders(run_dir)), key=recency, reverse=True)
+
+
+def _manifest(tag: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(tag)
+    except UserError:
+        return None
 
 
 def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
@@ -134,7 +130,7 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
             f"{load} has no file {LATEST}", "--load-tag latest reads it", "name the tag, or drop --load-tag"
         )
     if tag is None:
-        yield from ((path, "") for path in newest_first(load) if (path, "") != named)
+        yield from ((path, "") for path, _ in newest_first(load) if (path, "") != named)
 
 
 def _named(load: Path) -> _Candidate | None:
@@ -151,22 +147,13 @@ def _named(load: Path) -> _Candidate | None:
     return None
 
 
-def _complaints(path: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
-    """What keeps a tag from being used, as far as this part of its files shows."""
-    try:
-        return list(damaged_files(path, part=part, parts=parts, checksums=checksums))
-    except UserError as error:
-        return [error.given]
-
-
 def _first_usable(
-    load: Path, candidates: Iterable[_Candidate], complaints_of: Callable[[Path], list[str]]
+    load: Path, candidates: Iterable[_Candidate], complaints_of: Callable[[Path], Iterable[str]]
 ) -> Selection:
     skipped: list[str] = []
     for path, reason in candidates:
-        complaints = [reason] if reason else complaints_of(path)
-        if complaints:
-            skipped.append(f"{path.name} ({', '.join(complaints)})")
+        if reasons := reason or ", ".join(complaints_of(path)):
+            skipped.append(f"{path.name} ({reasons})")
             continue
         if not skipped and (path, "") == _named(load):  # later ones: somebody went back, or `latest` is damaged
             later = [tag for tag in tag_folders(load) if step_of(tag) > step_of(path)]

@@ -12,19 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron.checkpoint.files import (
-    LATEST,
-    MANIFEST,
-    NEXT,
-    damaged_files,
-    delete_tag,
-    name_in,
-    read_manifest,
-    step_of,
-    tag_folders,
-)
+from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, delete_tag, name_in, step_of, tag_folders
 from megatron.checkpoint.select import newest_first
-from megatron.errors import Failure, UserError
+from megatron.errors import Failure
 from megatron.files import replace_file
 
 ABANDONED = "abandoned"
@@ -80,12 +70,7 @@ def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> 
     The one that ``latest`` names is the newest. Those of another run (by run id) or without a readable manifest are
     neither counted nor deleted. What cannot be deleted is said, and no reason to end a run.
     """
-    known: list[tuple[Path, object]] = []
-    for tag in newest_first(run_dir):
-        try:
-            known.append((tag, read_manifest(tag).get("run_id")))
-        except UserError:
-            continue
+    known = [(tag, manifest.get("run_id")) for tag, manifest in newest_first(run_dir) if manifest is not None]
     own = [tag for tag, run_id in known if run_id in (None, known[0][1])]  # format 1 had no run ids
     lines: list[str] = []
     for tag in own[max(1, keep_last) :]:
@@ -132,10 +117,7 @@ def sweep_leftovers(run_dir: Path) -> list[str]:
 
 def _is_complete(folder: Path) -> bool:
     """Whether a folder has a manifest, and the files that it lists in their sizes."""
-    try:
-        return not list(damaged_files(folder, checksums=False))
-    except UserError:
-        return False
+    return not any(complaints(folder, checksums=False))
 
 
 def _complete_latest(run_dir: Path, named: str) -> list[str]:

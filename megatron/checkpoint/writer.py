@@ -65,7 +65,7 @@ def write_checkpoint(
     failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
     if failure is None and context.is_first_rank:
         tensors = {name: spec for report in reports for name, spec in report[2].items()}
-        files = {report[1]["name"]: {k: report[1][k] for k in ("bytes", "sha256")} for report in reports}
+        files = {name: file for report in reports for name, file in report[1].items()}
         failure, _ = _attempt(lambda: _publish(run_dir, scratch, tag, _manifest(state, tensors, files)))
     failure = context.gather_objects(failure)[0]
     if failure is not None:
@@ -90,11 +90,12 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 
 def _write_shard(scratch: Path, fragments: Iterable[Fragment], context: ParallelContext) -> dict[str, Any]:
+    """Returns name, size and checksum of the file, as the manifest lists it."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"shard-{context.rank:05d}.safetensors"
     tensors = {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments}
     save_tensors(path, tensors)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}}
 
 
 def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:

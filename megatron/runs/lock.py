@@ -8,55 +8,50 @@ import os
 import socket
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from megatron.errors import UserError
 
 
-class RunLock:
-    """Held from before the first write until the process ends, however it ends: the kernel gives the lock back.
+def lock_run(run_dir: Path) -> TextIO:
+    """Take a run directory, which is made where there is none, for this process.
 
     A POSIX record lock: it is not inherited by the loader's processes, so a run whose trainer was killed can be continued
-    at once, and it works across the hosts of a network file system. The file says who holds it, for people.
+    at once, and it works across the hosts of a network file system. The file says who holds it, for people. It stays:
+    removing it would race with the next holder.
+
+    Returns:
+        The lock, held from before the first write until it is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: the folder cannot be written, or another process trains into it; says which, and since when.
     """
-
-    def __init__(self, run_dir: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            UserError: the folder cannot be written, or another process trains into it; says which, and since when.
-        """
-        self.path = run_dir / "lock"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        except OSError as error:
-            raise UserError(
-                f"the run directory {run_dir} cannot be written ({error.strerror})",
-                "metrics and checkpoints go there",
-                "choose another --save or change its permissions",
-            ) from error
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = _describe(self.path)
-            self._file.close()
-            raise UserError(
-                f"{run_dir} is being trained into by {holder}",
-                "a run directory belongs to one run at a time",
-                "wait for it, stop it, or choose another --save",
-            ) from None
-        except OSError:  # a file system without locks: nothing can be promised
-            return
-        self._file.truncate(0)
-        json.dump(
-            {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"},
-            self._file,
-        )
-        self._file.flush()
-
-    def close(self) -> None:
-        """Give the lock back. The file stays: removing it would race with the next holder."""
-        self._file.close()
+    path = run_dir / "lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+    except OSError as error:
+        raise UserError(
+            f"the run directory {run_dir} cannot be written ({error.strerror})",
+            "metrics and checkpoints go there",
+            "choose another --save or change its permissions",
+        ) from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(
+            f"{run_dir} is being trained into by {_describe(path)}",
+            "a run directory belongs to one run at a time",
+            "wait for it, stop it, or choose another --save",
+        ) from None
+    except OSError:  # a file system without locks: nothing can be promised
+        return file
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    file.truncate(0)
+    json.dump(holder, file)
+    file.flush()
+    return file
 
 
 def _describe(path: Path) -> str:

@@ -15,14 +15,17 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from megatron.checkpoint.files import LATEST, MANIFEST, delete_tag
+from megatron.checkpoint.upkeep import ABANDONED
 from megatron.errors import Failure
 from megatron.files import replace_file
 
 FORMAT = 1
 METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
+Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 
 
@@ -107,26 +110,29 @@ class RunRecord:
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord | None:
         """The record of a run; None where there is none that can be read (a damaged one is no reason to lose a run)."""
-        values = _json_object(run_dir / RECORD)
-        if values is None:
-            return None
-        known = {item.name for item in fields(cls)}
-        attempts = [_known(Attempt, attempt) for attempt in values.get("attempts", []) if isinstance(attempt, dict)]
         try:
-            return cls(**{**{k: v for k, v in values.items() if k in known}, "attempts": attempts})
-        except TypeError:  # fields are missing
+            values = json.loads((run_dir / RECORD).read_bytes())
+            attempts = [_of_known_fields(Attempt, attempt) for attempt in values.get("attempts", [])]
+            return _of_known_fields(cls, {**values, "attempts": attempts})
+        except (OSError, ValueError, TypeError, AttributeError):  # no JSON, of another kind, or fields are missing
             return None
 
 
 @dataclass(frozen=True)
-class TrainRow:
-    """One line of training: the mean over a log interval. Samples, tokens, epochs and FLOPs count from the start."""
+class Position:
+    """Where a row of metrics.jsonl stands; all five count from the start of the run."""
 
     step: int
     samples: int
     tokens: int
     epoch: float
     flops: float
+
+
+@dataclass(frozen=True)
+class TrainRow(Position):
+    """One line of training: the mean over a log interval."""
+
     loss: float
     lr: float
     grad_norm: float
@@ -141,21 +147,15 @@ class TrainRow:
 
 
 @dataclass(frozen=True)
-class ValidRow:
+class ValidRow(Position):
     """One validation: nll in nats per token ± its standard error, what it is, and how it was taken.
 
     Attributes:
         nll_se: standard error of ``nll`` over documents (``se_kind`` says so), noise included.
         num_samples: distinct samples of seq_length tokens; ``num_documents`` documents have tokens in them.
-        data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
     """
 
-    step: int
-    samples: int
-    tokens: int
-    epoch: float
-    flops: float
     nll: float
     nll_se: float | None
     label: str
@@ -166,8 +166,6 @@ class ValidRow:
     best: bool
     num_documents: int | None = None
     se_kind: str = OVER_DOCUMENTS
-    estimator: str = ""
-    data: str = ""
     sums: str | None = None
     gap: float | None = None
     gap_se: float | None = None
@@ -228,7 +226,6 @@ class MetricsFile:
         if self.path.exists():
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
-        self.valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: Row) -> None:
@@ -257,17 +254,16 @@ class MetricsFile:
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run already."""
-    return any((folder / name).exists() for name in (RECORD, METRICS)) or any(folder.glob("global_step*/manifest.json"))
+    return any((folder / name).exists() for name in (RECORD, METRICS)) or any(folder.glob(f"global_step*/{MANIFEST}"))
 
 
 def clear_run(folder: Path) -> None:
     """Remove a run from its folder (``--overwrite``): its records and checkpoints, nothing else."""
     for tag in folder.glob("global_step*"):
-        (tag / "manifest.json").unlink(missing_ok=True)  # first, so that a half-deleted tag is no checkpoint
-        shutil.rmtree(tag)
-    for name in ("latest", RECORD, METRICS, BEST, STOPPED, "wandb_id"):
+        delete_tag(tag)
+    for name in (LATEST, RECORD, METRICS, BEST, STOPPED, "wandb_id"):
         (folder / name).unlink(missing_ok=True)
-    for name in (VALIDATIONS, EVALUATIONS, "abandoned"):
+    for name in (VALIDATIONS, EVALUATIONS, ABANDONED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -282,14 +278,6 @@ def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Pat
     return path
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
-
-
-def _known(cls: type, values: dict[str, Any]) -> Any:
-    known = {item.name for item in fields(cls)}
+def _of_known_fields(cls: type[Record], values: dict[str, Any]) -> Record:
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     return cls(**{name: value for name, value in values.items() if name in known})

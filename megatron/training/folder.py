@@ -126,7 +126,6 @@ class RunFolder:
         state = {
             **progress.to_manifest(),
             "run_id": self.run_id,
-            "saved_at": now(),
             "noise_seed": plan.seeds.noise,
             "noise_scheme": plan.seeds.scheme,
             "unique_tokens": plan.sources.unique_tokens,

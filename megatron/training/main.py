@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megatron.errors import UserError, require
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
-from megatron.runs.lock import RunLock
+from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def main(
             # A folder that is there is taken before anybody looks for checkpoints: a kill may have left a half-done rename.
             is_early = is_writer and flags.run.save is not None and Path(flags.run.save).is_dir()
             if is_early:
-                exits.callback(_take(Path(str(flags.run.save))).close)
+                exits.enter_context(_take(Path(str(flags.run.save))))
             run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
             plan = resolve(flags, launch, run_name=run_name)
             if is_writer and not is_early:
-                exits.callback(_take(plan.run_dir).close)
+                exits.enter_context(_take(plan.run_dir))
             if is_writer and flags.run.overwrite:
                 clear_run(plan.run_dir)
             return _run(plan, launch, observer, probe)
@@ -72,11 +72,11 @@ def main(
         return error.exit_status
 
 
-def _take(run_dir: Path) -> RunLock:
+def _take(run_dir: Path) -> TextIO:
     """The run directory, for this process alone and without what killed ones left."""
     from megatron.checkpoint.upkeep import sweep_leftovers
 
-    lock = RunLock(run_dir)
+    lock = lock_run(run_dir)
     for line in sweep_leftovers(run_dir):
         print(line, flush=True)
     return lock

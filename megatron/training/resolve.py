@@ -51,7 +51,7 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     sources = _sources(flags, launch)
     vocab_size, tokenizer = _vocabulary(flags, sources, launch)
     selection = _selection(flags)
-    manifest = selection.manifest or {}
+    manifest = selection.manifest
     shape = _shape(flags, vocab_size, manifest)
     _check_objective(flags, manifest)
     mask_id = _mask_id(flags, vocab_size, shape.padded_vocab_size, manifest)
