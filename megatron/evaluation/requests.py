@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from megatron.errors import Failure, UserError, require
 from megatron.evaluation.scorer import Request
+from megatron.runs.record import read_records
 
 
 def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -92,19 +93,12 @@ class ResultCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.glob("results-*.jsonl")):
-                self._read(path)
+                whole = [record for record in read_records(path) if record.keys() >= {"key", "value"}]
+                self._known |= {record["key"]: record["value"] for record in whole}
             if write:
                 self._file = _open_to_append(folder / f"results-{rank:05d}.jsonl")
         except OSError as error:
             raise _unusable(folder, error) from error
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                entry = json.loads(line)
-                self._known[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):  # the last line of a process that was killed
-                continue
 
     def key(self, kind: str, *parts: Any) -> str:
         """Name of a result: a hash of the fingerprint, the kind of request and its arguments."""

@@ -150,10 +150,12 @@ class MaskedScorer:
                 f"one pass holds {self.max_length}",
                 "score it in windows (windows() in megatron/evaluation/requests.py does)",
             )
-        room = self.max_length - len(request.target)
-        context = request.context[max(len(request.context) - room, 0) :]
-        cut = Request(context, request.target, request.key)
+        cut = Request(self._context(request), request.target, request.key)
         return Tally(cut, for_length(estimator, len(request.target), num_draws=num_draws))
+
+    def _context(self, request: Request) -> tuple[int, ...]:
+        """What fits of the context, its right end."""
+        return request.context[max(len(request.context) + len(request.target) - self.max_length, 0) :]
 
     def extend(self, tallies: Sequence[Tally], *, num_draws: int) -> None:
         """Run draws until every tally has ``num_draws`` of them (or all that its estimator has)."""
@@ -229,11 +231,8 @@ class MaskedScorer:
         """
         states = []
         for index, request in enumerate(requests):
-            room = self.max_length - len(request.target)
-            context = request.context[max(len(request.context) - room, 0) :]
-            states.append(
-                _Greedy(index, [*context, *([self.mask_id] * len(request.target))], request.target, len(context))
-            )
+            context, masks = self._context(request), [self.mask_id] * len(request.target)
+            states.append(_Greedy(index, [*context, *masks], request.target, len(context)))
         verdicts = [False] * len(states)
         active = states
         while active:

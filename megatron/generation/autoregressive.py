@@ -1,4 +1,4 @@
-"""Autoregressive sampling, batched over prompts of different lengths, with or without a key/value cache."""
+"""Autoregressive sampling, batched over prompts of different lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from megatron.errors import UserError
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
-from megatron.inference.logits import LogitsFn
 
 # Called after every token: (row, all tokens of the row so far); returning True ends the row.
 StopFn = Callable[[int, list[int]], bool]
@@ -21,21 +20,6 @@ class Decoder(Protocol):
     def feed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Append ``input_ids`` [batch, new] and return logits of the last position, [batch, vocab]."""
         ...
-
-
-class UncachedDecoder:
-    """Runs the whole sequence again for every token: slow, and the reference for the cached one."""
-
-    def __init__(self, logits_fn: LogitsFn) -> None:
-        self.logits_fn = logits_fn
-        self.tokens: torch.Tensor | None = None
-
-    def feed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """See :class:`Decoder`."""
-        self.tokens = input_ids if self.tokens is None else torch.cat((self.tokens, input_ids), dim=1)
-        last = torch.zeros_like(self.tokens, dtype=torch.bool)
-        last[:, -1] = True
-        return self.logits_fn(self.tokens, positions=last)
 
 
 @torch.inference_mode()

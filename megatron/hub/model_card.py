@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
+from megatron.runs.record import METRICS, RECORD, read_rows
 
 CURVE_ROWS = 12  # validations shown
 
@@ -29,27 +30,18 @@ def read_run_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read run.json and the validations of metrics.jsonl, in order of steps.
 
     Raises:
-        ValueError: no run.json, or it is not JSON.
+        UserError: no run.json, or it is not JSON.
     """
-    path = run / "run.json"
+    path = run / RECORD
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error})",
             "the model card is written from it",
             "give the folder that was passed as --save",
         ) from error
-    rows = []
-    metrics = run / "metrics.jsonl"
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            if isinstance(row, dict) and row.get("kind") == "valid" and isinstance(row.get("step"), int):
-                rows.append(row)
+    rows = [row for row in read_rows(run / METRICS) if row["kind"] == "valid"]
     return info, sorted(rows, key=lambda row: row["step"])
 
 

@@ -206,10 +206,15 @@ def parse_line(line: bytes) -> tuple[dict[str, Any] | None, bool]:
     return None, True
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Complete rows of a metrics file, in order; what is torn or damaged is passed over."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one a line, in order; what is torn or damaged is passed over. An absent file has none."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    rows = [row for line in lines if line.strip() and (row := parse_line(line)[0]) is not None]
+    return [record for line in lines if line.strip() and (record := parse_line(line)[0]) is not None]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Complete rows of a metrics file, in order."""
+    rows = read_records(path)
     return [row for row in rows if isinstance(row.get("step"), int) and row.get("kind") in ("train", "valid")]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.runs.counts import format_count
-from megatron.runs.record import OVER_DOCUMENTS
+from megatron.runs.record import OVER_DOCUMENTS, Position
 from megatron.runs.sums import halves, load_sums
 from megatron.statistics import ValidationSums, mean_loss
 
@@ -21,7 +21,7 @@ OVER_SAMPLES = "samples"
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Position):
     """One validation.
 
     Attributes:
@@ -36,11 +36,6 @@ class Validation:
         sums: file under the run directory with the sums a (sample, document), or None.
     """
 
-    step: int
-    samples: int
-    tokens: int
-    epoch: float
-    flops: float
     nll: float
     nll_se: float
     label: str

@@ -73,9 +73,9 @@ def difference(first: ValidationSums, second: ValidationSums) -> Estimate:
     return combined((1, second), (-1, first))
 
 
-def reach(estimate: Estimate, confidence: float = 0.95) -> float:
-    """Half of the interval ``value ± t·error``, t of Student's distribution: wider at few documents."""
-    return t_quantile((1 + confidence) / 2, estimate.degrees) * estimate.error
+def reach(estimate: Estimate) -> float:
+    """Half of the 95 % interval ``value ± t·error``, t of Student's distribution: wider at few documents."""
+    return t_quantile(0.975, estimate.degrees) * estimate.error
 
 
 def t_quantile(probability: float, degrees: float) -> float:

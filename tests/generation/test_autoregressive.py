@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.generation.autoregressive import UncachedDecoder, generate_autoregressive
+from megatron.generation.autoregressive import generate_autoregressive
 from megatron.generation.sampling import TokenSampling, draw_tokens, filter_logits
 from megatron.generation.text import cut_at_stop, encode_with_gaps, finish, has_stopped, text_with_gaps
 from tests.evaluation import toy
+from tests.generation.uncached import UncachedDecoder
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2, 3]]
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron.config import ModelConfig
 from megatron.config.shape import Shape
-from megatron.generation.autoregressive import UncachedDecoder, generate_autoregressive
+from megatron.generation.autoregressive import generate_autoregressive
 from megatron.generation.sampling import TokenSampling
 from megatron.inference.decoder import CachedDecoder
 from megatron.inference.logits import LogitsFn
@@ -15,6 +15,7 @@ from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal
 from megatron.objectives import parse
+from tests.generation.uncached import UncachedDecoder
 
 
 def build(*flags: str) -> GPTModel:

@@ -17,6 +17,7 @@ from typing import Any
 from megatron.errors import UserError
 from megatron.files import replace_file
 from megatron.runs.reading import load_run
+from megatron.runs.record import read_records
 from megatron.runs.run import Run
 from megatron.scaling.sweep.definition import SweepRun
 
@@ -126,14 +127,7 @@ def is_locked(run: SweepRun) -> bool:
 
 def read_attempts(run: SweepRun) -> list[dict[str, Any]]:
     """Starts (``returncode`` None) and ends of training programs, oldest first; a line torn by a kill is left out."""
-    file = run.folder / "attempts.jsonl"
-    found = []
-    for line in file.read_bytes().split(b"\n") if file.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    return read_records(run.folder / "attempts.jsonl")
 
 
 def _plain(run: SweepRun) -> dict[str, Any]:
