@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.checkpoint.warm_start import with_mask_embedding
+from megatron.checkpoint.files import Fragment
+from megatron.checkpoint.tensors import save_full_checkpoint
+from megatron.checkpoint.warm_start import VOCABULARY_TENSORS, open_checkpoint, with_mask_embedding
 from megatron.config.shape import Shape
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
@@ -82,3 +85,29 @@ def test_masked_input_starts_closer_than_an_untrained_row() -> None:
     model = GPTModel(Shape.of(make_config("mdm").model))
     model.load(with_mask_embedding(tensors, vocab_size=300, mask_id=300))
     assert torch.isfinite(model.logits(Inputs(torch.full((1, 32), 300)), Full())).all()
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_a_run_reads_the_mask_embedding_in_any_layout(tmp_path: Path, untied: bool) -> None:
+    """Vocabulary tensors with more rows than were saved, all others as they were saved."""
+    config = make_config(untie_embeddings_and_output_weights=untied)
+    tensors = random_tensors(config.model)
+    tag = save_full_checkpoint(tmp_path, config, tensors)
+    masked = replace(
+        config,
+        model=replace(config.model, padded_vocab_size=512),
+        objective=replace(config.objective, mask_token_id=400),
+        run=replace(config.run, finetune=True),
+    )
+    reader = open_checkpoint(tag, masked, vocab_size=300)
+    expected = with_mask_embedding(tensors, vocab_size=300, mask_id=400, padded_vocab_size=512)
+    for name, tensor in expected.items():
+        spec = reader.specs[name]
+        assert spec.full_shape == tuple(tensor.shape)
+        for rank in range(2):
+            part = spec.shard(tensor, rank, 2).reshape(-1)
+            fragment = Fragment("weight", name, rank if spec.dim is not None else 0, 2, 3, torch.zeros(len(part) - 3))
+            reader.read(fragment)
+            assert torch.equal(fragment.data, part[3:])
+    assert set(reader.replaced) == {name for name in VOCABULARY_TENSORS if name in tensors}
+    assert not open_checkpoint(tag, replace(masked, run=config.run), vocab_size=300).replaced, "a continued run"
