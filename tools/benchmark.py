@@ -151,9 +151,7 @@ def report(
 ) -> dict[str, Any]:
     """Rates from step times; medians, because single steps of a shared machine vary."""
     flops = model_flops_per_token(
-        Shape.of(config.model),
-        mask=objective.attention_mask,
-        loss_fraction=objective.loss_fraction,
+        Shape.of(config.model), mask=objective.attention_mask, loss_fraction=objective.loss_fraction
     )
     assert config.run.global_batch_size
     seconds = statistics.median(times["engine"])

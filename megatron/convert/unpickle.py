@@ -31,10 +31,7 @@ class Placeholder:
 
 # Objects that a DeepSpeed checkpoint may hold beside its tensors. Each becomes a Placeholder;
 # the class is not imported.
-PLACEHOLDERS = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-)
+PLACEHOLDERS = ("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
 
 
 def _allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

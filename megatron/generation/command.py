@@ -14,14 +14,7 @@ from megatron.errors import UserError, require
 from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import (
-    GAP,
-    Completion,
-    continue_causal,
-    continue_masked,
-    encode_with_gaps,
-    fill_gaps,
-)
+from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
 
 # Counts that a flag takes, both ends included; sampling and diffusion settings check their own.
 COUNTS = {"max_new_tokens": (1, 10**9), "num_samples": (1, 10**6), "batch_size": (1, 10**9)}

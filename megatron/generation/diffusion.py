@@ -97,12 +97,7 @@ class DiffusionSampler:
     """
 
     def __init__(
-        self,
-        logits_fn: LogitsFn,
-        *,
-        mask_id: int,
-        forbidden: Sequence[int] = (),
-        device: torch.device | str = "cpu",
+        self, logits_fn: LogitsFn, *, mask_id: int, forbidden: Sequence[int] = (), device: torch.device | str = "cpu"
     ) -> None:
         self.logits_fn = logits_fn
         self.mask_id = mask_id

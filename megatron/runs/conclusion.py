@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.runs.comparison import (
-    comparisons,
-    conditioning_gap,
-    epoch_text,
-    gap_between,
-    overfitting,
-    plus_minus,
-)
+from megatron.runs.comparison import comparisons, conditioning_gap, epoch_text, gap_between, overfitting, plus_minus
 from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, differences
 from megatron.runs.run import OVER_SAMPLES, Run

@@ -44,10 +44,7 @@ RC: Any = {
     "figure.dpi": 100,
 }
 
-_BASE: dict[str, tuple[str, Any, str]] = {
-    "ar": ("#0072B2", "-", "o"),
-    "mdm": ("#D55E00", (0, (6, 2)), "s"),
-}
+_BASE: dict[str, tuple[str, Any, str]] = {"ar": ("#0072B2", "-", "o"), "mdm": ("#D55E00", (0, (6, 2)), "s")}
 _OTHERS: tuple[tuple[str, Any, str], ...] = (
     ("#009E73", (0, (4, 1.5, 1, 1.5)), "^"),
     ("#CC79A7", (0, (1.2, 1.2)), "D"),
