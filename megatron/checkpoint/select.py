@@ -51,7 +51,6 @@ def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) 
     Raises:
         UserError: the tag asked for cannot be used, or none of several can; each is listed with its reason.
     """
-
     load = Path(load)
     return _first_usable(load, _candidates(load, tag), partial(complaints, checksums=checksums))
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megatron.checkpoint.files import LATEST, name_in
 from megatron.errors import UserError
 from megatron.files import replace_file
 from megatron.runs.reading import load_run
@@ -48,8 +49,7 @@ def is_finished(run: SweepRun) -> bool:
         return False
     attempts = read_attempts(run)
     ended_well = bool(attempts) and attempts[-1]["returncode"] == 0
-    latest = run.folder / "latest"
-    return ended_well or (latest.exists() and latest.read_text().strip() == f"global_step{last}")
+    return ended_well or name_in(run.folder / LATEST) == f"global_step{last}"
 
 
 def read_result(run: SweepRun) -> Run | None:
