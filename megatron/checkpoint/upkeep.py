@@ -45,6 +45,8 @@ def set_back(run_dir: Path, tag: Path | None) -> list[str]:
     later = [path for path in tag_folders(run_dir) if (step_of(path) or 0) > step]
     is_stale = tag is not None and _text(run_dir / LATEST) != tag.name
     try:
+        if later and (metrics := run_dir / "metrics.jsonl").is_file():  # its rows go from the run's own with the branch
+            shutil.copyfile(metrics, _free_name(run_dir / ABANDONED, metrics.name))
         for path in later:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
         if tag is None:

@@ -9,7 +9,7 @@ import socket
 from datetime import datetime
 from pathlib import Path
 
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError
 
 
 class RunLock:
@@ -24,8 +24,9 @@ class RunLock:
 
         Raises:
             UserError: the folder cannot be written, or another process trains into it; says which, and since when.
+            Failure: its disk is full.
         """
-        self.path = run_dir / "lock"
+        self.path, self.is_held = run_dir / "lock", True
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
@@ -46,13 +47,19 @@ class RunLock:
                 "wait for it, stop it, or choose another --save",
             ) from None
         except OSError:  # a file system without locks: nothing can be promised
+            self.is_held = False
             return
-        self._file.truncate(0)
-        json.dump(
-            {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"},
-            self._file,
-        )
-        self._file.flush()
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        try:
+            self._file.truncate(0)
+            os.write(self._file.fileno(), json.dumps(own).encode())
+        except OSError as error:
+            self._file.close()
+            raise Failure(
+                f"{self.path} could not be written ({error.strerror})",
+                "it says who trains into this folder",
+                "free space on that disk, or choose another --save",
+            ) from error
 
     def close(self) -> None:
         """Give the lock back. The file stays: removing it would race with the next holder."""

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import replace_file, written_whole
 
 FORMAT = 1
 METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
+PROTOCOL = ("label", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
 @dataclass(frozen=True)
@@ -223,12 +224,15 @@ class MetricsFile:
         last_step: rows of later steps, left by an interrupted attempt, are dropped: they will be written again.
         """
         self.path = run_dir / METRICS
-        rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
+        found = read_rows(self.path)
+        rows = [row for row in found if row["step"] <= last_step]
+        self.rows, self.has_dropped = rows, len(rows) < len(found)
         if self.path.exists():
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
-        self.valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
+        with written_whole(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: Row) -> None:
         """Append one row.
@@ -236,6 +240,8 @@ class MetricsFile:
         Raises:
             Failure: the disk does not take it.
         """
+        if isinstance(row, ValidRow):
+            self._valid.append(asdict(row))
         try:
             self._file.write(json_line(row))
             self._file.flush()
@@ -245,6 +251,21 @@ class MetricsFile:
                 "every row of a run is kept",
                 "free space on that disk and start again: the run continues from its newest checkpoint",
             ) from error
+
+    def best(self, last: ValidRow | None = None) -> ValidRow | None:
+        """The best of the validations that were taken as the last one was, the earlier of two that are equal.
+
+        Args:
+            last: a validation that is not written yet.
+        """
+        rows = [*self._valid, *([] if last is None else [asdict(last)])]
+        # Rows from before the data were recorded belong to the curve that goes on from them.
+        same = [row for row in rows if all(row.get(name) in (rows[-1].get(name), "", None) for name in PROTOCOL)]
+        finite = [row for row in same if math.isfinite(row["nll"])]
+        try:
+            return _known(ValidRow, min(finite, key=lambda row: row["nll"])) if finite else None
+        except TypeError:  # a damaged line lacks fields
+            return None
 
     def close(self) -> None:
         """Close the file; rows are flushed as they come."""
