@@ -199,7 +199,7 @@ def verify_data(*blends: Sequence[str], say: Callable[[str], object] = print) ->
             raise DamagedData(
                 problem, "its tokens must be those that were written", "copy it again, or preprocess again"
             )
-        print(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
+        say(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
 
 
 def digest_problems(prefix: str, recorded: dict[str, str]) -> list[str]:
