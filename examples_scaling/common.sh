@@ -108,6 +108,10 @@ choose_launcher() {
     elif [ $((GPUS_PER_NODE * NNODES)) -gt 1 ]; then LAUNCHER=torchrun
     else LAUNCHER=python; fi
   fi
+  [ -z "$HOSTFILE" ] || [ "$LAUNCHER" = deepspeed ] || die "HOSTFILE=$HOSTFILE with LAUNCHER=$LAUNCHER" \
+    "only deepspeed reads a host file" "unset one of them"
+  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || [ -n "$HOSTFILE" ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
+    "python runs on one node, deepspeed on those of HOSTFILE" "unset LAUNCHER"
   case "$LAUNCHER" in
     python) LAUNCH=("$ENV_PYTHON") ;;
     torchrun)

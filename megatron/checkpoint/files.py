@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from megatron.errors import Failure, UserError
+from megatron.errors import UserError
 from megatron.files import replace_file, sha256_of
+
+if TYPE_CHECKING:  # who only asks what a folder holds does not wait for torch
+    import torch
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 NEXT = "latest.next"  # what `latest` will hold when the save in progress is through: it outlives a kill between the renames
 FORMAT = 2  # 2 carries a checksum of itself; 1, without it, is still read
 SEAL = "sha256"
+ABANDONED = "abandoned"  # folder of branches that a run has left
 
 
 @dataclass(frozen=True)
@@ -50,27 +48,6 @@ class Fragment:
     def key(self) -> str:
         """Name inside the file."""
         return f"{self.kind}/{self.name}/{self.tp_rank}-{self.tp_size}/{self.start}"
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file to the disk, with the permissions that the umask gives (the library makes 0600).
-
-    Raises:
-        Failure: it could not be written.
-    """
-    try:
-        path.touch()
-        mode = stat.S_IMODE(path.stat().st_mode)
-        save_file(tensors, path, metadata)
-        path.chmod(mode)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
-        raise Failure(
-            f"{path} could not be written ({error})",
-            "tensors need a writable folder with room for them",
-            "free space or choose another folder",
-        ) from error
 
 
 def step_of(tag: str | Path) -> int:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, name_in, read_manifest, step_of, tag_folders
 from megatron.errors import UserError, require
-from megatron.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from megatron.parallel.context import ParallelContext
 
 # A folder to try, and ""; or a file that names none, and why.
 _Candidate = tuple[Path, str]

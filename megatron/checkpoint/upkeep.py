@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, delete_tag, name_in, step_of, tag_folders
+from megatron.checkpoint.files import (
+    ABANDONED,
+    LATEST,
+    MANIFEST,
+    NEXT,
+    complaints,
+    delete_tag,
+    name_in,
+    step_of,
+    tag_folders,
+)
 from megatron.checkpoint.select import newest_first
 from megatron.errors import Failure
 from megatron.files import replace_file
 
-ABANDONED = "abandoned"
 OWN_FILE = re.compile(r"shard-[0-9]{5,}\.safetensors|manifest\.json|\.?manifest\.json[\w.]*\.tmp")
 # Those of megatron.files, and of its predecessor.
 OWN_TEMPORARY = re.compile(r"\.[\w.\-]+\.[0-9]+\.[0-9a-f]{8}\.tmp|(?:latest|run\.json|best\.json)\.tmp")
@@ -42,6 +52,8 @@ def set_back(run_dir: Path, tag: Path | None) -> list[str]:
     later = [path for path in tag_folders(run_dir) if tag is None or step_of(path) > step_of(tag)]
     is_stale = tag is not None and name_in(run_dir / LATEST) != tag.name
     try:
+        if later and (metrics := run_dir / "metrics.jsonl").is_file():  # its rows go from the run's own with the branch
+            shutil.copyfile(metrics, _free_name(run_dir / ABANDONED, metrics.name))
         for path in later:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
         if tag is None:

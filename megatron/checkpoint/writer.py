@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from megatron.checkpoint.files import LATEST, NEXT, Fragment, save_tensors, write_manifest
+from megatron.checkpoint.files import LATEST, NEXT, Fragment, write_manifest
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
@@ -127,3 +130,24 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
         raise
     os.replace(run_dir / NEXT, run_dir / LATEST)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file to the disk, with the permissions that the umask gives (the library makes 0600).
+
+    Raises:
+        Failure: it could not be written.
+    """
+    try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        save_file(tensors, path, metadata)
+        path.chmod(mode)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, SafetensorError) as error:
+        raise Failure(
+            f"{path} could not be written ({error})",
+            "tensors need a writable folder with room for them",
+            "free space or choose another folder",
+        ) from error

@@ -84,10 +84,10 @@ class DataConfig:
     # fmt: off
     train_data_path: list[str] = option([], "training prefix, or a blend: WEIGHT PREFIX [WEIGHT PREFIX ...]",
         unit="PATH")
-    valid_data_path: list[str] = option([], "validation prefix or blend", unit="PATH", affects="validation")
+    valid_data_path: list[str] = option([], "validation prefix or blend", unit="PATH")
     train_data_path_file: str | None = option(None,
         'file holding one line: "WEIGHT PREFIX" for training, several quoted pairs blend', unit="FILE")
-    valid_data_path_file: str | None = option(None, "the same for validation", unit="FILE", affects="validation")
+    valid_data_path_file: str | None = option(None, "the same for validation", unit="FILE")
     data_impl: str = option("mmap", "on-disk format of the tokens", choices=("mmap", "infer"),
         no_effect="tokens are always memory-mapped", affects="layout")
     data_cache_path: str | None = option(None,
@@ -95,9 +95,12 @@ class DataConfig:
         affects="layout")
     verify_data: bool = option(False,
         "read all data once at the start and compare them with the digests that PREFIX.meta.json records")
-    reset_position_ids: bool = option(False, "restart the positions with every document of a sample")
-    reset_attention_mask: bool = option(False, "keep attention within the documents of a sample")
-    eod_mask_loss: bool = option(False, "leave end-of-document tokens out of the loss as inputs")
+    reset_position_ids: bool = option(False, "restart the positions with every document of a sample",
+        affects="results")
+    reset_attention_mask: bool = option(False, "keep attention within the documents of a sample",
+        affects="results")
+    eod_mask_loss: bool = option(False, "leave end-of-document tokens out of the loss as inputs",
+        affects="results")
     num_workers: int = option(2, "data loader processes per rank; 0 prepares batches in the training process",
         unit="PROCESSES", range=Range(at_least=0, at_most=1024), affects="layout")
     tokenizer_type: str | None = option(None, "tokenizer family; default: GPT2BPETokenizer with --vocab-file, "

@@ -20,9 +20,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.files import save_tensors
 from megatron.checkpoint.tensors import model_tensors
 from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
+from megatron.checkpoint.writer import save_tensors
 from megatron.config.schema import Config, ModelConfig
 from megatron.errors import UserError
 from megatron.objectives import evaluation_objective

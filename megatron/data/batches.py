@@ -45,7 +45,7 @@ class Workers:
 
     def __call__(self, _worker: int) -> None:
         """Set up a worker (``worker_init_fn``)."""
-        for number in (signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
         # A batch that cannot be handed over would be dropped by the queue, and the trainer would wait for it.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron.config.schema import DataConfig
 from megatron.data.blend import parse_blend
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
 from megatron.data.tokenizer_types import Tokenizer
@@ -42,8 +43,9 @@ def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
         paths: one prefix or a blend, as ``parse_blend`` reads it.
 
     Returns:
-        One record a part, in order: prefix (absolute, links resolved), weight (normalised), documents, tokens and
-        idx_sha256 (SHA-256 of PREFIX.idx: it holds the lengths of all documents).
+        One record a part, in order: prefix (absolute, links resolved), weight (normalised), documents, tokens,
+        idx_sha256 (SHA-256 of PREFIX.idx: it holds the lengths of all documents) and bin_sample (SHA-256 of tokens from
+        all over PREFIX.bin: documents of equal lengths may hold other tokens).
 
     Raises:
         UserError: a wrong blend, or missing or damaged data.
@@ -60,9 +62,38 @@ def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
                 "documents": len(data),
                 "tokens": data.num_tokens,
                 "idx_sha256": sha256_of(f"{data.prefix}.idx"),
+                "bin_sample": _sample_digest(data.tokens),
             }
         )
     return records
+
+
+def _sample_digest(tokens: np.ndarray) -> str:
+    """Return the SHA-256 of 64 pieces of 8,192 tokens each, evenly spaced (of all tokens where there are fewer)."""
+    length, digest = 8192, hashlib.sha256()
+    starts = np.linspace(0, max(0, len(tokens) - length), 64).astype(np.int64)
+    for start in np.unique(starts).tolist():
+        digest.update(np.ascontiguousarray(tokens[start : start + length]).data)
+    return digest.hexdigest()
+
+
+def with_absolute_paths(data: DataConfig, *, train: Sequence[str], valid: Sequence[str]) -> DataConfig:
+    """Return the data section with files by absolute path, so that a record means the same from any folder.
+
+    Args:
+        data: as given.
+        train, valid: the blends that it means, also where a file lists them.
+    """
+
+    def path(value: str | None) -> str | None:
+        return os.path.abspath(value) if value and os.path.exists(value) else value
+
+    names = ("vocab_file", "merge_file", "tokenizer_model", "train_data_path_file", "valid_data_path_file")
+    found: dict[str, Any] = {name: path(getattr(data, name)) for name in names}
+    for name, blend in (("train", train), ("valid", valid)):
+        pairs = [(str(weight), os.path.abspath(prefix)) for weight, prefix in (parse_blend(blend) if blend else [])]
+        found[f"{name}_data_path"] = [word for pair in pairs for word in pair][0 if len(pairs) > 1 else 1 :]
+    return replace(data, **found)
 
 
 def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str | None = None) -> None:
@@ -146,8 +177,8 @@ def _blocks(prefix: str) -> Iterator[np.ndarray]:
         yield data.tokens[block * length : (block + 1) * length]
 
 
-def verify_data(*blends: Sequence[str]) -> None:
-    """Read all data once, compare them with the digests in PREFIX.meta.json and print a line a data set.
+def verify_data(*blends: Sequence[str], say: Callable[[str], object] = print) -> None:
+    """Read all data once, compare them with the digests in PREFIX.meta.json and say a line a data set.
 
     Args:
         blends: data paths, as in :func:`check_vocabulary`.
@@ -168,7 +199,7 @@ def verify_data(*blends: Sequence[str]) -> None:
             raise DamagedData(
                 problem, "its tokens must be those that were written", "copy it again, or preprocess again"
             )
-        print(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
+        say(f"{prefix}: intact ({Path(prefix + '.bin').stat().st_size / 1e6:,.1f} MB read)")
 
 
 def digest_problems(prefix: str, recorded: dict[str, str]) -> list[str]:

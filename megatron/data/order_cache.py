@@ -116,7 +116,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _store(folder: Path, maps: IndexMaps, plan: OrderPlan) -> None:
-    remove_leftovers(folder.parent, name=folder.name)  # of builders that were killed
+    remove_leftovers(folder.parent, name="*")  # of builders that were killed, whatever they built
     try:
         with replace_folder(folder) as temporary:
             temporary.chmod(temporary.stat().st_mode & ~stat.S_IWOTH)

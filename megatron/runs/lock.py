@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from megatron.errors import UserError
+from megatron.errors import Failure, UserError
 
 
-def lock_run(run_dir: Path) -> TextIO:
+def lock_run(run_dir: Path) -> tuple[TextIO, bool]:
     """Take a run directory, which is made where there is none, for this process.
 
     A POSIX record lock: it is not inherited by the loader's processes, so a run whose trainer was killed can be continued
@@ -21,10 +21,12 @@ def lock_run(run_dir: Path) -> TextIO:
     removing it would race with the next holder.
 
     Returns:
-        The lock, held from before the first write until it is closed or the process ends, however it ends.
+        The lock, held from before the first write until it is closed or the process ends, however it ends; and whether
+        it is held: on a file system without locks nothing can be promised.
 
     Raises:
         UserError: the folder cannot be written, or another process trains into it; says which, and since when.
+        Failure: its disk is full.
     """
     path = run_dir / "lock"
     try:
@@ -39,19 +41,27 @@ def lock_run(run_dir: Path) -> TextIO:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        holder = _describe(path)
         file.close()
         raise UserError(
-            f"{run_dir} is being trained into by {_describe(path)}",
+            f"{run_dir} is being trained into by {holder}",
             "a run directory belongs to one run at a time",
             "wait for it, stop it, or choose another --save",
         ) from None
-    except OSError:  # a file system without locks: nothing can be promised
-        return file
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-    file.truncate(0)
-    json.dump(holder, file)
-    file.flush()
-    return file
+    except OSError:  # no locks here
+        return file, False
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+    try:
+        file.truncate(0)
+        os.write(file.fileno(), json.dumps(own).encode())
+    except OSError as error:
+        file.close()
+        raise Failure(
+            f"{path} could not be written ({error.strerror})",
+            "it says who trains into this folder",
+            "free space on that disk, or choose another --save",
+        ) from error
+    return file, True
 
 
 def _describe(path: Path) -> str:

@@ -121,7 +121,9 @@ def _data_differences(first: Run, second: Run) -> list[Difference]:
         name = f"data.{part}"
         one, other = _recorded(first, part), _recorded(second, part)
         if one is not None and other is not None:
-            if _contents(one) != _contents(other):
+            has_samples = all("bin_sample" in entry for entry in [*one, *other])
+            keys = ("idx_sha256", "bin_sample")[: 1 + has_samples]
+            if _contents(one, keys) != _contents(other, keys):
                 found.append(Difference(name, _described(one), _described(other)))
             elif _prefixes(one) != _prefixes(other):
                 found.append(Difference(f"{name}, place", _prefixes(one), _prefixes(other), "layout"))
@@ -139,15 +141,15 @@ def _recorded(run: Run, part: str) -> list[Mapping[str, Any]] | None:
     return None if entries is None else list(entries)
 
 
-def _contents(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """Per corpus of a blend, in its order: share, documents, tokens, and fingerprint (without one, the place)."""
+def _contents(entries: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> list[tuple[Any, ...]]:
+    """Per corpus of a blend, in its order: share, documents, tokens, and fingerprints (without any, the place)."""
     total = sum(float(entry.get("weight") or 1) for entry in entries)
     return [
         (
             round(float(entry.get("weight") or 1) / total, 9),
             entry.get("documents"),
             entry.get("tokens"),
-            entry.get("idx_sha256") or entry.get("prefix"),
+            *(entry.get(key) or entry.get("prefix") for key in keys),
         )
         for entry in entries
     ]

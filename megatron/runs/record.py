@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.checkpoint.files import LATEST, MANIFEST, delete_tag
-from megatron.checkpoint.upkeep import ABANDONED
+from megatron.checkpoint.files import ABANDONED, LATEST, MANIFEST, delete_tag
 from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import replace_file, written_whole
 
 FORMAT = 1
 METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
+PROTOCOL = ("label", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ class ValidRow(Position):
     Attributes:
         nll_se: standard error of ``nll`` over documents (``se_kind`` says so), noise included.
         num_samples: distinct samples of seq_length tokens; ``num_documents`` documents have tokens in them.
+        data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
     """
 
@@ -166,6 +167,7 @@ class ValidRow(Position):
     best: bool
     num_documents: int | None = None
     se_kind: str = OVER_DOCUMENTS
+    data: str = ""
     sums: str | None = None
     gap: float | None = None
     gap_se: float | None = None
@@ -227,11 +229,15 @@ class MetricsFile:
         last_step: rows of later steps, left by an interrupted attempt, are dropped: they will be written again.
         """
         self.path = run_dir / METRICS
-        rows = [row for row in read_rows(self.path) if row["step"] <= last_step]
+        found = read_rows(self.path)
+        rows = [row for row in found if row["step"] <= last_step]
+        self.rows, self.has_dropped = rows, len(rows) < len(found)
         if self.path.exists():
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
+        with written_whole(self.path):
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, row: Row) -> None:
         """Append one row.
@@ -239,6 +245,8 @@ class MetricsFile:
         Raises:
             Failure: the disk does not take it.
         """
+        if isinstance(row, ValidRow):
+            self._valid.append(asdict(row))
         try:
             self._file.write(json_line(row))
             self._file.flush()
@@ -248,6 +256,21 @@ class MetricsFile:
                 "every row of a run is kept",
                 "free space on that disk and start again: the run continues from its newest checkpoint",
             ) from error
+
+    def best(self, last: ValidRow | None = None) -> ValidRow | None:
+        """The best of the validations that were taken as the last one was, the earlier of two that are equal.
+
+        Args:
+            last: a validation that is not written yet.
+        """
+        rows = [*self._valid, *([] if last is None else [asdict(last)])]
+        # Rows from before the data were recorded belong to the curve that goes on from them.
+        same = [row for row in rows if all(row.get(name) in (rows[-1].get(name), "", None) for name in PROTOCOL)]
+        finite = [row for row in same if math.isfinite(row["nll"])]
+        try:
+            return _of_known_fields(ValidRow, min(finite, key=lambda row: row["nll"])) if finite else None
+        except TypeError:  # a damaged line lacks fields
+            return None
 
     def close(self) -> None:
         """Close the file; rows are flushed as they come."""

@@ -13,11 +13,11 @@ from megatron.checkpoint.upkeep import remove_old_checkpoints, set_back
 from megatron.config import config_to_dict
 from megatron.data.blend import parse_blend
 from megatron.data.dataset import text_bytes_per_token
-from megatron.files import replace_file
+from megatron.files import replace_file, written_whole
 from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
-from megatron.runs.record import BEST, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
+from megatron.runs.record import BEST, RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.interval import Interval
@@ -54,14 +54,21 @@ class RunFolder:
         """
         self.plan, self.progress, self.context, self.screen = plan, progress, context, screen
         self.parameters = parameters_for_compute(plan.shape, plan.vocabulary.size)
-        self._tag = start.tag if start.is_continued else None  # until the first save, which begins a new branch there
         self._log: MetricsLog | None = None
         self._record: RunRecord | None = None
         if context.is_first_rank:
             (plan.run_dir / STOPPED).unlink(missing_ok=True)
+            is_own = start.is_continued and plan.settings.run.save is not None
+            moved = (
+                set_back(plan.run_dir, start.tag) if is_own else []
+            )  # with the metrics: a kill must not part the two
+            for line in moved:
+                screen.print(line)
             self._record = self._continued(start)
             self._record.write(plan.run_dir)
-            self._log = MetricsLog(plan.run_dir, plan.settings, last_step=progress.step)
+            is_branch = bool(moved or start.changed)
+            self._log = MetricsLog(plan.run_dir, plan.settings, last_step=progress.step, is_branch=is_branch)
+            self._remember_best()
         own = (self._record and self._record.run_id, self._log and self._log.file.validated)
         self.run_id, self.validated_steps = context.gather_objects(own)[0]
 
@@ -83,22 +90,14 @@ class RunFolder:
             sums: makes the sums a (sample, document) behind it; asked on the first rank only.
         """
         path = f"{VALIDATIONS}/step{row.step}.npz"
-        row = replace(row, best=self.progress.is_best(row.nll), sums=path)
-        if row.best:
-            self.progress.remember_best(row, measured(row))
         if self._log is not None:
-            (self.plan.run_dir / VALIDATIONS).mkdir(exist_ok=True)
+            with written_whole(self.plan.run_dir / path):
+                (self.plan.run_dir / VALIDATIONS).mkdir(exist_ok=True)
             sums().save(self.plan.run_dir / path)
+            best = self._log.file.best(row)
+            row = replace(row, best=best is not None and best.step == row.step, sums=path)
             self._log.write(row)
-            if row.best:
-                best = {
-                    "step": row.step,
-                    "nll": row.nll,
-                    "nll_se": row.nll_se,
-                    "label": row.label,
-                    "num_mc": row.num_mc,
-                }
-                replace_file(self.plan.run_dir / BEST, json.dumps(best))
+            self._remember_best()
         self.screen.valid_line(row)
         self._prune()
 
@@ -119,10 +118,6 @@ class RunFolder:
             return False
         started = time.perf_counter()
         interval.store()
-        if self._tag is not None and self._record is not None and self._tag.parent.resolve() == plan.run_dir.resolve():
-            for line in set_back(plan.run_dir, self._tag):
-                self.screen.print(line)
-        self._tag = None
         state = {
             **progress.to_manifest(),
             "run_id": self.run_id,
@@ -137,6 +132,18 @@ class RunFolder:
         self.screen.print(f"saved {tag} in {time.perf_counter() - started:.1f} s")
         self._prune()
         return True
+
+    def _remember_best(self) -> None:
+        """Name the best validation of this branch, as its metrics tell it, in best.json; on the first rank."""
+        assert self._log is not None
+        best = self._log.file.best()
+        self.progress.remember_best(best, "" if best is None else measured(best))
+        path = self.plan.run_dir / BEST
+        if best is not None:
+            fields = ("step", "nll", "nll_se", "label", "num_mc")
+            replace_file(path, json.dumps({name: getattr(best, name) for name in fields}))
+        else:
+            path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         """Delete checkpoints beyond ``--keep-last``, but not the best one."""
@@ -175,6 +182,9 @@ class RunFolder:
         """The record of this run with one more attempt, or a new one."""
         plan, schedule = self.plan, self.plan.schedule
         before = RunRecord.read(plan.run_dir) if start.is_continued else None
+        if before is None and (path := plan.run_dir / RECORD).exists():
+            path.replace(path.with_suffix(".json.damaged"))
+            self.screen.print(f"warning: {path} cannot be read; it is kept as {path.name}.damaged and begun anew")
         tokens = schedule.train_samples * plan.shape.seq_length
         unique_tokens = plan.sources.unique_tokens
         attempt = replace(

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
 from megatron.runs.lock import lock_run
-from megatron.runs.record import clear_run
+from megatron.runs.record import clear_run, holds_run
 
 if TYPE_CHECKING:
     from megatron.training.observer import Observer
@@ -51,18 +51,26 @@ def main(
             "it needs the evaluation package",
             "start pretrain_gpt.py or pretrain_mdm.py",
         )
-        from megatron.training.resolve import resolve
-
         with ExitStack() as exits:
             is_writer = launch.is_first_rank and not flags.run.skip_train
             # A folder that is there is taken before anybody looks for checkpoints: a kill may have left a half-done rename.
+            # And before torch is imported: who comes second hears it at once.
             is_early = is_writer and flags.run.save is not None and Path(flags.run.save).is_dir()
             if is_early:
-                exits.enter_context(_take(Path(str(flags.run.save))))
+                _take(Path(str(flags.run.save)), exits)
+            from megatron.training.resolve import resolve
+
             run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
             plan = resolve(flags, launch, run_name=run_name)
             if is_writer and not is_early:
-                exits.enter_context(_take(plan.run_dir))
+                _take(plan.run_dir, exits)
+                # Another process may have begun, and ended, while this one read its data.
+                require(
+                    flags.run.overwrite or not holds_run(plan.run_dir),
+                    f"another process began a run in {plan.run_dir} meanwhile",
+                    "a run directory belongs to one run",
+                    "start again",
+                )
             if is_writer and flags.run.overwrite:
                 clear_run(plan.run_dir)
             return _run(plan, launch, observer, probe)
@@ -72,14 +80,17 @@ def main(
         return error.exit_status
 
 
-def _take(run_dir: Path) -> TextIO:
-    """The run directory, for this process alone and without what killed ones left."""
+def _take(run_dir: Path, exits: ExitStack) -> None:
+    """Take the run directory, for this process alone, and clear away what killed ones left."""
+    lock, is_held = lock_run(run_dir)
+    exits.enter_context(lock)
     from megatron.checkpoint.upkeep import sweep_leftovers
+    from megatron.training.reporting import say
 
-    lock = lock_run(run_dir)
+    if not is_held:
+        say(f"warning: {run_dir} is on a file system without locks: see to it that no other run trains into it")
     for line in sweep_leftovers(run_dir):
-        print(line, flush=True)
-    return lock
+        say(line)
 
 
 def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | None) -> int:

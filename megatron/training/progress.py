@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -97,13 +96,10 @@ class Progress:
                 "resume from an earlier checkpoint with a lower --lr",
             )
 
-    def is_best(self, nll: float) -> bool:
-        """Whether a validation is the best so far."""
-        return math.isfinite(nll) and (self.best_nll is None or nll < self.best_nll)
-
-    def remember_best(self, row: ValidRow, text: str) -> None:
-        """Keep a validation as the best one."""
-        self.best_step, self.best_nll, self.best_text = row.step, row.nll, text
+    def remember_best(self, row: ValidRow | None, text: str) -> None:
+        """Keep a validation as the best one, or that there is none."""
+        self.best_step, self.best_nll = (None, None) if row is None else (row.step, row.nll)
+        self.best_text = text
 
     def to_manifest(self) -> dict[str, Any]:
         """Fields of a checkpoint's manifest."""

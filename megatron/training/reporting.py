@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.config.schema import Config
+from megatron.errors import Failure
+from megatron.files import replace_file
 from megatron.model.arithmetic import peak_flops
 from megatron.objectives.base import EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow
@@ -48,24 +53,31 @@ class Throughput:
 class MetricsLog:
     """Sinks of one run. Made on the first rank only."""
 
-    def __init__(self, run_dir: Path, settings: Config, *, last_step: int) -> None:
+    def __init__(self, run_dir: Path, settings: Config, *, last_step: int, is_branch: bool = False) -> None:
         """Args:
         run_dir: folder of the run.
         settings: of the run.
         last_step: step from which it goes on; what an interrupted attempt wrote of later ones is dropped everywhere.
+        is_branch: what is written again may have other values.
         """
         self.file = MetricsFile(run_dir, last_step=last_step)
         self._run = settings.run
         self._tensorboard = _open_tensorboard(settings, last_step)
+        if is_branch and self.file.has_dropped:  # W&B never takes a step twice: the branch is a W&B run of its own
+            (run_dir / "wandb_id").unlink(missing_ok=True)
+        is_known = (run_dir / "wandb_id").exists()
         self._wandb = _open_wandb(settings, run_dir)
+        for row in [] if self._wandb is None or is_known else self.file.rows:
+            self._wandb.log(self._scalars(row), step=row["step"])
 
     def write(self, row: Row) -> None:
         """Append one row."""
         self.file.write(row)
-        scalars = self._scalars(row)
+        scalars = self._scalars(asdict(row))
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, row.step)
+            with _written(self._run.tensorboard_dir):
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, row.step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=row.step)
 
@@ -73,18 +85,19 @@ class MetricsLog:
         """Flush everything."""
         self.file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with _written(self._run.tensorboard_dir):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _scalars(self, row: Row) -> dict[str, float]:
+    def _scalars(self, row: dict[str, Any]) -> dict[str, float]:
         dropped = {"step", "best"}
         dropped |= set() if self._run.log_timers_to_tensorboard else {"step_seconds"}
         dropped |= set() if self._run.log_batch_size_to_tensorboard else {"batch_size"}
         dropped |= set() if self._run.log_validation_ppl_to_tensorboard else {"ppl"}
         return {
-            f"{row.kind}/{name}": value
-            for name, value in asdict(row).items()
+            f"{row['kind']}/{name}": value
+            for name, value in row.items()
             if name not in dropped and isinstance(value, int | float)
         }
 
@@ -95,9 +108,21 @@ def _open_tensorboard(settings: Config, last_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # Steps that are written again replace those of the interrupted attempt.
-    return SummaryWriter(
-        settings.run.tensorboard_dir, max_queue=settings.run.tensorboard_queue_size, purge_step=last_step + 1
-    )
+    folder, queue = settings.run.tensorboard_dir, settings.run.tensorboard_queue_size
+    with _written(folder):
+        return SummaryWriter(folder, max_queue=queue, purge_step=last_step + 1)
+
+
+@contextmanager
+def _written(folder: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Failure(
+            f"{folder} could not be written ({error.strerror or error})",
+            "TensorBoard's events go there",
+            "free space on that disk, or start again with another --tensorboard-dir or none",
+        ) from error
 
 
 def _open_wandb(settings: Config, run_dir: Path) -> Any:
@@ -117,7 +142,7 @@ def _open_wandb(settings: Config, run_dir: Path) -> Any:
         dir=str(folder),
         config=config_to_dict(settings),
         mode=os.environ.get("WANDB_MODE", "online" if _has_wandb_login() else "offline"),  # type: ignore[arg-type]
-        resume="allow",  # steps that are written again are dropped by W&B: its steps only grow
+        resume="allow",  # steps that are written again are dropped by W&B: its steps only grow, and they are the same
         id=_wandb_id(run_dir),
         settings=wandb.Settings(silent=True),
     )
@@ -141,7 +166,7 @@ def _wandb_id(run_dir: Path) -> str:
     """One id per run directory, so that a resumed run continues its curves."""
     path = run_dir / "wandb_id"
     if not path.exists():
-        path.write_text(os.urandom(8).hex())
+        replace_file(path, os.urandom(8).hex())
     return path.read_text()
 
 
@@ -186,22 +211,27 @@ class Screen:
             )
 
     def print(self, text: str) -> None:
-        """A line for a person, on the first rank. A closed or full standard output is not worth a run."""
+        """A line for a person, on the first rank."""
         if not self.enabled:
             return
-        try:
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stdout)
-            else:
-                print(text, flush=True)
-        except OSError:
-            self.enabled = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is buffered can be flushed at exit
+        self.enabled = say(text, print if self._bar is None else partial(self._bar.write, file=sys.stdout))
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def say(text: str, write: Callable[[str], object] = print) -> bool:
+    """Print a line for a person; a closed or full standard output is not worth a run. Returns whether it took the line."""
+    try:
+        write(text)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is buffered can be flushed at exit
+        return False
+    return True
 
 
 def measured(row: ValidRow) -> str:

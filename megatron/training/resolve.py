@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import Config, DataConfig
+from megatron.config.schema import Config
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
-from megatron.data.identity import check_vocabulary, data_fingerprint, tokenizer_fingerprint, verify_data
+from megatron.data.identity import (
+    check_vocabulary,
+    data_fingerprint,
+    tokenizer_fingerprint,
+    verify_data,
+    with_absolute_paths,
+)
 from megatron.data.indexed import read_meta
 from megatron.errors import UserError, require
 from megatron.objectives import Objective, build_objective, needs_mask_token
@@ -24,6 +30,7 @@ from megatron.parallel.sharding import named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary
+from megatron.training.reporting import say
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
 ARCHITECTURE = (
@@ -56,13 +63,13 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     _check_objective(flags, manifest)
     mask_id = _mask_id(flags, vocab_size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
-    schedule = _schedule(flags, layout, sources.unique_tokens)
-    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
     is_continued = bool(manifest) and not flags.run.finetune
+    schedule = _schedule(flags, layout, sources.unique_tokens, manifest if is_continued else {})
+    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
     seeds = _seeds(flags, manifest if is_continued else {})
     settings = replace(
         flags,
-        data=_absolute(flags.data),
+        data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(flags.model),
         objective=replace(flags.objective, mask_token_id=mask_id),
         optimizer=replace(
@@ -93,17 +100,6 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         run_dir=run_dir,
         notes=(*idle_notes(flags), *_exact_notes(flags, objective)),
     )
-
-
-def _absolute(data: DataConfig) -> DataConfig:
-    """The data section with files by absolute path, so that a record means the same from any folder."""
-
-    def path(value: str | None) -> str | None:
-        return os.path.abspath(value) if value and os.path.exists(value) else value
-
-    names = ("vocab_file", "merge_file", "tokenizer_model", "train_data_path_file", "valid_data_path_file")
-    files: dict[str, Any] = {name: path(getattr(data, name)) for name in names}
-    return replace(data, **files)
 
 
 def _exact_notes(flags: Config, objective: Objective) -> list[str]:
@@ -170,7 +166,7 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> tuple[int, d
         size = sizes.pop()
     check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprint=fingerprint)
     if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
-        verify_data(sources.train, sources.valid)
+        verify_data(sources.train, sources.valid, say=say)
     return size, {"vocab_size": size, "fingerprint": fingerprint}
 
 
@@ -239,7 +235,7 @@ def _shape(flags: Config, vocab_size: int, manifest: dict[str, Any]) -> Shape:
 def _check_objective(flags: Config, manifest: dict[str, Any]) -> None:
     own = flags.objective.objective
     saved = manifest["config"]["objective"]["objective"] if manifest else own
-    if saved in (None, own) or flags.run.finetune:
+    if saved in (None, own) or (flags.run.finetune and not flags.run.skip_train):
         return
     fix = f"pass --objective {saved}" if flags.run.skip_train else "pass --finetune to start a new run from its weights"
     verb = "evaluates" if flags.run.skip_train else "trains"
@@ -257,6 +253,13 @@ def _mask_id(flags: Config, vocab_size: int, padded: int, manifest: dict[str, An
     saved = manifest["config"]["objective"].get("mask_token_id") if manifest else None
     candidates = (flags.objective.mask_token_id, saved, vocab_size)
     mask_id = next(candidate for candidate in candidates if candidate is not None)
+    was_token = mask_id < (manifest.get("tokenizer", {}).get("vocab_size") or mask_id + 1)
+    require(
+        mask_id != saved or was_token or mask_id >= vocab_size or flags.objective.mask_token_id is not None,
+        f"the mask id {mask_id} of the checkpoint is a token of this vocabulary of {vocab_size}",
+        "the mask has a row of its own",
+        f"pass --mask-token-id {vocab_size}, or the tokenizer of the checkpoint",
+    )
     require(
         0 <= mask_id < padded,
         f"the mask id {mask_id} has no row in the padded vocabulary of {padded} (vocabulary {vocab_size})",
@@ -274,7 +277,7 @@ def _layout(flags: Config, world: int) -> Layout:
     return Layout(world, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
 
 
-def _schedule(flags: Config, layout: Layout, unique_tokens: int) -> Schedule:
+def _schedule(flags: Config, layout: Layout, unique_tokens: int, before: dict[str, Any]) -> Schedule:
     run, optimizer, batch = flags.run, flags.optimizer, layout.global_batch_size
     samples = run.train_samples or (run.train_iters or 0) * batch
     if run.train_epochs is not None:
@@ -286,6 +289,13 @@ def _schedule(flags: Config, layout: Layout, unique_tokens: int) -> Schedule:
         f"{samples} training samples are less than one global batch of {batch}",
         "a run has at least one step",
         "train longer or lower --global-batch-size",
+    )
+    consumed = 0 if run.skip_train else before.get("consumed_samples", 0)
+    require(
+        samples >= consumed,
+        f"--load {run.load} has trained on {consumed} samples, this run is to end at {samples}",
+        "a run that goes on cannot end before where it stands",
+        "train longer, or go back with --load-tag",
     )
     decay = optimizer.lr_decay_samples or samples
     fraction = optimizer.lr_warmup_fraction
@@ -318,6 +328,12 @@ def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bo
     is_own = run.load is not None and _same(Path(run.load), run_dir)
     if is_first:
         require(
+            not (run.finetune and is_own),
+            f"--finetune with one folder {run_dir} for --load and --save",
+            "it starts a new run, and a run directory belongs to one run",
+            "choose another --save, or drop --finetune to continue",
+        )
+        require(
             run.skip_train or run.overwrite or is_own or not holds_run(run_dir),
             f"--save {run_dir} holds a run already",
             "a run directory belongs to one run",
@@ -337,10 +353,12 @@ def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]
     if not manifest or settings.run.skip_train:
         return {}
     changed = changed_settings(manifest["config"], settings)
-    before = [_content(part) for part in manifest.get("data", {}).get("train", [])]
-    now = [_content(part) for part in sources.fingerprints["train"]]
-    if before and now and before != now:  # by content: where the files lie does not matter
-        changed["data.train"] = (before, now, "results")
+    for name, affects in (("train", "results"), ("valid", "validation")):
+        parts = manifest.get("data", {}).get(name, []), sources.fingerprints[name]
+        keys = ["idx_sha256", *(["bin_sample"] if all("bin_sample" in part for part in chain(*parts)) else [])]
+        before, now = ([_content(part, keys) for part in each] for each in parts)
+        if before and now and before != now:  # by content: where the files lie does not matter
+            changed[f"data.{name}"] = (before, now, affects)
     refused = [f"{name} {before} → {now}" for name, (before, now, affects) in changed.items() if affects == "results"]
     require(
         settings.run.change_settings or not refused,
@@ -351,9 +369,9 @@ def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]
     return changed
 
 
-def _content(part: dict[str, Any]) -> str:
-    """What a part of the training data is, wherever it lies."""
-    return f"{part['weight']:.6g} x {part['tokens']:,} tokens ({part['idx_sha256'][:12]})"
+def _content(part: dict[str, Any], keys: list[str]) -> str:
+    """What a part of the data is, wherever it lies."""
+    return f"{part['weight']:.6g} x {part['tokens']:,} tokens ({' '.join(part[key][:12] for key in keys)})"
 
 
 def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any, Any, str]]:

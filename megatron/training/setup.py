@@ -15,7 +15,7 @@ from megatron.training.deepspeed.engine import Engine
 from megatron.training.observer import Observer
 from megatron.training.plan import Plan, Start
 from megatron.training.progress import Progress
-from megatron.training.reporting import Screen
+from megatron.training.reporting import Screen, say
 
 
 class Built(NamedTuple):
@@ -45,9 +45,7 @@ def build(plan: Plan, connection: Connection, observer: Observer | None) -> Buil
         reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size)
         engine.load(reader, with_optimizer=start.with_optimizer)
         if reader.replaced and context.is_first_rank:
-            print(
-                "the mask token starts as the mean of the token embeddings (the checkpoint never used one)", flush=True
-            )
+            say("the mask token starts as the mean of the token embeddings (the checkpoint never used one)")
     return Built(context, engine, start)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import Launch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Exit status of a run that was stopped before its end (EX_TEMPFAIL: start it again), so that `train && eval` stops too.
 STOPPED_STATUS = 75
 
@@ -51,7 +51,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to ignore it
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(

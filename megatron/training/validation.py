@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -58,6 +60,11 @@ class Validator:
         self.plan, self.engine, self.objective = plan, engine, plan.objective
         self.eval_interval = plan.settings.run.eval_interval
         self._dataset: GPTDataset | BlendedDataset | None = None
+        content = [
+            [part[name] for name in ("weight", "idx_sha256", "bin_sample")]
+            for part in plan.sources.fingerprints["valid"]
+        ]
+        self._data = hashlib.sha256(json.dumps([content, plan.shape.seq_length]).encode()).hexdigest()[:12]
         if not plan.sources.valid or plan.settings.run.eval_iters == "0":
             return
         self._dataset = self._open(screen)
@@ -174,6 +181,7 @@ class Validator:
             "num_mc": draws,
             "num_samples": sums.num_samples,
             "num_documents": sums.num_documents,
+            "data": self._data,
             **likelihood_fields(estimate.value, label=label, bytes_per_token=self._dataset.text_bytes_per_token),
         }
 

@@ -88,6 +88,17 @@ def test_many_processes_build_one_cache(make_data, tmp_path: Path) -> None:
     assert names == ["", ".lock"]  # one map, no leftovers
 
 
+def test_what_killed_builders_of_other_maps_left_is_swept(make_data, tmp_path: Path) -> None:
+    """Each as large as the maps; nobody may ever build the same ones again."""
+    prefix, left = make_data("x", [30, 40, 50]), []
+    for name, age in ((".train-0.1.0a1b2c3d.tmp", 2 * 24 * 3600), (".train-1.1.0a1b2c3d.tmp", 0)):
+        left.append(tmp_path / "c" / name)
+        left[-1].mkdir(parents=True)
+        os.utime(left[-1], (time.time() - age,) * 2)
+    GPTDataset(prefix, 20, 10, 1, cache_path=str(tmp_path / "c"))
+    assert not left[0].exists() and left[1].exists()  # a young one may be somebody's work
+
+
 def test_without_locks_the_rename_alone_is_safe(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two builders at once: the second finds the finished folder when it renames, and uses it."""
     sizes = IndexedDataset(make_data("x", [30, 40, 50])).sizes

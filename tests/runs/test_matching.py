@@ -64,6 +64,9 @@ def test_data_are_compared_by_content(two):
     assert weights(first, change(two[1], data=swapped)) == {"data.train": "result"}
     rebuilt = {**same, "valid": data(("/a/valid", 1, "44"))}
     assert weights(first, change(two[1], data=rebuilt)) == {"data.valid": "result"}
+    ours, theirs = ({**same, "train": [{**part, "bin_sample": digest} for part in same["train"]]} for digest in "ab")
+    assert weights(change(two[0], data=ours), change(two[1], data=theirs)) == {"data.train": "result"}, "other tokens"
+    assert weights(first, change(two[1], data=theirs)) == {}, "older records hold no sample of the tokens"
     moved = {**same, "valid": data(("/b/valid", 1, "33"))}
     assert weights(first, change(two[1], data=moved, data__valid_data_path=["b/valid"])) == {
         "data.valid, place": "layout"

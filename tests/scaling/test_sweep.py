@@ -256,13 +256,14 @@ def test_trainer_that_outlives_a_killed_sweep_is_waited_for_not_doubled(tmp_path
     assert set(starts(sweep).values()) == {1}
 
 
-def test_ctrl_c_stops_the_training_processes(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_the_training_processes(tmp_path, number):
     path = write_sweep(tmp_path)
     sweep = load_sweep(path)
     process = subprocess.Popen([*PROGRAM, str(path), "run"], env=dict(os.environ, FAKE_STEP_SECONDS="0.2"),
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
     wait_for(lambda: (sweep.runs[0].folder / "metrics.jsonl").exists())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert "stopping" in out

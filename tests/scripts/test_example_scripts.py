@@ -159,6 +159,18 @@ def test_unknown_launcher_is_an_error() -> None:
         dry_run(EXAMPLES / "training/ar/140m_100M.sh", LAUNCHER="mpi")
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [{name: value, "LAUNCHER": launcher} for name, value, launcher in (
+        ("HOSTFILE", "hosts", "torchrun"), ("HOSTFILE", "hosts", "python"),
+        ("NNODES", "2", "python"), ("NNODES", "2", "deepspeed"),
+    )],
+)  # fmt: skip
+def test_a_launcher_that_would_train_on_one_of_several_nodes_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(AssertionError, match=r"(HOSTFILE=hosts|NNODES=2) with LAUNCHER="):
+        dry_run(EXAMPLES / "training/ar/140m_100M.sh", **environment)
+
+
 def fake_program(path: Path, text: str) -> None:
     path.write_text("#!/bin/bash\n" + text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)

@@ -48,18 +48,25 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 
 @pytest.mark.parametrize(
     ("launcher", "processes", "number"),
-    [("python", 1, signal.SIGUSR1), ("torchrun", 2, signal.SIGTERM), ("deepspeed", 2, signal.SIGUSR1)],
+    [("srun", 1, signal.SIGUSR1), ("torchrun", 2, signal.SIGTERM), ("deepspeed", 2, signal.SIGUSR1)],
 )
 def test_a_stop_is_saved_under_every_launcher(
     launcher: str, processes: int, number: signal.Signals, token_files: Path, tmp_path: Path
 ) -> None:
     """Default workers and settings; the signal goes to the script alone, as SLURM or systemd send it."""
-    run_dir = tmp_path / "run"
+    run_dir, begin, job = tmp_path / "run", [str(SCRIPT)], {}
+    if launcher == "srun":  # a job of SLURM on one node; srun hands on what it is sent
+        (tmp_path / "srun").write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done; exec "$@"\n')
+        (tmp_path / "srun").chmod(0o755)
+        begin = [str(REPO / "examples_scaling/training/multi_node.sh"), "training/ar/140m_100M.sh"]
+        job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(REPO)}
+        job["PATH"], launcher = f"{tmp_path}:{os.environ['PATH']}", "python"
     process = start(
-        ["bash", str(SCRIPT), "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"],
+        ["bash", *begin, "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"],
         LAUNCHER=launcher, GPUS_PER_NODE=str(processes), RUN_DIR=str(run_dir), SEQ_LENGTH="32", LOG_INTERVAL="1",
         TRAIN_DATA=str(token_files / "train"), VALID_DATA=str(token_files / "valid"), EPOCHS="1000",
         TOKENIZER_FLAGS="--tokenizer-type NullTokenizer --vocab-size 500", MICRO_BATCH_SIZE="2", GLOBAL_BATCH_SIZE="4",
+        **job,
     )  # fmt: skip
     try:
         wait_for(run_dir / "metrics.jsonl", process)

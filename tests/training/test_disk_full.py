@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
@@ -62,6 +63,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> None:
+    """Leave so many bytes of room."""
+    with open(disk / "rest", "wb", buffering=0) as rest:
+        with contextlib.suppress(OSError):
+            while rest.write(b"0" * 4096):
+                pass
+        rest.truncate(rest.tell() - leave)
+
+
+def test_a_full_disk_under_the_lock_or_tensorboard_is_one_line(
+    token_files: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    fill(small_disk, leave=0)
+    process = Process(jobs.run_main, "mdm", jobs.flags(token_files, small_disk / "run"))
+    assert process.wait() == 1 and f"error: {small_disk}/run/lock could not be written" in process.output
+    fill(small_disk, leave=16384)
+    options = {"tensorboard_dir": small_disk / "events", "tensorboard_queue_size": 1, "train_iters": 3000}
+    process = Process(jobs.run_main, "mdm", jobs.flags(token_files, tmp_path / "run", **options))
+    assert process.wait() == 1, process.output
+    assert f"error: {small_disk}/events could not be written (No space left on device)" in process.output
 
 
 def test_disk_without_room(token_files: Path, small_disk: Path) -> None:

@@ -66,6 +66,12 @@ def twice(job: Job) -> None:
         time.sleep(0.002)  # two that are pending at once are one
 
 
+def hung_up(job: Job) -> None:
+    """SIGHUP to every process of the job, as a closed terminal sends it."""
+    for pid in job.processes():
+        os.kill(pid, signal.SIGHUP)
+
+
 def switched(job: Job) -> None:
     """The kill-switch file."""
     (job.run_dir.parent / "stop").touch()
@@ -116,6 +122,7 @@ ROWS = {
     "signal to a trainer": Row(
         STOPPED, "all", "stopped by", signalled(-1, signal.SIGUSR1), fast=(*ALONE, ("torchrun", "pp2")),
     ),
+    "terminal closed": Row(STOPPED, "all", "stopped by SIGHUP", hung_up, places=ALONE),
     "Ctrl-C twice": Row(130, "interval", act=twice, places=ALONE),
     "kill-switch file": Row(
         STOPPED, "all", "stopped by the kill-switch", switched, changes={"kill_switch_file": "stop"},
@@ -273,13 +280,33 @@ def run_script(script: str, tokens: Path, run_dir: Path, **changes: object) -> E
         job.close()
 
 
-@pytest.mark.parametrize("script", ['"$@" | head -n 3', '"$@" > /dev/full', '"$@" >&-'])
+def test_under_nohup_a_closed_terminal_is_no_end(token_files: Path, tmp_path: Path) -> None:
+    words = [sys.executable, str(REPO / "pretrain_mdm.py"), *arguments(token_files, tmp_path / "run")]
+    job = Job(["nohup", *words], run_dir=tmp_path / "run")
+    try:
+        job.wait_for_step(3)
+        step = last_step(job.run_dir)
+        hung_up(job)
+        job.wait_for_step(step + 3)
+        job.process.send_signal(signal.SIGTERM)
+        ending = job.ending(seconds=30)
+        assert ending.status == STOPPED and "stopped by SIGTERM" in ending.output, ending.output
+    finally:
+        job.close()
+
+
+@pytest.mark.parametrize("script", ['"$@" | head -n 3', '"$@" > /dev/full 2>&1', '"$@" >&-'])
 def test_a_progress_line_is_not_worth_a_run(script: str, token_files: Path, tmp_path: Path) -> None:
     """Standard output that is closed, full or absent: the run trains to its end and saves."""
     ending = run_script(script, token_files, tmp_path / "run", train_iters=30)
     assert last_step(tmp_path / "run") == 30, ending.output
     assert (tmp_path / "run/global_step30/manifest.json").exists()
     assert ending.status == 0, ending.output
+    if "full" in script:  # a start that has something to say before the run itself
+        shutil.copytree(tmp_path / "run/global_step30", tmp_path / "run/global_step35.saving")
+        ending = run_script(script, token_files, tmp_path / "run", train_iters=31, load=tmp_path / "run")
+        assert (ending.status, last_step(tmp_path / "run")) == (0, 31), ending.output
+        assert not (tmp_path / "run/global_step35.saving").exists()
 
 
 @pytest.mark.parametrize("size", ["64k", "512k"])  # no room for a lock; no room for a batch

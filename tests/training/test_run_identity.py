@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from layouts import jobs
 from layouts.pool import Process, WorkerPool
 
+from megatron.data.dataset import GPTDataset
+from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
@@ -21,7 +27,8 @@ from megatron.runs.sums import load_sums
 from megatron.statistics import mean_loss
 from megatron.training.resolve import resolve
 
-OLD = Path(__file__).parents[1] / "golden" / "run_v1"
+REPO = Path(__file__).parents[2]
+OLD = REPO / "tests/golden/run_v1"
 OLD_FLAGS: dict[str, Any] = {
     "num-layers": 2, "hidden-size": 16, "ffn-hidden-size": 32, "num-attention-heads": 2, "seq-length": 16,
     "micro-batch-size": 2, "global-batch-size": 4, "vocab-size": 99, "make-vocab-size-divisible-by": 4,
@@ -75,7 +82,9 @@ def test_a_run_of_the_first_version_goes_on_as_it_would_have(
     ("name", "value", "shown"),
     [("lr", 5e-3, "optimizer.lr 0.001 → 0.005"), ("weight_decay", 0.5, "optimizer.weight_decay"), ("seed", 7, "run.seed"),
      ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
-     ("seq_length", 16, "model.seq_length 32 → 16"), ("hidden_dropout", 0.2, "model.hidden_dropout")],
+     ("seq_length", 16, "model.seq_length 32 → 16"), ("hidden_dropout", 0.2, "model.hidden_dropout"),
+     ("reset_attention_mask", True, "data.reset_attention_mask False → True"),
+     ("reset_position_ids", True, "data.reset_position_ids")],
 )  # fmt: skip
 def test_settings_that_change_results_are_refused_unless_asked_for(
     start: Start, tmp_path: Path, name: str, value: Any, shown: str
@@ -131,8 +140,13 @@ def test_other_data_are_refused_by_content(start: Start, token_files: Path, tmp_
     with IndexedDatasetWriter(tmp_path / "other", np.dtype(np.uint16)) as writer:
         for size in (400, 300):
             writer.add_document(np.arange(size) % 500)
-    status, output = start(load=run_dir, train_iters=4, train_data_path=tmp_path / "other")
-    assert status == 2 and "data.train" in output
+    train = IndexedDataset(token_files / "train")
+    with IndexedDatasetWriter(tmp_path / "twin", train.dtype) as writer:  # documents of the same lengths, other tokens
+        for index in range(len(train)):
+            writer.add_document(train[index][::-1])
+    for name in ("other", "twin"):
+        status, output = start(load=run_dir, train_iters=4, train_data_path=tmp_path / name)
+        assert status == 2 and "data.train" in output
 
 
 def test_a_missing_folder_to_load_is_refused_and_a_fresh_start_is_said(start: Start, tmp_path: Path) -> None:
@@ -146,8 +160,35 @@ def test_a_checkpoint_is_judged_as_what_it_was_trained_for(start: Start, tmp_pat
     assert start(train_iters=1)[0] == 0
     options = {"skip_train": True, "train_iters": None, "train_data_path": None, "save": None}
     options |= {"load": tmp_path / "run", "valid_data_path": token_files / "valid"}
-    status, output = start(objective="ar", **options)
-    assert status == 2 and "is a checkpoint of objective mdm, this run evaluates ar" in output
+    for changes in ({}, {"finetune": True}):
+        status, output = start(objective="ar", **options, **changes)
+        assert status == 2 and "is a checkpoint of objective mdm, this run evaluates ar" in output
+    assert not (tmp_path / "run/evaluations").exists()
+
+
+def test_a_run_that_is_to_end_before_where_it_stands_is_refused(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=3)[0] == 0
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    for changes in ({"train_iters": 2}, {"train_iters": 5, "global_batch_size": 4}):
+        status, output = start(load=tmp_path / "run", **changes)
+        assert status == 2 and "has trained on 24 samples, this run is to end at" in output
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_new_run_from_its_own_weights_needs_another_folder(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=2)[0] == 0
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    status, output = start(load=tmp_path / "run", finetune=True, train_iters=1)
+    assert status == 2 and "--finetune with one folder" in output
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+
+
+def test_a_record_that_cannot_be_read_is_kept_and_said(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=1)[0] == 0
+    (tmp_path / "run/run.json").write_text("{")
+    status, output = start(load=tmp_path / "run", train_iters=2)
+    assert status == 0 and "run.json cannot be read; it is kept as run.json.damaged" in output
+    assert (tmp_path / "run/run.json.damaged").read_text() == "{" and record(tmp_path / "run").run_id
 
 
 def test_an_evaluation_lies_beside_the_run_that_it_judges(start: Start, tmp_path: Path, token_files: Path) -> None:
@@ -185,18 +226,43 @@ def test_order_and_decay_are_planned_with_the_given_samples(token_files: Path, t
     assert plan.settings.optimizer.lr_warmup_samples == 2.375
 
 
-def test_a_run_of_190_samples_trains_184(start: Start, tmp_path: Path) -> None:
-    assert start(train_iters=None, train_samples=190, log_interval=23)[0] == 0
-    assert jobs.records(tmp_path / "run")[23]["samples"] == 184
+def test_a_run_of_679_samples_trains_the_first_672_of_an_order_of_679(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """An epoch has 675: an order of 672 needs one and is another one."""
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=None, train_samples=679, num_layers=1)
+    (trace,) = pools(1).run(jobs.train, "ar", argv, ("tensors",))
+    assert trace.status == 0 and jobs.records(tmp_path / "run")[84]["samples"] == 672
+    read = torch.cat([batch.inputs.input_ids for batch in trace.batches]).numpy()
+    planned, rounded = (GPTDataset(token_files / "train", count, 32, 1234) for count in (679, 672))
+    assert [(read[index] == planned[index][:-1]).all() for index in range(672)].count(False) == 0
+    assert sum((rounded[index] == planned[index]).all() for index in range(672)) < 10
+
+
+def test_a_mask_that_is_a_token_of_another_vocabulary_is_refused(start: Start, tmp_path: Path) -> None:
+    assert start(train_iters=1)[0] == 0
+    options = {
+        "load": tmp_path / "run",
+        "save": tmp_path / "other",
+        "finetune": True,
+        "train_iters": 1,
+        "vocab_size": 505,
+    }
+    status, output = start(**options)
+    assert status == 2 and "the mask id 500 of the checkpoint is a token of this vocabulary of 505" in output
+    assert start(**options, mask_token_id=505)[0] == 0
 
 
 def test_a_second_run_in_one_folder_is_refused_at_once(token_files: Path, tmp_path: Path) -> None:
     argv = jobs.flags(token_files, tmp_path, load=tmp_path, train_iters=100_000, log_interval=1)
     first = Process(jobs.run_main, "mdm", argv)
     first.wait_until(lambda: (tmp_path / "metrics.jsonl").exists())
-    second = Process(jobs.run_main, "mdm", argv)
-    assert second.wait(60) == 2
-    assert "is being trained into by process" in second.output and " since " in second.output
+    command = [sys.executable, "-X", "importtime", str(REPO / "pretrain_mdm.py"), *argv]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2
+    assert "is being trained into by process" in second.stderr and " since " in second.stderr
+    imported = re.findall(r"^import time:.*\| +(\S+)$", second.stderr, re.MULTILINE)
+    assert "megatron.runs.lock" in imported and "torch" not in imported  # heard before the seconds of imports
     assert first.is_running
     first.stop()  # killed: its lock is stale
     argv = jobs.flags(token_files, tmp_path, load=tmp_path, train_iters=100_000, exit_duration_in_mins=1e-6)
@@ -220,6 +286,7 @@ def test_run_json_says_where_it_happened_and_what_it_had(start: Start, tmp_path:
     assert attempt.command and attempt.host and attempt.version and attempt.versions["torch"] and attempt.device
     assert attempt.ended is not None and attempt.ended["reason"] == "end"
     (part,) = found.data["train"]
+    assert attempt.commit and attempt.command[0] and attempt.layout["world"] == 1
     assert Path(part["prefix"]).is_absolute() and part["documents"] == 300 and len(part["idx_sha256"]) == 64
     assert found.tokenizer["vocab_size"] == jobs.VOCAB and found.noise_scheme == 2 and found.run_id
     manifest = json.loads((tmp_path / "run/global_step1/manifest.json").read_text())
@@ -249,3 +316,20 @@ def test_a_validation_that_was_owed_is_made_up(start: Start, tmp_path: Path, tok
     assert list(jobs.records(tmp_path / "run", "valid")) == [2]
     assert start(load=tmp_path / "run", train_iters=4, **options)[0] == 0
     assert jobs.records(tmp_path / "run", "valid") == whole
+
+
+def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
+    token_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export from another folder found no tokenizer: it looked beside a relative path of data."""
+    shutil.copytree(token_files, tmp_path / "data")
+    (tmp_path / "list.txt").write_text("0.5 data/train 0.5 data/valid\n")
+    monkeypatch.chdir(tmp_path)
+    for changes, expected in (
+        ({"train_data_path": "data/train"}, [f"{tmp_path}/data/train"]),
+        ({"train_data_path": None, "train_data_path_file": "list.txt"},
+         ["0.5", f"{tmp_path}/data/train", "0.5", f"{tmp_path}/data/valid"]),
+    ):  # fmt: skip
+        argv = jobs.flags(token_files, tmp_path / "run", valid_data_path="data/valid", **changes)
+        data = resolve(parse(argv, objective="ar"), Launch(), run_name="x").settings.data
+        assert (data.train_data_path, data.valid_data_path) == (expected, [f"{tmp_path}/data/valid"])

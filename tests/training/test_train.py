@@ -83,12 +83,6 @@ def test_losses_of_the_unfinished_interval_travel_with_the_checkpoint() -> None:
     assert (progress.loss_sum, progress.loss_count) == (3.0, 2)
 
 
-@pytest.mark.parametrize(("nll", "is_best"), [(math.nan, False), (math.inf, False), (4.9, True), (5.0, False)])
-def test_the_best_validation_is_the_lowest_finite_one(nll: float, is_best: bool) -> None:
-    assert Progress(best_step=1, best_nll=5.0).is_best(nll) == is_best
-    assert not Progress().is_best(math.nan) and Progress().is_best(7.0)
-
-
 def test_saves_fall_on_the_interval_and_on_the_last_step(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from megatron.scaling.sweep.state import claim, is_finished, lock, read_attempts
 
 ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 2.0
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the last one ahead of a time limit
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Runner:
     def run(self, runs: Sequence[SweepRun]) -> dict[str, str]:
         """Bring every run to its end. Returns {run name: "finished" | "skipped" | "failed" | "stopped"}.
 
-        A run that another process trains is waited for. SIGINT and SIGTERM are passed to the training processes,
-        which save and stop.
+        A run that another process trains is waited for. Signals to stop (``STOPS``) are passed to the training
+        processes as SIGTERM; they save and stop.
 
         Raises:
             ValueError: a directory belongs to another configuration (before anything starts).
@@ -61,7 +62,7 @@ class Runner:
         pending = list(runs)
         results: dict[str, str] = {}
         threads = [threading.Thread(target=self._work, args=(slot, pending, results)) for slot in range(self.jobs)]
-        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._stop) for number in STOPS}
         try:
             for thread in threads:
                 thread.start()
