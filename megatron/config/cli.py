@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Protocol
 
-from megatron.config.option import check_range, check_ranges, spelling
+from megatron.config.option import check_range, default_of, spelling
 from megatron.config.schema import Config
-from megatron.errors import UserError
+from megatron.config.validate import validate
+from megatron.errors import UserError, require
 
-GROUP_TITLES = {
-    "model": "model",
-    "objective": "objective",
-    "data": "data and tokenizer",
-    "optimizer": "optimizer and learning rate",
-    "parallel": "parallelism and engine",
-    "run": "run: length, logging, validation, checkpoints",
-}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -80,8 +73,6 @@ def parse(
         UserError: a number out of range, a flag that would have no effect, or flags that contradict each other.
         SystemExit: unknown or malformed flag, or ``--help``.
     """
-    from megatron.config.validate import validate
-
     parser = build_parser(registry, prog)
     words = sys.argv[1:] if argv is None else list(argv)
     for word in words:
@@ -90,52 +81,53 @@ def parse(
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(_unknown_flag_message(parser, unknown))
+    values = vars(namespace)
     sections = {}
     for section in dataclasses.fields(Config):
         cls: Any = section.default_factory
-        own = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(cls) if item.metadata}
-        sections[section.name] = cls(**own)
-        check_ranges(sections[section.name])
-    given = {name: value for name in _options(registry) if (value := getattr(namespace, name)) is not None}
-    name = namespace.objective or _chosen(given, registry, objective)
-    options = _own_options(name, given, registry)
-    chosen = dataclasses.replace(
-        sections["objective"], objective=name, options={} if options is None else dataclasses.asdict(options)
+        sections[section.name] = cls(
+            **{item.name: values[item.name] for item in dataclasses.fields(cls) if item.metadata}
+        )
+    owned = _owned(registry)
+    given = {name: values[name] for name in owned if values[name] is not None}
+    # A launch script of the paper asks for its objective by one of the flags.
+    asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
+    name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
+    require(
+        name in registry, f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name"
     )
-    config = Config(**{**sections, "objective": chosen})
-    validate(config, registry, options, world_size)
+    options = registry[name].Options(**_own_options(name, given, owned))
+    sections["objective"] = dataclasses.replace(
+        sections["objective"], objective=name, options=dataclasses.asdict(options)
+    )
+    config = Config(**sections)
+    validate(config, options, needs_mask_token=registry[name].needs_mask_token, world_size=world_size)
     return config
 
 
-def _options(registry: Registry) -> dict[str, dataclasses.Field]:
-    """The flags of all objectives by field name."""
-    return {item.name: item for cls in registry.values() for item in dataclasses.fields(cls.Options)}
-
-
-def _chosen(given: Mapping[str, Any], registry: Registry, default: str) -> str:
-    """The objective that a launch script of the paper asks for by one of its flags, else the program's own."""
+def _owned(registry: Registry) -> dict[str, tuple[dataclasses.Field, list[str]]]:
+    """The flags of all objectives by field name, each with the objectives that have it."""
+    found: dict[str, tuple[dataclasses.Field, list[str]]] = {}
     for name, cls in registry.items():
-        asking = (item.name for item in dataclasses.fields(cls.Options) if item.metadata["chooses"])
-        if default == "ar" and any(given.get(flag) for flag in asking):
-            return name
-    return default
+        for item in dataclasses.fields(cls.Options):
+            found.setdefault(item.name, (item, []))[1].append(name)
+    return found
 
 
-def _own_options(name: str, given: Mapping[str, Any], registry: Registry) -> Any:
-    """The options of the chosen objective; a flag of another one is refused, because it belongs to no field."""
-    if name not in registry:
-        raise UserError(f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name")
-    own = {item.name for item in dataclasses.fields(registry[name].Options)}
+def _own_options(
+    name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[dataclasses.Field, list[str]]]
+) -> dict[str, Any]:
+    """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
-        check_range(_options(registry)[flag], value)
-        owners = [other for other, cls in registry.items() if flag in {f.name for f in dataclasses.fields(cls.Options)}]
-        if flag not in own and value:  # 0 and False switch off, as in published scripts
-            raise UserError(
-                f"{spelling(_options(registry)[flag])} with objective {name}",
-                f"it belongs to {', '.join(owners)}",
-                f"drop it or pass --objective {owners[0]}",
-            )
-    return registry[name].Options(**{flag: value for flag, value in given.items() if flag in own})
+        item, owners = owned[flag]
+        check_range(item, value)
+        require(
+            name in owners or not value,  # 0 and False switch off, as in published scripts
+            f"{spelling(item)} with objective {name}",
+            f"it belongs to {', '.join(owners)}",
+            f"drop it or pass --objective {owners[0]}",
+        )
+    return {flag: value for flag, value in given.items() if name in owned[flag][1]}
 
 
 def build_parser(registry: Registry, prog: str | None = None) -> argparse.ArgumentParser:
@@ -152,24 +144,18 @@ def build_parser(registry: Registry, prog: str | None = None) -> argparse.Argume
     for section in dataclasses.fields(Config):
         is_objective = section.name == "objective"
         about = f"{', '.join(registry)}: the flags of one are refused with another." if is_objective else None
-        group = parser.add_argument_group(GROUP_TITLES[section.name], about)
+        group = parser.add_argument_group(section.metadata["title"], about)
         cls: Any = section.default_factory
         hints = typing.get_type_hints(cls)
         for item in dataclasses.fields(cls):
             if item.metadata:
                 _add_flag(group, item, hints[item.name])
         if is_objective:
-            _add_options(group, registry)
+            for name, (item, owners) in _owned(registry).items():
+                hint = typing.get_type_hints(registry[owners[0]].Options)[name]
+                _add_flag(group, item, hint, owners=owners)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # launchers
     return parser
-
-
-def _add_options(group: argparse._ArgumentGroup, registry: Registry) -> None:
-    """The flags of every objective, each with the names of those that have it."""
-    for name, item in _options(registry).items():
-        owners = [owner for owner, cls in registry.items() if name in {f.name for f in dataclasses.fields(cls.Options)}]
-        hint = typing.get_type_hints(registry[owners[0]].Options)[name]
-        _add_flag(group, item, hint, owners=owners)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -208,12 +194,11 @@ def _add_flag(
     """One flag; with ``owners``, the objectives that have it, its default is None, so that it shows whether it was given."""
     meta = item.metadata
     spellings = list(meta["flags"] or (spelling(item),))
-    is_list = item.default is dataclasses.MISSING
-    factory: Any = item.default_factory
-    default = factory() if is_list else item.default
-    base, is_optional = _base_type(hint)
+    default = default_of(item)
+    inner = typing.get_args(hint)  # of ``list[str]``, ``int | None``
+    base = inner[0] if inner else hint
     # Only what is on by default, or decided by the machine, needs a negative form.
-    has_negative = base is bool and (default is True or (is_optional and not owners))
+    has_negative = base is bool and (default is True or (bool(inner) and not owners))
     negative = "--no-" + spellings[0].removeprefix("--") if has_negative else ""
     help = _help_text(meta, default, negative=negative, owners=owners)
     default = None if owners else default
@@ -233,7 +218,7 @@ def _add_flag(
     else:
         arguments["type"] = base if base is str else _number(base)
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
-    if is_list:
+    if isinstance(default, list):
         arguments["nargs"] = "*"
     group.add_argument(*spellings, **arguments)
 
@@ -263,29 +248,14 @@ def _number(base: type) -> Callable[[str], Any]:
     kind = "a whole number" if base is int else "a number"
 
     def convert(text: str) -> Any:
-        try:
+        with contextlib.suppress(ValueError):
             return base(text)
-        except ValueError:
-            pass
-        try:
-            value = float(text)
-            if base is int and value.is_integer():
-                return int(value)
-        except (ValueError, OverflowError):
-            pass
+        with contextlib.suppress(ValueError):
+            if base is int and float(text).is_integer():
+                return int(float(text))
         raise argparse.ArgumentTypeError(f"{text!r} was given; it takes {kind}; correct it")
 
     return convert
-
-
-def _base_type(hint: Any) -> tuple[type, bool]:
-    """int, float, str or bool, and whether None is allowed; ``list[str]`` counts as str."""
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], False
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return inner[0], True
-    return hint, False
 
 
 def _unknown_flag_message(parser: argparse.ArgumentParser, unknown: list[str]) -> str:

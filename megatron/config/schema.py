@@ -13,6 +13,10 @@ from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NE
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
 
+# One of which several flags need.
+VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
+WHOLE_MODEL = ("pipeline_model_parallel_size=1",)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -43,8 +47,7 @@ class ModelConfig:
     normalization: str = option("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
     layernorm_epsilon: float = option(1e-5, "epsilon of the normalisation layers", range=EPSILON)
     swiglu: bool = option(True, "SwiGLU feed-forward, else GELU")
-    use_rotary_position_embeddings: bool = option(True,
-        "rotary position embeddings, else a learned position table")
+    use_rotary_position_embeddings: bool = option(True, "rotary position embeddings, else a learned position table")
     rotary_base: float = option(10000.0, "base of the rotary frequencies", range=Range(above=1, at_most=1e12),
         needs=("use_rotary_position_embeddings=true",))
     disable_bias_linear: bool = option(True, "no biases in linear layers")
@@ -53,7 +56,7 @@ class ModelConfig:
     hidden_dropout: float = option(0.1, "dropout of embeddings and block outputs", unit="P", range=DROPOUT)
     attention_backend: str = option("sdpa",
         "attention kernels: PyTorch's scaled_dot_product_attention, or the flash-attn package (CUDA, bf16)",
-        choices=("sdpa", "flash-attn"), affects="layout")
+        choices=("sdpa", "flash-attn"), needs=("bf16",), affects="layout")
     swiglu_backend: str = option("torch", "SwiGLU kernel: PyTorch, or the liger-kernel package (CUDA)",
         choices=("torch", "liger"), needs=("swiglu=true",), affects="layout")
     init_method_std: float = option(0.02,
@@ -137,7 +140,7 @@ class OptimizerConfig:
     adam_beta2: float = option(0.999, "second-moment decay", range=DROPOUT)
     adam_eps: float = option(1e-8, "denominator epsilon", range=EPSILON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
-    cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", flags=("--cpu-optimizer",),
+    cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
         "stop after this many consecutive steps with a NaN or infinite loss or gradient", unit="STEPS",
@@ -157,7 +160,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "pipeline stages",
         flags=("--pipeline-model-parallel-size", "--pp-size"), unit="STAGES", range=SIZE)
     no_pipeline_parallel: bool = option(False,
-        "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)")
+        "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)", needs=WHOLE_MODEL)
     zero_stage: int = option(1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory",
         unit="STAGE", range=Range(at_least=0, at_most=3))
     deepspeed: bool = option(False, "for existing scripts: DeepSpeed is always the engine",
@@ -207,22 +210,20 @@ class RunConfig:
     change_settings: bool = option(False, "continue although settings that change results differ from the run's own; "
         "run.json records the step from which they hold", needs=("load",))
     finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=("load",))
-    no_load_optim: bool = option(False, "do not load optimizer state", flags=("--no-load-optim",), needs=("load",),
-        published=True)
+    no_load_optim: bool = option(False, "do not load optimizer state", needs=("load",), published=True)
     no_load_rng: bool = option(False,
-        "draw fresh dropout and mask noise after loading instead of continuing the stream", flags=("--no-load-rng",),
+        "draw fresh dropout and mask noise after loading instead of continuing the stream",
         needs=("load",), published=True)
     log_interval: int = option(10, "steps between progress lines", unit="ITERS", range=POSITIVE)
     eval_interval: int | None = option(None, "steps between validations; default: only at the end", unit="ITERS",
-        range=POSITIVE, needs=("valid_data_path", "valid_data_path_file"), affects="validation")
+        range=POSITIVE, needs=VALIDATION, affects="validation")
     eval_iters: str = option("10", "validation steps of one global batch each, or 'full' for the whole set",
-        unit="ITERS|full", needs=("valid_data_path", "valid_data_path_file"), published=True, affects="validation")
-    num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", flags=("--num-mc",),
-        unit="DRAWS", range=SIZE, needs=("valid_data_path", "valid_data_path_file"), published=True,
-        affects="validation")
+        unit="ITERS|full", needs=VALIDATION, published=True, affects="validation")
+    num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", unit="DRAWS",
+        range=SIZE, needs=VALIDATION, published=True, affects="validation")
     gap_task: str | None = option(None,
         "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",
-        unit="FILE", needs=("valid_data_path", "valid_data_path_file"), affects="validation")
+        unit="FILE", needs=VALIDATION, affects="validation")
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES", range=MINUTES)
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")
@@ -230,11 +231,11 @@ class RunConfig:
     tensorboard_queue_size: int = option(10, "events buffered before a write", unit="EVENTS", range=SIZE,
         needs=("tensorboard_dir",), published=True)
     log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     log_batch_size_to_tensorboard: bool = option(False, "also write the global batch size to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
         unit="NAME")
     wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=("wandb_project",),
@@ -250,9 +251,13 @@ class RunConfig:
 class Config:
     """The flags of one run by section. None leaves open what data, tokenizer or checkpoint tell (``training/resolve.py``)."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"title": "model"})
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata={"title": "objective"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"title": "data and tokenizer"})
+    optimizer: OptimizerConfig = field(
+        default_factory=OptimizerConfig, metadata={"title": "optimizer and learning rate"}
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"title": "parallelism and engine"})
+    run: RunConfig = field(
+        default_factory=RunConfig, metadata={"title": "run: length, logging, validation, checkpoints"}
+    )

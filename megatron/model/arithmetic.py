@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron.config.presets import PRESETS, swiglu_width
-from megatron.config.shape import Shape
+from megatron.config.shape import PRESETS, Shape, swiglu_width
 from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, RandomKeyDrop, WithinSegments
 
 if TYPE_CHECKING:

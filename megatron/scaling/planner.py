@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron.config.presets import PRESETS
+from megatron.config.shape import PRESETS
 from megatron.errors import require
 from megatron.model.arithmetic import PAPER_VOCAB_SIZE, PEAK_FLOPS, preset_parameters
 from megatron.scaling.fit import Fit

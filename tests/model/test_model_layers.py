@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from plain_transformer import attention, causal, plain_logits, rms_norm, rotate_complex
 
-from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import ModelConfig
-from megatron.config.shape import Shape
+from megatron.config.shape import PRESETS, Shape, swiglu_width
 from megatron.model.arithmetic import parameters_for_compute, preset_parameters
 from megatron.model.attention import SelfAttention
 from megatron.model.batch import Inputs, Stream

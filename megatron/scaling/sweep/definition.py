@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron.config.presets import PRESETS, swiglu_width
+from megatron.config.shape import PRESETS, swiglu_width
 from megatron.errors import UserError, require
 from megatron.model.arithmetic import PAPER_VOCAB_SIZE, PEAK_FLOPS, compute_parameters, preset_parameters
 from megatron.objectives import OBJECTIVES
