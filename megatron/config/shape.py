@@ -3,11 +3,11 @@ the vocabulary decide together."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 from megatron.config.schema import ModelConfig
-from megatron.errors import UserError, require
+from megatron.errors import require
 
 
 class Preset(NamedTuple):
@@ -83,30 +83,18 @@ def swiglu_width(hidden_size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Everything that the layers of a model are built from. Sizes in channels, heads, tokens and rows, all known."""
+class Shape(ModelConfig):
+    """Everything that the layers of a model are built from: the flags, with every size known (in channels, heads, tokens and
+    rows)."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    ffn_hidden_size: int
-    seq_length: int
-    max_position_embeddings: int
-    padded_vocab_size: int
-    normalization: str = "rmsnorm"
-    layernorm_epsilon: float = 1e-5
-    swiglu: bool = True
-    use_rotary_position_embeddings: bool = True
-    rotary_base: float = 10000.0
-    disable_bias_linear: bool = True
-    untie_embeddings_and_output_weights: bool = False
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    attention_backend: str = "sdpa"
-    swiglu_backend: str = "torch"
-    init_method_std: float = 0.02
+    num_layers: int = field(kw_only=True)
+    hidden_size: int = field(kw_only=True)
+    num_attention_heads: int = field(kw_only=True)
+    num_query_groups: int = field(kw_only=True)
+    kv_channels: int = field(kw_only=True)
+    ffn_hidden_size: int = field(kw_only=True)
+    max_position_embeddings: int = field(kw_only=True)
+    padded_vocab_size: int = field(kw_only=True)
 
     @classmethod
     def from_flags(cls, flags: ModelConfig, *, padded_vocab_size: int) -> Shape:
@@ -129,18 +117,24 @@ class Shape:
             "the width is positive",
             "pass --ffn-hidden-size, or a hidden size of 24 or more",
         )
-        values: dict[str, Any] = {item.name: getattr(flags, item.name) for item in fields(cls)}
-        values |= {
+        channels = flags.kv_channels or preset.get("kv_channels")
+        require(
+            channels or hidden % heads == 0,
+            f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}",
+            "channels per head must be a whole number",
+            "change one of them or pass --kv-channels",
+        )
+        sizes = {
             "num_layers": _known("num_layers", flags.num_layers, preset),
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_query_groups": flags.num_query_groups or heads,
-            "kv_channels": flags.kv_channels or preset.get("kv_channels") or _channels(hidden, heads),
+            "kv_channels": channels or hidden // heads,
             "ffn_hidden_size": ffn,
             "max_position_embeddings": flags.max_position_embeddings or flags.seq_length,
             "padded_vocab_size": padded_vocab_size,
         }
-        return cls(**values)
+        return cls(**{**asdict(flags), **sizes})
 
     @classmethod
     def of(cls, recorded: ModelConfig) -> Shape:
@@ -149,18 +143,13 @@ class Shape:
         Raises:
             UserError: the rows of the embedding are not.
         """
-        rows = recorded.padded_vocab_size
-        if rows is None:
-            raise UserError(
-                "the model has no padded_vocab_size", "a record holds every size", "give --padded-vocab-size"
-            )
+        rows = recorded.padded_vocab_size or 0
+        require(rows, "the model has no padded_vocab_size", "a record holds every size", "give --padded-vocab-size")
         return cls.from_flags(recorded, padded_vocab_size=rows)
 
-    def recorded(self, flags: ModelConfig) -> ModelConfig:
+    def recorded(self) -> ModelConfig:
         """The model section of a run's record: the flags with every size filled in."""
-        return ModelConfig(
-            model=flags.model, make_vocab_size_divisible_by=flags.make_vocab_size_divisible_by, **asdict(self)
-        )
+        return ModelConfig(**asdict(self))
 
 
 def _preset(name: str | None) -> dict[str, int]:
@@ -177,23 +166,9 @@ def _preset(name: str | None) -> dict[str, int]:
 
 
 def _known(name: str, value: int | None, preset: dict[str, int]) -> int:
-    value = value or preset.get(name)
-    if value is None:
-        flag = "--" + name.replace("_", "-")
-        raise UserError(
-            f"the model has no {flag}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flag}"
-        )
-    return value
-
-
-def _channels(hidden: int, heads: int) -> int:
-    require(
-        hidden % heads == 0,
-        f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}",
-        "channels per head must be a whole number",
-        "change one of them or pass --kv-channels",
-    )
-    return hidden // heads
+    known, flag = value or preset.get(name, 0), "--" + name.replace("_", "-")
+    require(known, f"the model has no {flag}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flag}")
+    return known
 
 
 def padded_size(vocab_size: int, *, multiple: int, tp_size: int) -> int:

@@ -1,4 +1,4 @@
-"""One pre-norm transformer block, the unit of pipeline partition, recomputation and compilation."""
+"""One pre-norm transformer block, the unit of pipeline partition, recomputation and compilation; and the norm."""
 
 from __future__ import annotations
 
@@ -8,14 +8,31 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.shape import Shape
-from megatron.model.attention import SelfAttention
+from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.batch import Stream
-from megatron.model.cache import LayerCache
 from megatron.model.mask import AttentionMask
 from megatron.model.mlp import MLP
-from megatron.model.norm import build_norm
 from megatron.model.visibility import Visible
+from megatron.parallel.sharding import ShardSpec
 from megatron.parallel.tensor import ParameterFactory
+
+
+class Norm(nn.Module):
+    """Normalisation of the last axis, its weights whole on every tensor-parallel rank: RMSNorm,
+    ``x / √(mean(x²) + ε) · weight`` (Zhang and Sennrich, arXiv 1910.07467), or LayerNorm, ``(x − mean) / √(var + ε) · weight +
+    bias``.
+    """
+
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
+        super().__init__()
+        spec, self.epsilon = ShardSpec((shape.hidden_size,)), shape.layernorm_epsilon
+        self.weight = factory.constant("weight", spec, 1.0)
+        self.bias = factory.constant("bias", spec, 0.0) if shape.normalization == "layernorm" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class TransformerBlock(nn.Module):
@@ -25,9 +42,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.hidden_dropout = shape.hidden_dropout
-        self.input_layernorm = build_norm(shape, factory.child("input_layernorm"))
+        self.input_layernorm = Norm(shape, factory.child("input_layernorm"))
         self.self_attention = SelfAttention(shape, factory.child("self_attention"))
-        self.post_attention_layernorm = build_norm(shape, factory.child("post_attention_layernorm"))
+        self.post_attention_layernorm = Norm(shape, factory.child("post_attention_layernorm"))
         self.mlp = MLP(shape, factory.child("mlp"))
 
     def forward(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> Stream:
