@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, fields, replace
 from typing import Any, ClassVar, NoReturn, Protocol
 
 from megatron.config.option import check_range, default_of, spelling
-from megatron.config.schema import Config
+from megatron.config.schema import SECTIONS, Config
 from megatron.config.validate import validate
 from megatron.errors import UserError, require
 
@@ -81,13 +81,9 @@ def parse(
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(_unknown_flag_message(parser, unknown))
-    values = vars(namespace)
-    sections = {}
-    for section in dataclasses.fields(Config):
-        cls: Any = section.default_factory
-        sections[section.name] = cls(
-            **{item.name: values[item.name] for item in dataclasses.fields(cls) if item.metadata}
-        )
+    values, sections = vars(namespace), {}
+    for section, cls in SECTIONS.items():
+        sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
     owned = _owned(registry)
     given = {name: values[name] for name in owned if values[name] is not None}
     # A launch script of the paper asks for its objective by one of the flags.
@@ -97,26 +93,22 @@ def parse(
         name in registry, f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name"
     )
     options = registry[name].Options(**_own_options(name, given, owned))
-    sections["objective"] = dataclasses.replace(
-        sections["objective"], objective=name, options=dataclasses.asdict(options)
-    )
+    sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
     config = Config(**sections)
     validate(config, options, needs_mask_token=registry[name].needs_mask_token, world_size=world_size)
     return config
 
 
-def _owned(registry: Registry) -> dict[str, tuple[dataclasses.Field, list[str]]]:
+def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
     """The flags of all objectives by field name, each with the objectives that have it."""
-    found: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    found: dict[str, tuple[Field, list[str]]] = {}
     for name, cls in registry.items():
-        for item in dataclasses.fields(cls.Options):
+        for item in fields(cls.Options):
             found.setdefault(item.name, (item, []))[1].append(name)
     return found
 
 
-def _own_options(
-    name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[dataclasses.Field, list[str]]]
-) -> dict[str, Any]:
+def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[Field, list[str]]]) -> dict[str, Any]:
     """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
         item, owners = owned[flag]
@@ -141,13 +133,13 @@ def build_parser(registry: Registry, prog: str | None = None) -> argparse.Argume
         "1 the run failed, 2 wrong input, 130 interrupted",
         formatter_class=_Help,
     )
-    for section in dataclasses.fields(Config):
+    for section in fields(Config):
+        cls = SECTIONS[section.name]
         is_objective = section.name == "objective"
         about = f"{', '.join(registry)}: the flags of one are refused with another." if is_objective else None
         group = parser.add_argument_group(section.metadata["title"], about)
-        cls: Any = section.default_factory
         hints = typing.get_type_hints(cls)
-        for item in dataclasses.fields(cls):
+        for item in fields(cls):
             if item.metadata:
                 _add_flag(group, item, hints[item.name])
         if is_objective:
@@ -160,7 +152,7 @@ def build_parser(registry: Registry, prog: str | None = None) -> argparse.Argume
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """JSON-ready nested dictionary; the options of the objective stand among its section's fields."""
-    values = dataclasses.asdict(config)
+    values = asdict(config)
     values["objective"].update(values["objective"].pop("options"))
     return values
 
@@ -172,25 +164,22 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         UserError: a field that this version does not know.
     """
     sections = {}
-    for section in dataclasses.fields(Config):
-        cls: Any = section.default_factory
-        given = dict(values.get(section.name, {}))
-        known = {item.name for item in dataclasses.fields(cls)}
+    for section, cls in SECTIONS.items():
+        given = dict(values.get(section, {}))
+        known = {item.name for item in fields(cls)}
         if "options" in known:  # of whichever objective: which ones it has is for the objective to say
             given["options"] = {name: given.pop(name) for name in sorted(set(given) - known)}
         if extra := sorted(set(given) - known):
             raise UserError(
-                f"configuration section {section.name!r} has unknown fields {extra}",
+                f"configuration section {section!r} has unknown fields {extra}",
                 "this version knows only the flags of --help",
                 "load it with the version that wrote it",
             )
-        sections[section.name] = cls(**given)
+        sections[section] = cls(**given)
     return Config(**sections)
 
 
-def _add_flag(
-    group: argparse._ArgumentGroup, item: dataclasses.Field, hint: Any, *, owners: Sequence[str] = ()
-) -> None:
+def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners: Sequence[str] = ()) -> None:
     """One flag; with ``owners``, the objectives that have it, its default is None, so that it shows whether it was given."""
     meta = item.metadata
     spellings = list(meta["flags"] or (spelling(item),))
@@ -201,6 +190,7 @@ def _add_flag(
     has_negative = base is bool and (default is True or (bool(inner) and not owners))
     negative = "--no-" + spellings[0].removeprefix("--") if has_negative else ""
     help = _help_text(meta, default, negative=negative, owners=owners)
+    many = {"nargs": "*"} if isinstance(default, list) else {}
     default = None if owners else default
     if base is bool:  # a value may follow: `--flag True`
         group.add_argument(
@@ -209,7 +199,7 @@ def _add_flag(
         if has_negative:
             group.add_argument(negative, dest=item.name, action="store_false", default=default, help=argparse.SUPPRESS)
         return
-    arguments: dict[str, Any] = {"dest": item.name, "default": default, "help": help}
+    arguments: dict[str, Any] = {"dest": item.name, "default": default, "help": help, **many}
     if meta["choices"]:
         lowered = {choice.lower(): choice for choice in meta["choices"]}
         arguments["type"] = lambda text: lowered.get(text.lower(), text)
@@ -218,8 +208,6 @@ def _add_flag(
     else:
         arguments["type"] = base if base is str else _number(base)
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
-    if isinstance(default, list):
-        arguments["nargs"] = "*"
     group.add_argument(*spellings, **arguments)
 
 

@@ -6,16 +6,17 @@ rules between them, and ``run.json`` stores them. Nothing changes a configuratio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
 
-# One of which several flags need.
+# What several flags need.
+LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
-WHOLE_MODEL = ("pipeline_model_parallel_size=1",)
+DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,10 @@ class OptimizerConfig:
     optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed",
         choices=("adam", "fusedadam"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
-    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000),
-        needs=("lr_decay_style=cosine", "lr_decay_style=linear"))
+    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY)
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
     lr_decay_samples: int | None = option(None, "samples over which the rate decays; default: all training samples",
-        unit="SAMPLES", range=POSITIVE, needs=("lr_decay_style=cosine", "lr_decay_style=linear", "lr_warmup_fraction"),
-        affects="length")
+        unit="SAMPLES", range=POSITIVE, needs=(*DECAY, "lr_warmup_fraction"), affects="length")
     lr_warmup_samples: float = option(0, "samples of linear warm-up", unit="SAMPLES", range=NOT_NEGATIVE,
         affects="length")
     lr_warmup_fraction: float | None = option(None, "warm-up as a fraction of the decay samples", unit="FRACTION",
@@ -200,20 +199,19 @@ class RunConfig:
     load: str | None = option(None, "run directory or checkpoint to continue from; the folder of --save, if empty, starts fresh",
         unit="DIR")
     load_tag: str | None = option(None,
-        "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG", needs=("load",))
+        "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG", needs=LOAD)
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
-        range=POSITIVE, needs=("save",))
+        range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
-        range=POSITIVE, needs=("save",))
+        range=POSITIVE, needs=SAVE)
     overwrite: bool = option(False,
-        "replace the run that is in the folder of --save; without it such a folder is refused", needs=("save",))
+        "replace the run that is in the folder of --save; without it such a folder is refused", needs=SAVE)
     change_settings: bool = option(False, "continue although settings that change results differ from the run's own; "
-        "run.json records the step from which they hold", needs=("load",))
-    finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=("load",))
-    no_load_optim: bool = option(False, "do not load optimizer state", needs=("load",), published=True)
+        "run.json records the step from which they hold", needs=LOAD)
+    finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=LOAD)
+    no_load_optim: bool = option(False, "do not load optimizer state", needs=LOAD, published=True)
     no_load_rng: bool = option(False,
-        "draw fresh dropout and mask noise after loading instead of continuing the stream",
-        needs=("load",), published=True)
+        "draw fresh dropout and mask noise after loading instead of continuing the stream", needs=LOAD, published=True)
     log_interval: int = option(10, "steps between progress lines", unit="ITERS", range=POSITIVE)
     eval_interval: int | None = option(None, "steps between validations; default: only at the end", unit="ITERS",
         range=POSITIVE, needs=VALIDATION, affects="validation")
@@ -238,12 +236,9 @@ class RunConfig:
         needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
         unit="NAME")
-    wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=("wandb_project",),
-        published=True)
-    wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=("wandb_project",),
-        published=True)
-    wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR", needs=("wandb_project",),
-        published=True)
+    wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=WANDB, published=True)
+    wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=WANDB, published=True)
+    wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR", needs=WANDB, published=True)
     # fmt: on
 
 
@@ -261,3 +256,6 @@ class Config:
     run: RunConfig = field(
         default_factory=RunConfig, metadata={"title": "run: length, logging, validation, checkpoints"}
     )
+
+
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}
