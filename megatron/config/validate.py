@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.config.option import LARGEST, PACKAGES, check_range, idle_options, is_installed, spelling
+from megatron.config.option import LARGEST, check_range, idle_options, is_installed, spelling
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
@@ -35,6 +35,13 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     flags = _flags(config, options)
     for item, value in flags:
         check_range(item, value)
+        is_chosen, extra = value in item.metadata["choices"], "apex" if value == "fusedadam" else value
+        require(
+            not is_chosen or is_installed(value),
+            f"{spelling(item)} {value}, but its package is not installed",
+            "it is an optional accelerator",
+            f"run bash install.sh --with {extra}, or drop the flag",
+        )
     for item, reason in idle_options(flags):
         is_tolerated = item.metadata["published"]
         require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
@@ -43,7 +50,6 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     _validate_model(shape)
     _validate_layout(config, shape, world_size)
     _validate_run(config)
-    _validate_packages(config)
     require(
         config.objective.mask_token_id is None or needs_mask_token,
         f"--mask-token-id with objective {config.objective.objective}",
@@ -191,15 +197,3 @@ def _validate_run(config: Config) -> None:
     ):
         is_there = file is None or Path(file).is_file()
         require(is_there, f"{flag}: a file {file} does not exist", f"it holds {content}", "correct the path")
-
-
-def _validate_packages(config: Config) -> None:
-    model = config.model
-    for chosen in (model.attention_backend, model.swiglu_backend, config.optimizer.optimizer):
-        extra = "apex" if chosen == "fusedadam" else chosen
-        require(
-            is_installed(chosen),
-            f"{chosen} was chosen, but the package {PACKAGES.get(chosen)} is not installed",
-            "it is an optional accelerator",
-            f"run bash install.sh --with {extra}, or drop the flag",
-        )

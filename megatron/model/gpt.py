@@ -75,12 +75,7 @@ class GPTModel(nn.Module):
     """All layers in one module: training without pipeline stages, inference and export."""
 
     def __init__(
-        self,
-        shape: Shape,
-        context: ParallelContext | None = None,
-        *,
-        seed: int = 1234,
-        recompute: bool = False,
+        self, shape: Shape, context: ParallelContext | None = None, *, seed: int = 1234, recompute: bool = False
     ) -> None:
         super().__init__()
         self.shape = shape

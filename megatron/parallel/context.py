@@ -65,12 +65,7 @@ class ParallelContext:
 
     @classmethod
     def create(
-        cls,
-        *,
-        tp_size: int = 1,
-        pp_size: int = 1,
-        device: torch.device | None = None,
-        timeout_minutes: float = 30.0,
+        cls, *, tp_size: int = 1, pp_size: int = 1, device: torch.device | None = None, timeout_minutes: float = 30.0
     ) -> ParallelContext:
         """Lay the grid over the initialised default process group (or over a process alone). A collective call.
 

@@ -12,10 +12,9 @@ from megatron.config.shape import PRESETS, Shape, swiglu_width
 from megatron.model.arithmetic import parameters_for_compute
 from megatron.model.attention import RotaryEmbedding, SelfAttention, apply_rotary
 from megatron.model.batch import Inputs, Stream
-from megatron.model.block import Norm
+from megatron.model.block import MLP, Norm
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full, RandomKeyDrop
-from megatron.model.mlp import MLP
 from megatron.model.visibility import visible_keys
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
