@@ -11,7 +11,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.config.option import LARGEST, check_range, idle_options, is_installed, spelling
+from megatron.config.option import LARGEST, PACKAGES, check_range, idle_options, is_installed, spelling
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
@@ -35,16 +35,16 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     flags = _flags(config, options)
     for item, value in flags:
         check_range(item, value)
-        is_chosen, extra = value in item.metadata["choices"], "apex" if value == "fusedadam" else value
-        require(
-            not is_chosen or is_installed(value),
-            f"{spelling(item)} {value}, but its package is not installed",
-            "it is an optional accelerator",
-            f"run bash install.sh --with {extra}, or drop the flag",
-        )
     for item, reason in idle_options(flags):
         is_tolerated = item.metadata["published"]
         require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
+    for item, value in ((item, value) for item, value in flags if value in item.metadata["choices"]):
+        require(
+            is_installed(value),
+            f"{spelling(item)} {value}, but the package {PACKAGES.get(value)} is not installed",
+            "it is an optional accelerator",
+            f"run bash install.sh --with {value.replace('fusedadam', 'apex')}, or drop the flag",
+        )
     _validate_paths(flags)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
