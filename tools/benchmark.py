@@ -78,7 +78,7 @@ def benchmark_config(flags: list[str], steps: int) -> Config:
     batch = run.global_batch_size or run.micro_batch_size * (world_size // (tp * pp))
     return replace(
         config,
-        model=shape.recorded(config.model),
+        model=shape.recorded(),
         objective=replace(config.objective, mask_token_id=VOCAB_SIZE),
         optimizer=replace(config.optimizer, lr_decay_samples=steps * batch),
         run=replace(run, global_batch_size=batch, train_samples=steps * batch),

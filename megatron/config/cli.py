@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import difflib
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, fields, replace
 from typing import Any, ClassVar, NoReturn, Protocol
 
-from megatron.config.option import check_range, check_ranges, spelling
-from megatron.config.schema import Config
-from megatron.errors import UserError
+from megatron.config.option import check_range, default_of, spelling
+from megatron.config.schema import SECTIONS, Config
+from megatron.config.validate import validate
+from megatron.errors import UserError, require
 
-GROUP_TITLES = {
-    "model": "model",
-    "objective": "objective",
-    "data": "data and tokenizer",
-    "optimizer": "optimizer and learning rate",
-    "parallel": "parallelism and engine",
-    "run": "run: length, logging, validation, checkpoints",
-}
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -80,8 +73,6 @@ def parse(
         UserError: a number out of range, a flag that would have no effect, or flags that contradict each other.
         SystemExit: unknown or malformed flag, or ``--help``.
     """
-    from megatron.config.validate import validate
-
     words = sys.argv[1:] if argv is None else list(argv)
     registry = _needed(registry, words, objective)
     parser = build_parser(registry, prog)
@@ -91,20 +82,21 @@ def parse(
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(_unknown_flag_message(parser, unknown))
-    sections = {}
-    for section in dataclasses.fields(Config):
-        cls: Any = section.default_factory
-        own = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(cls) if item.metadata}
-        sections[section.name] = cls(**own)
-        check_ranges(sections[section.name])
-    given = {name: value for name in _options(registry) if (value := getattr(namespace, name)) is not None}
-    name = namespace.objective or _chosen(given, registry, objective)
-    options = _own_options(name, given, registry)
-    chosen = dataclasses.replace(
-        sections["objective"], objective=name, options={} if options is None else dataclasses.asdict(options)
+    values, sections = vars(namespace), {}
+    for section, cls in SECTIONS.items():
+        sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
+    owned = _owned(registry)
+    given = {name: values[name] for name in owned if values[name] is not None}
+    # A launch script of the paper asks for its objective by one of the flags.
+    asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
+    name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
+    require(
+        name in registry, f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name"
     )
-    config = Config(**{**sections, "objective": chosen})
-    validate(config, registry, options, world_size)
+    options = registry[name].Options(**_own_options(name, given, owned))
+    sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
+    config = Config(**sections)
+    validate(config, options, needs_mask_token=registry[name].needs_mask_token, world_size=world_size)
     return config
 
 
@@ -121,35 +113,27 @@ def _needed(registry: Registry, words: Sequence[str], default: str) -> Registry:
     return own if flags <= known - {"-h", "--help"} else registry
 
 
-def _options(registry: Registry) -> dict[str, dataclasses.Field]:
-    """The flags of all objectives by field name."""
-    return {item.name: item for cls in registry.values() for item in dataclasses.fields(cls.Options)}
-
-
-def _chosen(given: Mapping[str, Any], registry: Registry, default: str) -> str:
-    """The objective that a launch script of the paper asks for by one of its flags, else the program's own."""
+def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
+    """The flags of all objectives by field name, each with the objectives that have it."""
+    found: dict[str, tuple[Field, list[str]]] = {}
     for name, cls in registry.items():
-        asking = (item.name for item in dataclasses.fields(cls.Options) if item.metadata["chooses"])
-        if default == "ar" and any(given.get(flag) for flag in asking):
-            return name
-    return default
+        for item in fields(cls.Options):
+            found.setdefault(item.name, (item, []))[1].append(name)
+    return found
 
 
-def _own_options(name: str, given: Mapping[str, Any], registry: Registry) -> Any:
-    """The options of the chosen objective; a flag of another one is refused, because it belongs to no field."""
-    if name not in registry:
-        raise UserError(f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name")
-    own = {item.name for item in dataclasses.fields(registry[name].Options)}
+def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[Field, list[str]]]) -> dict[str, Any]:
+    """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
-        check_range(_options(registry)[flag], value)
-        owners = [other for other, cls in registry.items() if flag in {f.name for f in dataclasses.fields(cls.Options)}]
-        if flag not in own and value:  # 0 and False switch off, as in published scripts
-            raise UserError(
-                f"{spelling(_options(registry)[flag])} with objective {name}",
-                f"it belongs to {', '.join(owners)}",
-                f"drop it or pass --objective {owners[0]}",
-            )
-    return registry[name].Options(**{flag: value for flag, value in given.items() if flag in own})
+        item, owners = owned[flag]
+        check_range(item, value)
+        require(
+            name in owners or not value,  # 0 and False switch off, as in published scripts
+            f"{spelling(item)} with objective {name}",
+            f"it belongs to {', '.join(owners)}",
+            f"drop it or pass --objective {owners[0]}",
+        )
+    return {flag: value for flag, value in given.items() if name in owned[flag][1]}
 
 
 def build_parser(registry: Registry, prog: str | None = None) -> argparse.ArgumentParser:
@@ -163,32 +147,26 @@ def build_parser(registry: Registry, prog: str | None = None) -> argparse.Argume
         "1 the run failed, 2 wrong input, 130 interrupted",
         formatter_class=_Help,
     )
-    for section in dataclasses.fields(Config):
+    for section in fields(Config):
+        cls = SECTIONS[section.name]
         is_objective = section.name == "objective"
         about = f"{', '.join(registry)}: the flags of one are refused with another." if is_objective else None
-        group = parser.add_argument_group(GROUP_TITLES[section.name], about)
-        cls: Any = section.default_factory
+        group = parser.add_argument_group(section.metadata["title"], about)
         hints = typing.get_type_hints(cls)
-        for item in dataclasses.fields(cls):
+        for item in fields(cls):
             if item.metadata:
                 _add_flag(group, item, hints[item.name])
         if is_objective:
-            _add_options(group, registry)
+            for name, (item, owners) in _owned(registry).items():
+                hint = typing.get_type_hints(registry[owners[0]].Options)[name]
+                _add_flag(group, item, hint, owners=owners)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # launchers
     return parser
 
 
-def _add_options(group: argparse._ArgumentGroup, registry: Registry) -> None:
-    """The flags of every objective, each with the names of those that have it."""
-    for name, item in _options(registry).items():
-        owners = [owner for owner, cls in registry.items() if name in {f.name for f in dataclasses.fields(cls.Options)}]
-        hint = typing.get_type_hints(registry[owners[0]].Options)[name]
-        _add_flag(group, item, hint, owners=owners)
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
     """JSON-ready nested dictionary; the options of the objective stand among its section's fields."""
-    values = dataclasses.asdict(config)
+    values = asdict(config)
     values["objective"].update(values["objective"].pop("options"))
     return values
 
@@ -200,36 +178,33 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         UserError: a field that this version does not know.
     """
     sections = {}
-    for section in dataclasses.fields(Config):
-        cls: Any = section.default_factory
-        given = dict(values.get(section.name, {}))
-        known = {item.name for item in dataclasses.fields(cls)}
+    for section, cls in SECTIONS.items():
+        given = dict(values.get(section, {}))
+        known = {item.name for item in fields(cls)}
         if "options" in known:  # of whichever objective: which ones it has is for the objective to say
             given["options"] = {name: given.pop(name) for name in sorted(set(given) - known)}
         if extra := sorted(set(given) - known):
             raise UserError(
-                f"configuration section {section.name!r} has unknown fields {extra}",
+                f"configuration section {section!r} has unknown fields {extra}",
                 "this version knows only the flags of --help",
                 "load it with the version that wrote it",
             )
-        sections[section.name] = cls(**given)
+        sections[section] = cls(**given)
     return Config(**sections)
 
 
-def _add_flag(
-    group: argparse._ArgumentGroup, item: dataclasses.Field, hint: Any, *, owners: Sequence[str] = ()
-) -> None:
+def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners: Sequence[str] = ()) -> None:
     """One flag; with ``owners``, the objectives that have it, its default is None, so that it shows whether it was given."""
     meta = item.metadata
     spellings = list(meta["flags"] or (spelling(item),))
-    is_list = item.default is dataclasses.MISSING
-    factory: Any = item.default_factory
-    default = factory() if is_list else item.default
-    base, is_optional = _base_type(hint)
+    default = default_of(item)
+    inner = typing.get_args(hint)  # of ``list[str]``, ``int | None``
+    base = inner[0] if inner else hint
     # Only what is on by default, or decided by the machine, needs a negative form.
-    has_negative = base is bool and (default is True or (is_optional and not owners))
+    has_negative = base is bool and (default is True or (bool(inner) and not owners))
     negative = "--no-" + spellings[0].removeprefix("--") if has_negative else ""
     help = _help_text(meta, default, negative=negative, owners=owners)
+    many = {"nargs": "*"} if isinstance(default, list) else {}
     default = None if owners else default
     if base is bool:  # a value may follow: `--flag True`
         group.add_argument(
@@ -238,7 +213,7 @@ def _add_flag(
         if has_negative:
             group.add_argument(negative, dest=item.name, action="store_false", default=default, help=argparse.SUPPRESS)
         return
-    arguments: dict[str, Any] = {"dest": item.name, "default": default, "help": help}
+    arguments: dict[str, Any] = {"dest": item.name, "default": default, "help": help, **many}
     if meta["choices"]:
         lowered = {choice.lower(): choice for choice in meta["choices"]}
         arguments["type"] = lambda text: lowered.get(text.lower(), text)
@@ -247,8 +222,6 @@ def _add_flag(
     else:
         arguments["type"] = base if base is str else _number(base)
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
-    if is_list:
-        arguments["nargs"] = "*"
     group.add_argument(*spellings, **arguments)
 
 
@@ -277,29 +250,14 @@ def _number(base: type) -> Callable[[str], Any]:
     kind = "a whole number" if base is int else "a number"
 
     def convert(text: str) -> Any:
-        try:
+        with contextlib.suppress(ValueError):
             return base(text)
-        except ValueError:
-            pass
-        try:
-            value = float(text)
-            if base is int and value.is_integer():
-                return int(value)
-        except (ValueError, OverflowError):
-            pass
+        with contextlib.suppress(ValueError):
+            if base is int and float(text).is_integer():
+                return int(float(text))
         raise argparse.ArgumentTypeError(f"{text!r} was given; it takes {kind}; correct it")
 
     return convert
-
-
-def _base_type(hint: Any) -> tuple[type, bool]:
-    """int, float, str or bool, and whether None is allowed; ``list[str]`` counts as str."""
-    if typing.get_origin(hint) is list:
-        return typing.get_args(hint)[0], False
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        return inner[0], True
-    return hint, False
 
 
 def _unknown_flag_message(parser: argparse.ArgumentParser, unknown: list[str]) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, replace
 from typing import Any
 
 from megatron.errors import UserError
 
-# Larger counts than these are slips of the keyboard, and overflow what is computed from them.
-LARGEST_INT, LARGEST_FLOAT = 10**15, 1e15
+# Larger numbers than this are slips of the keyboard, and overflow what is computed from them.
+LARGEST = 10**15
+# Optional accelerators: the package behind a choice.
+PACKAGES = {"flash-attn": "flash_attn", "liger": "liger_kernel", "fusedadam": "apex"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Range:
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
-            and value <= (LARGEST_INT if self.at_most is None else self.at_most)
+            and value <= (LARGEST if self.at_most is None else self.at_most)
         )
 
     def __str__(self) -> str:
@@ -92,7 +95,7 @@ def option(
     """
     metadata = {
         "help": help, "flags": flags, "choices": choices, "unit": unit, "range": range, "needs": needs,
-        "published": published, "no_effect": no_effect, "affects": affects, "chooses": chooses,
+        "published": published or bool(no_effect), "no_effect": no_effect, "affects": affects, "chooses": chooses,
     }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -109,16 +112,6 @@ def default_of(item: Field) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
-def check_ranges(section: Any) -> None:
-    """Check every number of a section against its range.
-
-    Raises:
-        UserError: the first one outside.
-    """
-    for item in fields(section):
-        check_range(item, getattr(section, item.name))
-
-
 def check_range(item: Field, value: Any) -> None:
     """Check the value of one option; None and what has no range pass.
 
@@ -132,22 +125,26 @@ def check_range(item: Field, value: Any) -> None:
         raise UserError(f"{spelling(item)} is {shown}", f"it must be {allowed}", "correct the number")
 
 
-def idle_options(sections: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[Field, str]]:
+def is_installed(choice: str) -> bool:
+    """Whether the package behind a choice is there; PyTorch's own always is."""
+    return choice not in PACKAGES or importlib.util.find_spec(PACKAGES[choice]) is not None
+
+
+def idle_options(flags: Sequence[tuple[Field, Any]]) -> Iterator[tuple[Field, str]]:
     """Options that were given but can have no effect in this combination, each with the reason.
 
     Args:
-        sections: the sections of the flags.
-        values: every field of every section by its name.
+        flags: every flag and its value.
     """
-    for section in sections.values():
-        for item in fields(section):
-            if not item.metadata or getattr(section, item.name) == default_of(item):
-                continue
-            needs = item.metadata["needs"]
-            if item.metadata["no_effect"]:
-                yield item, item.metadata["no_effect"]
-            elif needs and not any(_is_met(need, values) for need in needs):
-                yield item, "needs " + " or ".join(_as_flag(need) for need in needs)
+    values = {item.name: value for item, value in flags}
+    for item, value in flags:
+        needs = item.metadata["needs"]
+        if value == default_of(item):
+            continue
+        if item.metadata["no_effect"]:
+            yield item, item.metadata["no_effect"]
+        elif needs and not any(_is_met(need, values) for need in needs):
+            yield item, "needs " + " or ".join(_as_flag(need) for need in needs)
 
 
 def _is_met(need: str, values: dict[str, Any]) -> bool:

@@ -6,12 +6,17 @@ rules between them, and ``run.json`` stores them. Nothing changes a configuratio
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
+
+# What several flags need.
+LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
+VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
+DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,7 @@ class ModelConfig:
     normalization: str = option("rmsnorm", "normalisation layer", choices=("rmsnorm", "layernorm"))
     layernorm_epsilon: float = option(1e-5, "epsilon of the normalisation layers", range=EPSILON)
     swiglu: bool = option(True, "SwiGLU feed-forward, else GELU")
-    use_rotary_position_embeddings: bool = option(True,
-        "rotary position embeddings, else a learned position table")
+    use_rotary_position_embeddings: bool = option(True, "rotary position embeddings, else a learned position table")
     rotary_base: float = option(10000.0, "base of the rotary frequencies", range=Range(above=1, at_most=1e12),
         needs=("use_rotary_position_embeddings=true",))
     disable_bias_linear: bool = option(True, "no biases in linear layers")
@@ -53,7 +57,7 @@ class ModelConfig:
     hidden_dropout: float = option(0.1, "dropout of embeddings and block outputs", unit="P", range=DROPOUT)
     attention_backend: str = option("sdpa",
         "attention kernels: PyTorch's scaled_dot_product_attention, or the flash-attn package (CUDA, bf16)",
-        choices=("sdpa", "flash-attn"), affects="layout")
+        choices=("sdpa", "flash-attn"), needs=("bf16",), affects="layout")
     swiglu_backend: str = option("torch", "SwiGLU kernel: PyTorch, or the liger-kernel package (CUDA)",
         choices=("torch", "liger"), needs=("swiglu=true",), affects="layout")
     init_method_std: float = option(0.02,
@@ -124,12 +128,10 @@ class OptimizerConfig:
     optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed",
         choices=("adam", "fusedadam"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
-    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000),
-        needs=("lr_decay_style=cosine", "lr_decay_style=linear"))
+    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY)
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
     lr_decay_samples: int | None = option(None, "samples over which the rate decays; default: all training samples",
-        unit="SAMPLES", range=POSITIVE, needs=("lr_decay_style=cosine", "lr_decay_style=linear", "lr_warmup_fraction"),
-        affects="length")
+        unit="SAMPLES", range=POSITIVE, needs=(*DECAY, "lr_warmup_fraction"), affects="length")
     lr_warmup_samples: float = option(0, "samples of linear warm-up", unit="SAMPLES", range=NOT_NEGATIVE,
         affects="length")
     lr_warmup_fraction: float | None = option(None, "warm-up as a fraction of the decay samples", unit="FRACTION",
@@ -140,7 +142,7 @@ class OptimizerConfig:
     adam_beta2: float = option(0.999, "second-moment decay", range=DROPOUT)
     adam_eps: float = option(1e-8, "denominator epsilon", range=EPSILON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
-    cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", flags=("--cpu-optimizer",),
+    cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
         "stop after this many consecutive steps with a NaN or infinite loss or gradient", unit="STEPS",
@@ -160,7 +162,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, "pipeline stages",
         flags=("--pipeline-model-parallel-size", "--pp-size"), unit="STAGES", range=SIZE)
     no_pipeline_parallel: bool = option(False,
-        "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)")
+        "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)", needs=WHOLE_MODEL)
     zero_stage: int = option(1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory",
         unit="STAGE", range=Range(at_least=0, at_most=3))
     deepspeed: bool = option(False, "for existing scripts: DeepSpeed is always the engine",
@@ -200,32 +202,29 @@ class RunConfig:
     load: str | None = option(None, "run directory or checkpoint to continue from; the folder of --save, if empty, starts fresh",
         unit="DIR")
     load_tag: str | None = option(None,
-        "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG", needs=("load",))
+        "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG", needs=LOAD)
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
-        range=POSITIVE, needs=("save",))
+        range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
-        range=POSITIVE, needs=("save",))
+        range=POSITIVE, needs=SAVE)
     overwrite: bool = option(False,
-        "replace the run that is in the folder of --save; without it such a folder is refused", needs=("save",))
+        "replace the run that is in the folder of --save; without it such a folder is refused", needs=SAVE)
     change_settings: bool = option(False, "continue although settings that change results differ from the run's own; "
-        "run.json records the step from which they hold", needs=("load",))
-    finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=("load",))
-    no_load_optim: bool = option(False, "do not load optimizer state", flags=("--no-load-optim",), needs=("load",),
-        published=True)
+        "run.json records the step from which they hold", needs=LOAD)
+    finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=LOAD)
+    no_load_optim: bool = option(False, "do not load optimizer state", needs=LOAD, published=True)
     no_load_rng: bool = option(False,
-        "draw fresh dropout and mask noise after loading instead of continuing the stream", flags=("--no-load-rng",),
-        needs=("load",), published=True)
+        "draw fresh dropout and mask noise after loading instead of continuing the stream", needs=LOAD, published=True)
     log_interval: int = option(10, "steps between progress lines", unit="ITERS", range=POSITIVE)
     eval_interval: int | None = option(None, "steps between validations; default: only at the end", unit="ITERS",
-        range=POSITIVE, needs=("valid_data_path", "valid_data_path_file"), affects="validation")
+        range=POSITIVE, needs=VALIDATION, affects="validation")
     eval_iters: str = option("10", "validation steps of one global batch each, or 'full' for the whole set",
-        unit="ITERS|full", needs=("valid_data_path", "valid_data_path_file"), published=True, affects="validation")
-    num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", flags=("--num-mc",),
-        unit="DRAWS", range=SIZE, needs=("valid_data_path", "valid_data_path_file"), published=True,
-        affects="validation")
+        unit="ITERS|full", needs=VALIDATION, published=True, affects="validation")
+    num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", unit="DRAWS",
+        range=SIZE, needs=VALIDATION, published=True, affects="validation")
     gap_task: str | None = option(None,
         "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",
-        unit="FILE", needs=("valid_data_path", "valid_data_path_file"), affects="validation")
+        unit="FILE", needs=VALIDATION, affects="validation")
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES", range=MINUTES)
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")
@@ -233,19 +232,16 @@ class RunConfig:
     tensorboard_queue_size: int = option(10, "events buffered before a write", unit="EVENTS", range=SIZE,
         needs=("tensorboard_dir",), published=True)
     log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     log_batch_size_to_tensorboard: bool = option(False, "also write the global batch size to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard",
-        needs=("tensorboard_dir", "wandb_project"), published=True)
+        needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
         unit="NAME")
-    wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=("wandb_project",),
-        published=True)
-    wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=("wandb_project",),
-        published=True)
-    wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR", needs=("wandb_project",),
-        published=True)
+    wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=WANDB, published=True)
+    wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=WANDB, published=True)
+    wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR", needs=WANDB, published=True)
     # fmt: on
 
 
@@ -253,9 +249,16 @@ class RunConfig:
 class Config:
     """The flags of one run by section. None leaves open what data, tokenizer or checkpoint tell (``training/resolve.py``)."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"title": "model"})
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata={"title": "objective"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"title": "data and tokenizer"})
+    optimizer: OptimizerConfig = field(
+        default_factory=OptimizerConfig, metadata={"title": "optimizer and learning rate"}
+    )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata={"title": "parallelism and engine"})
+    run: RunConfig = field(
+        default_factory=RunConfig, metadata={"title": "run: length, logging, validation, checkpoints"}
+    )
+
+
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}

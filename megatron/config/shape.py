@@ -1,40 +1,100 @@
-"""The shape of a model with nothing left open: what the flags, a preset and the vocabulary decide together."""
+"""The shape of a model with nothing left open: what the flags, a preset (a size of arXiv 2507.15857 by its listed name) and
+the vocabulary decide together."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
-from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import ModelConfig
-from megatron.errors import UserError, require
+from megatron.errors import require
+
+
+class Preset(NamedTuple):
+    """Shape of a listed model."""
+
+    hidden_size: int
+    kv_channels: int
+    num_attention_heads: int
+    num_layers: int
+
+
+PRESETS: dict[str, Preset] = {
+    "7M": Preset(128, 32, 4, 3),
+    "14M": Preset(224, 32, 7, 4),
+    "20M": Preset(288, 32, 7, 5),
+    "35M": Preset(448, 32, 7, 6),
+    "44M": Preset(512, 64, 8, 8),
+    "57M": Preset(576, 64, 9, 9),
+    "74M": Preset(640, 64, 10, 10),
+    "90M": Preset(640, 64, 10, 13),
+    "106M": Preset(640, 64, 10, 16),
+    "117M": Preset(768, 64, 12, 12),
+    "140M": Preset(768, 64, 12, 15),
+    "163M": Preset(768, 64, 12, 18),
+    "175M": Preset(896, 64, 14, 14),
+    "196M": Preset(896, 64, 14, 16),
+    "217M": Preset(896, 64, 14, 18),
+    "251M": Preset(1024, 64, 16, 16),
+    "278M": Preset(1024, 64, 16, 18),
+    "306M": Preset(1024, 64, 16, 20),
+    "425M": Preset(1280, 128, 10, 18),
+    "489M": Preset(1280, 128, 10, 21),
+    "509M": Preset(1408, 128, 11, 18),
+    "552M": Preset(1280, 128, 10, 24),
+    "587M": Preset(1408, 128, 11, 21),
+    "632M": Preset(1536, 128, 12, 19),
+    "664M": Preset(1408, 128, 11, 24),
+    "724M": Preset(1536, 128, 12, 22),
+    "816M": Preset(1536, 128, 12, 25),
+    "893M": Preset(1792, 128, 14, 20),
+    "1018M": Preset(1792, 128, 14, 23),
+    "1143M": Preset(1792, 128, 14, 26),
+    "1266M": Preset(2048, 128, 16, 22),
+    "1424M": Preset(2176, 128, 17, 22),
+    "1429M": Preset(2048, 128, 16, 25),
+    "1593M": Preset(2048, 128, 16, 28),
+    "1609M": Preset(2176, 128, 17, 25),
+    "1731M": Preset(2304, 128, 18, 24),
+    "1794M": Preset(2176, 128, 17, 28),
+    "2007M": Preset(2304, 128, 18, 28),
+    "2283M": Preset(2304, 128, 18, 32),
+    "2298M": Preset(2560, 128, 20, 26),
+    "2639M": Preset(2560, 128, 20, 30),
+    "2980M": Preset(2560, 128, 20, 34),
+    "3530M": Preset(2688, 128, 21, 36),
+    "3802M": Preset(2816, 128, 22, 36),
+    "4084M": Preset(2944, 128, 23, 36),
+    "4516M": Preset(3072, 128, 24, 36),
+    "6796M": Preset(3584, 128, 28, 40),
+    "9293M": Preset(4096, 128, 32, 42),
+    "11452M": Preset(4352, 128, 32, 47),
+    "12295M": Preset(4608, 128, 36, 44),
+    "12569M": Preset(4608, 128, 32, 47),
+    "13735M": Preset(4864, 128, 32, 47),
+    "14940M": Preset(4992, 128, 32, 49),
+    "16183M": Preset(5120, 128, 40, 47),
+}
+
+
+def swiglu_width(hidden_size: int) -> int:
+    """Feed-forward width that the published models really have: floor(8h/3/64)·64 (the listed width is not used)."""
+    return 8 * hidden_size // 3 // 64 * 64
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Everything that the layers of a model are built from. Sizes in channels, heads, tokens and rows, all known."""
+class Shape(ModelConfig):
+    """Everything that the layers of a model are built from: the flags, with every size known (in channels, heads, tokens and
+    rows)."""
 
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    ffn_hidden_size: int
-    seq_length: int
-    max_position_embeddings: int
-    padded_vocab_size: int
-    normalization: str = "rmsnorm"
-    layernorm_epsilon: float = 1e-5
-    swiglu: bool = True
-    use_rotary_position_embeddings: bool = True
-    rotary_base: float = 10000.0
-    disable_bias_linear: bool = True
-    untie_embeddings_and_output_weights: bool = False
-    attention_dropout: float = 0.0
-    hidden_dropout: float = 0.0
-    attention_backend: str = "sdpa"
-    swiglu_backend: str = "torch"
-    init_method_std: float = 0.02
+    num_layers: int = field(kw_only=True)
+    hidden_size: int = field(kw_only=True)
+    num_attention_heads: int = field(kw_only=True)
+    num_query_groups: int = field(kw_only=True)
+    kv_channels: int = field(kw_only=True)
+    ffn_hidden_size: int = field(kw_only=True)
+    max_position_embeddings: int = field(kw_only=True)
+    padded_vocab_size: int = field(kw_only=True)
 
     @classmethod
     def from_flags(cls, flags: ModelConfig, *, padded_vocab_size: int) -> Shape:
@@ -57,18 +117,24 @@ class Shape:
             "the width is positive",
             "pass --ffn-hidden-size, or a hidden size of 24 or more",
         )
-        values: dict[str, Any] = {item.name: getattr(flags, item.name) for item in fields(cls)}
-        values |= {
+        channels = flags.kv_channels or preset.get("kv_channels")
+        require(
+            channels or hidden % heads == 0,
+            f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}",
+            "channels per head must be a whole number",
+            "change one of them or pass --kv-channels",
+        )
+        sizes = {
             "num_layers": _known("num_layers", flags.num_layers, preset),
             "hidden_size": hidden,
             "num_attention_heads": heads,
             "num_query_groups": flags.num_query_groups or heads,
-            "kv_channels": flags.kv_channels or preset.get("kv_channels") or _channels(hidden, heads),
+            "kv_channels": channels or hidden // heads,
             "ffn_hidden_size": ffn,
             "max_position_embeddings": flags.max_position_embeddings or flags.seq_length,
             "padded_vocab_size": padded_vocab_size,
         }
-        return cls(**values)
+        return cls(**{**asdict(flags), **sizes})
 
     @classmethod
     def of(cls, recorded: ModelConfig) -> Shape:
@@ -77,18 +143,13 @@ class Shape:
         Raises:
             UserError: the rows of the embedding are not.
         """
-        rows = recorded.padded_vocab_size
-        if rows is None:
-            raise UserError(
-                "the model has no padded_vocab_size", "a record holds every size", "give --padded-vocab-size"
-            )
+        rows = recorded.padded_vocab_size or 0
+        require(rows, "the model has no padded_vocab_size", "a record holds every size", "give --padded-vocab-size")
         return cls.from_flags(recorded, padded_vocab_size=rows)
 
-    def recorded(self, flags: ModelConfig) -> ModelConfig:
+    def recorded(self) -> ModelConfig:
         """The model section of a run's record: the flags with every size filled in."""
-        return ModelConfig(
-            model=flags.model, make_vocab_size_divisible_by=flags.make_vocab_size_divisible_by, **asdict(self)
-        )
+        return ModelConfig(**asdict(self))
 
 
 def _preset(name: str | None) -> dict[str, int]:
@@ -105,23 +166,9 @@ def _preset(name: str | None) -> dict[str, int]:
 
 
 def _known(name: str, value: int | None, preset: dict[str, int]) -> int:
-    value = value or preset.get(name)
-    if value is None:
-        flag = "--" + name.replace("_", "-")
-        raise UserError(
-            f"the model has no {flag}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flag}"
-        )
-    return value
-
-
-def _channels(hidden: int, heads: int) -> int:
-    require(
-        hidden % heads == 0,
-        f"--hidden-size {hidden} is not divisible by --num-attention-heads {heads}",
-        "channels per head must be a whole number",
-        "change one of them or pass --kv-channels",
-    )
-    return hidden // heads
+    known, flag = value or preset.get(name, 0), "--" + name.replace("_", "-")
+    require(known, f"the model has no {flag}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flag}")
+    return known
 
 
 def padded_size(vocab_size: int, *, multiple: int, tp_size: int) -> int:

@@ -6,84 +6,74 @@ Every message says what was given, the rule and the fix, and is raised before a 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from megatron.config.option import LARGEST_INT, idle_options, spelling
-from megatron.config.packages import PACKAGES, is_installed
-from megatron.config.schema import Config, RunConfig
+from megatron.config.option import LARGEST, PACKAGES, check_range, idle_options, is_installed, spelling
+from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
-
-if TYPE_CHECKING:
-    from megatron.config.cli import Registry
 
 # Units of options that name a place, and the longest ending that is put after it.
 PATHS = {"FILE": "", "DIR": "/manifest.json", "PATH": ".meta.json"}
 
 
-def validate(config: Config, registry: Registry, options: Any, world_size: int) -> None:
-    """Check every rule between fields that the flags alone decide (ranges of single numbers are the options' own).
+def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size: int) -> None:
+    """Check every range, and every rule between fields that the flags alone decide.
 
     Args:
         config: the flags.
-        registry: objectives by name.
         options: those of the chosen objective.
+        needs_mask_token: whether that objective masks.
         world_size: processes that the launcher started.
 
     Raises:
         UserError: the first rule that is broken.
     """
-    _refuse_idle(config, options)
-    _validate_paths(config)
-    _validate_model(config)
-    _validate_parallel(config, world_size)
-    _validate_batch(config, world_size)
-    _validate_schedule(config)
+    flags = _flags(config, options)
+    for item, value in flags:
+        check_range(item, value)
+    for item, reason in idle_options(flags):
+        is_tolerated = item.metadata["published"]
+        require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
+    for item, value in ((item, value) for item, value in flags if value in item.metadata["choices"]):
+        require(
+            is_installed(value),
+            f"{spelling(item)} {value}, but the package {PACKAGES.get(value)} is not installed",
+            "it is an optional accelerator",
+            f"run bash install.sh --with {value.replace('fusedadam', 'apex')}, or drop the flag",
+        )
+    _validate_paths(flags)
+    shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
+    _validate_model(shape)
+    _validate_layout(config, shape, world_size)
+    _validate_run(config)
     require(
-        config.objective.mask_token_id is None or registry[str(config.objective.objective)].needs_mask_token,
+        config.objective.mask_token_id is None or needs_mask_token,
         f"--mask-token-id with objective {config.objective.objective}",
         "it masks no token",
         "drop it",
     )
-    _validate_run(config.run)
-    _validate_gap(config)
 
 
 def idle_notes(config: Config) -> list[str]:
     """Flags of launch scripts that have no effect in this combination, each with the reason, to be named at start."""
-    return [f"{spelling(item)} ({reason})" for item, reason in idle_options(*_sections(config)) if _is_tolerated(item)]
+    idle = idle_options(_flags(config))
+    return [f"{spelling(item)} ({reason})" for item, reason in idle if item.metadata["published"]]
 
 
-def _refuse_idle(config: Config, options: Any) -> None:
-    for item, reason in idle_options(*_sections(config, options)):
-        require(
-            _is_tolerated(item),
-            f"{spelling(item)} would have no effect",
-            f"it {reason}",
-            "drop it or pass what it needs",
-        )
+def _flags(config: Config, *options: Any) -> list[tuple[Field, Any]]:
+    """Every flag and its value."""
+    sections = (*(getattr(config, section.name) for section in fields(config)), *options)
+    return [(item, getattr(part, item.name)) for part in sections for item in fields(part) if item.metadata]
 
 
-def _is_tolerated(item: Field) -> bool:
-    return item.metadata["published"] or bool(item.metadata["no_effect"])
-
-
-def _sections(config: Config, options: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    sections = {section.name: getattr(config, section.name) for section in fields(config)}
-    if options is not None:
-        sections["options"] = options
-    return sections, {item.name: getattr(s, item.name) for s in sections.values() for item in fields(s)}
-
-
-def _validate_paths(config: Config) -> None:
+def _validate_paths(flags: Sequence[tuple[Field, Any]]) -> None:
     """Whether there is something or not, every path can be looked at: asking later would raise whatever the system says."""
-    for item, value in (
-        (item, getattr(part, item.name)) for part in _sections(config)[0].values() for item in fields(part)
-    ):
-        if not item.metadata or item.metadata["unit"] not in PATHS or not value:
-            continue
+    named = [(item, value) for item, value in flags if item.metadata["unit"] in PATHS and value]
+    for item, value in named:
         for path in [value] if isinstance(value, str) else value:
             try:
                 os.stat(path + PATHS[item.metadata["unit"]])
@@ -98,18 +88,7 @@ def _validate_paths(config: Config) -> None:
                 ) from error
 
 
-def _validate_model(config: Config) -> None:
-    model = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
-    tp = config.parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, name)
-        options = ", ".join(str(n) for n in range(1, 65) if value % n == 0)
-        require(
-            value % tp == 0,
-            f"{name} {value} is not divisible by tensor-parallel size {tp}",
-            "each tensor-parallel rank holds an equal share",
-            f"use --tensor-model-parallel-size {options}",
-        )
+def _validate_model(model: Shape) -> None:
     require(
         model.num_attention_heads % model.num_query_groups == 0,
         f"--num-query-groups {model.num_query_groups} does not divide {model.num_attention_heads} query heads",
@@ -128,25 +107,21 @@ def _validate_model(config: Config) -> None:
         "every token needs a position",
         f"pass at least {model.seq_length}",
     )
-    for flag, backend in (("--attention-backend", model.attention_backend), ("--swiglu-backend", model.swiglu_backend)):
-        require(
-            is_installed(backend),
-            f"{flag} {backend}, but the package {PACKAGES.get(backend)} is not installed",
-            "it is an optional accelerator",
-            f"run bash install.sh --with {backend}, or drop the flag",
-        )
-    require(
-        model.attention_backend != "flash-attn" or config.run.bf16,
-        "--attention-backend flash-attn without --bf16",
-        "flash-attn computes in 16 bits",
-        "pass --bf16, or drop the flag",
-    )
 
 
-def _validate_parallel(config: Config, world: int) -> None:
-    parallel = config.parallel
-    num_layers = Shape.from_flags(config.model, padded_vocab_size=1).num_layers
+def _validate_layout(config: Config, model: Shape, world: int) -> None:
+    """Processes, the shares of the model that they hold, and those of the batch."""
+    run, parallel = config.run, config.parallel
     tp, pp, zero = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.zero_stage
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        options = ", ".join(str(n) for n in range(1, 65) if value % n == 0)
+        require(
+            value % tp == 0,
+            f"{name} {value} is not divisible by tensor-parallel size {tp}",
+            "each tensor-parallel rank holds an equal share",
+            f"use --tensor-model-parallel-size {options}",
+        )
     require(
         world % (tp * pp) == 0,
         f"{world} processes cannot hold tensor-parallel {tp} x pipeline {pp}",
@@ -166,31 +141,12 @@ def _validate_parallel(config: Config, world: int) -> None:
         "use --zero-stage 1 or 2, or --tensor-model-parallel-size 1",
     )
     require(
-        not (parallel.no_pipeline_parallel and pp > 1),
-        f"--no-pipeline-parallel with --pipeline-model-parallel-size {pp}",
-        "the two contradict each other",
-        "drop one",
-    )
-    require(
-        pp <= num_layers,
-        f"{pp} pipeline stages for {num_layers} layers",
+        pp <= model.num_layers,
+        f"{pp} pipeline stages for {model.num_layers} layers",
         "each stage needs a block",
-        f"use at most {num_layers} stages",
+        f"use at most {model.num_layers} stages",
     )
-    require(
-        not (config.optimizer.cpu_optimizer and pp > 1),
-        "--cpu-optimizer with a pipeline",
-        "DeepSpeed offloads optimizer state only without a pipeline",
-        "use --pipeline-model-parallel-size 1",
-    )
-    if parallel.deepspeed_config is not None:
-        path = Path(parallel.deepspeed_config)
-        require(path.is_file(), f"--deepspeed_config {path} does not exist", "it names a JSON file", "correct the path")
-
-
-def _validate_batch(config: Config, world: int) -> None:
-    run, parallel = config.run, config.parallel
-    dp = max(1, world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    dp = world // (tp * pp)
     unit = run.micro_batch_size * dp
     batch = run.global_batch_size or unit
     require(
@@ -201,8 +157,9 @@ def _validate_batch(config: Config, world: int) -> None:
     )
 
 
-def _validate_schedule(config: Config) -> None:
-    run, optimizer = config.run, config.optimizer
+def _validate_run(config: Config) -> None:
+    """Length, schedule, validation and the files that the run reads."""
+    run, optimizer, parallel = config.run, config.optimizer, config.parallel
     lengths = [name for name in ("train_samples", "train_iters", "train_epochs") if getattr(run, name) is not None]
     require(
         run.skip_train or len(lengths) == 1,
@@ -222,39 +179,21 @@ def _validate_schedule(config: Config) -> None:
         "the warm-up has one length",
         "drop one",
     )
-    if optimizer.optimizer == "fusedadam":
-        import importlib.util
-
-        require(
-            importlib.util.find_spec("apex") is not None,
-            "--optimizer fusedadam, but apex is not installed",
-            "it uses apex's FusedAdam",
-            "use --optimizer adam (torch's fused AdamW) or bash install.sh --with apex",
-        )
-
-
-def _validate_gap(config: Config) -> None:
-    parallel = config.parallel
-    if config.run.gap_task is None:
-        return
     require(
-        parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3,
-        f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",
-        "answers are scored by the whole model on every data-parallel rank",
-        "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
-    )
-    require(
-        Path(config.run.gap_task).is_file(),
-        f"--gap-task {config.run.gap_task} is no file",
-        "it holds questions, one JSON object a line",
-        "correct the path",
-    )
-
-
-def _validate_run(run: RunConfig) -> None:
-    require(
-        run.eval_iters == "full" or (run.eval_iters.isdecimal() and int(run.eval_iters) <= LARGEST_INT),
+        run.eval_iters == "full" or (run.eval_iters.isdecimal() and int(run.eval_iters) <= LARGEST),
         f"--eval-iters {run.eval_iters!r}",
         "it counts validation steps, or is 'full'",
         "pass for instance --eval-iters 10",
     )
+    require(
+        run.gap_task is None or (parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3),
+        f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",
+        "answers are scored by the whole model on every data-parallel rank",
+        "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
+    )
+    for flag, file, content in (
+        ("--deepspeed_config", parallel.deepspeed_config, "settings"),
+        ("--gap-task", run.gap_task, "questions, one JSON object a line"),
+    ):
+        is_there = file is None or Path(file).is_file()
+        require(is_there, f"{flag}: a file {file} does not exist", f"it holds {content}", "correct the path")

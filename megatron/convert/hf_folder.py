@@ -33,6 +33,7 @@ from megatron.convert.huggingface import (
 )
 from megatron.errors import UserError
 from megatron.files import replace_folder
+from megatron.inference.model import load_tensors
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import AttentionMask, Causal, Full
@@ -190,7 +191,7 @@ def compare_logits(config: Config, tensors: Mapping[str, Tensor], folder: Path, 
     ids = torch.randint(0, rows, (sequences, length), generator=torch.Generator().manual_seed(0))
     mask: AttentionMask = Full() if family == "mdm" else Causal()
     model = GPTModel(Shape.from_flags(config.model, padded_vocab_size=rows))
-    model.load(tensors)
+    load_tensors(model, tensors)
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     theirs = getattr(transformers, architecture).from_pretrained(str(folder), dtype=torch.float32)
     with torch.no_grad():

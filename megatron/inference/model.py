@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,26 @@ def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> 
     for parameter in model.parameters():
         whole = shard_of(parameter)
         parameter.data.copy_(whole.spec.shard(tensor_of(whole.name), context.tp.rank, context.tp.size))
+
+
+@torch.no_grad()
+def load_tensors(model: GPTModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy this rank's tensors, by the name of the whole one, into the parameters.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
+    own = model.tensors()
+    differing = sorted(own.keys() ^ tensors.keys())
+    differing += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if differing:
+        raise UserError(
+            f"the tensors {', '.join(differing[:8])} are not those of the model",
+            "every parameter has one tensor of its shape",
+            "check the configuration and the source",
+        )
+    for name, parameter in own.items():
+        parameter.copy_(tensors[name])
 
 
 def _tokenizer(config: Config, options: dict[str, Any]) -> tuple[Tokenizer | None, str]:

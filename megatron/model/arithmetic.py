@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.shape import Shape
 from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, RandomKeyDrop, WithinSegments
 
 if TYPE_CHECKING:
     import torch
-
-# Vocabulary with which the paper counts parameters (GPT-2, not padded).
-PAPER_VOCAB_SIZE = 50257
-
-
-def compute_parameters(*, num_layers: int, hidden_size: int, ffn_hidden_size: int, vocab_size: int) -> int:
-    """Parameters N as the paper counts them for compute: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``."""
-    per_layer = 4 * hidden_size**2 + 3 * hidden_size * ffn_hidden_size + 6 * hidden_size
-    return num_layers * per_layer + vocab_size * hidden_size
 
 
 def training_flops(parameters: int, tokens: float) -> float:
@@ -26,29 +16,14 @@ def training_flops(parameters: int, tokens: float) -> float:
     return 6.0 * parameters * tokens
 
 
-def preset_parameters(name: str, vocab_size: int = PAPER_VOCAB_SIZE) -> int:
-    """Parameters N of a preset, as the paper counts them."""
-    preset = PRESETS[name]
-    return compute_parameters(
-        num_layers=preset.num_layers,
-        hidden_size=preset.hidden_size,
-        ffn_hidden_size=swiglu_width(preset.hidden_size),
-        vocab_size=vocab_size,
-    )
-
-
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def parameters_for_compute(model: Shape, vocab_size: int) -> int:
-    """N of C = 6·N·D, as the paper counts it, with the run's own vocabulary (not padded)."""
-    return compute_parameters(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=vocab_size,
-    )
+    """N of C = 6·N·D, as the paper counts it: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``, V being the vocabulary, not padded."""
+    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size + 6 * model.hidden_size
+    return model.num_layers * per_layer + vocab_size * model.hidden_size
 
 
 def total_parameters(model: Shape) -> dict[str, int]:

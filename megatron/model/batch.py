@@ -94,11 +94,7 @@ class Stream(NamedTuple):
 
 
 def build_batch(
-    inputs: Inputs[np.ndarray],
-    *,
-    labels: np.ndarray,
-    loss_weights: np.ndarray,
-    has_loss: np.ndarray | None = None,
+    inputs: Inputs[np.ndarray], *, labels: np.ndarray, loss_weights: np.ndarray, has_loss: np.ndarray | None = None
 ) -> ModelBatch[np.ndarray]:
     """Complete a batch: the positions in the loss are counted here, on the CPU.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from megatron.config.shape import Shape
-from megatron.errors import UserError
-from megatron.model.block import TransformerBlock
-from megatron.model.cache import LayerCache
+from megatron.model.attention import LayerCache
+from megatron.model.block import Norm, TransformerBlock
 from megatron.model.embedding import Embedding, LMHead, tied_head
 from megatron.model.loss import HeadOutput, LossKind
 from megatron.model.mask import AttentionMask
-from megatron.model.norm import norm_kind
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from megatron.parallel.tensor import ParameterFactory, gather_last_dim
@@ -65,8 +63,7 @@ def build_layers(shape: Shape, context: ParallelContext, *, seed: int, recompute
     for index in range(shape.num_layers):
         arguments = {"shape": shape, "factory": root.child(f"layers.{index}"), "recompute": recompute}
         layers.append(Layer(TransformerBlock, arguments))
-    final = {"factory": root.child("final_layernorm"), "size": shape.hidden_size, "epsilon": shape.layernorm_epsilon}
-    layers.append(Layer(norm_kind(shape), final))
+    layers.append(Layer(Norm, {"shape": shape, "factory": root.child("final_layernorm")}))
     if shape.untie_embeddings_and_output_weights:
         layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))
     else:
@@ -78,12 +75,7 @@ class GPTModel(nn.Module):
     """All layers in one module: training without pipeline stages, inference and export."""
 
     def __init__(
-        self,
-        shape: Shape,
-        context: ParallelContext | None = None,
-        *,
-        seed: int = 1234,
-        recompute: bool = False,
+        self, shape: Shape, context: ParallelContext | None = None, *, seed: int = 1234, recompute: bool = False
     ) -> None:
         super().__init__()
         self.shape = shape
@@ -153,22 +145,3 @@ class GPTModel(nn.Module):
         """This rank's parameters by the name of the whole tensor, which is the same in every layout and in checkpoints
         (``layers.0.mlp.dense_h_to_4h.weight``, …; see ``docs/checkpoints.md``)."""
         return {shard_of(parameter).name: parameter for parameter in self.parameters()}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy this rank's tensors into the parameters.
-
-        Raises:
-            UserError: a tensor is missing, unknown or of another shape.
-        """
-        own = self.tensors()
-        differing = sorted(own.keys() ^ tensors.keys())
-        differing += [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-        if differing:
-            raise UserError(
-                f"the tensors {', '.join(differing[:8])} are not those of the model",
-                "every parameter has one tensor of its shape",
-                "check the configuration and the source",
-            )
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron.config.packages import is_installed
+from megatron.config.option import is_installed
 
 
 def can_flash(query: torch.Tensor) -> bool:

@@ -32,11 +32,9 @@ class LossKind(Protocol):
 
     def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
         """Scalar loss of one micro-batch, fp32, differentiable: the sum of :meth:`per_token` over ``Σ num_tokens``."""
-        ...
 
     def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
         """What each position adds to the loss of its sample, in nats, fp32 [batch, width]; 0 where there is no loss."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from megatron.errors import UserError
+from megatron.errors import require
 from megatron.parallel.launch import local_device
 
 # Outermost first: tensor-parallel ranks are neighbours and share a node, stages are farthest apart. Without the axes of
@@ -65,12 +65,7 @@ class ParallelContext:
 
     @classmethod
     def create(
-        cls,
-        *,
-        tp_size: int = 1,
-        pp_size: int = 1,
-        device: torch.device | None = None,
-        timeout_minutes: float = 30.0,
+        cls, *, tp_size: int = 1, pp_size: int = 1, device: torch.device | None = None, timeout_minutes: float = 30.0
     ) -> ParallelContext:
         """Lay the grid over the initialised default process group (or over a process alone). A collective call.
 
@@ -87,12 +82,12 @@ class ParallelContext:
         """
         device = device or local_device()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if world_size % (tp_size * pp_size):
-            raise UserError(
-                f"{world_size} processes cannot hold tensor-parallel {tp_size} x pipeline {pp_size}",
-                f"the number of processes must be a multiple of {tp_size * pp_size}",
-                "start more processes or lower --tensor-model-parallel-size or --pipeline-model-parallel-size",
-            )
+        require(
+            world_size % (tp_size * pp_size) == 0,
+            f"{world_size} processes cannot hold tensor-parallel {tp_size} x pipeline {pp_size}",
+            f"the number of processes must be a multiple of {tp_size * pp_size}",
+            "start more processes or lower --tensor-model-parallel-size or --pipeline-model-parallel-size",
+        )
         if world_size == 1:
             return cls(device=device)
         sizes = {"pp": pp_size, "dp": world_size // (tp_size * pp_size), "ep": 1, "cp": 1, "tp": tp_size}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.errors import UserError
+from megatron.errors import require
 from megatron.randomness import named_seed
 
 
@@ -38,12 +38,12 @@ class ShardSpec:
 
     def shard(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
         """The part of ``full`` that ``tp_rank`` of ``tp_size`` holds."""
-        if tuple(full.shape) != self.full_shape:
-            raise UserError(
-                f"a tensor has shape {tuple(full.shape)}",
-                f"this model expects {self.full_shape}",
-                "pass the model flags that the tensor was made with",
-            )
+        require(
+            tuple(full.shape) == self.full_shape,
+            f"a tensor has shape {tuple(full.shape)}",
+            f"this model expects {self.full_shape}",
+            "pass the model flags that the tensor was made with",
+        )
         if self.dim is None or tp_size == 1:
             return full
         parts = [block.chunk(tp_size, self.dim)[tp_rank] for block in full.split(self.blocks, self.dim)]

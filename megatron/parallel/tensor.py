@@ -51,39 +51,33 @@ class ParameterFactory:
         return ShardedParameter(f"{self.prefix}.{name}" if self.prefix else name, spec)
 
 
-class _CopyToTensorParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+def _sum_over(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
 
 
-class _ReduceFromTensorParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
+class _AllReduce(torch.autograd.Function):
+    """All-reduce of the activations in the forward pass, or of the gradient in the backward pass; identity in the other."""
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
-        return grad, None
+    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, is_backward: bool) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.group, ctx.is_backward = group, is_backward
+        return x.view_as(x) if is_backward else _sum_over(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[no-untyped-def]
+        return _sum_over(grad, ctx.group) if ctx.is_backward else grad, None, None
 
 
 def copy_to_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """Identity forward, all-reduce of the gradient backward (the ``f`` of arXiv 1909.08053)."""
-    return _CopyToTensorParallel.apply(x, context.tp.group) if context.tp.size > 1 else x
+    return _AllReduce.apply(x, context.tp.group, True) if context.tp.size > 1 else x
 
 
 def reduce_from_tensor_parallel(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
     """All-reduce forward, identity backward (the ``g`` of arXiv 1909.08053)."""
-    return _ReduceFromTensorParallel.apply(x, context.tp.group) if context.tp.size > 1 else x
+    return _AllReduce.apply(x, context.tp.group, False) if context.tp.size > 1 else x
 
 
 class ColumnParallelLinear(nn.Module):

@@ -9,7 +9,19 @@ from __future__ import annotations
 
 import math
 
+from megatron.config.schema import ModelConfig
+from megatron.config.shape import Shape
+from megatron.model.arithmetic import parameters_for_compute
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, Coefficients
+
+# Vocabulary with which arXiv 2507.15857 counts parameters (GPT-2, not padded).
+PAPER_VOCAB_SIZE = 50257
+
+
+def preset_parameters(name: str, vocab_size: int = PAPER_VOCAB_SIZE) -> int:
+    """Parameters N of a preset, as the paper counts them."""
+    return parameters_for_compute(Shape.of(ModelConfig(model=name, padded_vocab_size=vocab_size)), vocab_size)
+
 
 HOFFMANN = Coefficients(
     CHINCHILLA, (1.69, 406.4, 0.34, 410.7, 0.28), "Hoffmann et al. 2022 (arXiv 2203.15556), AR on MassiveText"

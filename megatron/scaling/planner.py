@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron.config.presets import PRESETS
+from megatron.config.shape import PRESETS
 from megatron.errors import require
-from megatron.model.arithmetic import PAPER_VOCAB_SIZE, PEAK_FLOPS, preset_parameters
+from megatron.model.arithmetic import PEAK_FLOPS
 from megatron.scaling.fit import Fit
 from megatron.scaling.interval import Interval
 from megatron.scaling.laws import Coefficients, Points
@@ -24,9 +24,11 @@ from megatron.scaling.literature import (
     CRITICAL_RANGE_TOKENS,
     PAPER_BEST,
     PAPER_BEST_UNIQUE_TOKENS,
+    PAPER_VOCAB_SIZE,
     PUBLISHED,
     PUBLISHED_RANGES,
     critical_flops,
+    preset_parameters,
     quokka_overfitting_epochs,
 )
 from megatron.scaling.predict import Model, best_epochs, central_losses, critical_compute, losses

@@ -70,7 +70,7 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     settings = replace(
         flags,
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
-        model=shape.recorded(flags.model),
+        model=shape.recorded(),
         objective=replace(flags.objective, mask_token_id=mask_id),
         optimizer=replace(
             flags.optimizer, lr_decay_samples=schedule.decay_samples, lr_warmup_samples=schedule.warmup_samples

@@ -12,6 +12,7 @@ from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.tensors import save_full_checkpoint
 from megatron.checkpoint.warm_start import VOCABULARY_TENSORS, open_checkpoint, with_mask_embedding
 from megatron.config.shape import Shape
+from megatron.inference.model import load_tensors
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full
@@ -56,9 +57,9 @@ def test_rows_are_added_where_the_mask_token_has_none() -> None:
         assert torch.equal(out["word_embeddings.weight"][:300], tensors["word_embeddings.weight"])
     ids = torch.randint(0, 300, (1, 32))
     small = GPTModel(Shape.of(config.model))
-    small.load(tensors)
+    load_tensors(small, tensors)
     large = GPTModel(Shape.of(replace(config.model, padded_vocab_size=384)))
-    large.load(out)
+    load_tensors(large, out)
     assert torch.allclose(
         small.eval().logits(Inputs(ids), Causal()), large.eval().logits(Inputs(ids), Causal())[..., :300], atol=1e-6
     )
@@ -83,7 +84,7 @@ def test_masked_input_starts_closer_than_an_untrained_row() -> None:
 
     assert distance(out[300]) < distance(tensors["word_embeddings.weight"][300])
     model = GPTModel(Shape.of(make_config("mdm").model))
-    model.load(with_mask_embedding(tensors, vocab_size=300, mask_id=300))
+    load_tensors(model, with_mask_embedding(tensors, vocab_size=300, mask_id=300))
     assert torch.isfinite(model.logits(Inputs(torch.full((1, 32), 300)), Full())).all()
 
 

@@ -9,6 +9,7 @@ import torch
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.convert.hf_folder import ExportOptions
+from megatron.inference.model import load_tensors
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full
@@ -21,7 +22,7 @@ def our_logits(config: Config, tensors: dict[str, torch.Tensor], ids: torch.Tens
     rows = tensors["word_embeddings.weight"].shape[0]
     model_config = replace(config.model, padded_vocab_size=rows)
     model = GPTModel(Shape.of(model_config))
-    model.load(tensors)
+    load_tensors(model, tensors)
     with torch.no_grad():
         return model.eval().logits(Inputs(ids), Full() if config.objective.objective == "mdm" else Causal())
 

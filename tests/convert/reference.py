@@ -68,7 +68,7 @@ def make_config(
     shape = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "seq_length": 32, "ffn_hidden_size": 64}
     given = ModelConfig(**{**shape, "padded_vocab_size": rows, **changes})  # type: ignore[arg-type]
     return Config(
-        model=Shape.of(given).recorded(given),
+        model=Shape.of(given).recorded(),
         objective=ObjectiveConfig(objective=objective, mask_token_id=vocab_size if objective == "mdm" else None),
         data=DataConfig(tokenizer_type="NullTokenizer", vocab_size=vocab_size),
         run=RunConfig(bf16=bf16),

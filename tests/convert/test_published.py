@@ -14,6 +14,7 @@ from megatron.config.shape import Shape
 from megatron.convert.published import find_published, read_published
 from megatron.convert.unpickle import load_pickled
 from megatron.errors import UserError
+from megatron.inference.model import load_tensors
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full
@@ -26,7 +27,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "ar_ckpt"
 def ours(config, tensors, ids: torch.Tensor) -> torch.Tensor:
     mask = Full() if config.objective.objective == "mdm" else Causal()
     model = GPTModel(Shape.of(config.model))
-    model.load(tensors)
+    load_tensors(model, tensors)
     with torch.no_grad():
         return model.eval().logits(Inputs(ids), mask)
 

@@ -72,7 +72,7 @@ def config_for(objective: str, tokenizer: Path, *, vocab_size: int, seq_length: 
     mask_id = vocab_size if objective == "mdm" else None
     return dataclasses.replace(
         config,
-        model=Shape.from_flags(config.model, padded_vocab_size=padded).recorded(config.model),
+        model=Shape.from_flags(config.model, padded_vocab_size=padded).recorded(),
         objective=dataclasses.replace(config.objective, mask_token_id=mask_id),
     )
 

@@ -11,6 +11,7 @@ from plain_transformer import causal, plain_logits
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import Shape
 from megatron.data.loader import as_tensors
+from megatron.inference.model import load_tensors
 from megatron.model.batch import Inputs, Samples
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full
@@ -57,7 +58,7 @@ def tokens() -> torch.Tensor:
 
 def load(weights: dict[str, torch.Tensor]) -> GPTModel:
     model = GPTModel(CONFIG)
-    model.load(weights)  # strict: every tensor has its place and its shape
+    load_tensors(model, weights)  # strict: every tensor has its place and its shape
     return model.eval()
 
 

@@ -7,20 +7,18 @@ import torch
 import torch.nn.functional as F
 from plain_transformer import attention, causal, plain_logits, rms_norm, rotate_complex
 
-from megatron.config.presets import PRESETS, swiglu_width
 from megatron.config.schema import ModelConfig
-from megatron.config.shape import Shape
-from megatron.model.arithmetic import parameters_for_compute, preset_parameters
-from megatron.model.attention import SelfAttention
+from megatron.config.shape import PRESETS, Shape, swiglu_width
+from megatron.model.arithmetic import parameters_for_compute
+from megatron.model.attention import RotaryEmbedding, SelfAttention, apply_rotary
 from megatron.model.batch import Inputs, Stream
+from megatron.model.block import MLP, Norm
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal, Full, RandomKeyDrop
-from megatron.model.mlp import MLP
-from megatron.model.norm import build_norm
-from megatron.model.rotary import RotaryEmbedding, apply_rotary
 from megatron.model.visibility import visible_keys
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
+from megatron.scaling.literature import preset_parameters
 
 
 def make_config(**changes) -> ModelConfig:
@@ -59,10 +57,10 @@ def test_rotary_stays_exact_in_bf16_far_out():
 
 def test_rms_norm_and_layer_norm(factory):
     x = torch.randn(2, 5, 32) * 3 + 1
-    rms = build_norm(make_config(), factory)
+    rms = Norm(make_config(), factory)
     torch.nn.init.uniform_(rms.weight)
     torch.testing.assert_close(rms(x), rms_norm(x, rms.weight))
-    layer = build_norm(make_config(normalization="layernorm"), factory)
+    layer = Norm(make_config(normalization="layernorm"), factory)
     torch.nn.init.uniform_(layer.weight)
     torch.nn.init.uniform_(layer.bias)
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)

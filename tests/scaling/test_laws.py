@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from megatron.model.arithmetic import preset_parameters
 from megatron.scaling.fit import Fit, fit_law, load_fits, save_fits
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, LAWS, U_SHAPED, Points, Reference
 from megatron.scaling.literature import (
@@ -17,6 +16,7 @@ from megatron.scaling.literature import (
     QUOKKA,
     critical_flops,
     critical_unique_tokens,
+    preset_parameters,
     quokka_overfitting_epochs,
 )
 from megatron.scaling.predict import compute_optimal, critical_compute

@@ -18,9 +18,9 @@ import yaml
 from megatron.config.cli import build_parser
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import UserError
-from megatron.model.arithmetic import preset_parameters
 from megatron.objectives import OBJECTIVES
 from megatron.runs.reading import load_run
+from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
 from megatron.scaling.sweep.runner import Runner, command_line, make_subsets
 from megatron.scaling.sweep.state import read_attempts, state

@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 
-from megatron.config.presets import PRESETS, swiglu_width
+from megatron.config.schema import ModelConfig
+from megatron.config.shape import PRESETS, Shape
 from megatron.errors import UserError, require
-from megatron.model.arithmetic import PAPER_VOCAB_SIZE, PEAK_FLOPS, compute_parameters, preset_parameters
+from megatron.model.arithmetic import PEAK_FLOPS, parameters_for_compute
 from megatron.objectives import OBJECTIVES
+from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
 
 _KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm", "exclude"}
 _GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
@@ -206,11 +208,11 @@ def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int
         raise UserError(
             f"model {model} lacks {', '.join(sorted(missing))}", "an explicit shape names both", "add them to the model"
         )
-    hidden = int(explicit["hidden-size"])
-    width = int(explicit.get("ffn-hidden-size") or swiglu_width(hidden))
-    return compute_parameters(
-        num_layers=int(explicit["num-layers"]), hidden_size=hidden, ffn_hidden_size=width, vocab_size=vocab_size
-    )
+    layers, hidden, width = (int(explicit.get(key) or 0) for key in ("num-layers", "hidden-size", "ffn-hidden-size"))
+    # N counts these three of the sizes.
+    sizes = ModelConfig(num_layers=layers, hidden_size=hidden, ffn_hidden_size=width, num_attention_heads=1)
+    shape = Shape.from_flags(sizes, padded_vocab_size=vocab_size)
+    return parameters_for_compute(shape, vocab_size)
 
 
 def _data_prefix(data: Mapping[str, Any], unique: int) -> str:
