@@ -35,13 +35,7 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        start: Start,
-        progress: Progress,
-        context: ParallelContext,
-        *,
-        screen: Screen,
+        self, plan: Plan, start: Start, progress: Progress, context: ParallelContext, *, screen: Screen
     ) -> None:
         """Continue the record of the run, or begin one; a collective call.
 

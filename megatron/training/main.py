@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(
-    objective: str,
-    argv: Sequence[str] | None = None,
-    *,
-    observer: Observer | None = None,
-    probe: Probe | None = None,
+    objective: str, argv: Sequence[str] | None = None, *, observer: Observer | None = None, probe: Probe | None = None
 ) -> int:
     """Run a training program.
 

@@ -45,10 +45,7 @@ def train(
         context, engine, start = build(plan, connection, observer)
         stop = exits.enter_context(
             StopRequest(
-                context,
-                minutes=run.exit_duration_in_mins,
-                switch=run.kill_switch_file,
-                launch=connection.launch,
+                context, minutes=run.exit_duration_in_mins, switch=run.kill_switch_file, launch=connection.launch
             )
         )
         progress = Progress()

@@ -127,11 +127,7 @@ class Validator:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
         assert self._dataset is not None
         context, dataset, layout = self.engine.context, self._dataset, self.plan.layout
-        share = {
-            "micro_batch_size": layout.micro_batch_size,
-            "first_sample": 0,
-            "last_sample": dataset.num_samples,
-        }
+        share = {"micro_batch_size": layout.micro_batch_size, "first_sample": 0, "last_sample": dataset.num_samples}
         ids = micro_batches(**share, dp_rank=context.dp.rank, dp_size=context.dp.size)
         workers = self.plan.settings.data.num_workers
         with build_loader(dataset, objective, context, **share, num_workers=workers, packing=self._packing) as batches:

@@ -41,12 +41,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        context: ParallelContext,
-        *,
-        observer: Observer | None = None,
+        self, config: Config, objective: Objective, context: ParallelContext, *, observer: Observer | None = None
     ) -> None:
         """Build on connected processes; see :func:`megatron.parallel.connection.connect`.
 
