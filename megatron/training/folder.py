@@ -20,9 +20,8 @@ from megatron.runs.provenance import now, this_attempt
 from megatron.runs.record import BEST, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.deepspeed.engine import Engine
-from megatron.training.interval import Interval
 from megatron.training.plan import Plan, Sources, Start
-from megatron.training.progress import Progress
+from megatron.training.progress import Interval, Progress
 from megatron.training.reporting import MetricsLog, Screen, measured
 
 
@@ -85,13 +84,7 @@ class RunFolder:
             sums().save(self.plan.run_dir / path)
             self._log.write(row)
             if row.best:
-                best = {
-                    "step": row.step,
-                    "nll": row.nll,
-                    "nll_se": row.nll_se,
-                    "label": row.label,
-                    "num_mc": row.num_mc,
-                }
+                best = {name: getattr(row, name) for name in ("step", "nll", "nll_se", "label", "num_mc")}
                 replace_file(self.plan.run_dir / BEST, json.dumps(best))
         self.screen.valid_line(row)
         self._prune()

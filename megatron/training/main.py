@@ -17,8 +17,8 @@ from megatron.runs.lock import RunLock
 from megatron.runs.record import clear_run
 
 if TYPE_CHECKING:
-    from megatron.training.observer import Observer
     from megatron.training.plan import Plan
+    from megatron.training.step import Observer
     from megatron.training.validation import Probe
 
 
@@ -82,8 +82,7 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
     # DeepSpeed takes seconds to import; wrong flags and a folder in use are reported before.
     from megatron.parallel.connection import Connection, connect, end_process
     from megatron.training.stop import STOPPED_STATUS
-    from megatron.training.train import train
-    from megatron.training.validation import evaluate_checkpoint
+    from megatron.training.train import evaluate_checkpoint, train
 
     connection, status = Connection(launch), 1
     failed: BaseException | None = None

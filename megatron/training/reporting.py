@@ -9,40 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.config.schema import Config
-from megatron.model.arithmetic import peak_flops
 from megatron.objectives.base import EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow
-
-
-class Throughput:
-    """Tokens per second, TFLOP/s and MFU of one device over log intervals."""
-
-    def __init__(
-        self, *, batch_size: int, seq_length: int, flops_per_token: float, num_devices: int, device: torch.device
-    ) -> None:
-        """Args:
-        batch_size: samples in a step, over all ranks.
-        seq_length: tokens per sample.
-        flops_per_token: forward and backward.
-        num_devices: devices that share the work; ``device`` is one of them.
-        """
-        self.batch_size, self.tokens_per_step = batch_size, batch_size * seq_length
-        self.flops_per_token, self.num_devices = flops_per_token, num_devices
-        self.device, self.peak = device, peak_flops(device)
-
-    def report(self, *, steps: int, seconds: float) -> dict[str, Any]:
-        """``tokens_per_second``, ``tflops``, ``mfu`` and ``batch_size`` over ``steps`` steps that took ``seconds``."""
-        tokens_per_second = steps * self.tokens_per_step / max(seconds, 1e-9)
-        per_device = tokens_per_second * self.flops_per_token / self.num_devices
-        return {
-            "tokens_per_second": tokens_per_second,
-            "batch_size": self.batch_size,
-            "tflops": per_device / 1e12,
-            "mfu": None if self.peak is None else per_device / self.peak,
-        }
 
 
 class MetricsLog:

@@ -83,7 +83,7 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         start=Start(
             tag=selection.tag,
             manifest=manifest,
-            skipped=tuple(f"{name} ({reason})" for name, reason in selection.skipped),
+            warning=selection.warning,
             is_continued=is_continued,
             with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
             changed=_agreed_changes(settings, sources, manifest if is_continued else {}),

@@ -23,12 +23,10 @@ from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
-from megatron.training.deepspeed.process import TensorParallelGroups, adopt_process_groups
-from megatron.training.deepspeed.settings import deepspeed_settings
+from megatron.training.deepspeed.settings import TensorParallelGroups, adopt_process_groups, deepspeed_settings
 from megatron.training.deepspeed.shards import Shards
-from megatron.training.observer import Observer
 from megatron.training.optimizer import build_optimizer, learning_rate
-from megatron.training.step import StepResult
+from megatron.training.step import Observer, StepResult
 
 
 class Engine:
