@@ -110,10 +110,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens: ``size`` of the tokenizer, ``mask_id`` where the objective masks, fingerprint of the tokenizer."""
+    """Tokens: ``size`` before padding, and what run.json says of the tokenizer."""
 
     size: int
-    mask_id: int | None
     tokenizer: dict[str, Any]
 
 
