@@ -144,9 +144,8 @@ class RunFolder:
             self._record = replace(self._record, attempts=attempts)
             self._record.write(run_dir)
             if reason is not None:
-                replace_file(
-                    run_dir / STOPPED, json.dumps({"reason": reason, "step": progress.step, "saved": is_saved})
-                )
+                stopped = {"reason": reason, "step": progress.step, "saved": is_saved}
+                replace_file(run_dir / STOPPED, json.dumps(stopped))
         if reason is not None:
             saved = f"checkpoint of step {progress.step} saved" if is_saved else "no --save, so nothing was saved"
             self.screen.print(f"stopped by {reason} at step {progress.step}; {saved}")
@@ -163,8 +162,8 @@ class RunFolder:
         """The record of this run with one more attempt, or a new one."""
         plan, schedule = self.plan, self.plan.schedule
         before = RunRecord.read(plan.run_dir) if start.is_continued else None
-        tokens = schedule.train_samples * plan.shape.seq_length
-        unique_tokens = plan.sources.unique_tokens
+        tokens, unique_tokens = schedule.train_samples * plan.shape.seq_length, plan.sources.unique_tokens
+        saved_id = start.manifest.get("run_id") if start.is_continued else None
         attempt = replace(
             this_attempt(layout=plan.layout.sizes(), device=self.context.device),
             from_step=self.progress.step,
@@ -180,7 +179,7 @@ class RunFolder:
             "train_flops": training_flops(self.parameters, tokens),
         }
         if before is not None:
-            run_id = before.run_id or start.manifest.get("run_id") or uuid4().hex
+            run_id = before.run_id or saved_id or uuid4().hex
             return replace(before, **length, run_id=run_id, attempts=[*before.attempts, attempt])
         return RunRecord(
             objective=str(plan.settings.objective.objective),
@@ -194,7 +193,7 @@ class RunFolder:
             device=attempt.device,
             started=attempt.started,
             text_bytes_per_token=bytes_per_token(plan.sources),
-            run_id=(start.is_continued and start.manifest.get("run_id")) or uuid4().hex,
+            run_id=saved_id or uuid4().hex,
             noise_scheme=plan.seeds.scheme,
             data=plan.sources.fingerprints,
             tokenizer=plan.vocabulary.tokenizer,

@@ -47,15 +47,15 @@ class MetricsLog:
             self._wandb.finish()
 
     def _scalars(self, row: Row) -> dict[str, float]:
-        dropped = {"step", "best"}
-        dropped |= set() if self._run.log_timers_to_tensorboard else {"step_seconds"}
-        dropped |= set() if self._run.log_batch_size_to_tensorboard else {"batch_size"}
-        dropped |= set() if self._run.log_validation_ppl_to_tensorboard else {"ppl"}
-        return {
-            f"{row.kind}/{name}": value
-            for name, value in asdict(row).items()
-            if name not in dropped and isinstance(value, int | float)
+        is_shown = {
+            "step": False,
+            "best": False,
+            "step_seconds": self._run.log_timers_to_tensorboard,
+            "batch_size": self._run.log_batch_size_to_tensorboard,
+            "ppl": self._run.log_validation_ppl_to_tensorboard,
         }
+        numbers = {name: value for name, value in asdict(row).items() if isinstance(value, int | float)}
+        return {f"{row.kind}/{name}": value for name, value in numbers.items() if is_shown.get(name, True)}
 
 
 def _open_tensorboard(settings: Config, last_step: int) -> Any:
@@ -63,10 +63,8 @@ def _open_tensorboard(settings: Config, last_step: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    # Steps that are written again replace those of the interrupted attempt.
-    return SummaryWriter(
-        settings.run.tensorboard_dir, max_queue=settings.run.tensorboard_queue_size, purge_step=last_step + 1
-    )
+    run = settings.run  # steps that are written again replace those of the interrupted attempt
+    return SummaryWriter(run.tensorboard_dir, max_queue=run.tensorboard_queue_size, purge_step=last_step + 1)
 
 
 def _open_wandb(settings: Config, run_dir: Path) -> Any:

@@ -49,11 +49,8 @@ def train(
     with ExitStack() as exits:  # whatever happens, what is entered here is left: signals, loader processes, files
         # 1. Model and optimizer, from the checkpoint that --load means.
         context, engine, start = _build(plan, connection, observer)
-        stop = exits.enter_context(
-            StopRequest(
-                context, minutes=run.exit_duration_in_mins, switch=run.kill_switch_file, launch=connection.launch
-            )
-        )
+        limit, switch = run.exit_duration_in_mins, run.kill_switch_file
+        stop = exits.enter_context(StopRequest(context, minutes=limit, switch=switch, launch=connection.launch))
         before = start.manifest if start.is_continued else {}
         progress = Progress.of(before, unique_tokens=plan.sources.unique_tokens)
         num_steps = (schedule.train_samples - progress.consumed_samples) // batch_size

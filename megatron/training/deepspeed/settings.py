@@ -20,12 +20,6 @@ from megatron.parallel.context import ParallelContext
 MAX_BUCKET_ELEMENTS = 500_000_000
 
 
-def effective_zero_stage(config: Config) -> int:
-    """ZeRO stage that really runs. Stage 0 runs as 1: the same numbers, and gradient clipping across pipeline stages
-    is only exact there (DeepSpeed 0.19.8)."""
-    return max(1, config.parallel.zero_stage)
-
-
 def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize``.
 
@@ -41,7 +35,8 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
     assert run.global_batch_size is not None
     bucket = max(1, min(MAX_BUCKET_ELEMENTS, num_parameters))
     zero: dict[str, Any] = {
-        "stage": effective_zero_stage(config),
+        # Stage 0 runs as 1: the same numbers, and clipping across pipeline stages is only exact there (DeepSpeed 0.19.8).
+        "stage": max(1, config.parallel.zero_stage),
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "contiguous_gradients": True,
@@ -158,7 +153,7 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
     merged = dict(settings)
     for key, value in given.items():
         merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-    merged["zero_optimization"]["stage"] = effective_zero_stage(config)
+    merged["zero_optimization"]["stage"] = settings["zero_optimization"]["stage"]
     return merged
 
 
@@ -211,11 +206,11 @@ class TensorParallelGroups:
     none."""
 
     def __init__(self, context: ParallelContext) -> None:
-        self._tp, self._dp = context.tp, context.dp
-        # DeepSpeed wants a real group, also of a process alone; every process takes part in making each.
-        self._dp_group = (
-            context.dp.group or [dist.new_group([rank]) for rank in range(context.world_size)][context.rank]
-        )
+        self._tp, self._dp, self._dp_group = context.tp, context.dp, context.dp.group
+        if (
+            self._dp_group is None
+        ):  # DeepSpeed wants a real one, also of a process alone; every process helps to make each
+            self._dp_group = [dist.new_group([rank]) for rank in range(context.world_size)][context.rank]
 
     def get_model_parallel_rank(self) -> int:
         return self._tp.rank
