@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
 
@@ -111,7 +111,7 @@ class RunFolder:
                 self.screen.print(line)
         self._tag = None
         state = {
-            **progress.to_manifest(),
+            **asdict(progress),
             "run_id": self.run_id,
             "saved_at": now(),
             "noise_seed": plan.seeds.noise,

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -111,10 +111,6 @@ class Progress:
     def remember_best(self, row: ValidRow, text: str) -> None:
         """Keep a validation as the best one."""
         self.best_step, self.best_nll, self.best_text = row.step, row.nll, text
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Fields of a checkpoint's manifest."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

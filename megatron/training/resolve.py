@@ -115,13 +115,12 @@ def _sources(flags: Config, launch: Launch) -> Sources:
         "validation needs data",
         "pass --valid-data-path",
     )
-    unique_tokens = count_unique_tokens(train) if train else 0
-    if valid:
-        count_unique_tokens(valid)  # opens the files, so that damage shows now and not after hours
     blends = {"train": train, "valid": valid}
+    # Files that are damaged show it now, those of validation too, and not after hours.
+    num_tokens = {name: count_unique_tokens(paths) if paths else 0 for name, paths in blends.items()}
     is_writer = launch.is_first_rank  # of run.json; the digest of a long .idx takes seconds
     fingerprints = {name: data_fingerprint(paths) if paths and is_writer else [] for name, paths in blends.items()}
-    return Sources(tuple(train), tuple(valid), unique_tokens, fingerprints)
+    return Sources(tuple(train), tuple(valid), num_tokens["train"], fingerprints)
 
 
 def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,25 +17,18 @@ from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exa
 from megatron.runs.record import ValidRow
 from megatron.statistics import OVER_DOCUMENTS, ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
+from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan
 from megatron.training.reporting import Screen
 from megatron.training.stop import StopRequest
-
-if TYPE_CHECKING:
-    from megatron.training.folder import RunFolder
 
 # The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
 VALIDATION_SEED = 1234
 # Micro-batches in one pass of the pipeline: enough to fill it, few enough to keep the results of a pass small.
 MICRO_BATCHES_PER_PASS = 8
-
-
-class Probe(Protocol):
-    """Something else that is measured with every validation (``--gap-task``)."""
-
-    def __call__(self, plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:
-        """Prepare on a built engine; the result is called with every validation and gives fields of its row."""
-        ...
+# Something else that is measured with every validation (``--gap-task``): it prepares itself on a built engine, and what it
+# returns is called each time and gives fields of the row.
+Probe = Callable[[Plan, Engine], Callable[[], dict[str, Any]]]
 
 
 class Validator:
