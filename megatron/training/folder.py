@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
 
@@ -20,9 +20,8 @@ from megatron.runs.provenance import now, this_attempt
 from megatron.runs.record import BEST, RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.deepspeed.engine import Engine
-from megatron.training.interval import Interval
 from megatron.training.plan import Plan, Sources, Start
-from megatron.training.progress import Progress
+from megatron.training.progress import Interval, Progress
 from megatron.training.reporting import MetricsLog, Screen, measured
 
 
@@ -35,13 +34,7 @@ class RunFolder:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        start: Start,
-        progress: Progress,
-        context: ParallelContext,
-        *,
-        screen: Screen,
+        self, plan: Plan, start: Start, progress: Progress, context: ParallelContext, *, screen: Screen
     ) -> None:
         """Continue the record of the run, or begin one; a collective call.
 
@@ -119,7 +112,7 @@ class RunFolder:
         started = time.perf_counter()
         interval.store()
         state = {
-            **progress.to_manifest(),
+            **asdict(progress),
             "run_id": self.run_id,
             "noise_seed": plan.seeds.noise,
             "noise_scheme": plan.seeds.scheme,
@@ -163,9 +156,8 @@ class RunFolder:
             self._record = replace(self._record, attempts=attempts)
             self._record.write(run_dir)
             if reason is not None:
-                replace_file(
-                    run_dir / STOPPED, json.dumps({"reason": reason, "step": progress.step, "saved": is_saved})
-                )
+                stopped = {"reason": reason, "step": progress.step, "saved": is_saved}
+                replace_file(run_dir / STOPPED, json.dumps(stopped))
         if reason is not None:
             saved = f"checkpoint of step {progress.step} saved" if is_saved else "no --save, so nothing was saved"
             self.screen.print(f"stopped by {reason} at step {progress.step}; {saved}")
@@ -185,8 +177,8 @@ class RunFolder:
         if before is None and (path := plan.run_dir / RECORD).exists():
             path.replace(path.with_suffix(".json.damaged"))
             self.screen.print(f"warning: {path} cannot be read; it is kept as {path.name}.damaged and begun anew")
-        tokens = schedule.train_samples * plan.shape.seq_length
-        unique_tokens = plan.sources.unique_tokens
+        tokens, unique_tokens = schedule.train_samples * plan.shape.seq_length, plan.sources.unique_tokens
+        saved_id = start.manifest.get("run_id") if start.is_continued else None
         attempt = replace(
             this_attempt(layout=plan.layout.sizes(), device=self.context.device),
             from_step=self.progress.step,
@@ -202,7 +194,7 @@ class RunFolder:
             "train_flops": training_flops(self.parameters, tokens),
         }
         if before is not None:
-            run_id = before.run_id or start.manifest.get("run_id") or uuid4().hex
+            run_id = before.run_id or saved_id or uuid4().hex
             return replace(before, **length, run_id=run_id, attempts=[*before.attempts, attempt])
         return RunRecord(
             objective=str(plan.settings.objective.objective),
@@ -216,7 +208,7 @@ class RunFolder:
             device=attempt.device,
             started=attempt.started,
             text_bytes_per_token=bytes_per_token(plan.sources),
-            run_id=(start.is_continued and start.manifest.get("run_id")) or uuid4().hex,
+            run_id=saved_id or uuid4().hex,
             noise_scheme=plan.seeds.scheme,
             data=plan.sources.fingerprints,
             tokenizer=plan.vocabulary.tokenizer,

@@ -17,17 +17,13 @@ from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run, holds_run
 
 if TYPE_CHECKING:
-    from megatron.training.observer import Observer
     from megatron.training.plan import Plan
+    from megatron.training.step import Observer
     from megatron.training.validation import Probe
 
 
 def main(
-    objective: str,
-    argv: Sequence[str] | None = None,
-    *,
-    observer: Observer | None = None,
-    probe: Probe | None = None,
+    objective: str, argv: Sequence[str] | None = None, *, observer: Observer | None = None, probe: Probe | None = None
 ) -> int:
     """Run a training program.
 
@@ -97,8 +93,7 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
     # DeepSpeed takes seconds to import; wrong flags and a folder in use are reported before.
     from megatron.parallel.connection import Connection, connect, end_process
     from megatron.training.stop import STOPPED_STATUS
-    from megatron.training.train import train
-    from megatron.training.validation import evaluate_checkpoint
+    from megatron.training.train import evaluate_checkpoint, train
 
     connection, status = Connection(launch), 1
     failed: BaseException | None = None

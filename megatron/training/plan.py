@@ -78,7 +78,7 @@ class Start:
     Attributes:
         tag: checkpoint to load, or None for a fresh start.
         manifest: of that checkpoint, or empty.
-        skipped: newer checkpoints that cannot be used, with the reason.
+        warning: names newer checkpoints that cannot be used, with the reason; None without any.
         is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
         with_optimizer: moments are loaded too.
         changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
@@ -86,7 +86,7 @@ class Start:
 
     tag: Path | None
     manifest: dict[str, Any]
-    skipped: tuple[str, ...]
+    warning: str | None
     is_continued: bool
     with_optimizer: bool
     changed: dict[str, tuple[Any, Any, str]]
@@ -110,10 +110,9 @@ class Sources:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens: ``size`` of the tokenizer, ``mask_id`` where the objective masks, fingerprint of the tokenizer."""
+    """Tokens: ``size`` before padding, and what run.json says of the tokenizer."""
 
     size: int
-    mask_id: int | None
     tokenizer: dict[str, Any]
 
 

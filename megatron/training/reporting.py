@@ -12,42 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
-from megatron.model.arithmetic import peak_flops
 from megatron.objectives.base import EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow
-
-
-class Throughput:
-    """Tokens per second, TFLOP/s and MFU of one device over log intervals."""
-
-    def __init__(
-        self, *, batch_size: int, seq_length: int, flops_per_token: float, num_devices: int, device: torch.device
-    ) -> None:
-        """Args:
-        batch_size: samples in a step, over all ranks.
-        seq_length: tokens per sample.
-        flops_per_token: forward and backward.
-        num_devices: devices that share the work; ``device`` is one of them.
-        """
-        self.batch_size, self.tokens_per_step = batch_size, batch_size * seq_length
-        self.flops_per_token, self.num_devices = flops_per_token, num_devices
-        self.device, self.peak = device, peak_flops(device)
-
-    def report(self, *, steps: int, seconds: float) -> dict[str, Any]:
-        """``tokens_per_second``, ``tflops``, ``mfu`` and ``batch_size`` over ``steps`` steps that took ``seconds``."""
-        tokens_per_second = steps * self.tokens_per_step / max(seconds, 1e-9)
-        per_device = tokens_per_second * self.flops_per_token / self.num_devices
-        return {
-            "tokens_per_second": tokens_per_second,
-            "batch_size": self.batch_size,
-            "tflops": per_device / 1e12,
-            "mfu": None if self.peak is None else per_device / self.peak,
-        }
 
 
 class MetricsLog:
@@ -91,15 +60,15 @@ class MetricsLog:
             self._wandb.finish()
 
     def _scalars(self, row: dict[str, Any]) -> dict[str, float]:
-        dropped = {"step", "best"}
-        dropped |= set() if self._run.log_timers_to_tensorboard else {"step_seconds"}
-        dropped |= set() if self._run.log_batch_size_to_tensorboard else {"batch_size"}
-        dropped |= set() if self._run.log_validation_ppl_to_tensorboard else {"ppl"}
-        return {
-            f"{row['kind']}/{name}": value
-            for name, value in row.items()
-            if name not in dropped and isinstance(value, int | float)
+        is_shown = {
+            "step": False,
+            "best": False,
+            "step_seconds": self._run.log_timers_to_tensorboard,
+            "batch_size": self._run.log_batch_size_to_tensorboard,
+            "ppl": self._run.log_validation_ppl_to_tensorboard,
         }
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        return {f"{row['kind']}/{name}": value for name, value in numbers.items() if is_shown.get(name, True)}
 
 
 def _open_tensorboard(settings: Config, last_step: int) -> Any:
@@ -107,10 +76,9 @@ def _open_tensorboard(settings: Config, last_step: int) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    # Steps that are written again replace those of the interrupted attempt.
-    folder, queue = settings.run.tensorboard_dir, settings.run.tensorboard_queue_size
-    with _written(folder):
-        return SummaryWriter(folder, max_queue=queue, purge_step=last_step + 1)
+    run = settings.run  # steps that are written again replace those of the interrupted attempt
+    with _written(run.tensorboard_dir):
+        return SummaryWriter(run.tensorboard_dir, max_queue=run.tensorboard_queue_size, purge_step=last_step + 1)
 
 
 @contextmanager

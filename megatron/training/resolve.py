@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from megatron.data.identity import (
     with_absolute_paths,
 )
 from megatron.data.indexed import read_meta
-from megatron.errors import UserError, require
-from megatron.objectives import Objective, build_objective, needs_mask_token
+from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import require
+from megatron.objectives import build_objective, needs_mask_token
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
-from megatron.parallel.sharding import named_seed
+from megatron.randomness import SCHEME, named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary
@@ -39,7 +41,6 @@ ARCHITECTURE = (
     *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
-NOISE_SCHEME = 2  # of new runs; see megatron/randomness.py
 
 
 def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
@@ -56,12 +57,13 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     if flags.parallel.deepspeed_config is not None:
         read_settings_file(Path(flags.parallel.deepspeed_config))
     sources = _sources(flags, launch)
-    vocab_size, tokenizer = _vocabulary(flags, sources, launch)
+    vocabulary = _vocabulary(flags, sources, launch)
     selection = _selection(flags)
     manifest = selection.manifest
-    shape = _shape(flags, vocab_size, manifest)
-    _check_objective(flags, manifest)
-    mask_id = _mask_id(flags, vocab_size, shape.padded_vocab_size, manifest)
+    saved = manifest["config"] if manifest else {"model": {}, "objective": {}}
+    shape = _shape(flags, vocabulary.size, saved["model"])
+    _check_objective(flags, saved["objective"].get("objective"))
+    mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
     is_continued = bool(manifest) and not flags.run.finetune
     schedule = _schedule(flags, layout, sources.unique_tokens, manifest if is_continued else {})
@@ -79,32 +81,20 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     )
     # Masks, times and orders may follow another seed than weights and data order: --no-load-rng.
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))
-    objective = build_objective(noisy, scheme=seeds.scheme)
-    return Plan(
-        settings=settings,
-        shape=shape,
-        layout=layout,
-        schedule=schedule,
-        seeds=seeds,
-        objective=objective,
-        start=Start(
-            tag=selection.tag,
-            manifest=manifest,
-            skipped=selection.skipped,
-            is_continued=is_continued,
-            with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
-            changed=_agreed_changes(settings, sources, manifest if is_continued else {}),
-        ),
-        sources=sources,
-        vocabulary=Vocabulary(vocab_size, mask_id, tokenizer),
-        run_dir=run_dir,
-        notes=(*idle_notes(flags), *_exact_notes(flags, objective)),
+    objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
+    if flags.run.num_mc > 1 and is_exact(objective.for_eval()):
+        notes.append("--num-mc (an exact likelihood has one draw)")
+    start = Start(
+        tag=selection.tag,
+        manifest=manifest,
+        warning=selection.warning,
+        is_continued=is_continued,
+        with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
+        changed=_agreed_changes(settings, sources, manifest if is_continued else {}),
     )
-
-
-def _exact_notes(flags: Config, objective: Objective) -> list[str]:
-    idle = flags.run.num_mc > 1 and is_exact(objective.for_eval())
-    return ["--num-mc (an exact likelihood has one draw)"] * idle
+    return Plan(
+        settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, notes=tuple(notes)
+    )
 
 
 def _sources(flags: Config, launch: Launch) -> Sources:
@@ -123,13 +113,12 @@ def _sources(flags: Config, launch: Launch) -> Sources:
         "validation needs data",
         "pass --valid-data-path",
     )
-    unique_tokens = count_unique_tokens(train) if train else 0
-    if valid:
-        count_unique_tokens(valid)  # opens the files, so that damage shows now and not after hours
     blends = {"train": train, "valid": valid}
+    # Files that are damaged show it now, those of validation too, and not after hours.
+    num_tokens = {name: count_unique_tokens(paths) if paths else 0 for name, paths in blends.items()}
     is_writer = launch.is_first_rank  # of run.json; the digest of a long .idx takes seconds
     fingerprints = {name: data_fingerprint(paths) if paths and is_writer else [] for name, paths in blends.items()}
-    return Sources(tuple(train), tuple(valid), unique_tokens, fingerprints)
+    return Sources(tuple(train), tuple(valid), num_tokens["train"], fingerprints)
 
 
 def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:
@@ -142,21 +131,18 @@ def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:
     return read_data_path_file(file) if file else list(direct)
 
 
-def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> tuple[int, dict[str, Any]]:
-    """Vocabulary before padding and what run.json says of the tokenizer: by the flags, else by what the data record."""
-    data, paths = flags.data, [*(sources.train or sources.valid)]
+def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
+    """By the tokenizer's flags, else by what the data record."""
+    data, fingerprint = flags.data, None
     named = data.tokenizer_type or data.vocab_file or data.merge_file or data.tokenizer_model
-    fingerprint = None
     if named and data.tokenizer_type != "NullTokenizer":
-        from megatron.data.tokenizer import build_tokenizer
-
         tokenizer = build_tokenizer(data)
         size, fingerprint = tokenizer.vocab_size, tokenizer_fingerprint(tokenizer)
     elif data.vocab_size is not None:
         size = data.vocab_size
     else:
-        recorded = [meta.get("vocab_size") for _, prefix in parse_blend(paths) if (meta := read_meta(prefix))]
-        sizes = {found for found in recorded if found}
+        metas = (read_meta(prefix) or {} for _, prefix in parse_blend(sources.train or sources.valid))
+        sizes = {meta["vocab_size"] for meta in metas if meta.get("vocab_size")}
         require(
             len(sizes) == 1,
             f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
@@ -167,7 +153,7 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> tuple[int, d
     check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprint=fingerprint)
     if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
         verify_data(sources.train, sources.valid, say=say)
-    return size, {"vocab_size": size, "fingerprint": fingerprint}
+    return Vocabulary(size, {"vocab_size": size, "fingerprint": fingerprint})
 
 
 def _selection(flags: Config) -> Selection:
@@ -176,18 +162,11 @@ def _selection(flags: Config) -> Selection:
     if run.load is None:
         return Selection()
     load = Path(run.load)
-    is_own = run.save is not None and _same(load, Path(run.save))
+    may_be_fresh = run.save is not None and _same(load, Path(run.save)) and not (run.finetune or run.skip_train)
+    selection = select(load, run.load_tag, checksums=False) if may_be_fresh or load.exists() else Selection()
     require(
-        load.exists() or (is_own and not run.finetune and not run.skip_train),
-        f"--load {load} does not exist",
-        "a run starts fresh only where --load and --save are one folder",
-        "correct the path, or drop --load",
-    )
-    selection = select(load, run.load_tag, checksums=False)
-    must_exist = run.finetune or run.skip_train or not is_own
-    require(
-        selection.tag is not None or not must_exist,
-        f"--load {load} holds no checkpoint",
+        may_be_fresh or selection.tag is not None,
+        f"--load {load} {'holds no checkpoint' if load.exists() else 'does not exist'}",
         "a run starts fresh only where --load and --save are one folder",
         "correct the path, or drop --load",
     )
@@ -198,13 +177,10 @@ def _same(first: Path, second: Path) -> bool:
     return first.resolve() == second.resolve()
 
 
-def _shape(flags: Config, vocab_size: int, manifest: dict[str, Any]) -> Shape:
+def _shape(flags: Config, vocab_size: int, saved: dict[str, Any]) -> Shape:
+    """The shape of the flags, which must be that of the checkpoint (``saved``, empty without one)."""
     model, tp = flags.model, flags.parallel.tensor_model_parallel_size
-
-    def rows(tokens: int) -> int:
-        return padded_size(tokens, multiple=model.make_vocab_size_divisible_by, tp_size=tp)
-
-    saved = manifest["config"]["model"] if manifest else {}
+    rows = partial(padded_size, multiple=model.make_vocab_size_divisible_by, tp_size=tp)
     padded = model.padded_vocab_size or saved.get("padded_vocab_size") or rows(vocab_size)
     if saved and flags.run.finetune and model.padded_vocab_size is None and needs_mask_token(flags.objective.objective):
         padded = max(padded, rows(vocab_size + 1))  # room for the mask token
@@ -232,17 +208,14 @@ def _shape(flags: Config, vocab_size: int, manifest: dict[str, Any]) -> Shape:
     return shape
 
 
-def _check_objective(flags: Config, manifest: dict[str, Any]) -> None:
-    own = flags.objective.objective
-    saved = manifest["config"]["objective"]["objective"] if manifest else own
-    if saved in (None, own) or (flags.run.finetune and not flags.run.skip_train):
-        return
-    fix = f"pass --objective {saved}" if flags.run.skip_train else "pass --finetune to start a new run from its weights"
-    verb = "evaluates" if flags.run.skip_train else "trains"
-    raise UserError(
-        f"--load {flags.run.load} is a checkpoint of objective {saved}, this run {verb} {own}",
+def _check_objective(flags: Config, saved: str | None) -> None:
+    own, is_evaluation = flags.objective.objective, flags.run.skip_train
+    require(
+        saved in (None, own) or (flags.run.finetune and not is_evaluation),
+        f"--load {flags.run.load} is a checkpoint of objective {saved}, this run "
+        f"{'evaluates' if is_evaluation else 'trains'} {own}",
         "what a model was trained for decides what its loss means",
-        fix,
+        f"pass --objective {saved}" if is_evaluation else "pass --finetune to start a new run from its weights",
     )
 
 
@@ -315,7 +288,7 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     noise = manifest.get("noise_seed", seed)
     if manifest and flags.run.no_load_rng:
         noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
-    return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else NOISE_SCHEME)
+    return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else SCHEME)
 
 
 def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bool) -> Path:
@@ -383,17 +356,13 @@ def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any
     """
     found = {}
     for section, values in config_to_dict(now).items():
-        saved = before.get(section, {})
+        saved, own = before.get(section, {}), getattr(now, section)
+        stated = {item.name: item.metadata["affects"] for item in fields(own) if item.metadata}
         for name in values.keys() & saved.keys():
-            affects = _affects(getattr(now, section), name)
             unset = (None, UNSET_BEFORE.get(name))
             is_same = saved[name] == values[name] or (saved[name] in unset and values[name] in unset)
+            # Options of an objective, which are no fields of their section, change results.
+            affects = stated.get(name) or getattr(own, "AFFECTS", "results")
             if affects in ("results", "length", "validation") and not is_same:
                 found[f"{section}.{name}"] = (saved[name], values[name], affects)
     return dict(sorted(found.items()))
-
-
-def _affects(section: Any, name: str) -> str:
-    """What a change of a setting means; options of an objective, which are no fields of their section, change results."""
-    own = {item.name: item.metadata["affects"] for item in fields(section) if item.metadata}
-    return str(own.get(name) or getattr(section, "AFFECTS", "results"))

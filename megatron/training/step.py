@@ -1,10 +1,16 @@
-"""What an optimizer step reports: tensors on the device, and their way to the host without a wait."""
+"""What an optimizer step reports: tensors on the device, their way to the host without a wait, and who may look on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from megatron.model.batch import ModelBatch, Targets
+
+if TYPE_CHECKING:
+    from megatron.training.deepspeed.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -66,3 +72,26 @@ class PendingStep:
             self._arrived.synchronize()
         loss, grad_norm, skipped = self._numbers.tolist()
         return StepNumbers(loss, grad_norm, bool(skipped), self._lr)
+
+
+class Observer:
+    """Callbacks of one rank's run, for tests and instruments; override those of interest. The default costs nothing.
+
+    They look and change nothing. What goes on inside the model is seen by hooks on ``engine.module``, which is the plain
+    model or this rank's stage of the pipeline.
+    """
+
+    def built(self, engine: Engine) -> None:
+        """The engine stands, with initial weights and no checkpoint loaded yet."""
+
+    def step_begins(self, engine: Engine, consumed_samples: int) -> None:
+        """A training step is about to read its first micro-batch."""
+
+    def batch_read(self, batch: ModelBatch) -> None:
+        """The engine took a micro-batch from the loader, for training or for validation."""
+
+    def loss_asked(self, targets: Targets) -> None:
+        """The loss of a micro-batch is about to be computed against these targets (last stage only)."""
+
+    def step_ended(self, result: StepResult) -> None:
+        """A training step is queued on the device; reading the result waits for it."""

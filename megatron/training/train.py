@@ -1,20 +1,26 @@
-"""One training run, from connected processes to its last line, in one function."""
+"""One training run, from connected processes to its last line, in one function; and the validation of a checkpoint."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 
+from megatron.checkpoint.select import agree_on_checkpoint
+from megatron.checkpoint.warm_start import open_checkpoint
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import build_loader, build_packing
-from megatron.model.arithmetic import model_flops_per_token
+from megatron.model.arithmetic import model_flops_per_token, parameters_for_compute, total_parameters
 from megatron.parallel.connection import Connection
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.launch import local_device
+from megatron.runs.provenance import this_attempt
+from megatron.runs.record import ValidRow, write_evaluation
+from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
-from megatron.training.interval import Interval
-from megatron.training.observer import Observer
-from megatron.training.plan import Plan
-from megatron.training.progress import Progress
-from megatron.training.reporting import Screen, Throughput
-from megatron.training.setup import build, introduce
+from megatron.training.plan import Plan, Start
+from megatron.training.progress import Interval, Progress, Throughput
+from megatron.training.reporting import Screen, say
+from megatron.training.step import Observer
 from megatron.training.stop import StopRequest
 from megatron.training.validation import Probe, Validator
 
@@ -42,22 +48,15 @@ def train(
 
     with ExitStack() as exits:  # whatever happens, what is entered here is left: signals, loader processes, files
         # 1. Model and optimizer, from the checkpoint that --load means.
-        context, engine, start = build(plan, connection, observer)
-        stop = exits.enter_context(
-            StopRequest(
-                context,
-                minutes=run.exit_duration_in_mins,
-                switch=run.kill_switch_file,
-                launch=connection.launch,
-            )
-        )
-        progress = Progress()
-        if start.is_continued:
-            progress = Progress.of(start.manifest, unique_tokens=plan.sources.unique_tokens)
+        context, engine, start = _build(plan, connection, observer)
+        limit, switch = run.exit_duration_in_mins, run.kill_switch_file
+        stop = exits.enter_context(StopRequest(context, minutes=limit, switch=switch, launch=connection.launch))
+        before = start.manifest if start.is_continued else {}
+        progress = Progress.of(before, unique_tokens=plan.sources.unique_tokens)
         num_steps = (schedule.train_samples - progress.consumed_samples) // batch_size
         screen = Screen(total_steps=progress.step + num_steps, first_step=progress.step, enabled=context.is_first_rank)
         exits.callback(screen.close)
-        introduce(plan, start, progress, screen, label=objective.label)
+        _introduce(plan, start, progress, screen, label=objective.label)
 
         # 2. Training data from the sample at which the run stands, and what validates it.
         dataset = build_dataset(
@@ -88,13 +87,7 @@ def train(
         folder = RunFolder(plan, start, progress, context, screen=screen)
         exits.callback(folder.close)
         flops = model_flops_per_token(plan.shape, mask=objective.attention_mask, loss_fraction=objective.loss_fraction)
-        throughput = Throughput(
-            batch_size=batch_size,
-            seq_length=seq_length,
-            flops_per_token=flops,
-            num_devices=context.world_size,
-            device=context.device,
-        )
+        throughput = Throughput(batch_size, seq_length, flops, num_devices=context.world_size, device=context.device)
         interval = Interval(progress, screen, throughput, max_skipped=settings.optimizer.max_skipped_steps)
 
         # 4. Steps. First comes a validation that the run still owes, because it was stopped before or in it.
@@ -119,3 +112,118 @@ def train(
         # 5. The end, and why.
         folder.end(reason)
     return reason
+
+
+def evaluate_checkpoint(
+    plan: Plan, connection: Connection, *, observer: Observer | None = None, probe: Probe | None = None
+) -> str | None:
+    """Validate a checkpoint (``--skip-train``): a record of its own beside the run, which stays as it is.
+
+    Returns:
+        Why it was broken off, or None.
+    """
+    context, engine, start = _build(plan, connection, observer)
+    screen = Screen(total_steps=1, first_step=0, enabled=context.is_first_rank)
+    unique_tokens = start.manifest.get("unique_tokens", plan.sources.unique_tokens)
+    progress = Progress.of(start.manifest, unique_tokens=unique_tokens)
+    _introduce(plan, start, progress, screen, label=plan.objective.for_eval().label)
+    validator = Validator(plan, engine, probe=probe, screen=screen)
+    with StopRequest(context, minutes=plan.settings.run.exit_duration_in_mins) as stop:
+        measured = validator.measure(stop)
+        if measured is None:
+            screen.print(f"stopped by {stop.reason}; nothing was recorded")
+            return stop.reason
+    fields, sums = measured
+    position = progress.position(
+        unique_tokens=unique_tokens, parameters=parameters_for_compute(plan.shape, plan.vocabulary.size)
+    )
+    row = ValidRow(**position, **fields, best=False)
+    screen.valid_line(row)
+    if not context.is_first_rank:
+        return None
+    run = plan.settings.run
+    record = {
+        "format": 1,
+        "run_id": plan.start.manifest.get("run_id"),
+        "checkpoint": None if start.tag is None else start.tag.name,
+        "objective": plan.settings.objective.objective,
+        "protocol": {"eval_iters": run.eval_iters, "num_mc": row.num_mc, "num_samples": row.num_samples,
+                     "seq_length": plan.shape.seq_length, "valid": plan.sources.fingerprints["valid"]},
+        "result": asdict(row),
+        "attempt": asdict(this_attempt(layout=plan.layout.sizes(), device=context.device)),
+    }  # fmt: skip
+    name = f"step{row.step}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
+    path = write_evaluation(plan.run_dir, record, name=name)
+    sums.with_halves(validator.halves).save(path.with_suffix(".npz"))
+    screen.print(f"recorded in {path}")
+    return None
+
+
+def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tuple[ParallelContext, Engine, Start]:
+    """Lay out the processes, build the engine, load the checkpoint; what training and evaluation begin with.
+
+    Raises:
+        UserError: layout or checkpoint do not fit.
+    """
+    context = ParallelContext.create(
+        tp_size=plan.layout.tp_size,
+        pp_size=plan.layout.pp_size,
+        device=local_device(connection.launch),
+        timeout_minutes=plan.settings.parallel.distributed_timeout_minutes,
+    )
+    start = _verified(plan, context)
+    settings = replace(plan.settings, run=replace(plan.settings.run, seed=plan.seeds.noise))  # of dropout
+    engine = Engine(settings, plan.objective, context, observer=observer)
+    if start.tag is not None:
+        reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size)
+        engine.load(reader, with_optimizer=start.with_optimizer)
+        if reader.replaced and context.is_first_rank:
+            say("the mask token starts as the mean of the token embeddings (the checkpoint never used one)")
+    return context, engine, start
+
+
+def _verified(plan: Plan, context: ParallelContext) -> Start:
+    """The start of the plan with its files read: all ranks share the reading, and fall back together."""
+    start, run = plan.start, plan.settings.run
+    if start.tag is None or run.load is None:
+        return start
+    selection = agree_on_checkpoint(run.load, run.load_tag, context)
+    is_there = selection.tag is not None
+    return replace(
+        start,
+        tag=selection.tag,
+        manifest=selection.manifest,
+        warning=selection.warning,
+        is_continued=start.is_continued and is_there,
+        with_optimizer=start.with_optimizer and is_there,
+    )
+
+
+def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, label: str) -> None:
+    """Say what is about to happen: notes, model, layout, where it begins."""
+    shape, layout, run = plan.shape, plan.layout, plan.settings.run
+    if plan.notes:
+        screen.print(f"without effect here: {'; '.join(plan.notes)}")
+    precision, zero_note = ("bf16" if run.bf16 else "fp32"), (" (runs as 1)" if layout.zero_stage == 0 else "")
+    total = total_parameters(shape)["total"]
+    screen.print(
+        f"{plan.settings.objective.objective} ({label}) | model {plan.settings.model.model or 'custom'}: "
+        f"{total:,} parameters ({parameters_for_compute(shape, plan.vocabulary.size):,} in 6ND), {shape.num_layers} layers, "
+        f"hidden {shape.hidden_size}, sequence {shape.seq_length}, vocabulary {plan.vocabulary.size} "
+        f"(padded {shape.padded_vocab_size})"
+    )
+    screen.print(
+        f"tp {layout.tp_size} x pp {layout.pp_size} x dp {layout.dp_size}, ZeRO {layout.zero_stage}"
+        f"{zero_note}, {precision} | global batch {layout.global_batch_size} = micro {layout.micro_batch_size} x dp "
+        f"{layout.dp_size} x {layout.num_micro_batches} accumulated | run directory {plan.run_dir}"
+    )
+    if start.warning is not None:
+        screen.print(start.warning)
+    for name, (before, now, _) in start.changed.items():
+        screen.print(f"warning: {name} was {before}, is {now} from step {progress.step} on")
+    if start.tag is None:
+        screen.print("starting fresh" + (f": no checkpoint in {run.load} yet" if run.load else ""))
+    else:
+        what = "weights and optimizer" if start.with_optimizer else "weights"
+        verb = "continuing" if start.is_continued else "starting"
+        screen.print(f"loaded {what} of {start.tag}; {verb} at step {progress.step}")

@@ -117,7 +117,7 @@ def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any
     """The observer that fills ``trace``; a class made here, because pools import this module before torch is wanted."""
     from megatron.model.block import TransformerBlock
     from megatron.model.embedding import Embedding
-    from megatron.training.observer import Observer
+    from megatron.training.step import Observer
 
     def first(value: Any) -> Any:
         return (value[0] if isinstance(value, tuple) else value).detach().clone()

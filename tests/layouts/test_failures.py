@@ -169,7 +169,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
 PROGRAM = """
 import os, signal, sys
 from megatron.training.main import main
-from megatron.training.observer import Observer
+from megatron.training.step import Observer
 
 class Trouble(Observer):
     steps = 0

@@ -64,4 +64,4 @@ def test_nobody_else_reads_the_launchers_variables() -> None:
         if texts & names:
             readers.add(str(path.relative_to(REPO)))
     # DeepSpeed asserts that LOCAL_RANK is set.
-    assert readers == {"megatron/parallel/launch.py", "megatron/training/deepspeed/process.py"}
+    assert readers == {"megatron/parallel/launch.py", "megatron/training/deepspeed/settings.py"}

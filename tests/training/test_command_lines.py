@@ -148,7 +148,7 @@ def contradictions(plan: Plan) -> list[str]:
         for item in fields(getattr(plan.settings, section.name))
         if isinstance(value := getattr(getattr(plan.settings, section.name), item.name), float)
     ]
-    options = plan.settings.objective.options
+    options, mask_id = plan.settings.objective.options, plan.settings.objective.mask_token_id
     rules = {
         "every number is finite": all(math.isfinite(value) for _, _, value in numbers)
         and all(math.isfinite(value) for value in options.values() if isinstance(value, float)),
@@ -161,7 +161,7 @@ def contradictions(plan: Plan) -> list[str]:
         and shape.num_attention_heads % shape.num_query_groups == 0,
         "rotations take pairs": not shape.use_rotary_position_embeddings or shape.kv_channels % 2 == 0,
         "every token has a row": shape.padded_vocab_size >= plan.vocabulary.size,
-        "the mask has a row": plan.vocabulary.mask_id is None or 0 <= plan.vocabulary.mask_id < shape.padded_vocab_size,
+        "the mask has a row": mask_id is None or 0 <= mask_id < shape.padded_vocab_size,
         "warm-up comes before decay": optimizer.lr_decay_style == "constant"
         or 0 <= schedule.warmup_samples < schedule.decay_samples,
         "rates fall": 0 <= optimizer.min_lr <= optimizer.lr and optimizer.lr > 0,

@@ -14,9 +14,8 @@ from layouts.pool import WorkerPool
 
 from megatron.errors import Failure
 from megatron.runs.record import TrainRow
-from megatron.training.interval import Interval
-from megatron.training.progress import Progress
-from megatron.training.reporting import Screen, Throughput
+from megatron.training.progress import Interval, Progress, Throughput
+from megatron.training.reporting import Screen
 from megatron.training.step import StepResult
 
 UNIQUE_TOKENS, PARAMETERS, BATCH, SEQ = 400, 7, 4, 10

@@ -15,19 +15,17 @@ from megatron.checkpoint.writer import write_checkpoint
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.data.loader import to_device
-from megatron.model.batch import ModelBatch, Targets
+from megatron.model.batch import ModelBatch
 from megatron.model.block import TransformerBlock
 from megatron.model.gpt import GPTModel, build_layers
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
-from megatron.training.deepspeed.process import TensorParallelGroups, adopt_process_groups
-from megatron.training.deepspeed.settings import deepspeed_settings
+from megatron.training.deepspeed.settings import TensorParallelGroups, adopt_process_groups, deepspeed_settings
 from megatron.training.deepspeed.shards import Shards
-from megatron.training.observer import Observer
 from megatron.training.optimizer import build_optimizer, learning_rate
-from megatron.training.step import StepResult
+from megatron.training.step import Observer, StepResult
 
 
 class Engine:
@@ -40,12 +38,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        config: Config,
-        objective: Objective,
-        context: ParallelContext,
-        *,
-        observer: Observer | None = None,
+        self, config: Config, objective: Objective, context: ParallelContext, *, observer: Observer | None = None
     ) -> None:
         """Build on connected processes; see :func:`megatron.parallel.connection.connect`.
 
@@ -170,7 +163,7 @@ class Engine:
         if not self.is_pipeline:
             return GPTModel(self.shape, self.context, **options).to(self.context.device)
         layers = build_layers(self.shape, self.context, **options)
-        return build_stage(layers, self.mode, self.context, self._loss_asked)
+        return build_stage(layers, self.mode, self.context, self.observer.loss_asked)
 
     def _enter(self, objective: Objective, *, training: bool) -> None:
         self.module.train(training)
@@ -180,7 +173,7 @@ class Engine:
 
     def _forward(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
         batch, mode = to_device(batch, self.context.device), self.mode
-        self._loss_asked(batch.targets)
+        self.observer.loss_asked(batch.targets)
         return self._deepspeed(batch, mode.mask, mode.objective.loss, per_token=mode.per_token)
 
     def _accumulate(self, data: Iterator[ModelBatch[torch.Tensor]]) -> torch.Tensor:
@@ -202,9 +195,6 @@ class Engine:
             self.observer.batch_read(batch)
             yield batch
 
-    def _loss_asked(self, targets: Targets[torch.Tensor]) -> None:
-        self.observer.loss_asked(targets)
-
     def _scalar(self, value: float | bool | torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``value`` as a scalar on the device; nothing waits."""
         if isinstance(value, torch.Tensor):
@@ -213,8 +203,7 @@ class Engine:
 
     def _seed_dropout(self, consumed_samples: int) -> None:
         """Dropout is a function of (seed, step, data-parallel rank, stage), so that a resumed run repeats it."""
-        context = self.context
-        name = f"dropout:{consumed_samples}:{context.dp.rank}:{context.pp.rank}"
+        name = f"dropout:{consumed_samples}:{self.context.dp.rank}:{self.context.pp.rank}"
         torch.manual_seed(named_seed(self.config.run.seed, name))
 
     def _compile_blocks(self) -> None:

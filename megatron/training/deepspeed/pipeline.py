@@ -56,24 +56,24 @@ class PipelineBlock(TransformerBlock):
         return _tensors(super().forward(_stream(tensors), self.mode.mask))
 
 
-class PipelineLoss:
-    """``loss_fn(outputs, labels)`` of DeepSpeed's last stage."""
+def pipeline_loss(
+    mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
+) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor]:
+    """``loss_fn(outputs, labels)`` of DeepSpeed's last stage.
 
-    __name__ = "loss"  # DeepSpeed prints it
-
-    def __init__(self, mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]) -> None:
-        """Args:
+    Args:
         mode: gives the kind of loss.
         context: this process.
         asked: told of the targets before every loss.
-        """
-        self.mode, self.context, self.asked = mode, context, asked
+    """
 
-    def __call__(self, output: tuple[torch.Tensor, ...], targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        kind = self.mode.objective.loss
-        loss = kind.per_token if self.mode.per_token else kind.reduce
-        self.asked(Targets(*targets))
-        return loss(HeadOutput(*output), Targets(*targets), self.context)
+    def loss(output: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        kind, targets = mode.objective.loss, Targets(*labels)
+        compute = kind.per_token if mode.per_token else kind.reduce
+        asked(targets)
+        return compute(HeadOutput(*output), targets, context)
+
+    return loss
 
 
 def build_stage(
@@ -86,7 +86,7 @@ def build_stage(
         return PipelineModule(
             layers=stage_layers(layers, mode),
             topology=topology(context),
-            loss_fn=PipelineLoss(mode, context, asked),
+            loss_fn=pipeline_loss(mode, context, asked),
             partition_method=f"type:{PipelineBlock.__name__}",
             activation_checkpoint_interval=0,  # blocks recompute themselves
         )
@@ -127,18 +127,13 @@ def pipeline_batches(
     """
     for batch in data:
         inputs, targets = to_device(batch, device)
-        if inputs.position_ids is None and not differs_between_samples(mode.mask):
-            yield (inputs.input_ids,), targets
-        else:
-            yield _filled(inputs), targets
-
-
-def _filled(inputs: Inputs[torch.Tensor]) -> Inputs[torch.Tensor]:
-    ids, positions, samples, segments = inputs
-    assert samples is not None
-    if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
-    return Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments)
+        ids, positions, samples, segments = inputs
+        if positions is None and not differs_between_samples(mode.mask):
+            yield (ids,), targets
+            continue
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+        yield Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments), targets
 
 
 def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:

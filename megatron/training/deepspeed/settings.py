@@ -1,23 +1,23 @@
-"""Configuration → DeepSpeed settings."""
+"""What DeepSpeed is told: the process that it runs in, and its settings, from the configuration and a user's file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron.config.schema import Config
 from megatron.errors import UserError
+from megatron.parallel.context import ParallelContext
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
 MAX_BUCKET_ELEMENTS = 500_000_000
-
-
-def effective_zero_stage(config: Config) -> int:
-    """ZeRO stage that really runs. Stage 0 runs as 1: the same numbers, and gradient clipping across pipeline stages
-    is only exact there (DeepSpeed 0.19.8)."""
-    return max(1, config.parallel.zero_stage)
 
 
 def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> dict[str, Any]:
@@ -35,17 +35,17 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
     assert run.global_batch_size is not None
     bucket = max(1, min(MAX_BUCKET_ELEMENTS, num_parameters))
     zero: dict[str, Any] = {
-        "stage": effective_zero_stage(config),
+        # Stage 0 runs as 1: the same numbers, and clipping across pipeline stages is only exact there (DeepSpeed 0.19.8).
+        "stage": max(1, config.parallel.zero_stage),
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
         "contiguous_gradients": True,
-        "overlap_comm": config.parallel.pipeline_model_parallel_size == 1,
+        "overlap_comm": config.parallel.pipeline_model_parallel_size == 1 and not optimizer.cpu_optimizer,
     }
     if zero["stage"] == 3:
         zero["stage3_prefetch_bucket_size"] = min(50_000_000, bucket)
     if optimizer.cpu_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        zero["overlap_comm"] = False
     settings: dict[str, Any] = {
         "train_batch_size": run.global_batch_size,
         "train_micro_batch_size_per_gpu": run.micro_batch_size,
@@ -122,10 +122,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
     if not _is_off(given.get("fp16")):
         raise UserError(f"--deepspeed_config {path} enables fp16", "runs are bf16 or fp32", "remove it and pass --bf16")
-    for name, value in _members(given):
-        reason = REFUSED.get(name)
-        if "." not in name and name not in known:
-            reason = reason or "a setting that is not known here may change what is trained"
+    unknown = dict.fromkeys(given.keys() - known, "a setting that is not known here may change what is trained")
+    for name, value in _by_path(given).items():
+        reason = REFUSED.get(name) or unknown.get(name)
         if reason is not None and not _is_off(value):
             raise UserError(f"--deepspeed_config {path} has {name!r}", reason, "remove it from the file")
     return given
@@ -135,22 +134,26 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
     """Add the user's file; a value that contradicts a flag is refused rather than silently chosen."""
     path = Path(config.parallel.deepspeed_config or "")
     given = read_settings_file(path)
-    expected = {name: _look_up(settings, name) for name in OWNED}
-    expected["zero_optimization.stage"] = config.parallel.zero_stage  # stage 0 runs as 1
-    expected["bf16.enabled"] = config.run.bf16
-    expected["bf16.check_grad_overflow"] = expected["zero_optimization.compute_grad_norm"] = True
+    stated = _by_path(given)
+    expected = {
+        **_by_path(settings),
+        "zero_optimization.stage": config.parallel.zero_stage,  # stage 0 runs as 1
+        "bf16.enabled": config.run.bf16,
+        "bf16.check_grad_overflow": True,
+        "zero_optimization.compute_grad_norm": True,
+    }
     for name, flag in OWNED.items():
-        value = _look_up(given, name)
-        if value is not None and value != expected[name]:
+        value = stated.get(name)
+        if value is not None and value != expected.get(name):
             raise UserError(
-                f"--deepspeed_config {path} sets {name} to {value}, the flags to {expected[name]}",
+                f"--deepspeed_config {path} sets {name} to {value}, the flags to {expected.get(name)}",
                 "they must agree",
                 f"change the file or {flag}",
             )
     merged = dict(settings)
     for key, value in given.items():
         merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
-    merged["zero_optimization"]["stage"] = effective_zero_stage(config)
+    merged["zero_optimization"]["stage"] = settings["zero_optimization"]["stage"]
     return merged
 
 
@@ -161,20 +164,13 @@ def _without_auto(value: Any) -> Any:
     return {key: _without_auto(member) for key, member in value.items() if member != "auto"}
 
 
-def _members(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _by_path(settings: dict[str, Any]) -> dict[str, Any]:
     """Sections, and the values within them as "section.name"."""
-    for key, value in given.items():
-        yield key, value
+    found = dict(settings)
+    for key, value in settings.items():
         if isinstance(value, dict):
-            yield from ((f"{key}.{name}", member) for name, member in value.items())
-
-
-def _look_up(values: dict[str, Any], name: str) -> Any:
-    section, _, member = name.partition(".")
-    value = values.get(section)
-    if member:
-        return value.get(member) if isinstance(value, dict) else None
-    return value
+            found |= {f"{key}.{name}": member for name, member in value.items()}
+    return found
 
 
 def _is_off(value: Any) -> bool:
@@ -183,3 +179,57 @@ def _is_off(value: Any) -> bool:
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+def adopt_process_groups(context: ParallelContext) -> None:
+    """Hand the default process group to DeepSpeed, quietly, and without compiling anything."""
+    os.environ.setdefault("DS_ACCELERATOR", context.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(context.device.index or 0))
+    # DeepSpeed broadcasts tied weights, which are leaves, once at start-up; torch warns about their gradient.
+    warnings.filterwarnings("ignore", message="c10d::broadcast_")
+    import deepspeed
+
+    # Its information lines bury the progress of a run; its import resets the level.
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if context.device.type == "cpu":
+        # On CPU DeepSpeed would compile a shared-memory operator at this point: minutes, and a lock that outlives a kill.
+        backend_module = sys.modules["deepspeed.comm.torch"]
+        assert hasattr(backend_module, "build_shm_op"), "deepspeed changed; see FACTS on 0.19.8"
+        backend_module.build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(
+        dist_backend="gloo" if context.device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
+    )
+
+
+class TensorParallelGroups:
+    """The methods that DeepSpeed asks of a Megatron ``mpu``, answered by the context. Without tensor parallelism it needs
+    none."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._tp, self._dp, self._dp_group = context.tp, context.dp, context.dp.group
+        if (
+            self._dp_group is None
+        ):  # DeepSpeed wants a real one, also of a process alone; every process helps to make each
+            self._dp_group = [dist.new_group([rank]) for rank in range(context.world_size)][context.rank]
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tp.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tp.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._dp.size
+
+    def get_data_parallel_group(self) -> Any:
+        return self._dp_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group

@@ -103,9 +103,8 @@ class Shards:
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        flat = self._flat_partitions()[mapping.param_group_index]
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return flat, lp.start, hp.start, hp.numel
+        return self._flat_partitions()[mapping.param_group_index], lp.start, hp.start, hp.numel
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         if self.is_zero3:

@@ -24,7 +24,7 @@ def count_reads(argv: list[str]) -> dict[str, int]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megatron.training.main import main
-    from megatron.training.observer import Observer
+    from megatron.training.step import Observer
 
     found: Counter[str] = Counter()
 

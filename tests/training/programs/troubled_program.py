@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from megatron.training.main import main
-from megatron.training.observer import Observer
+from megatron.training.step import Observer
 
 
 class Trouble(Observer):
