@@ -70,6 +70,11 @@ def build_generate_parser() -> argparse.ArgumentParser:
         metavar="W",
         help="classifier-free guidance against the same row without the given tokens; 0: none",
     )
+    _add_output_flags(parser)
+    return parser
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add(
         "--show-steps",
@@ -85,7 +90,6 @@ def build_generate_parser() -> argparse.ArgumentParser:
         "left to right",
     )
     add("--json", action="store_true", help="print one JSON object a line: prompt, sample, text, tokens")
-    return parser
 
 
 def run_generate(argv: Sequence[str] | None = None) -> int:
