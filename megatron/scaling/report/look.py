@@ -16,13 +16,13 @@ ul { padding-left: 1.2rem; }
 .meta, figcaption { color: #55555b; font-size: .875rem; }
 .meta { margin: 0; }
 figure { margin: 1.6rem 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); gap: 1rem 1.5rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem; }
 .panels > img { width: 100%; max-width: 40rem; height: auto; display: block; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; padding: 0; margin: .6rem 0;
           font-size: .875rem; }
 .legend img { height: 1rem; vertical-align: -.2rem; margin-right: .45rem; }
 figcaption { max-width: 52rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: .6rem 0 1.2rem; }
 .wide:focus-visible, summary:focus-visible { outline: 2px solid #0a5cad; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; }
@@ -46,6 +46,7 @@ blockquote { margin: .5rem 0; padding: .5rem .8rem; background: #f5f5f7; border-
   figure, tr, blockquote, section > p { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; block-size: auto; }  /* closed ones are printed too */
   table { font-size: 6.5pt; }
   th:first-child { position: static; white-space: normal; }
   thead th, tbody th, td { padding-right: .35rem; }

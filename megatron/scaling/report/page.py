@@ -35,6 +35,8 @@ from megatron.scaling.report.tables import (
 MAX_OVERLAID_RUNS = 6
 """More runs than this are drawn one panel per budget of unique tokens instead of all in one."""
 PAGE = "report.html"
+COSTS = ("Parameters", "Unique tokens", "Epochs", "Seed", "Training FLOPs", "Tokens/s", "Scoring FLOPs per token")
+"""Columns of the second table of runs."""
 
 
 def write_report(
@@ -65,7 +67,7 @@ def write_report(
             *[save(chart, folder) for chart in charts(shown, fits)],
             pair_numbers_html(shown),
             samples_html(runs),
-            section("Runs", table([summary_row(run) for run in rows], "Runs") + problems_html(runs)),
+            section("Runs", _runs_html(rows) + problems_html(runs)),
             evaluations_html(runs),
             section("Matched pairs", pairs_html(runs)),
             laws_html(fits),
@@ -77,6 +79,14 @@ def write_report(
     target = folder / PAGE
     replace_file(target, page)
     return target
+
+
+def _runs_html(runs: Sequence[Run]) -> str:
+    """Results and, in a table of their own that a phone can show, what the runs are and cost."""
+    rows = [summary_row(run) for run in runs]
+    results = [{name: value for name, value in row.items() if name not in COSTS} for row in rows]
+    costs = [{"Run": row["Run"], **{name: row[name] for name in COSTS}} for row in rows]
+    return table(results, "Runs: results") + table(costs, "Runs: size, data and cost")
 
 
 def charts(runs: Sequence[Run], fits: Sequence[Fit] = ()) -> list[Chart]:
@@ -102,7 +112,7 @@ def _page(title: str, sections: Sequence[str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>'
-        f'<header><h1>{html.escape(title)}</h1><p class="meta">Written {now} by tools/report.py</p></header>\n<main>'
+        f'<header><h1>{html.escape(title)}</h1><p class="meta written">Written {now} by tools/report.py</p></header>\n<main>'
         + "\n".join(part for part in sections if part)
         + "</main>\n</body></html>\n"
     )

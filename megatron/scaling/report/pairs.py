@@ -23,7 +23,9 @@ def pair_numbers_html(runs: Sequence[Run]) -> str:
         name = f"{first.title} and {second.title}, {format_count(first.unique_tokens)} unique tokens"
         rows = [*_rows(first), *_rows(second)]
         heading = f"<h3>{html.escape(name)}</h3>" if len(pairs) > 1 else ""
-        parts.append(f"{heading}{table(rows, name)}<p>{html.escape(crossing_text(first, second))}</p>")
+        apart = any(run.result is not None and run.result.chosen_apart for run in (first, second))
+        note = "Over all validation documents; the text above gives the report half. " if apart else ""
+        parts.append(f"{heading}{table(rows, name)}<p>{html.escape(note + crossing_text(first, second))}</p>")
     return section("Best, end and crossing", "".join(parts)) if parts else ""
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from megatron.scaling.report.style import RC, fitting_legend
@@ -96,7 +97,8 @@ def _named(chart: Chart, axes: Any) -> dict[str, Any]:
     for panel in axes:
         for handle, label in zip(*panel.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    return found
+    # Curves with error bars are runs; they come before what explains their marks.
+    return dict(sorted(found.items(), key=lambda item: not isinstance(item[1], ErrorbarContainer)))
 
 
 def _alone(panel: Panel) -> bytes:

@@ -95,20 +95,24 @@ def _key(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _data_html(runs: Sequence[Run]) -> str:
-    """One row per data set; runs with the same one share it."""
-    users: dict[tuple[str, ...], list[str]] = {}
+    """One row per data set, and one per tokenizer; runs with the same one share it."""
+    datasets: dict[tuple[str, ...], list[str]] = {}
+    tokenizers: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for part, entries in (run.info.get("data") or {}).items():
             for entry in entries:
-                users.setdefault(_dataset(part, entry), []).append(run.name)
-        tokenizer = run.info.get("tokenizer") or {}
-        if tokenizer:
-            fingerprint = str(tokenizer.get("fingerprint") or "–")
-            row = ("tokenizer", "–", "–", f"{tokenizer.get('vocab_size', '–')} tokens in it", "–", fingerprint)
-            users.setdefault(row, []).append(run.name)
-    names = ("Part", "Name", "Share in the blend", "Tokens", "Documents", "Fingerprint (SHA-256)")
-    rows = [{"Runs": ", ".join(who), **dict(zip(names, row))} for row, who in users.items()]
-    return table(rows, "Data") or "<p>The records do not name the data.</p>"
+                datasets.setdefault(_dataset(part, entry), []).append(run.name)
+        if found := run.info.get("tokenizer"):
+            key = (str(found.get("vocab_size") or "–"), str(found.get("fingerprint") or "not recorded"))
+            tokenizers.setdefault(key, []).append(run.name)
+    names = ("Part", "Name", "Share", "Tokens", "Documents", "Fingerprint (SHA-256 of the .idx)")
+    text = table([{"Runs": ", ".join(who), **dict(zip(names, row))} for row, who in datasets.items()], "Data")
+    rows = [
+        {"Runs": ", ".join(who), "Vocabulary": size, "Fingerprint of the tokenizer": fingerprint}
+        for (size, fingerprint), who in tokenizers.items()
+    ]
+    text += table(rows, "Tokenizers")
+    return text or "<p>The records do not name the data.</p>"
 
 
 def _dataset(part: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
