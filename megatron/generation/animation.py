@@ -108,7 +108,7 @@ def animation(pieces: Sequence[Piece], *, caption: str, columns: int = COLUMNS) 
 
     cells, lines = _place(pieces, columns)
     width = round(columns * CELL + 2 * MARGIN)
-    captions = textwrap.wrap(_clean(caption), round(columns * 1.15)) or [""]
+    captions = textwrap.wrap(_clean(caption), round(columns * 1.3)) or [""]
     bar = MARGIN + lines * LINE + 10
     height = bar + 18 + 18 * len(captions) + 8
     body = [_cell(text, row, column, None if step is None else frame_of[step]) for text, row, column, step in cells]
@@ -135,10 +135,10 @@ def _style(starts: Sequence[float], seconds: float, moving: float) -> str:
     """Colours of a light and a dark page, and the frames: text shows from its frame on, its mask goes at that moment."""
     first, last = 100 * LEAD_SECONDS / seconds, 100 * (LEAD_SECONDS + moving) / seconds
     rules = [
-        ".page{fill:#fff;stroke:#d0d7de}text{font:16px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#1f2328;"
+        ".page{fill:#fff;stroke:#d0d7de}text{font:16px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#0a5cad;"
         "white-space:pre}text.given{fill:#57606a}.mask{fill:#c5d5ea;opacity:0}.track{fill:#e4e8ec}.bar{fill:#0a5cad}"
         "text.caption{font:13px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#57606a}",
-        "@media(prefers-color-scheme:dark){.page{fill:#0d1117;stroke:#30363d}text{fill:#e6edf3}"
+        "@media(prefers-color-scheme:dark){.page{fill:#0d1117;stroke:#30363d}text{fill:#79b8ff}"
         "text.given,text.caption{fill:#9aa4af}.mask{fill:#2b4566}.track{fill:#21262d}.bar{fill:#58a6ff}}",
         "@media(prefers-reduced-motion:no-preference){",
         f".bar{{transform-box:fill-box;transform-origin:left;animation:bar {seconds:.2f}s linear infinite}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megatron.errors import UserError
 from megatron.generation.animation import MAX_FRAMES, Piece, StepRecorder, animation, pieces_of
 from megatron.generation.command import run_generate
 from megatron.generation.diffusion import Step
+from tests.browser import CHROMIUM, Browser
 from tests.evaluation import tiny
 from tests.generation.test_autoregressive import Letters
 
@@ -78,6 +80,16 @@ def test_it_needs_nothing_else_runs_no_script_and_rests_where_motion_is_not_want
     assert "parameters (mdm, global_step" in root.find(f"{SVG}desc").text
 
 
+def test_the_picture_of_the_readme_is_one_of_these() -> None:
+    svg = (Path(__file__).resolve().parents[2] / "docs/img/uncover.svg").read_text(encoding="utf-8")
+    assert not re.search(r"<script|href=|url\(|@import|\bon\w+=", svg)
+    assert (
+        svg.split("<style>")[1].split("@media(prefers-color")[0]
+        == animation([Piece("a", 0)], caption="").split("<style>")[1].split("@media(prefers-color")[0]
+    ), "drawn as this version draws"
+    assert "382k parameters (mdm, global_step2500), uncovered in 33 steps" in svg
+
+
 def test_a_causal_model_is_shown_from_left_to_right(runs, tmp_path) -> None:
     file = tmp_path / "a.svg"
     run_generate(["--load", runs["ar"], "--prompt", "Return", "--max-new-tokens", "8", "--animate", str(file)])
@@ -139,3 +151,22 @@ def test_many_steps_share_frames() -> None:
     assert len(svg) < 300_000
     with pytest.raises(UserError, match="no token was drawn"):
         animation([Piece("given", None)], caption="")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_moves_it_unless_the_reader_asks_for_rest(tmp_path) -> None:
+    file = tmp_path / "a.svg"
+    file.write_text(
+        animation([Piece("given ", None), Piece("one ", 1), Piece("two", 0)], caption="c"), encoding="utf-8"
+    )
+    opacity = "[...document.querySelectorAll('.t0, .t1, .mask')].map(e => +getComputedStyle(e).opacity)"
+    to = "document.getAnimations().forEach(a => {{ a.pause(); a.currentTime = {} }})"
+    with Browser() as browser:
+        browser.open(file.as_uri())
+        browser.run(to.format(100))
+        assert browser.run(opacity) == [1, 0, 1, 0], "mask, text, mask, text in the order of the file"
+        browser.run(to.format(7000))
+        assert browser.run(opacity) == [0, 1, 0, 1]
+        browser.open(file.as_uri(), reduced_motion=True)
+        assert browser.run("document.getAnimations().length") == 0
+        assert browser.run(opacity) == [0, 1, 0, 1]
