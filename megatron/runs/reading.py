@@ -42,7 +42,8 @@ def load_run(path: str | Path) -> Run:
         UserError: no readable run.json there, or a field of it is missing.
     """
     folder = Path(path)
-    info = _read_info(folder) if not _holds_evaluations_only(folder) else _info_of_evaluations(folder)
+    info = _evaluated(folder) if _holds_evaluations_only(folder) else None
+    info = info or _read_info(folder)
     rows = read_rows(folder / "metrics.jsonl")
     _add_evaluations(rows, folder)
     curve, other = _split_validations(rows.valid)
@@ -71,7 +72,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             found = [path]
         else:
             evaluated = {file.parent.parent for file in path.glob(f"**/{EVALUATIONS}/*.json")}
-            found = sorted({file.parent for file in path.glob(f"**/{RECORD}")} | evaluated)
+            # Other programs have folders of this name too: only what can be read makes a run.
+            alone = {folder for folder in evaluated if _holds_evaluations_only(folder) and _evaluated(folder)}
+            found = sorted({file.parent for file in path.glob(f"**/{RECORD}")} | alone)
         if not found:
             raise UserError(
                 f"{path} holds no run.json and no evaluation",
@@ -91,8 +94,9 @@ def _holds_evaluations_only(folder: Path) -> bool:
     return not (folder / RECORD).is_file() and any((folder / EVALUATIONS).glob("*.json"))
 
 
-def _info_of_evaluations(folder: Path) -> dict[str, Any]:
-    """What stands in for run.json where checkpoints of elsewhere were evaluated into a folder: what their records say.
+def _evaluated(folder: Path) -> dict[str, Any] | None:
+    """What stands in for run.json where checkpoints of elsewhere were evaluated into a folder: what the first record there
+    says that can be read; None without one.
 
     Parameters are those of the compute formula, from the FLOPs of the training; what no record says is 0.
     """
@@ -113,7 +117,7 @@ def _info_of_evaluations(folder: Path) -> dict[str, Any]:
             **{name: attempt[name] for name in ("versions", "device", "started") if name in attempt},
             "attempts": [attempt] if attempt else [],
         }
-    raise UserError(f"{folder} holds no evaluation that can be read", "each is one JSON object", "evaluate again")
+    return None
 
 
 def read_rows(file: Path) -> Rows:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs.synthetic_runs import write_run
 
+from megatron.errors import UserError
 from megatron.runs.conclusion import conclusion
 from megatron.runs.reading import find_runs, load_run
 from megatron.scaling.report.look import CSS
@@ -96,12 +97,12 @@ def test_a_matched_pair_has_its_gap_ends_and_crossing(page, runs) -> None:
     ]
     first, second = compose(found[0]).axes
     assert first.get_ylabel() == "validation, nats per token"
-    assert second.get_ylabel() == "validation − training loss, nats per token"
+    assert second.get_ylabel() == "validation − training, nats per token"
     assert any("MDM below AR\nfrom epoch" in text.get_text() for text in first.texts)
     text = page.read_text()
     for words in ("AR at its best", "AR at the end", "MDM at its best, the end", "Crossing: from epoch"):
         assert words in text
-    assert re.search(r"At epoch \d+ the difference MDM − AR is -\d\.\d+ ± \d\.\d+ nats/token", text)
+    assert re.search(r"At epoch \d+ the difference MDM − AR is −\d\.\d+ ± \d\.\d+ nats/token", text)
 
 
 def test_compute_has_a_panel_where_it_says_something_else_than_epochs(runs, tmp_path) -> None:
@@ -160,8 +161,12 @@ def test_folders_with_evaluations_only_are_welcome(runs, tmp_path) -> None:
     assert "is an evaluation" in both
     assert "AR at the end" in both
     (folder / "evaluations/a.json").write_text("{")
-    with pytest.raises(ValueError, match="no evaluation that can be read"):
+    with pytest.raises(UserError, match=r"has no run\.json"):
         load_run(folder)
+    shutil.copytree(runs / "ar", tmp_path / "places/ar")
+    assert [found.name for found in find_runs([tmp_path / "places"])] == ["ar"], (
+        "a folder of that name of somebody else"
+    )
 
 
 def luminance(color: str) -> float:

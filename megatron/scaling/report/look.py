@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 th { text-align: left; font-weight: 600; }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid #1d1d1f; padding: .3rem .7rem .3rem 0; }
 tbody th, td { border-bottom: 1px solid #e2e2e4; padding: .3rem .7rem .3rem 0; vertical-align: top; }
-tbody th { white-space: nowrap; }
+tbody th, .number { white-space: nowrap; }
 th:first-child { position: sticky; left: 0; background: #fff; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
@@ -43,7 +43,7 @@ blockquote { margin: .5rem 0; padding: .5rem .8rem; background: #f5f5f7; border-
   @page { size: A4; margin: 14mm; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   .panels { grid-template-columns: 1fr 1fr; }
-  figure, tr, blockquote, section > p { break-inside: avoid; }
+  figure, .wide, tr, blockquote, section > p { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .wide { overflow: visible; }
   details::details-content { content-visibility: visible; block-size: auto; }  /* closed ones are printed too */

@@ -43,7 +43,7 @@ def crossing_text(first: Run, second: Run) -> str:
     sure = "" if found.end.is_real else ", which is within the error"
     text += (
         f" At epoch {epoch_text(found.end_epoch)} the difference {other} − {one} is "
-        f"{plus_minus(found.end.value, found.end.error)} nats/token ({found.end.how}){sure}."
+        f"{plus_minus(found.end.value, found.end.error).replace('-', '−')} nats/token ({found.end.how}){sure}."
     )
     if found.best_epoch is None:
         return text + f" {one}'s best is not reached within these runs."

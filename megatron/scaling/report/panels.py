@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from megatron.scaling.report.style import RC, fitting_legend
 
-SINGLE = (4.7, 3.5)
+SINGLE = (4.2, 3.2)
 """Inches of a panel in the page: letters of 9.5 points stay readable where it is as wide as a phone."""
 
 

@@ -102,7 +102,7 @@ def _draw_gaps(panel: Axes, *, runs: Sequence[Run]) -> None:
         )  # fmt: skip
     panel.axhline(0, color="#666666", linewidth=0.8)
     log_axis(panel, "epochs over the unique tokens")
-    panel.set_ylabel("validation − training loss, nats per token")
+    panel.set_ylabel("validation − training, nats per token")
     panel.set_title("Generalisation gap")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import secrets
 import threading
@@ -20,8 +21,8 @@ from megatron.errors import Failure, UserError
 
 ADDRESS = "127.0.0.1"
 LEAST_SECONDS = 5.0
-"""Between two reports: drawing takes a core for a second or more, which a run on this machine misses."""
-_WATCHED = ("run.json", "metrics.jsonl", "evaluations/*.json", "downstream*.json", "samples*.jsonl")
+"""Between two looks at the files: drawing takes a core for a second or more, which a run on this machine misses."""
+_WATCHED = re.compile(r"run\.json|metrics\.jsonl|.*/evaluations/[^/]*\.json|downstream.*\.json|samples.*\.jsonl")
 
 _SCRIPT = """
 (() => {
@@ -65,17 +66,19 @@ class LiveReport:
         self.version, self.problem = 0, ""
         self.page, self.folder = "", Path()
         self._seen: dict[Path, tuple[int, int]] = {}
-        self._last = -LEAST_SECONDS
         self._making = threading.Lock()
         self._make()
+        self._looked = time.monotonic()
 
     def refresh(self) -> None:
         """Make the report again if something changed, unless that is under way or was a moment ago."""
         if not self._making.acquire(blocking=False):
             return
         try:
-            if time.monotonic() - self._last >= LEAST_SECONDS and self._stamps() != self._seen:
-                self._make()
+            if time.monotonic() - self._looked >= LEAST_SECONDS:
+                self._looked = time.monotonic()
+                if self._stamps() != self._seen:
+                    self._make()
         except (
             UserError,
             Failure,
@@ -94,7 +97,6 @@ class LiveReport:
         return file.read_bytes() if file.is_file() and not file.is_symlink() else None
 
     def _make(self) -> None:
-        self._last = time.monotonic()
         seen = self._stamps()  # before reading: what changes meanwhile is seen the next time
         path = self._write()
         self.page, self.folder = path.read_text(encoding="utf-8"), path.parent
@@ -114,9 +116,11 @@ class LiveReport:
 
     def _files(self) -> Iterator[Path]:
         for place in self.places:
-            for pattern in _WATCHED:
-                yield from place.glob(pattern)
-                yield from place.glob(f"**/{pattern}")
+            for folder, inner, names in os.walk(place):
+                inner[:] = [name for name in inner if not name.startswith("global_step")]  # checkpoints hold many files
+                for name in names:
+                    if _WATCHED.fullmatch(name) or _WATCHED.fullmatch(f"{folder}/{name}"):
+                        yield Path(folder, name)
 
 
 def open_server(report: LiveReport, port: int) -> ThreadingHTTPServer:

@@ -28,7 +28,7 @@ def table(rows: Sequence[Mapping[str, str]], name: str) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f'<th scope="row">{html.escape(value)}</th>' if index == 0 else f"<td>{html.escape(value)}</td>"
+            f'<th scope="row">{html.escape(value)}</th>' if index == 0 else _cell(value)
             for index, value in enumerate(row.values())
         )
         + "</tr>"
@@ -38,6 +38,12 @@ def table(rows: Sequence[Mapping[str, str]], name: str) -> str:
         f'<div class="wide" role="region" aria-label="{html.escape(name)}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cell(value: str) -> str:
+    """A number and its error stay in one line."""
+    kind = ' class="number"' if "±" in value else ""
+    return f"<td{kind}>{html.escape(value)}</td>"
 
 
 def problems_html(runs: Sequence[Run]) -> str:
