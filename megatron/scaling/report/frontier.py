@@ -15,7 +15,7 @@ from megatron.runs.run import Run
 from megatron.scaling.report.panels import Chart, Panel
 from megatron.scaling.report.style import count_seeds, limit_height, log_axis, objective_style
 
-MAX_PANELS = 6
+MAX_PANELS, MAX_CONTOURS = 6, 12
 
 
 def pareto(runs: Sequence[Run]) -> Chart:
@@ -89,13 +89,15 @@ def iso_loss(runs: Sequence[Run]) -> Chart | None:
 
     A point is a validation along a run; where several runs of one size meet at an epoch the best counts.
     """
-    sets = contour_sets(runs)[:MAX_PANELS]
+    found = contour_sets(runs)
+    sets = found[:MAX_CONTOURS]
     if not sets:
         return None
+    rest = f" {len(found) - len(sets)} more sets of runs are not drawn." if len(found) > len(sets) else ""
     return Chart(
         "iso_loss",
         "Lines of equal validation loss, nats per token, over epochs and parameters; dots are measurements, the star is the "
-        "best. Between dots the surface is linear interpolation.",
+        f"best. Between dots the surface is linear interpolation.{rest}",
         [
             Panel(f"Iso-loss lines of {objective.upper()}", partial(_draw_contours, members=members))
             for objective, _, members in sets

@@ -6,7 +6,7 @@ CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; color: #1d1d1f;
-       background: #fff; max-width: 68rem; margin: 0 auto; padding: 2rem clamp(.9rem, 4vw, 2rem) 4rem; }
+       background: #fff; max-width: 80rem; margin: 0 auto; padding: 2rem clamp(.9rem, 4vw, 2rem) 4rem; }
 h1 { font-size: clamp(1.35rem, 4.5vw, 1.8rem); line-height: 1.25; font-weight: 650; margin: 0 0 .2rem;
      letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; font-weight: 650; margin: 2.4rem 0 .5rem; }
