@@ -13,8 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LIMIT = 60
+
+
+def _starts(program: str) -> bool:
+    """Whether it is a browser, and no stub that says how to install one."""
+    try:
+        return subprocess.run([program, "--version"], capture_output=True, timeout=LIMIT).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for path in map(shutil.which, NAMES) if path is not None and _starts(path)), None)
 
 
 class Browser:

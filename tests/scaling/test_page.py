@@ -16,7 +16,7 @@ from megatron.runs.conclusion import conclusion
 from megatron.runs.reading import find_runs, load_run
 from megatron.scaling.report.look import CSS
 from megatron.scaling.report.page import charts, write_report
-from megatron.scaling.report.panels import compose
+from megatron.scaling.report.panels import compose, save
 from megatron.scaling.report.plots import gap_curve
 from megatron.scaling.report.provenance import flat_settings, read_samples
 from tests.browser import CHROMIUM, Browser
@@ -167,6 +167,22 @@ def test_folders_with_evaluations_only_are_welcome(runs, tmp_path) -> None:
     assert [found.name for found in find_runs([tmp_path / "places"])] == ["ar"], (
         "a folder of that name of somebody else"
     )
+
+
+def test_a_legend_names_what_it_has_room_for_and_counts_the_rest(tmp_path) -> None:
+    for size in range(8):
+        for objective in ("ar", "mdm"):
+            write_run(tmp_path / f"{objective}{size}", objective, parameters=300_000 + 100_000 * size, validations=3)
+    chart = charts(find_runs([tmp_path]))[0]
+    figure = compose(chart)
+    figure.canvas.draw()
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 13
+    assert names[-1] == "and 4 more (all are in the page)"
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    assert save(chart, tmp_path / "out").count("<li>") == 16
 
 
 def luminance(color: str) -> float:
