@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,8 +24,23 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--fits", type=Path, metavar="FILE", help="laws of tools/fit_laws.py, for their figures")
     parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        type=_port,
+        const=8000,
+        metavar="PORT",
+        help="after the runs: also serve the page on 127.0.0.1, made anew while runs train, until Ctrl-C (default: 8000; "
+        "0: any free port)",
+    )
     options = parser.parse_args(arguments)
     _report(options)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535); name the runs before it: RUN --serve")
+    return int(text)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -37,9 +53,12 @@ def _report(options: argparse.Namespace) -> None:
     from megatron.scaling.fit import load_fits
     from megatron.scaling.report.page import write_report
 
-    runs = find_runs(options.runs)
     fits = load_fits(options.fits) if options.fits else []
-    page = write_report(runs, options.output, options.title, fits=fits)
+
+    def write() -> Path:
+        return write_report(find_runs(options.runs), options.output, options.title, fits=fits)
+
+    runs, page = find_runs(options.runs), write()
     for problem in [problem for run in runs for problem in run.problems]:
         print(f"not read: {problem}", file=sys.stderr)
     for run in runs[:12]:
@@ -51,7 +70,17 @@ def _report(options: argparse.Namespace) -> None:
         unknown = [str(item) for item in found if item.weight == "unknown"]
         verdict = "matched" if not real else "differs in " + "; ".join(real)
         print(f"pair {first.name} / {second.name}: " + "; ".join([verdict, *unknown]))
-    print("\n".join(["", *conclusion(average_seeds(runs)), "", f"report: {page}"]))
+    print("\n".join(["", *conclusion(average_seeds(runs)), "", f"report: {page}"]), flush=True)
+    if options.serve is not None:
+        _serve(options, write)
+
+
+def _serve(options: argparse.Namespace, write: Callable[[], Path]) -> None:
+    from megatron.scaling.report.serve import ADDRESS, LiveReport, open_server
+
+    with open_server(LiveReport(options.runs, write), options.serve) as server:
+        print(f"serving http://{ADDRESS}:{server.server_address[1]}/ on this machine only; Ctrl-C ends", flush=True)
+        server.serve_forever()
 
 
 if __name__ == "__main__":

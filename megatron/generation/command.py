@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.data.jsonl import read_lines
 from megatron.errors import UserError, require
-from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings
+from megatron.files import replace_file
+from megatron.generation.animation import StepRecorder, animation, pieces_of
+from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings, Step
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
+from megatron.runs.counts import format_count
 
 # Counts that a flag takes, both ends included; sampling and diffusion settings check their own.
 COUNTS = {"max_new_tokens": (1, 10**9), "num_samples": (1, 10**6), "batch_size": (1, 10**9)}
@@ -67,6 +70,11 @@ def build_generate_parser() -> argparse.ArgumentParser:
         metavar="W",
         help="classifier-free guidance against the same row without the given tokens; 0: none",
     )
+    _add_output_flags(parser)
+    return parser
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add(
         "--show-steps",
@@ -74,8 +82,14 @@ def build_generate_parser() -> argparse.ArgumentParser:
         default=None,
         help="show text being uncovered; default: on a terminal, for one result",
     )
+    add(
+        "--animate",
+        type=Path,
+        metavar="FILE.svg",
+        help="also write one result as an animated SVG: masked diffusion in the order in which it uncovers, a causal model from "
+        "left to right",
+    )
     add("--json", action="store_true", help="print one JSON object a line: prompt, sample, text, tokens")
-    return parser
 
 
 def run_generate(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +101,7 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     arguments = build_generate_parser().parse_args(argv)
     _check_numbers(arguments)
     prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.num_samples)]
+    _check_animation(arguments, len(prompts))
     from megatron.inference.model import load_model
 
     names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
@@ -95,13 +110,18 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
         arguments.load, tag=arguments.load_tag, dtype=arguments.dtype, tokenizer_options=tokenizer or None
     )
     generate = _masked if loaded.is_masked else _causal
-    completions, shown = generate(loaded, prompts, arguments)
+    recorder = StepRecorder()
+    completions, shown = generate(loaded, prompts, arguments, recorder)
+    if arguments.animate:
+        _write_animation(loaded, recorder, arguments)
     for index, (prompt, completion, text) in enumerate(zip(prompts, completions, shown)):
         if arguments.json:
             entry = {"prompt": prompt, "sample": index % arguments.num_samples, "text": completion.text}
             print(json.dumps({**entry, "tokens": completion.tokens}))
         else:
             print(text if len(prompts) == 1 else f"--- {index + 1}\n{text}")
+    if arguments.animate:
+        print(f"animation: {arguments.animate}", file=sys.stderr)
     return 0
 
 
@@ -112,6 +132,31 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         flag = "--" + name.replace("_", "-")
         require(least <= value <= most, f"{flag} {value}", f"it is from {least} to {most}", "correct the number")
     _settings(arguments)
+
+
+def _check_animation(arguments: argparse.Namespace, results: int) -> None:
+    """Refuse what an animation cannot show, or where it cannot go, before anything is loaded."""
+    file = arguments.animate
+    if file is None:
+        return
+    require(file.suffix == ".svg", f"--animate {file}", "it is an SVG", "name a file that ends in .svg")
+    require(file.parent.is_dir(), f"--animate {file}", f"there is no folder {file.parent}", "make it or name another")
+    require(results == 1, f"--animate with {results} results", "it shows one", "pass one --prompt and one sample")
+    require(not arguments.stop, "--animate with --stop", "it shows every token that was drawn", "drop one of them")
+
+
+def _write_animation(loaded: Any, recorder: StepRecorder, arguments: argparse.Namespace) -> None:
+    """The file of ``--animate``; its caption says which model drew the text, and how."""
+    size = format_count(sum(parameter.numel() for parameter in loaded.model.parameters()))
+    steps = len(set(recorder.step_of.values()))
+    how = f"uncovered in {steps} steps, order {arguments.order}" if loaded.is_masked else "written from left to right"
+    caption = (
+        f"One sample of a model with {size} parameters ({loaded.config.objective.objective}, {Path(loaded.source).name}), "
+        f"{how}, temperature {arguments.temperature:g}, seed {arguments.seed}. "
+    )
+    pieces = pieces_of(loaded.require_tokenizer(), recorder.tokens, recorder.step_of)
+    caption += "Grey text was given." if any(piece.step is None for piece in pieces) else "Nothing was given."
+    replace_file(arguments.animate, animation(pieces, caption=caption))
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -131,7 +176,9 @@ def _settings(arguments: argparse.Namespace) -> DiffusionSettings:
     )
 
 
-def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
+def _causal(
+    loaded: Any, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
+) -> tuple[list[Completion], list[str]]:
     only_masked = {
         "--infix": arguments.infix,
         "--steps": arguments.steps,
@@ -149,6 +196,8 @@ def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
                 "drop it or load a masked diffusion model",
             )
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
+    if arguments.animate:
+        recorder.tokens = list(rows[0])
     completions = continue_causal(
         loaded.decoder,
         loaded.require_tokenizer(),
@@ -159,21 +208,27 @@ def _causal(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> t
         batch_size=arguments.batch_size,
         forbidden=loaded.unused_ids,
         device=loaded.device,
+        on_token=recorder.on_token if arguments.animate else None,
     )
     return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
 
 
-def _masked(loaded: Any, prompts: list[str], arguments: argparse.Namespace) -> tuple[list[Completion], list[str]]:
+def _masked(
+    loaded: Any, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
+) -> tuple[list[Completion], list[str]]:
     tokenizer = loaded.require_tokenizer()
     sampler = DiffusionSampler(loaded.logits, mask_id=loaded.mask_id, forbidden=loaded.unused_ids, device=loaded.device)
     show = arguments.show_steps
     if show is None:
         show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json
-    options = {
-        "settings": _settings(arguments),
-        "batch_size": arguments.batch_size,
-        "on_step": UncoverDisplay(tokenizer, mask_id=loaded.mask_id) if show else None,
-    }
+    observers: list[Callable[[Step], None]] = [UncoverDisplay(tokenizer, mask_id=loaded.mask_id)] if show else []
+    observers += [recorder.on_step] if arguments.animate else []
+
+    def observe(step: Step) -> None:
+        for observer in observers:
+            observer(step)
+
+    options = {"settings": _settings(arguments), "batch_size": arguments.batch_size, "on_step": observe}
     if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
         rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
         completions = fill_gaps(sampler, tokenizer, rows, stop_strings=arguments.stop, **options)

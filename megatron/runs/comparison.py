@@ -80,6 +80,11 @@ def gap_between(first: Run, second: Run) -> Gap:
     return _gap(one, other, sums=(sums[0], sums[1]))
 
 
+def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
+    """Validation ``other`` of ``second`` minus ``one`` of ``first``, paired by document where the sums of both are kept."""
+    return _gap(one, other, sums=(first.sums(one), second.sums(other)))
+
+
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
@@ -88,7 +93,7 @@ def summary_row(run: Run) -> dict[str, str]:
     row = {
         "Run": run.name + state,
         "Objective": run.objective.upper(),
-        "Parameters": format_count(run.parameters),
+        "Parameters": format_count(run.parameters) if run.parameters else "–",
         "Unique tokens": format_count(run.unique_tokens) if run.unique_tokens else "–",
         "Epochs": epoch_text(run.epochs) if run.unique_tokens else "–",
         "Seed": f"mean of {', '.join(map(str, run.seeds))}" if run.seeds else str(run.seed),
@@ -100,7 +105,7 @@ def summary_row(run: Run) -> dict[str, str]:
         "Perplexity": "–",
         "Step of best": "–",
         "Overfits": "–",
-        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * draws:.1e}",
+        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * draws:.1e}" if run.compute_parameters else "–",
         "Tokens/s": f"{speed:,.0f}" if speed else "–",
     }
     if result is not None and turn is not None:

@@ -16,8 +16,10 @@ def conclusion(runs: Sequence[Run]) -> list[str]:
     validated = [run for run in runs if run.best is not None]
     if not text:
         text = [f"On {format_count(run.unique_tokens)} unique tokens, {_best_text(run)}." for run in validated][:6]
+    evaluated = [_evaluation_text(run) for run in runs if run.is_evaluation][:6]
     if not text:
-        return ["No run has been validated yet, so there is nothing to conclude."]
+        return evaluated or ["No run has been validated yet, so there is nothing to conclude."]
+    text += evaluated
     no_likelihood = [run.name for run in runs if not run.is_likelihood]
     if no_likelihood:
         text.append(f"Not ranked, because their number is no likelihood: {', '.join(no_likelihood)}.")
@@ -71,6 +73,15 @@ def _matching_text(first: Run, second: Run) -> str:
     if unknown:
         text += f" Whether they differ in {_listed(unknown)} is unknown: the records do not say."
     return text
+
+
+def _evaluation_text(run: Run) -> str:
+    """What was measured of a checkpoint whose training is not among the runs: its evaluation with the smallest error."""
+    row = min(run.other_valid, key=lambda row: row.nll_se if row.nll_se == row.nll_se else float("inf"))
+    return (
+        f"{run.name} is an evaluation: {run.title} at step {row.step:,} has {row.label} "
+        f"{plus_minus(row.nll, row.nll_se)} nats/token over {row.error_unit}."
+    )
 
 
 def _best_text(run: Run) -> str:

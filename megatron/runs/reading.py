@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
-from megatron.runs.record import parse_line
+from megatron.runs.record import EVALUATIONS, RECORD, parse_line
 from megatron.runs.run import OVER_SAMPLES, Run, Validation
 
 __all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
@@ -42,7 +42,8 @@ def load_run(path: str | Path) -> Run:
         UserError: no readable run.json there, or a field of it is missing.
     """
     folder = Path(path)
-    info = _read_info(folder)
+    info = _evaluated(folder) if _holds_evaluations_only(folder) else None
+    info = info or _read_info(folder)
     rows = read_rows(folder / "metrics.jsonl")
     _add_evaluations(rows, folder)
     curve, other = _split_validations(rows.valid)
@@ -67,13 +68,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
-        if (path / "run.json").is_file():
+        if (path / RECORD).is_file() or _holds_evaluations_only(path):
             found = [path]
         else:
-            found = sorted(file.parent for file in path.glob("**/run.json"))
+            evaluated = {file.parent.parent for file in path.glob(f"**/{EVALUATIONS}/*.json")}
+            # Other programs have folders of this name too: only what can be read makes a run.
+            alone = {folder for folder in evaluated if _holds_evaluations_only(folder) and _evaluated(folder)}
+            found = sorted({file.parent for file in path.glob(f"**/{RECORD}")} | alone)
         if not found:
             raise UserError(
-                f"{path} holds no run.json",
+                f"{path} holds no run.json and no evaluation",
                 "a report needs run directories as written by --save",
                 "give the folder that was passed as --save, or a folder of such folders",
             )
@@ -84,6 +88,36 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         run if counts[run.name] == 1 else replace(run, name=f"{run.path.resolve().parent.name}/{run.name}")
         for run in runs
     ]
+
+
+def _holds_evaluations_only(folder: Path) -> bool:
+    return not (folder / RECORD).is_file() and any((folder / EVALUATIONS).glob("*.json"))
+
+
+def _evaluated(folder: Path) -> dict[str, Any] | None:
+    """What stands in for run.json where checkpoints of elsewhere were evaluated into a folder: what the first record there
+    says that can be read; None without one.
+
+    Parameters are those of the compute formula, from the FLOPs of the training; what no record says is 0.
+    """
+    for file in sorted((folder / EVALUATIONS).glob("*.json")):
+        try:
+            record = json.loads(file.read_bytes())
+            row = _validation(record.get("result", record))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # named by _add_evaluations
+        parameters = round(row.flops / row.tokens / 6) if row.tokens and math.isfinite(row.flops) else 0
+        attempt, protocol = record.get("attempt") or {}, record.get("protocol") or {}
+        return {
+            "objective": str(record.get("objective", "unknown")),
+            "label": row.label,
+            "config": {"run": {"num_mc": row.num_mc}, "model": {"seq_length": protocol.get("seq_length")}},
+            "parameters": {"total": parameters, "for_compute": parameters},
+            **dict.fromkeys(("unique_tokens", "train_samples", "train_flops"), 0),
+            **{name: attempt[name] for name in ("versions", "device", "started") if name in attempt},
+            "attempts": [attempt] if attempt else [],
+        }
+    return None
 
 
 def read_rows(file: Path) -> Rows:
@@ -123,7 +157,7 @@ def _add_row(rows: Rows, row: dict[str, Any], where: str) -> None:
 
 def _add_evaluations(rows: Rows, folder: Path) -> None:
     """Evaluations of finished checkpoints, a file each: they touch no curve."""
-    for file in sorted((folder / "evaluations").glob("*.json")):
+    for file in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
             record = json.loads(file.read_bytes())
             rows.evaluations.append(_validation(record.get("result", record)))

@@ -160,15 +160,15 @@ class Run:
 
     @property
     def size_name(self) -> str:
-        """Preset name where the run used one, else the parameter count such as "0.9M"."""
+        """Preset name where the run used one, else the parameter count such as "0.9M"; "" where that is not known."""
         preset = self.setting("model", "model")
-        return str(preset) if preset else format_count(self.parameters)
+        return str(preset) if preset else format_count(self.parameters) if self.parameters else ""
 
     @property
     def title(self) -> str:
         """Objective and size, for legends and sentences."""
         mean = f" (mean of {len(self.seeds)} seeds)" if self.seeds else ""
-        return f"{self.objective.upper()} {self.size_name}{mean}"
+        return f"{self.objective.upper()} {self.size_name}".rstrip() + mean
 
     def setting(self, section: str, name: str) -> Any:
         """One field of the configuration, or None where it was not recorded."""

@@ -13,6 +13,7 @@ from megatron.runs.reading import load_run
 from megatron.runs.replicates import average_seeds, is_replicate
 from megatron.scaling.report import plots
 from megatron.scaling.report.page import write_report
+from megatron.scaling.report.panels import compose
 from megatron.scaling.report.style import count_seeds
 from runs.synthetic_runs import write_run
 
@@ -72,5 +73,5 @@ def test_panels_say_how_many_seeds(seeds, tmp_path):
     assert count_seeds(mean) == "3 seeds"
     assert count_seeds([single]) == "1 seed"
     assert count_seeds([*mean, single]) == "1 to 3 seeds"
-    figure = plots.facets([*mean, single])
+    figure = compose(plots.facets([*mean, single]))
     assert figure.axes[0].get_title(loc="left") == "100k unique tokens, 1 to 3 seeds"

@@ -16,6 +16,7 @@ from runs.synthetic_runs import write_run
 from megatron.runs.reading import find_runs
 from megatron.scaling.report.frontier import frontier, pareto
 from megatron.scaling.report.page import write_report
+from megatron.scaling.report.panels import compose
 from megatron.scaling.report.tables import load_downstream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +97,7 @@ def test_frontiers_have_a_panel_a_budget_reach_the_largest_compute_and_a_legend_
             epochs = 20 if objective == "ar" else 120
             write_run(tmp_path / f"{objective}-{unique}", objective, unique=unique, epochs=epochs, validations=6)
     runs = find_runs([tmp_path])
-    figure = pareto(runs)
+    figure = compose(pareto(runs))
     figure.canvas.draw()
     assert [panel.get_title(loc="left").split(",")[0] for panel in figure.axes] == [
         "50k unique tokens",
@@ -112,7 +113,7 @@ def test_frontiers_have_a_panel_a_budget_reach_the_largest_compute_and_a_legend_
         inside = [box for box in labels if panel.bbox.x0 <= (box.x0 + box.x1) / 2 <= panel.bbox.x1]
         assert all(left.x1 < right.x0 for left, right in itertools.pairwise(sorted(inside, key=lambda box: box.x0)))
     for budget in (50_000, 800_000):
-        legend = pareto([run for run in runs if run.unique_tokens == budget]).legends[0]
+        legend = compose(pareto([run for run in runs if run.unique_tokens == budget])).legends[0]
         legend.figure.canvas.draw()
         assert len(legend.get_texts()) == 3
         box = legend.get_window_extent()

@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 
 from megatron.runs.counts import format_count
 from megatron.runs.run import Run
-from megatron.scaling.report.style import RC, count_seeds, figure_legend, limit_height, log_axis, objective_style
+from megatron.scaling.report.panels import Chart, Panel
+from megatron.scaling.report.style import count_seeds, limit_height, log_axis, objective_style
 
-MAX_PANELS = 6
+MAX_PANELS, MAX_CONTOURS = 6, 12
 
 
-def pareto(runs: Sequence[Run]) -> Figure:
+def pareto(runs: Sequence[Run]) -> Chart:
     """Best validation against training FLOPs, one panel per budget of unique tokens (at most six): every validation faint,
     and per objective the frontier of what it reaches for a compute budget, drawn on to the largest compute of the panel."""
-    objectives = sorted({run.objective for run in runs})
     budgets = sorted({run.unique_tokens for run in runs if run.valid})[:MAX_PANELS]
-    columns = min(3, len(budgets))
-    rows = -(-len(budgets) // columns)
-    size = (6.6, 4.3) if len(budgets) == 1 else (1.4 + 3.3 * columns, 1.1 + 3.1 * rows)
-    with plt.rc_context(RC):
-        figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for panel, budget in zip(grid.flat, budgets):
-            members = [run for run in runs if run.unique_tokens == budget and run.valid]
-            most = max(float(run.column("flops").max()) for run in members)
-            for objective in objectives:
-                of_objective = [run for run in members if run.objective == objective]
-                if of_objective:
-                    _draw_frontier(panel, of_objective, objectives, most)
-            panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
-            log_axis(panel, "training FLOPs (6·N·D)")
-            limit_height(panel, [run for run in runs if run.unique_tokens in budgets])
-        for panel in grid.flat[len(budgets) :]:
-            panel.set_visible(False)
-        for panel in grid[:, 0]:
-            panel.set_ylabel("validation, nats per token")
-        figure_legend(figure, grid.flat[: len(budgets)])
-    return figure
+    return Chart(
+        "pareto",
+        "Every validation of every run (faint) and the lowest loss that each objective reaches for a compute "
+        "budget, one panel per budget of unique tokens; it goes on flat, because a larger budget reaches what a smaller "
+        "one does. Points along a run are taken before its learning rate has decayed, so the frontier is what these runs "
+        "reach, not the best possible.",
+        [Panel(f"Frontier on {format_count(size)} unique tokens", partial(_draw_pareto, runs=runs, budget=size))
+         for size in budgets],
+        share_y=True,
+    )  # fmt: skip
+
+
+def _draw_pareto(panel: Axes, *, runs: Sequence[Run], budget: int) -> None:
+    objectives = sorted({run.objective for run in runs})
+    members = [run for run in runs if run.unique_tokens == budget and run.valid]
+    most = max(float(run.column("flops").max()) for run in members)
+    for objective in objectives:
+        of_objective = [run for run in members if run.objective == objective]
+        if of_objective:
+            _draw_frontier(panel, of_objective, objectives, most)
+    panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
+    log_axis(panel, "training FLOPs (6·N·D)")
+    limit_height(panel, runs)
+    panel.set_ylabel("validation, nats per token")
 
 
 def _draw_frontier(panel: Axes, runs: Sequence[Run], objectives: Sequence[str], most_flops: float) -> None:
@@ -82,32 +84,34 @@ def contour_sets(runs: Sequence[Run]) -> list[tuple[str, int, list[Run]]]:
     return sets
 
 
-def iso_loss(runs: Sequence[Run]) -> Figure | None:
+def iso_loss(runs: Sequence[Run]) -> Chart | None:
     """Iso-loss contours over epochs and parameters, one panel per objective and budget; None without enough runs.
 
     A point is a validation along a run; where several runs of one size meet at an epoch the best counts.
     """
-    sets = contour_sets(runs)[:6]
+    found = contour_sets(runs)
+    sets = found[:MAX_CONTOURS]
     if not sets:
         return None
-    columns = min(3, len(sets))
-    rows = -(-len(sets) // columns)
-    with plt.rc_context(RC):
-        figure, grid = plt.subplots(
-            rows, columns, figsize=(1.0 + 3.6 * columns, 0.6 + 3.3 * rows), squeeze=False, layout="constrained"
-        )
-        for panel, (objective, unique, members) in zip(grid.flat, sets):
-            _draw_contours(panel, members)
-            title = f"{objective.upper()}, {format_count(unique)} tokens\n{members[0].label}, nats/token, {count_seeds(members)}"
-            panel.set_title(title)
-        for panel in grid.flat[len(sets) :]:
-            panel.set_visible(False)
-        for panel in grid[:, 0]:
-            panel.set_ylabel("parameters")
-    return figure
+    rest = f" {len(found) - len(sets)} more sets of runs are not drawn." if len(found) > len(sets) else ""
+    return Chart(
+        "iso_loss",
+        "Lines of equal validation loss, nats per token, over epochs and parameters; dots are measurements, the star is the "
+        f"best. Between dots the surface is linear interpolation.{rest}",
+        [
+            Panel(f"Iso-loss lines of {objective.upper()}", partial(_draw_contours, members=members))
+            for objective, _, members in sets
+        ],
+    )
 
 
-def _draw_contours(panel: Axes, members: Sequence[Run]) -> None:
+def _draw_contours(panel: Axes, *, members: Sequence[Run]) -> None:
+    first = members[0]
+    title = (
+        f"{first.objective.upper()}, {format_count(first.unique_tokens)} tokens, {count_seeds(members)}\n{first.label}"
+    )
+    panel.set_title(title)
+    panel.set_ylabel("parameters")
     cells: dict[tuple[float, int], float] = {}
     for run in members:
         for row in run.valid:

@@ -1,82 +1,120 @@
-"""Learning curves of a set of runs: against epochs, against compute, and one panel per budget of unique tokens."""
+"""Learning curves of a set of runs: against epochs, against compute, generalisation, and by budget of unique tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from megatron.runs.comparison import overfitting
+from megatron.runs.comparison import comparisons, overfitting
 from megatron.runs.counts import format_count
+from megatron.runs.crossing import crossing
 from megatron.runs.run import Run
-from megatron.scaling.report.style import (
-    RC,
-    LineStyle,
-    count_seeds,
-    figure_legend,
-    fitting_legend,
-    limit_height,
-    log_axis,
-    run_styles,
-)
+from megatron.scaling.report.panels import Chart, Panel
+from megatron.scaling.report.style import LineStyle, count_seeds, limit_height, log_axis, run_styles
 
 
-def learning_curves(runs: Sequence[Run]) -> Figure:
-    """Validation against epochs and against training FLOPs (log x): error bars of one standard error, training loss
-    faint, the best point starred, and a line where a run starts to overfit."""
-    with plt.rc_context(RC):
-        figure, axes = plt.subplots(1, 2, figsize=(10.4, 4.3), sharey=True, layout="constrained")
-        for panel, (x, label) in zip(
-            axes, (("epoch", "epochs over the unique tokens"), ("flops", "training FLOPs (6·N·D)"))
-        ):
-            for run, style in zip(runs, run_styles(runs)):
-                _draw_run(panel, run, style=style, x=x)
-            log_axis(panel, label)
-        axes[0].set_ylabel("nats per token")
-        axes[0].set_title("Loss against epochs")
-        axes[1].set_title("Loss against compute")
-        limit_height(axes[0], runs, below=3.0)
-        for run, style in zip(runs, run_styles(runs)):
-            if len(runs) <= 4:
-                _mark_overfitting(axes[0], run, style)
-        axes[0].plot([], [], "*", markersize=11, color="white", markeredgecolor="black", label="best validation")
-        axes[0].plot([], [], color="#999999", alpha=0.6, linewidth=1.0, label="faint: training loss")
-        figure_legend(figure, axes[:1])
-    return figure
-
-
-def facets(runs: Sequence[Run]) -> Figure:
-    """Validation against epochs for more than four runs: one panel per budget of unique tokens (at most six)."""
-    budgets = sorted({run.unique_tokens for run in runs})[:6]
-    columns = min(3, len(budgets))
-    rows = -(-len(budgets) // columns)
-    styles = dict(zip([run.path for run in runs], run_styles(runs)))
-    with plt.rc_context(RC):
-        figure, grid = plt.subplots(
-            rows,
-            columns,
-            figsize=(1.4 + 3.3 * columns, 0.9 + 3.1 * rows),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
+def learning_curves(runs: Sequence[Run]) -> Chart:
+    """Validation against epochs: error bars of one standard error, training loss faint, the best point starred, where a run
+    starts to overfit and where a pair crosses; against FLOPs where that is not the same picture; and the generalisation gap
+    of the runs whose training loss is of the same kind as their validation."""
+    panels = [Panel("Validation against epochs", partial(_draw_curves, runs=runs, x="epoch"))]
+    if len({run.compute_parameters * run.unique_tokens for run in runs}) > 1:
+        panels.append(Panel("Validation against compute", partial(_draw_curves, runs=runs, x="flops")))
+    caption = (
+        "Validation loss against epochs over the unique tokens. Bars are one standard error (the table says over what); the "
+        "star is the best validation. The faint line is the training loss, averaged over equal steps of the log axis; a "
+        "dotted line marks where a run starts to overfit, a grey one the validation from which on a pair has crossed."
+    )
+    if any(gap_curve(run)[0].size for run in runs):
+        panels.append(Panel("Generalisation gap against epochs", partial(_draw_gaps, runs=runs)))
+        caption += (
+            " Generalisation gap: a validation minus the mean training loss since the one before; its bars are those of the "
+            "validation alone."
         )
-        for panel, budget in zip(grid.flat, budgets):
-            members = [run for run in runs if run.unique_tokens == budget]
-            for run in members:
-                _draw_run(panel, run, style=styles[run.path], x="epoch", faint=True)
-            panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
-            log_axis(panel, "epochs")
-            limit_height(panel, runs)
-        for panel in grid.flat[len(budgets) :]:
-            panel.set_visible(False)
-        for panel in grid[:, 0]:
-            panel.set_ylabel("validation, nats per token")
-        _sized_legend(figure, runs)
-    return figure
+    return Chart("learning_curves", caption, panels)
+
+
+def facets(runs: Sequence[Run]) -> Chart:
+    """Validation against epochs for many runs: one panel per budget of unique tokens (at most six)."""
+    budgets = sorted({run.unique_tokens for run in runs})[:6]
+    return Chart(
+        "curves_by_budget",
+        "Validation loss against epochs, one panel per budget. Bars are one standard error (the table says over what); the "
+        "star is the best validation.",
+        [
+            Panel(f"Validation on {format_count(size)} unique tokens", partial(_draw_budget, runs=runs, budget=size))
+            for size in budgets
+        ],
+        share_y=True,
+        legend=_sized_legend(runs),
+        legend_columns=3,
+    )
+
+
+def gap_curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, generalisation gap and its standard error (of the validation alone), float64 [validations].
+
+    The gap is a validation minus the mean training loss of the steps since the one before. Empty where the training loss is
+    another quantity than the validation.
+    """
+    empty = np.array([])
+    if run.info.get("train_label", run.label) != run.label or not run.train:
+        return empty, empty, empty
+    steps, losses = run.train_column("step"), run.train_column("loss")
+    found, before = [], 0
+    for row in run.valid:
+        window = losses[(steps > before) & (steps <= row.step) & np.isfinite(losses)]
+        before = row.step
+        if window.size and row.epoch > 0:
+            found.append((row.epoch, row.nll - window.mean(), row.nll_se))
+    return tuple(np.array(found, dtype=np.float64).reshape(-1, 3).T)  # type: ignore[return-value]
+
+
+def _draw_curves(panel: Axes, *, runs: Sequence[Run], x: str) -> None:
+    styles = run_styles(runs)
+    for run, style in zip(runs, styles):
+        _draw_run(panel, run, style=style, x=x)
+    log_axis(panel, "epochs over the unique tokens" if x == "epoch" else "training FLOPs (6·N·D)")
+    panel.set_ylabel("validation, nats per token")
+    panel.set_title("Loss against epochs" if x == "epoch" else "Loss against compute")
+    limit_height(panel, runs, below=3.0)
+    if x == "epoch" and len(runs) <= 4:
+        for run, style in zip(runs, styles):
+            _mark_overfitting(panel, run, style)
+        pairs = comparisons(runs)
+        if len(pairs) == 1:
+            _mark_crossing(panel, *pairs[0])
+    panel.plot([], [], "*", markersize=11, color="white", markeredgecolor="black", label="best validation")
+    panel.plot([], [], color="#999999", alpha=0.6, linewidth=1.0, label="faint: training loss")
+
+
+def _draw_gaps(panel: Axes, *, runs: Sequence[Run]) -> None:
+    for run, style in zip(runs, run_styles(runs)):
+        epochs, gap, error = gap_curve(run)
+        panel.errorbar(
+            epochs, gap, yerr=np.where(np.isfinite(error), error, 0.0), color=style.color, linestyle=style.dash,
+            marker=style.marker, markerfacecolor=style.fill, markersize=4, capsize=2, elinewidth=1.0,
+        )  # fmt: skip
+    panel.axhline(0, color="#666666", linewidth=0.8)
+    log_axis(panel, "epochs over the unique tokens")
+    panel.set_ylabel("validation − training, nats per token")
+    panel.set_title("Generalisation gap")
+
+
+def _draw_budget(panel: Axes, *, runs: Sequence[Run], budget: int) -> None:
+    styles = dict(zip([run.path for run in runs], run_styles(runs)))
+    members = [run for run in runs if run.unique_tokens == budget]
+    for run in members:
+        _draw_run(panel, run, style=styles[run.path], x="epoch", faint=True)
+    panel.set_title(f"{format_count(budget)} unique tokens, {count_seeds(members)}")
+    log_axis(panel, "epochs")
+    limit_height(panel, runs)
+    panel.set_ylabel("validation, nats per token")
 
 
 def _draw_run(panel: Axes, run: Run, *, style: LineStyle, x: str, faint: bool = False) -> None:
@@ -136,7 +174,20 @@ def _mark_overfitting(panel: Axes, run: Run, style: LineStyle) -> None:
     )  # fmt: skip
 
 
-def _sized_legend(figure: Figure, runs: Sequence[Run]) -> None:
+def _mark_crossing(panel: Axes, first: Run, second: Run) -> None:
+    """A grey line, named at the bottom where faint training losses are the only neighbours."""
+    epoch = crossing(first, second).epoch
+    if epoch is None:
+        return
+    panel.axvline(epoch, color="#555555", linewidth=0.9)
+    panel.annotate(
+        f"{second.objective.upper()} below {first.objective.upper()}\nfrom epoch {epoch:.3g}",
+        (epoch, 0.02), xycoords=("data", "axes fraction"), xytext=(-5, 0), textcoords="offset points",
+        ha="right", va="bottom", fontsize=8.5, color="#444444",
+    )  # fmt: skip
+
+
+def _sized_legend(runs: Sequence[Run]) -> dict[str, Any]:
     """One entry per objective and size, not per run; the panels say how many seeds."""
     seen: dict[str, Any] = {}
     for run, style in zip(runs, run_styles(runs)):
@@ -144,4 +195,4 @@ def _sized_legend(figure: Figure, runs: Sequence[Run]) -> None:
             f"{run.objective.upper()} {run.size_name} – {run.label}",
             plt.Line2D([], [], color=style.color, linestyle=style.dash, marker=style.marker, markersize=4),
         )
-    fitting_legend(figure, seen, 3)
+    return seen

@@ -6,9 +6,8 @@ objective differ in lightness and marker fill. Every legend entry says whether i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -96,15 +95,6 @@ def count_seeds(runs: Sequence[Run]) -> str:
     return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seed{'s' * (counts[-1] > 1)}"
 
 
-def save(figure: Figure, stem: Path) -> bytes:
-    """Write ``stem``.png (200 dpi) and ``stem``.svg, close the figure, and return the SVG's bytes."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(stem.with_suffix(".png"), dpi=200)
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-    return stem.with_suffix(".svg").read_bytes()
-
-
 def log_axis(panel: Axes, label: str) -> None:
     """Make an axis logarithmic, with ticks that do not overlap."""
     panel.set_xscale("log")
@@ -136,15 +126,12 @@ def limit_height(panel: Axes, runs: Sequence[Run], below: float = 1.0) -> None:
     panel.set_ylim(low - below * margin, high + margin)
 
 
-def figure_legend(figure: Figure, panels: Iterable[Axes], columns: int = 4) -> None:
-    """One legend of all panels below the figure, each name once."""
-    named = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
-    fitting_legend(figure, named, columns)
-
-
 def fitting_legend(figure: Figure, named: Mapping[str, Any], columns: int) -> None:
-    """A legend of {name: handle} below the figure, in as many columns as the figure's width holds."""
+    """A legend of {name: handle} below the figure, in as many columns as the figure's width holds; what is more than
+    ``MAX_LEGEND`` entries is counted."""
     entries = dict(list(named.items())[:MAX_LEGEND])
+    if len(named) > MAX_LEGEND:
+        entries[f"and {len(named) - MAX_LEGEND} more (all are in the page)"] = plt.Line2D([], [], linestyle="none")
     for count in range(min(columns, max(1, len(entries))), 0, -1):
         legend = figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=count)
         if count == 1 or legend.get_window_extent().width <= 0.98 * figure.bbox.width:

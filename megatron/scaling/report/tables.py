@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import UserError
@@ -20,29 +20,62 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
-    """An HTML table; numbers are right-aligned by the style of all but the first two columns."""
+def table(rows: Sequence[Mapping[str, str]], name: str) -> str:
+    """An HTML table called ``name`` for readers who hear the page; it scrolls sideways where it is too wide."""
     if not rows:
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in rows[0])
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row.values()) + "</tr>" for row in rows
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{html.escape(value)}</th>' if index == 0 else _cell(value)
+            for index, value in enumerate(row.values())
+        )
+        + "</tr>"
+        for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="wide" role="region" aria-label="{html.escape(name)}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
-def table_notes(runs: Sequence[Run]) -> str:
-    """What stands apart from the curves, and what could not be read."""
-    notes = []
+def _cell(value: str) -> str:
+    """A number and its error stay in one line."""
+    kind = ' class="number"' if "±" in value else ""
+    return f"<td{kind}>{html.escape(value)}</td>"
+
+
+def problems_html(runs: Sequence[Run]) -> str:
+    """What could not be read."""
+    notes = [f"Not read: {problem}." for run in runs for problem in run.problems]
+    return "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def evaluations_html(runs: Sequence[Run]) -> str:
+    """What stands apart from the curves: validations with other settings, and evaluations of finished checkpoints."""
+    rows = []
     for run in runs:
         for row in run.other_valid:
-            notes.append(
-                f"{run.name}, step {row.step:,}: also validated with {row.num_mc} draws on {row.num_samples:,} samples"
-                + (f" ({row.protocol})" if row.protocol else "")
-                + f": {plus_minus(row.nll, row.nll_se)} nats/token over {row.error_unit} ({row.label})."
+            draws = "" if run.is_exact else f" ({row.num_mc} draw{'s' * (row.num_mc > 1)})"
+            known = row.label.lower().startswith(("nll (exact", "nll bound"))
+            rows.append(
+                {
+                    "Run": run.name,
+                    "Objective": run.objective.upper(),
+                    "Step": f"{row.step:,}",
+                    "Nats/token": plus_minus(row.nll, row.nll_se),
+                    "± over": row.error_unit,
+                    "Samples": f"{row.num_samples:,}",
+                    "Kind": row.label + draws,
+                    "Perplexity": f"{'' if run.is_exact else '≤ '}{row.ppl:.4g}" if known else "–",
+                    "Bits per byte": "–" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+                    "Protocol": row.protocol or "–",
+                }
             )
-        notes += [f"Not read: {problem}." for problem in run.problems]
-    return "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+    if not rows:
+        return ""
+    return section("Evaluations", "<p>They touch neither a curve nor a best.</p>" + table(rows, "Evaluations"))
 
 
 def pairs_html(runs: Sequence[Run]) -> str:
@@ -98,7 +131,7 @@ def laws_html(fits: Sequence[Fit]) -> str:
             }
         )
     return section(
-        "Laws", table(rows) + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>"
+        "Laws", table(rows, "Laws") + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>"
     )
 
 
@@ -115,7 +148,7 @@ def downstream_html(runs: Sequence[Run]) -> str:
             cells = {"Run": run.name, "Objective": run.objective.upper()}
             cells.update({name: scores[run.name].get(name, "–") for name in names})
             rows.append(cells)
-    return section("Downstream", table(rows) + "<p>± is the standard error over the items of a task.</p>")
+    return section("Downstream", table(rows, "Downstream") + "<p>± is the standard error over the items of a task.</p>")
 
 
 def load_downstream(folder: Path) -> dict[str, str]:
@@ -176,19 +209,3 @@ def notes_html() -> str:
         "would end a little lower.",
     )
     return "<ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
-
-
-def provenance_html(runs: Sequence[Run]) -> str:
-    """Where every run comes from."""
-    rows = []
-    for run in runs:
-        versions = run.info.get("versions") or {}
-        rows.append(
-            {
-                "Run": run.name,
-                "Started": str(run.info.get("started", "–")),
-                "Device": str(run.info.get("device", "–")),
-                "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-            }
-        )
-    return table(rows)
