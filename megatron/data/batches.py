@@ -27,12 +27,16 @@ LOST = re.compile(
 )
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what a job is stopped by
+
+
 class Workers:
     """How loader processes answer signals.
 
     Ctrl-C and a cluster's signals reach every process of a job, but the trainer answers them: it may need more batches
     before it stops. So workers ignore them, except SIGTERM once the trainer lets them go (or is gone itself):
-    multiprocessing sends it at exit and waits for the process without limit.
+    multiprocessing sends it at exit and waits for the process without limit. Until a worker knows this, what comes waits
+    (:class:`Batches` starts it so): launchers signal whole process groups, and torch lets a stranger's SIGTERM end a worker.
     """
 
     def __init__(self) -> None:
@@ -45,9 +49,9 @@ class Workers:
 
     def __call__(self, _worker: int) -> None:
         """Set up a worker (``worker_init_fn``)."""
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_terminate)
+        for number in STOPS:
+            signal.signal(number, self._on_terminate if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         # A batch that cannot be handed over would be dropped by the queue, and the trainer would wait for it.
         Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
 
@@ -74,8 +78,10 @@ def _losses_named() -> Iterator[None]:
     """Turn what torch says of a lost loader process into a :class:`Failure`."""
     try:
         yield
-    except (RuntimeError, OSError) as error:
-        if LOST.search(str(error)):
+    except (RuntimeError, OSError, EOFError) as error:
+        # The dataset's own errors come with "Caught ..."; a connection is only to a process that handed over a batch and ended.
+        is_cut = isinstance(error, ConnectionError | EOFError) and not str(error).startswith("Caught")
+        if is_cut or LOST.search(str(error)):
             raise _loss(error) from error
         raise
 
@@ -94,8 +100,12 @@ class Batches:
             Failure: there is no room for them.
         """
         self._workers = workers
-        with _losses_named():
-            self._source = iter(loader)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which its processes inherit
+        try:
+            with _losses_named():
+                self._source = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __iter__(self) -> Iterator[ModelBatch[torch.Tensor]]:
         return self

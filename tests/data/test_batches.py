@@ -1,0 +1,96 @@
+"""Loader processes: what they answer, and what is said of one that is gone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron.data.batches import Batches, Workers
+from megatron.errors import Failure
+
+
+class Numbers(Dataset[torch.Tensor]):
+    """A few samples; making one may fail."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor] = torch.tensor) -> None:
+        self._make = make
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._make(index)
+
+
+class Slow(Workers):
+    """Processes that are at their start for a while, as on a busy machine."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __call__(self, worker: int) -> None:
+        (self._folder / str(os.getpid())).touch()
+        time.sleep(1)
+        super().__call__(worker)
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
+def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str, tmp_path: Path) -> None:
+    workers = Slow(tmp_path)
+    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=workers), workers) as batches:
+        while len(pids := [path.name for path in tmp_path.iterdir()]) < 2:
+            time.sleep(0.01)
+        subprocess.run(["kill", f"-{name}", *pids], check=True)  # by another process than the trainer, as a launcher
+        assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+
+
+def cut(_index: int) -> torch.Tensor:
+    """An error of the dataset that is worded as that of a connection."""
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_an_error_of_the_data_keeps_its_traceback() -> None:
+    workers = Workers()
+    loader = DataLoader(Numbers(cut), num_workers=1, worker_init_fn=workers)
+    with Batches(loader, workers) as batches, pytest.raises(ConnectionResetError, match="Caught"):
+        next(batches)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_cut_connection_is_a_lost_process(error: Exception) -> None:
+    """Which of several signs of it the trainer meets first is chance."""
+
+    def gone():
+        raise error
+        yield
+
+    workers = Workers()
+    batches = Batches(DataLoader(Numbers()), workers)
+    batches._source = gone()
+    with pytest.raises(Failure, match="/dev/shm"):
+        next(batches)
+
+
+def test_a_killed_process_is_named() -> None:
+    program = """
+import os, signal, torch
+from torch.utils.data import DataLoader
+from megatron.data.batches import Batches, Workers
+workers = Workers()
+batches = Batches(DataLoader(list(range(10**6)), num_workers=2, worker_init_fn=workers), workers)
+with batches:
+    next(batches)
+    os.kill(batches._source._workers[0].pid, signal.SIGKILL)
+    for _ in batches: pass
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert "Failure: the data loader lost a process" in done.stderr
