@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron.commands.pretrain import pretrain
+from megatron.commands.pretrain import main
 
 if __name__ == "__main__":
-    sys.exit(pretrain(objective="mdm"))
+    sys.exit(main("mdm"))

@@ -1,6 +1,7 @@
 """Package metadata. ``install.sh`` reads the two tables below too, so that versions are written once.
 
-Programs run from a checkout (``python pretrain_gpt.py``); installing makes ``import megatron`` work elsewhere too.
+Programs run from a checkout (``python pretrain_gpt.py``); installing (``pip install -e .``) makes ``import megatron`` and the
+command ``megatron`` work elsewhere too.
 """
 
 from __future__ import annotations
@@ -64,5 +65,6 @@ if __name__ == "__main__":
         package_data={"megatron": ["**/*.json", "**/*.csv", "**/*.yaml", "**/*.html", "**/*.jsonl"]},
         python_requires=">=3.10,<3.14",
         install_requires=INSTALL_REQUIRES,
+        entry_points={"console_scripts": ["megatron = megatron.commands.console:entry"]},
         extras_require=EXTRAS_REQUIRE,
     )

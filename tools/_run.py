@@ -1,117 +1,19 @@
-"""How every tool starts and ends: one line for what the user can mend, a traceback for what only a developer can.
-
-| how ``main`` ends | printed | status |
-|---|---|---|
-| returns | | what it returned (None: 0) |
-| ``UserError``, wrong flags, the name of no file | ``error: given; rule; fix`` | 2 |
-| ``Failure``; a file that may not be used, a full disk | ``error: given; rule; fix`` | 1 |
-| a package is missing | how to reach or make the environment | 1 |
-| Ctrl-C | ``interrupted`` | 130 |
-| the reader of a pipe is gone (``tool \\| head``) | | 141, as of any program that SIGPIPE ends |
-| anything else | its traceback | 1 |
-
-A tool imports packages inside its functions, so that ``--help`` answers at once and a missing one is caught here.
-"""
+"""Doors: each program in this folder starts one of ``megatron/commands/``, and ends as that package's ``running.py`` says."""
 
 from __future__ import annotations
 
-import errno
-import os
-import select
 import sys
-from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
-from megatron.errors import Failure, UserError
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # so that a program works from any folder, installed or not
 
-# Error numbers of files: the rule, and what to do.
-WRONG_NAMES = {
-    errno.ENOENT: ("it must exist", "check the name"),
-    errno.ENOTDIR: ("a part of the path is no folder", "check the name"),
-    errno.EISDIR: ("a file is needed there", "name a file, not a folder"),
-    errno.EEXIST: ("it is never overwritten", "remove it or name another"),
-}
-REFUSED = {
-    errno.EACCES: ("this user may not use it", "change its permissions or name another"),
-    errno.EPERM: ("this user may not change it", "change its owner or name another"),
-    errno.EROFS: ("its file system is read-only", "name a place that can be written"),
-    errno.ENOSPC: ("its file system is full", "free space there or name another place, and run again"),
-    errno.EDQUOT: ("the quota is used up", "free space there or name another place, and run again"),
-}
+from megatron.commands.running import run
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and leave with the status of the table above."""
-    sys.exit(status_of(main))
-
-
-def status_of(main: Callable[[], int | None]) -> int:
-    """Call ``main``, print its error if it is one for the user, and return the exit status.
-
-    Raises:
-        Exception: whatever is a fault of the program.
-        SystemExit: ``main`` left by itself (argparse).
-    """
-    try:
-        return _flushed(main() or 0)
-    except UserError as error:
-        return _say(error)
-    except ModuleNotFoundError as error:
-        if not _is_package(error.name):
-            raise
-        fix = "run: source .venv/bin/activate, or bash install.sh where there is none yet"
-        return _say(Failure(f"{sys.executable} has no package {error.name}", "tools run in the environment", fix))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        _drop_output()
-        return 141
-    except OSError as error:
-        if error.errno not in WRONG_NAMES | REFUSED or error.filename is None:
-            raise
-        kind = UserError if error.errno in WRONG_NAMES else Failure
-        given = f"{_named(error)}: {os.strerror(error.errno).lower()}"
-        return _say(kind(given, *(WRONG_NAMES | REFUSED)[error.errno]))
-
-
-def _flushed(status: int) -> int:
-    """``status``, once all output has left. A full disk under it is an error that names standard output."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            _drop_output()
-            error.filename = "standard output"
-        raise
-    return status
-
-
-def _drop_output() -> None:
-    """The interpreter flushes once more at its end; that must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_status
-
-
-def _named(error: OSError) -> str:
-    """The file of an error; of two (a rename), the second is where it should have gone."""
-    return str(error.filename if error.filename2 is None else error.filename2)
-
-
-def _is_package(name: str | None) -> bool:
-    """Whether a module comes with an installed package, neither with Python nor with this checkout."""
-    top = (name or "").partition(".")[0]
-    return bool(top) and top not in {"megatron", "tools"} and top not in sys.stdlib_module_names
-
-
-def _reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+def door(module: str) -> NoReturn:
+    """Run ``main()`` of a module of ``megatron.commands`` and leave with its status."""
+    run(lambda: import_module(f"megatron.commands.{module}").main())

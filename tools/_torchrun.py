@@ -7,11 +7,8 @@ would look like a crash. Which process failed first decides here; what it printe
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tools._run import run
+from _run import run
 
 STOPPED = 75  # EX_TEMPFAIL: saved before the end, to be continued
 

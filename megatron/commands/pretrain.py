@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron.training.main import main
+from megatron.commands.running import missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from megatron.training.plan import Plan
 
 
-def pretrain(objective: str, argv: Sequence[str] | None = None) -> int:
+def main(objective: str = "ar", argv: Sequence[str] | None = None) -> int:
     """Run the program with ``objective`` as its default; returns the exit status (see :func:`megatron.training.main.main`)."""
-    return main(objective, argv, probe=answer_gap)
+    try:
+        from megatron.training.main import main as train
+
+        return train(objective, argv, probe=answer_gap)
+    except ModuleNotFoundError as error:
+        return missing_package(error)
 
 
 def answer_gap(plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:

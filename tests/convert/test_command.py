@@ -11,13 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron.commands.convert import main
+from megatron.commands.running import status_of
 from megatron.convert.published import find_published
 from megatron.convert.run_folder import read_run
 from megatron.convert.unpickle import load_pickled
 from tests.convert.reference import layer_files, make_config, plain_logits, random_tensors, write_published
 from tests.convert.test_unpickle import Bomb
-from tools._run import status_of
-from tools.convert_checkpoint import main
 
 GOLDEN = str(Path(__file__).resolve().parents[1] / "golden" / "ar_ckpt")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron.commands import download
 from megatron.hub import catalogue
 from megatron.hub import download as hub_module
 from megatron.hub.download import DownloadError, RemoteFile, fetch, is_present, list_files
 from tests.hub.fake_hub import COMMIT, Fault, Hub
-from tools import download
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = random.Random(0).randbytes(100_000)

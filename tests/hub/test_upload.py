@@ -13,13 +13,13 @@ import transformers
 import yaml
 from huggingface_hub import constants
 
+from megatron.commands.push import main
+from megatron.commands.running import status_of
 from megatron.config.schema import DataConfig
 from megatron.convert.run_folder import read_run, write_run
 from megatron.hub.model_card import model_card, without_local_paths
 from tests.convert.reference import make_config, random_tensors
 from tests.hub.fake_hub import Hub
-from tools._run import status_of
-from tools.push_to_hub import main
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ assert not heavy, heavy
 """
 
 NAMES = """
-from tools.fit_laws import LAW_NAMES, POINTS
+from megatron.commands.fit import LAW_NAMES, POINTS
 from megatron.scaling.laws import LAWS
 from megatron.scaling.observations import CHOICES
 assert LAW_NAMES == tuple(LAWS)

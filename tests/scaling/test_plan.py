@@ -22,8 +22,8 @@ from megatron.scaling.predict import best_epochs, compute_optimal, critical_comp
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from tools._run import status_of  # noqa: E402
-from tools.plan import main as plan_program  # noqa: E402
+from megatron.commands.plan import main as plan_program  # noqa: E402
+from megatron.commands.running import status_of  # noqa: E402
 
 AR = (1.8, 400.0, 0.34, 1500.0, 0.35, 2.0, 0.9, 0.35, 0.45)  # u_shaped
 MDM = (1.75, 800.0, 0.36, 4000.0, 0.36, 500.0, 50.0)  # data_constrained: worse at one epoch, better after many

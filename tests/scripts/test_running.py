@@ -1,4 +1,4 @@
-"""tools/_run.py: how each ending of a tool is printed, and its status."""
+"""How each ending of a program is printed, and its status."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.commands.running import status_of
 from megatron.errors import Failure, UserError
-from tools._run import status_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_what_main_returns_is_the_status() -> None:
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_closed_pipe_is_quiet(lines: int) -> None:
     """Few lines fail when the interpreter flushes them, many while they are printed."""
-    program = f"from tools._run import run\nrun(lambda: print('x\\n' * {lines}))"
+    program = f"from megatron.commands.running import run\nrun(lambda: print('x\\n' * {lines}))"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60)
@@ -83,7 +83,7 @@ def test_a_closed_pipe_is_quiet(lines: int) -> None:
 
 
 def test_another_broken_pipe_is_no_closed_output() -> None:
-    program = "from tools._run import run\ndef main(): raise BrokenPipeError(32, 'a worker')\nrun(main)"
+    program = "from megatron.commands.running import run\ndef main(): raise BrokenPipeError(32, 'a worker')\nrun(main)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "BrokenPipeError" in done.stderr
@@ -92,7 +92,7 @@ def test_another_broken_pipe_is_no_closed_output() -> None:
 def test_a_full_disk_under_the_output_is_said() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    program = "from tools._run import run\nrun(lambda: print('x'))"
+    program = "from megatron.commands.running import run\nrun(lambda: print('x'))"
     command = [sys.executable, "-c", program]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:

@@ -1,0 +1,47 @@
+"""Runs against each other, as text: best validations, what differs in each pair, and what follows (docs/metrics.md)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.runs.run import Run
+
+MAX_LINES = 12  # a sweep has hundreds of runs; the page of ``megatron report`` has them all
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories"
+    )
+    options = parser.parse_args(arguments)
+    from megatron.runs.reading import find_runs
+
+    print("\n".join(comparison(find_runs(options.runs))))
+
+
+def comparison(runs: list[Run]) -> list[str]:
+    """Lines about runs and their pairs, then what follows. Files that could not be read are named on standard error."""
+    from megatron.runs.comparison import summary_row
+    from megatron.runs.conclusion import conclusion
+    from megatron.runs.matching import matched_pairs
+    from megatron.runs.replicates import average_seeds
+
+    for problem in [problem for run in runs for problem in run.problems]:
+        print(f"not read: {problem}", file=sys.stderr)
+    lines = []
+    for run in runs[:MAX_LINES]:
+        row = summary_row(run)
+        lines.append(f"{row['Run']}: {row['Best validation, nats/token']} nats/token (± over {row['± over']}), {row['Kind']}; "
+                     f"overfits: {row['Overfits']}")  # fmt: skip
+    for first, second, found in matched_pairs(runs)[:MAX_LINES]:
+        real = [str(item) for item in found if item.weight == "result"]
+        unknown = [str(item) for item in found if item.weight == "unknown"]
+        verdict = "matched" if not real else "differs in " + "; ".join(real)
+        lines.append(f"pair {first.name} / {second.name}: " + "; ".join([verdict, *unknown]))
+    return [*lines, "", *conclusion(average_seeds(runs))]

@@ -1,0 +1,105 @@
+"""Compare the packages of the running Python with what ``setup.py`` asks for. Needs only pip; used by install.sh.
+
+python tools/check_environment.py [--with eval,test]             a table; exit status 1 when a package is missing
+python tools/check_environment.py --missing [--with eval,test]   only the missing requirements, one a line, for pip
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Optional accelerators: distribution names, and what runs in their place.
+ACCELERATORS = {
+    "apex": (("apex",), "torch's fused AdamW"),
+    "flash-attn": (("flash-attn",), "torch's scaled_dot_product_attention"),
+    "liger": (("liger-kernel",), "PyTorch's SwiGLU"),
+}
+
+
+def parsed(requirement: str) -> Any:
+    """The name and the versions of a requirement such as ``torch>=2.11,<2.14``."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # a fresh virtual environment has only pip, which carries a copy
+        from pip._vendor.packaging.requirements import Requirement  # type: ignore[no-redef,assignment]
+    return Requirement(requirement)
+
+
+def installed_version(name: str) -> str | None:
+    """Return the installed version of a distribution, or None; nothing is imported."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def satisfied(requirement: str) -> bool:
+    """Tell whether an installed distribution meets a requirement such as ``torch>=2.11,<2.14``."""
+    wanted = parsed(requirement)
+    version = installed_version(wanted.name)
+    return version is not None and wanted.specifier.contains(version, prereleases=True)
+
+
+def requirements(extras: list[str]) -> dict[str, list[str]]:
+    """Return the requirements of setup.py by group: ``needed`` first, then each extra asked for."""
+    tables: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")
+    known = tables["EXTRAS_REQUIRE"]
+    return {"needed": tables["INSTALL_REQUIRES"], **{name: known[name] for name in extras}}
+
+
+def extra_names(text: str) -> list[str]:
+    """Split ``--with`` values into extras of setup.py; accelerators are left to install.sh."""
+    known = [*runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")["EXTRAS_REQUIRE"], *ACCELERATORS]
+    names = [name for name in text.replace(",", " ").split() if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--with {name}", f"the choices are {', '.join(known)}", "separate several with commas")
+    return [name for name in dict.fromkeys(names) if name not in ACCELERATORS]
+
+
+def missing(groups: dict[str, list[str]]) -> list[str]:
+    """Return every requirement that no installed distribution meets, each once."""
+    return list(dict.fromkeys(item for items in groups.values() for item in items if not satisfied(item)))
+
+
+def print_table(groups: dict[str, list[str]]) -> None:
+    """Print one line a requirement: name, installed version, and what is asked for when that is not met."""
+    print(f"Python {platform.python_version()}  {sys.executable}")
+    for group, items in groups.items():
+        print(f"{group}:")
+        for item in items:
+            name = parsed(item).name
+            version = installed_version(name)
+            state = "ok" if satisfied(item) else f"MISSING (needs {item})"
+            print(f"  {name:<16} {version or '-':<14} {state}")
+    print("optional accelerators:")
+    for name, (distributions, fallback) in ACCELERATORS.items():
+        version = next(filter(None, map(installed_version, distributions)), None)
+        print(f"  {name:<16} {version or '-':<14} {'ok' if version else f'not installed, falling back to {fallback}'}")
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compare installed packages with what this project needs.")
+    parser.add_argument("--with", dest="extras", default="", metavar="NAMES", help="extras too: eval,logging,test")
+    parser.add_argument("--missing", action="store_true", help="print only missing requirements, one a line")
+    options = parser.parse_args()
+    groups = requirements(extra_names(options.extras))
+    if options.missing:
+        print("\n".join(missing(groups)))
+        return 0
+    if not extra_names(options.extras):  # the table shows every extra, but only what is needed decides
+        groups |= requirements(["eval", "logging", "test"])
+        print_table(groups)
+        return 1 if missing(requirements([])) else 0
+    print_table(groups)
+    return 1 if missing(groups) else 0

@@ -1,0 +1,81 @@
+"""Fit scaling laws to run directories: parameters with 95 % intervals, held-out errors, and a file for tools/plan.py."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.errors import require
+
+if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.scaling.fit import Fit
+    from megatron.scaling.observations import Observations
+
+LAW_NAMES = ("chinchilla", "data_constrained", "u_shaped")
+POINTS = ("final", "best", "curve")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Fit and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    parser.add_argument("--law", choices=[*LAW_NAMES, "best"], default="best",
+                        help="law to fit; best: the one with the lowest cross-validation error (default)")  # fmt: skip
+    parser.add_argument("--points", choices=POINTS, default="final",
+                        help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
+    parser.add_argument("--bootstrap", type=int, default=400, metavar="REFITS", help="refits (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of starts and bootstrap (default: 0)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the fits as JSON for tools/plan.py")
+    options = parser.parse_args(arguments)
+    _fit_all(options)
+
+
+def _fit_all(options: argparse.Namespace) -> None:
+    from megatron.runs.reading import find_runs
+    from megatron.scaling.fit import save_fits
+    from megatron.scaling.observations import observe
+
+    require(
+        options.bootstrap >= 2,
+        f"--bootstrap {options.bootstrap} was given",
+        "an interval needs refits",
+        "give some hundred",
+    )
+    require(options.seed >= 0, f"--seed {options.seed} was given", "a seed is not negative", "give 0 or more")
+    fits = [_fit_one(data, options) for data in observe(find_runs(options.runs), options.points)]
+    require(fits, "no run with a likelihood was given", "a law is fitted to validation losses", "name finished runs")
+    if options.output:
+        save_fits(fits, options.output)
+        print(f"fits: {options.output}")
+
+
+def _fit_one(data: Observations, options: argparse.Namespace) -> Fit:
+    """Fit one law, or all that have enough points and keep the best; print what came out."""
+    from megatron.scaling.laws import LAWS
+    from megatron.scaling.observations import fit_observations
+
+    names = list(LAWS) if options.law == "best" else [options.law]
+    if options.law == "best":
+        names = [name for name in names if len(data.losses) >= len(LAWS[name].names) + 2] or names[:1]
+    fits = [fit_observations(LAWS[name], data, num_bootstrap=options.bootstrap, seed=options.seed) for name in names]
+    best = min(fits, key=lambda fit: fit.cross_validation if fit.cross_validation is not None else fit.noise)
+    print(f"{data.objective.upper()}, {data.label}: {best.num_points} losses of {best.num_runs} runs")
+    for text in data.skipped:
+        print(f"  left out: {text}")
+    for fit in fits:
+        chosen = " <- chosen" if fit is best and len(fits) > 1 else ""
+        print(f"  {fit.law.name}: residual {fit.noise:.2%}, left-out runs {_percent(fit.cross_validation)}, "
+              f"largest left-out runs {_percent(fit.extrapolation)}{chosen}")  # fmt: skip
+    print(f"  {best.law.equation}")
+    for name in best.law.names:
+        print(f"    {name:6} {best.interval(name)}")
+    if best.undetermined:
+        print(f"  these runs leave {', '.join(best.undetermined)} open: use this law inside of their range only")
+    spans = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in best.ranges.items())
+    print(f"  fitted on {spans}")
+    return best
+
+
+def _percent(value: float | None) -> str:
+    return "too few runs" if value is None else f"{value:.2%}"

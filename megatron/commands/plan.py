@@ -1,0 +1,152 @@
+"""Which of AR and masked diffusion to train on given data and compute, how large and how long, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.errors import UserError, require
+
+if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.scaling.planner import Choice, Plan
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Plan and print."""
+    options = _parser().parse_args(arguments)
+    plan = _plan(options)
+    print(json.dumps(_finite(asdict(plan)), indent=1) if options.json else _text(plan, options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--unique-tokens", required=True, metavar="TOKENS", help="tokens of data, such as 100M or 1e8")
+    add("--flops", required=True, metavar="FLOPS", help="training compute (6*N*D), such as 1e20")
+    add("--fits", type=Path, metavar="FILE", help="fits of tools/fit_laws.py; default: published coefficients")
+    add("--sizes", nargs="+", metavar="SIZE", help="presets or parameter counts to choose from, such as 140M or 2.5e6")
+    add("--vocab-size", type=int, default=50257, metavar="TOKENS",
+        help="no predicted loss above ln of this, which guessing costs (default: %(default)s)")  # fmt: skip
+    add("--device", default="H100", help="for the cost: H100, H200, A100, B200, ... (default: %(default)s)")
+    add("--peak-tflops", type=float, metavar="TFLOPS", help="peak of one device, instead of --device")
+    add("--devices", type=int, default=8, metavar="COUNT", help="devices used at once (default: %(default)s)")
+    add("--mfu", type=float, default=0.4, metavar="FRACTION", help="share of the peak reached (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    from megatron.runs.counts import parse_count
+    from megatron.scaling.fit import load_fits
+    from megatron.scaling.literature import PUBLISHED
+    from megatron.scaling.planner import Budget, make_plan
+
+    require(0 < options.mfu <= 1, f"--mfu {options.mfu:g} was given", "it is a share of the peak", "give 0.4, say")
+    require(options.devices >= 1, f"--devices {options.devices} was given", "at least one is used", "give a count")
+    _peak(options)
+    models = dict(PUBLISHED)
+    if options.fits:
+        models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
+    budget = Budget(
+        unique_tokens=parse_count(options.unique_tokens),
+        flops=parse_count(options.flops),
+        sizes=_sizes(options.sizes),
+        vocab_size=options.vocab_size,
+    )
+    return make_plan(models, budget)
+
+
+def _sizes(names: list[str] | None) -> dict[str, float]:
+    """Sizes to choose from, by name: presets, or bare numbers of parameters."""
+    from megatron.runs.counts import parse_count
+    from megatron.scaling.planner import preset_sizes
+
+    presets = preset_sizes()
+    if not names:
+        return presets
+    sizes = {}
+    for name in names:
+        try:
+            sizes[name] = presets[name] if name in presets else parse_count(name)
+        except UserError:
+            raise UserError(
+                f"size {name!r} was given",
+                "a size is a number of parameters above 0, or a preset",
+                f"presets: {', '.join(presets)}",
+            ) from None
+    return sizes
+
+
+def _peak(options: argparse.Namespace) -> tuple[float, str]:
+    """(peak in FLOP/s, name) of the device."""
+    from megatron.scaling.planner import DEVICES
+
+    if options.peak_tflops is not None:
+        given = options.peak_tflops
+        require(0 < given < math.inf, f"--peak-tflops {given:g} was given", "a peak is above 0", "see the data sheet")
+        return given * 1e12, f"{given:g} TFLOP/s device"
+    require(
+        options.device in DEVICES,
+        f"--device {options.device} was given",
+        f"known are {', '.join(sorted(DEVICES))}",
+        "choose one or give --peak-tflops",
+    )
+    return DEVICES[options.device], options.device
+
+
+def _text(plan: Plan, options: argparse.Namespace) -> str:
+    from megatron.runs.counts import format_count
+
+    lines = [
+        f"{format_count(plan.unique_tokens)} unique tokens, {plan.flops:.3g} FLOPs",
+        f"Train: {plan.recommended.upper()} ({plan.reason})",
+        f"MDM overtakes AR on this much data at {plan.critical} FLOPs"
+        + ("" if math.isfinite(plan.critical.value) else " (not below 1e28)"),
+    ]
+    for objective, choice in plan.choices.items():
+        lines += ["", f"{objective.upper()}, {choice.label}"]
+        if choice.cheapest is None:
+            lines += _choice_lines("lowest predicted loss", choice, options)
+        else:
+            share = choice.cheapest.flops / choice.flops
+            lines += _choice_lines(
+                f"cheapest within one standard error, {share:.2g} of the compute", choice.cheapest, options
+            )
+            lines += _choice_lines("lowest predicted loss", choice, options)
+        lines.append(f"  source: {choice.source}")
+        notes = dict.fromkeys(note for part in (choice.advised, choice) for note in part.notes)
+        lines += [f"  note: {note}" for note in notes]
+    if plan.probability is None:
+        lines += ["", "note: The ranges are the error of the published coefficients at the paper's best runs."]
+    return "\n".join([*lines, *([] if plan.probability is None else [""]), *[f"note: {note}" for note in plan.notes]])
+
+
+def _choice_lines(title: str, choice: Choice, options: argparse.Namespace) -> list[str]:
+    from megatron.runs.counts import format_count
+    from megatron.scaling.planner import device_hours
+
+    peak, name = _peak(options)
+    device_h, wall_h = device_hours(choice.flops, peak_flops=peak, mfu=options.mfu, devices=options.devices)
+    lines = [
+        f"  {title}:",
+        f"    {choice.size} ({format_count(choice.parameters)} parameters), {choice.epochs:.3g} epochs, "
+        f"{format_count(choice.tokens)} tokens, {choice.flops:.3g} FLOPs",
+        f"    predicted {choice.loss} nats/token; {device_h:.3g} {name} hours, {wall_h:.3g} h on {options.devices} "
+        f"at {options.mfu:.0%} MFU",
+    ]
+    if choice.optimal_epochs is not None:
+        lines.append(f"    lowest loss of this size at {choice.optimal_epochs:.3g} epochs")
+    return lines
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

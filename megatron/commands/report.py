@@ -1,0 +1,64 @@
+"""Turn run directories into a report: one HTML page that needs no other file, and its figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.commands.compare import comparison
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the report and print what it concludes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)"
+    )
+    parser.add_argument("--fits", type=Path, metavar="FILE", help="laws of tools/fit_laws.py, for their figures")
+    parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
+    parser.add_argument(
+        "--serve",
+        nargs="?",
+        type=_port,
+        const=8000,
+        metavar="PORT",
+        help="after the runs: also serve the page on 127.0.0.1, made anew while runs train, until Ctrl-C (default: 8000; "
+        "0: any free port)",
+    )
+    options = parser.parse_args(arguments)
+    _report(options)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text} is no port (0 to 65535); name the runs before it: RUN --serve")
+    return int(text)
+
+
+def _report(options: argparse.Namespace) -> None:
+    # After the flags are read, so that --help does not wait for matplotlib.
+    from megatron.runs.reading import find_runs
+    from megatron.scaling.fit import load_fits
+    from megatron.scaling.report.page import write_report
+
+    fits = load_fits(options.fits) if options.fits else []
+
+    def write() -> Path:
+        return write_report(find_runs(options.runs), options.output, options.title, fits=fits)
+
+    page = write()
+    print("\n".join([*comparison(find_runs(options.runs)), "", f"report: {page}"]), flush=True)
+    if options.serve is not None:
+        _serve(options, write)
+
+
+def _serve(options: argparse.Namespace, write: Callable[[], Path]) -> None:
+    from megatron.scaling.report.serve import ADDRESS, LiveReport, open_server
+
+    with open_server(LiveReport(options.runs, write), options.serve) as server:
+        print(f"serving http://{ADDRESS}:{server.server_address[1]}/ on this machine only; Ctrl-C ends", flush=True)
+        server.serve_forever()
