@@ -137,6 +137,13 @@ print(metadata.distribution('megatron-mdm').read_text('direct_url.json') or '')"
   esac
 }
 
+next_steps() {
+  [ "$(command -v python)" = "$ENV_PYTHON" ] || echo "To use it in this shell:  source $(dirname "$ENV_PYTHON")/activate"
+  echo "Next:  bash examples_scaling/quickstart/laptop.sh   AR and MDM on a small text, a report, about 10 minutes"
+  echo "       python -m megatron --help                    every program"
+  echo "       bash download.sh --help                      data and checkpoints of the paper"
+}
+
 main() {
   parse_options "$@"
   find_environment
@@ -162,6 +169,7 @@ main() {
   install_accelerators
   [ "$LINK" = 0 ] || link_checkout
   say "everything needed is installed in $(dirname "$(dirname "$ENV_PYTHON")")"
+  next_steps
 }
 
 main "$@"

@@ -66,7 +66,7 @@ def benchmark_config(flags: list[str], steps: int) -> Config:
     if not any(flag.split("=")[0] in ("--model", "--num-layers") for flag in flags):
         defaults += ["--model", "7M"]
     world_size = Launch.from_environment().world_size
-    config = parse([*defaults, *flags, "--train-iters", str(steps)], prog="benchmark.py", world_size=world_size)
+    config = parse([*defaults, *flags, "--train-iters", str(steps)], world_size=world_size)
     parallel, run = config.parallel, config.run
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)

@@ -1,4 +1,4 @@
-"""Compare the packages of the running Python with what ``setup.py`` asks for. Needs only pip; used by install.sh.
+"""Compare the packages of the running Python with what this project asks for. Needs only pip; used by install.sh.
 
 python tools/check_environment.py [--with eval,test]             a table; exit status 1 when a package is missing
 python tools/check_environment.py --missing [--with eval,test]   only the missing requirements, one a line, for pip
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import runpy
 import sys
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import Any
 
 from megatron.errors import UserError
 
+DISTRIBUTION = "megatron-mdm"
 ROOT = Path(__file__).resolve().parents[2]
 # Optional accelerators: distribution names, and what runs in their place.
 ACCELERATORS = {
@@ -49,16 +51,29 @@ def satisfied(requirement: str) -> bool:
     return version is not None and wanted.specifier.contains(version, prereleases=True)
 
 
+def requirement_tables() -> tuple[list[str], dict[str, list[str]]]:
+    """What is needed, and extras by name: of setup.py in a checkout, elsewhere of the installed distribution."""
+    if (ROOT / "setup.py").is_file():
+        tables: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")
+        return tables["INSTALL_REQUIRES"], tables["EXTRAS_REQUIRE"]
+    needed: list[str] = []
+    extras: dict[str, list[str]] = {}
+    for line in metadata.requires(DISTRIBUTION) or []:
+        item, _, marker = line.partition(";")
+        found = re.search(r"""extra == ["']([^"']+)["']""", marker)
+        (extras.setdefault(found.group(1), []) if found else needed).append(item.strip())
+    return needed, extras
+
+
 def requirements(extras: list[str]) -> dict[str, list[str]]:
-    """Return the requirements of setup.py by group: ``needed`` first, then each extra asked for."""
-    tables: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")
-    known = tables["EXTRAS_REQUIRE"]
-    return {"needed": tables["INSTALL_REQUIRES"], **{name: known[name] for name in extras}}
+    """Return the requirements by group: ``needed`` first, then each extra asked for."""
+    needed, known = requirement_tables()
+    return {"needed": needed, **{name: known[name] for name in extras}}
 
 
 def extra_names(text: str) -> list[str]:
     """Split ``--with`` values into extras of setup.py; accelerators are left to install.sh."""
-    known = [*runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")["EXTRAS_REQUIRE"], *ACCELERATORS]
+    known = [*requirement_tables()[1], *ACCELERATORS]
     names = [name for name in text.replace(",", " ").split() if name]
     for name in names:
         if name not in known:
@@ -87,6 +102,17 @@ def print_table(groups: dict[str, list[str]]) -> None:
         print(f"  {name:<16} {version or '-':<14} {'ok' if version else f'not installed, falling back to {fallback}'}")
 
 
+def print_namesakes() -> None:
+    """Say that another distribution brings a package of our name: which of the two is imported depends on the folder."""
+    for name in ("megatron-core", "megatron-lm"):
+        version = installed_version(name)
+        if version is not None:
+            print(
+                f"note: {name} {version} is installed and has a package called megatron too; ours is {ROOT / 'megatron'}. "
+                f"Programs of this checkout use ours; to import ours elsewhere: pip uninstall {name}, or another environment"
+            )
+
+
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Compare installed packages with what this project needs.")
@@ -100,6 +126,8 @@ def main() -> int:
     if not extra_names(options.extras):  # the table shows every extra, but only what is needed decides
         groups |= requirements(["eval", "logging", "test"])
         print_table(groups)
+        print_namesakes()
         return 1 if missing(requirements([])) else 0
     print_table(groups)
+    print_namesakes()
     return 1 if missing(groups) else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; no option means the quickstart."""
     parser = argparse.ArgumentParser(
-        prog="download.sh",
+        prog="download.sh" if Path(sys.argv[0]).name == "download.py" else None,
         description="Download from the Hugging Face hub. Interrupted downloads continue; every file is checked against "
         "the hash that the hub lists. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxy variables are honoured.",
     )

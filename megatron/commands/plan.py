@@ -43,12 +43,12 @@ def _plan(options: argparse.Namespace) -> Plan:
     from megatron.runs.counts import parse_count
     from megatron.scaling.fit import load_fits
     from megatron.scaling.literature import PUBLISHED
-    from megatron.scaling.planner import Budget, make_plan
+    from megatron.scaling.planner import Budget, Model, make_plan
 
     require(0 < options.mfu <= 1, f"--mfu {options.mfu:g} was given", "it is a share of the peak", "give 0.4, say")
     require(options.devices >= 1, f"--devices {options.devices} was given", "at least one is used", "give a count")
     _peak(options)
-    models = dict(PUBLISHED)
+    models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
         models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
     budget = Budget(

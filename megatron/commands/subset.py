@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--random", action="store_true", help="a random sample instead of the first documents")
     add("--seed", type=whole(0, 2**63 - 1), default=1234, help="seed of --random (default: 1234)")
-    add("--json-key", default="text", metavar="NAME", help="JSONL: field with the text (default: text)")
+    add("--json-keys", "--json-key", default="text", metavar="KEY", help="JSONL: key of the text (default: text)")
     add("--data-path-file", metavar="FILE", help="also write the line for --train-data-path-file here")
     for flag in ("--tokenizer-type", "--vocab-file", "--merge-file", "--tokenizer-model"):
         add(flag, metavar="NAME" if flag == "--tokenizer-type" else "FILE", help="JSONL: tokenizer that counts tokens")
@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
 
     selection = Selection(args.documents, args.tokens, args.seed if args.random else None)
     if Path(args.input).is_file() and not args.input.endswith((".bin", ".idx")):
-        report = subset_jsonl(args.input, args.output, selection, tokenizer=counting_tokenizer(args), key=args.json_key)
+        report = subset_jsonl(
+            args.input, args.output, selection, tokenizer=counting_tokenizer(args), key=args.json_keys
+        )
     else:
         report = subset_indexed(clean_prefix(args.input), args.output, selection)
     if args.data_path_file:

@@ -48,7 +48,9 @@ def main() -> None:
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
     parser.add_argument("--input-format", choices=FORMATS, help="default: by file name")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="key or column of the text (default: text)")
+    parser.add_argument(
+        *("--json-keys", "--json-key"), default="text", metavar="KEY", help="key or column of the text (default: text)"
+    )
     parser.add_argument(
         "--vocab-size", type=whole(1, 1 << 24), default=2048, metavar="TOKENS", help="ids to make (default: 2048)"
     )
@@ -61,5 +63,5 @@ def main() -> None:
     )
     args = parser.parse_args()
     sources = find_sources(args.input, args.input_format)
-    tokenizer = train_bpe(texts(sources, args.json_key), vocab_size=args.vocab_size, folder=args.output)
+    tokenizer = train_bpe(texts(sources, args.json_keys), vocab_size=args.vocab_size, folder=args.output)
     print(f"{args.output}: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}")

@@ -92,6 +92,7 @@ class DataConfig:
     train_data_path_file: str | None = option(None,
         'file holding one line: "WEIGHT PREFIX" for training, several quoted pairs blend', unit="FILE")
     valid_data_path_file: str | None = option(None, "the same for validation", unit="FILE")
+    allow_training_data_in_validation: bool = option(False, "validate on training data", affects="layout")
     data_impl: str = option("mmap", "on-disk format of the tokens", choices=("mmap", "infer"),
         no_effect="tokens are always memory-mapped", affects="layout")
     data_cache_path: str | None = option(None,

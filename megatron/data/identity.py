@@ -96,6 +96,25 @@ def with_absolute_paths(data: DataConfig, *, train: Sequence[str], valid: Sequen
     return replace(data, **found)
 
 
+def check_apart(train: Sequence[dict[str, Any]], valid: Sequence[dict[str, Any]]) -> None:
+    """Refuse validation data that are training data, or a copy of them.
+
+    Args:
+        train, valid: records of :func:`data_fingerprint`.
+
+    Raises:
+        UserError: which are equal.
+    """
+    trained = {(part["idx_sha256"], part["bin_sample"]): part["prefix"] for part in train}
+    for part in valid:
+        if (found := trained.get((part["idx_sha256"], part["bin_sample"]))) is not None:
+            raise UserError(
+                f"the validation data {part['prefix']} are the training data {found}",
+                "a validation loss is of text that the model has not seen",
+                "split the text with tools/split_data.py, or pass --allow-training-data-in-validation",
+            )
+
+
 def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str | None = None) -> None:
     """Refuse data of different tokenizers, and ids outside the vocabulary.
 

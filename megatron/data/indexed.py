@@ -10,6 +10,7 @@ id, and the SHA-256 of both files and of itself.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -102,11 +103,9 @@ class IndexedDataset:
         self.prefix = clean_prefix(prefix)
         for suffix in (".idx", ".bin"):
             if not os.path.isfile(self.prefix + suffix):
-                raise UserError(
-                    f"no data at {self.prefix}: {self.prefix + suffix} does not exist",
-                    "a data path is the common part of PREFIX.bin and PREFIX.idx",
-                    "check the path or make the data with tools/preprocess_data.py",
-                )
+                given = f"no data at {self.prefix}: {self.prefix + suffix} does not exist"
+                rule = "a data path is the common part of PREFIX.bin and PREFIX.idx"
+                raise UserError(given, rule, _remedy(self.prefix))
         self._read_index(Path(self.prefix + ".idx"))
         self._map_tokens(Path(self.prefix + ".bin"))
 
@@ -199,6 +198,17 @@ class IndexedDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._open(state["prefix"])  # the process that sent it has checked the documents
+
+
+def _remedy(prefix: str) -> str:
+    """What to do about missing data: a similar name that is there, the download, or making it."""
+    folder, name = os.path.split(prefix)
+    there = [path.stem for path in sorted(Path(folder).glob("*.idx")) if path.stem != name]
+    similar = [other for other in there if other.startswith(name)] or difflib.get_close_matches(name, there, cutoff=0.8)
+    if similar:
+        return f"did you mean {os.path.join(folder, similar[0])}?"
+    make = "./download.sh for the paper's data" if name.startswith("gpt2tok_") else "tools/preprocess_data.py"
+    return f"check the path, or run {make}"
 
 
 def _truncated(path: Path, expected: int, found: int) -> DamagedData:

@@ -25,9 +25,7 @@ COUNTS = {"max_new_tokens": (1, 10**9), "num_samples": (1, 10**6), "batch_size":
 
 def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
-    parser = argparse.ArgumentParser(
-        "generate.py", description="Generate text with a checkpoint of any layout or an export."
-    )
+    parser = argparse.ArgumentParser(description="Generate text with a checkpoint of any layout or an export.")
     add = parser.add_argument_group("model").add_argument
     add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
     add(

@@ -16,6 +16,7 @@ from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.identity import (
+    check_apart,
     check_vocabulary,
     data_fingerprint,
     tokenizer_fingerprint,
@@ -66,6 +67,8 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
     is_continued = bool(manifest) and not flags.run.finetune
+    if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
+        check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
     schedule = _schedule(flags, layout, sources.unique_tokens, manifest if is_continued else {})
     run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
     seeds = _seeds(flags, manifest if is_continued else {})

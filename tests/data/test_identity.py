@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron.data import identity
-from megatron.data.identity import check_vocabulary, data_fingerprint, tokenizer_fingerprint, verify_data
+from megatron.data.identity import check_apart, check_vocabulary, data_fingerprint, tokenizer_fingerprint, verify_data
 from megatron.data.indexed import DamagedData, IndexedDataset
 from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
@@ -153,3 +154,11 @@ def test_verification_reads_everything(tmp_path: Path, capsys: pytest.CaptureFix
         verify_data([prefix])
     with pytest.raises(UserError, match=r"records no digests; .*--record"):
         verify_data([without(prefix, "digests")])
+
+
+def test_data_of_equal_lengths_and_other_tokens_are_no_copy(make_data: Callable[..., str]) -> None:
+    train, valid = (data_fingerprint([make_data(name, [5, 7], start=at)]) for name, at in (("one", 0), ("two", 1)))
+    assert train[0]["idx_sha256"] == valid[0]["idx_sha256"]
+    check_apart(train, valid)
+    with pytest.raises(UserError, match="are the training data"):
+        check_apart(train, data_fingerprint([make_data("three", [5, 7])]))

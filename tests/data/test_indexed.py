@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
+from megatron.errors import UserError
 
 from .conftest import GOLDEN
 
@@ -120,3 +122,20 @@ def test_a_document_list_out_of_order_is_refused(make_data) -> None:
     Path(prefix + ".idx").write_bytes(raw)
     with pytest.raises(DamagedData, match=r"document list of .*x\.idx is out of order"):
         IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("data/notes", "did you mean {}/notes_text_document?"),
+     ("data/note_text_document", "did you mean {}/notes_text_document?"),
+     ("data/gpt2tok_c4_100_text_document", "run ./download.sh for the paper's data"),
+     ("other/x", "run tools/preprocess_data.py")],
+)  # fmt: skip
+def test_a_missing_prefix_gets_the_likely_cure(
+    make_data: Callable[..., str], tmp_path: Path, name: str, cure: str
+) -> None:
+    (tmp_path / "data").mkdir()
+    make_data("data/notes_text_document", [3])
+    with pytest.raises(UserError) as error:
+        IndexedDataset(tmp_path / name)
+    assert str(error.value).endswith(cure.format(tmp_path / "data"))

@@ -87,6 +87,7 @@ def test_training_logs_the_gap(tmp_path, objective, monkeypatch) -> None:
         "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --micro-batch-size 2 --train-iters 2"
     )
     flags += f" --train-data-path {tmp_path}/data --valid-data-path {tmp_path}/data --tokenizer-type ByteTokenizer --eval-iters 1"
+    flags += " --allow-training-data-in-validation"
     flags += f" --save {tmp_path}/run --num-workers 0 --attention-dropout 0.1 --gap-task {task}"
     environment = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(repo / program), *flags.split()]

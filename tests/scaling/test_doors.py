@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ASK_FOR_HELP = """
 import importlib, sys
-for name in ("plan", "report", "fit_laws", "sweep"):
+for name in ("plan", "report", "fit", "sweep"):
     try:
-        importlib.import_module(f"tools.{name}").main(["--help"])
+        importlib.import_module(f"megatron.commands.{name}").main(["--help"])
     except SystemExit as end:
         assert end.code == 0, name
 heavy = {"torch", "scipy", "matplotlib", "numpy", "yaml"} & sys.modules.keys()

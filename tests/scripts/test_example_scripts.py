@@ -239,7 +239,9 @@ def test_a_wrong_hostfile_is_refused(tmp_path: Path, text: str | None, message: 
 
 
 @pytest.mark.parametrize(
-    "script", sorted({*EXAMPLES.rglob("*.sh")} - {EXAMPLES / "common.sh"}), ids=lambda path: path.stem
+    "script",
+    sorted({*EXAMPLES.rglob("*.sh")} - {EXAMPLES / "common.sh", EXAMPLES / "quickstart/text.sh"}),
+    ids=lambda path: path.stem,
 )
 def test_help_says_what_the_script_does_and_starts_nothing(script: Path, tmp_path: Path) -> None:
     done = subprocess.run(
@@ -260,6 +262,24 @@ def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None
     ]  # fmt: skip
     assert [after for word, after in itertools.pairwise(words) if word == "--log-interval"] == ["50", "7"] * 2
     assert not list(tmp_path.iterdir())
+
+
+def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Path) -> None:
+    (tmp_path / "Meine Bücher").mkdir()
+    flags = {"TEXT": str(tmp_path / "Meine Bücher"), "SPLIT_FLAGS": "--json-keys body"}
+    words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--lr", "7e-4", **flags)
+    assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
+        "install.sh", "split_data.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
+        "pretrain_gpt.py", "pretrain_mdm.py", "report.py",
+    ]  # fmt: skip
+    after = [next_word for word, next_word in itertools.pairwise(words) if word in ("--input", "--json-keys", "--save")]
+    assert after[0] == str(tmp_path / "Meine Bücher") and "body" in after
+    assert str(REPO / "runs/laptop-Meine_B__cher/ar") in after, "own text has a run directory of its own"
+    assert words.count("7e-4") == 2
+    words = dry_run(EXAMPLES / "quickstart/laptop.sh", DOCUMENTS="5", **flags)
+    assert words[words.index("--documents") + 1] == "5"
+    with pytest.raises(AssertionError, match=r"TEXT=/nowhere does not exist; it is a file or a folder of text; check"):
+        dry_run(EXAMPLES / "quickstart/laptop.sh", TEXT="/nowhere")
 
 
 def test_multi_node_needs_slurm_or_a_hostfile() -> None:

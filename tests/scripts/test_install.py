@@ -126,9 +126,13 @@ def test_check_names_versions_and_fallbacks() -> None:
 
 def test_check_fails_on_a_missing_package(tmp_path: Path) -> None:
     """A copy of the repository whose setup.py asks for what no one has."""
-    tool = [f"tools/{name}.py" for name in ("__init__", "_run", "check_environment")]
+    tool = (
+        "tools/_run.py",
+        "tools/check_environment.py",
+        *(f"megatron/commands/{name}.py" for name in ("__init__", "running", "doctor")),
+    )
     for name in ("install.sh", "setup.py", "megatron/__init__.py", "megatron/errors.py", *tool):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
     setup = (tmp_path / "setup.py").read_text().replace('"numpy>=1.26"', '"numpy>=1.26", "no-such-package>=3"')
     (tmp_path / "setup.py").write_text(setup)

@@ -33,7 +33,7 @@ SMALL = {
 }
 
 
-def start(run_dir: Path) -> subprocess.Popen[str]:
+def start(run_dir: Path, **settings: str) -> subprocess.Popen[str]:
     """Start laptop.sh as a terminal would: a process group of its own, which Ctrl-C reaches as a whole."""
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return subprocess.Popen(
@@ -41,7 +41,14 @@ def start(run_dir: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**clean, **SMALL, "VIRTUAL_ENV": sys.prefix, "RUN_DIR": str(run_dir), "INSTALL_FLAGS": "--deps-only"},
+        env={
+            **clean,
+            **SMALL,
+            "VIRTUAL_ENV": sys.prefix,
+            "RUN_DIR": str(run_dir),
+            "INSTALL_FLAGS": "--deps-only",
+            **settings,
+        },
         start_new_session=True,
     )
 
@@ -87,3 +94,22 @@ def test_interrupted_and_continued_to_the_report(tmp_path: Path) -> None:
     assert list((run_dir / "report").rglob("*.png"))
     assert "matched" in output
     assert str(run_dir / "report/report.html") in output
+
+
+@pytest.mark.timeout(300)
+def test_own_text_of_nine_kilobytes_to_the_report(tmp_path: Path) -> None:
+    (tmp_path / "mein Text").mkdir()
+    text = "\n\n".join(f"Absatz {number}: {number * number} Wörter sind {number % 7} zu viel." for number in range(200))
+    (tmp_path / "mein Text/größe.md").write_text(text[:9000], encoding="utf-8")
+    small = {"DOCUMENTS": "", "TRAIN_SAMPLES": "16", "EVAL_INTERVAL": "2", "EVAL_ITERS": "full"}
+    process = start(tmp_path / "run", TEXT=str(tmp_path / "mein Text"), **small)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert "documents are few: cut" in output
+    assert [record["step"] for record in metrics(tmp_path / "run/mdm", "valid")] == [2, 4]
+    assert (tmp_path / "run/report/report.html").is_file()
+
+    (tmp_path / "mein Text/neu.txt").write_text("more")
+    process = start(tmp_path / "run", TEXT=str(tmp_path / "mein Text"), **small)
+    assert "text that changed since" in process.communicate(timeout=200)[0]
+    assert process.returncode == 2

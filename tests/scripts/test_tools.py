@@ -63,6 +63,7 @@ WRONG = {
     "preprocess_data": ["--input", "absent.jsonl", "--output-prefix", "out"],
     "push_to_hub": ["absent", "me/model"],
     "report": ["absent"],
+    "split_data": ["--input", "absent", "--output-dir", "out"],
     "sweep": ["absent.yaml", "list"],
     "train_tokenizer": ["--input", "absent.jsonl", "--output", "out"],
 }

@@ -15,6 +15,10 @@ import pytest
 from layouts import jobs
 from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
+from megatron.objectives import parse
+from megatron.parallel.launch import Launch
+from megatron.training.resolve import resolve
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -46,6 +50,22 @@ def test_truncated_tokens(token_files: Path, tmp_path: Path, kind: str) -> None:
     argv = jobs.flags(tmp_path / "data", tmp_path / "run", valid_data_path=tmp_path / "data/valid")
     message = refused(argv)
     assert f"{kind}.bin has {size - 10} bytes" in message and str(size) in message and "truncated" in message
+
+
+def test_validation_on_training_data_is_refused_and_has_a_flag(token_files: Path, tmp_path: Path) -> None:
+    (tmp_path / "copies").mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(token_files / f"train{suffix}", tmp_path / f"copies/other{suffix}")
+    (tmp_path / "link").symlink_to(token_files)
+    for valid in (token_files / "train", tmp_path / "copies/other", tmp_path / "link/train"):
+        blend = ["0.5", token_files / "valid", "0.5", valid]
+        argv = [*jobs.flags(token_files, tmp_path / "run"), "--valid-data-path", *map(str, blend)]
+        message = refused(argv)
+        assert "are the training data" in message and "tools/split_data.py" in message
+        assert message.endswith("or pass --allow-training-data-in-validation")
+        assert not (tmp_path / "run").exists()
+    for allowed in ("--allow-training-data-in-validation", "--skip-train"):
+        assert len(resolve(parse([*argv, allowed], objective="mdm"), Launch(), run_name="x").sources.valid) == 4
 
 
 def test_ids_beyond_the_vocabulary_name_the_file(token_files: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Input of the preprocessing: JSON lines and plain text (also compressed), parquet, saved ``datasets``, in batches.
+"""Input of the preprocessing: JSON lines, plain text and HTML (also compressed), parquet, saved ``datasets``, in batches.
 
 A reader yields batches of rows without looking into them: parsing is the workers' part. It names every row by file and
 line, so that a wrong one can be reported.
@@ -18,8 +18,19 @@ from typing import Any
 from megatron.data.prepare.streams import COMPRESSIONS, read_json_lines, read_lines, read_whole, uncompressed_name
 from megatron.errors import UserError
 
-FORMATS = ("jsonl", "text", "parquet", "datasets")
-_SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".parquet": "parquet"}
+FORMATS = ("jsonl", "text", "html", "parquet", "datasets")
+_SUFFIXES = {
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".txt", ".md", ".markdown", ".rst", ".py"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    ".parquet": "parquet",
+}
+_CONVERTERS = {  # of files that hold text in a form that only their programs read
+    ".pdf": "pdftotext IN.pdf OUT.txt",
+    ".ipynb": "jupyter nbconvert --to markdown IN.ipynb",
+    **{suffix: f"pandoc IN{suffix} -o OUT.txt" for suffix in (".docx", ".odt", ".epub", ".rtf", ".tex")},
+}
+_UNITS = {"jsonl": "line", "text": "document", "html": "page"}
 _BATCH_ROWS = 2048
 _BATCH_BYTES = 1 << 19
 _SHOWN_NAMES = 10
@@ -39,9 +50,9 @@ class Batch:
 
     Attributes:
         source: path of the input, for reports.
-        unit: what ``first`` counts: line, row or document.
+        unit: what ``first`` counts: line, row, document or page (of HTML).
         first: number of the first row, from 1.
-        rows: raw JSON lines (bytes), raw texts (bytes), or (parquet, datasets) rows as dictionaries of the keys.
+        rows: raw JSON lines, texts or pages (bytes), or (parquet, datasets) rows as dictionaries of the keys.
         bytes_read: bytes of the file behind these rows, for the progress bar (0 where unknown).
     """
 
@@ -77,9 +88,10 @@ def find_sources(
             sources.append(_saved_dataset(path))
             continue
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            found, strange = _walk(path)
             paths = [file for file in found if format or _format_of(file)]
-            _name_left_out(text, [str(file.relative_to(path)) for file in found if file not in set(paths)], say)
+            left = [file for file in found if file not in set(paths)]
+            _name_left_out(text, path, left, strange, say=say)
         else:
             paths = (
                 [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -91,22 +103,60 @@ def find_sources(
         for file in paths:
             kind = format or _format_of(file)
             if kind is None:
+                command = _CONVERTERS.get(file.suffix.lower())
                 raise UserError(
                     f"--input {file}: its name does not tell the format",
                     f"known are {', '.join(_SUFFIXES)}, also with {', '.join(COMPRESSIONS)}",
-                    f"add --input-format {'|'.join(FORMATS)}",
+                    f"convert it first: {command}" if command else f"add --input-format {'|'.join(FORMATS)}",
                 )
             sources.append(Source(file, kind))
     return sources
 
 
-def _name_left_out(folder: str, names: list[str], say: Callable[[str], None]) -> None:
-    if names:
-        rest = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+def _walk(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder and of those in it, sorted, and in words what of it is not looked at.
+
+    Links are followed, into each folder once; hidden files and folders, whose names begin with a dot, are left alone.
+    """
+    files: list[Path] = []
+    broken: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    hidden = 0
+    for root, folders, names in os.walk(folder, followlinks=True):
+        state = os.stat(root)
+        if (state.st_dev, state.st_ino) in seen:  # a link to a folder that is above it or beside it
+            folders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(root, name) for name in names if not name.startswith(".")):
+            if path.is_file():
+                files.append(path)
+            else:
+                broken.append(str(path.relative_to(folder)))
+    strange = [f"{hidden} hidden files or folders"] * (hidden > 0)
+    return sorted(files), strange + ([f"no files or broken links: {_shown(sorted(broken))}"] if broken else [])
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {len(names) - _SHOWN_NAMES} more" * (len(names) > _SHOWN_NAMES))
+
+
+def _name_left_out(
+    text: str, folder: Path, files: list[Path], strange: list[str], *, say: Callable[[str], None]
+) -> None:
+    """Say what of a folder is not read, and how to read it."""
+    if strange:
+        say(f"--input {text}: not looked at: {'; '.join(strange)}")
+    if files:
         say(
-            f"--input {folder}: left out {len(names)} of its files, whose names tell no format: "
-            f"{', '.join(names[:_SHOWN_NAMES])}{rest} (--input-format reads all)"
+            f"--input {text}: left out {len(files)} of its files, whose names tell no format: "
+            f"{_shown([str(file.relative_to(folder)) for file in files])} (--input-format reads all)"
         )
+    for suffix in sorted({file.suffix.lower() for file in files} & set(_CONVERTERS)):
+        say(f"  {suffix} files can be converted: {_CONVERTERS[suffix]}")
 
 
 def _format_of(path: Path) -> str | None:
@@ -148,10 +198,12 @@ def read_batches(source: Source, keys: Sequence[str], *, text_split: str = "file
         ValueError: a column is missing or a library is not installed.
         OSError: the file cannot be read.
     """
-    if source.format in ("jsonl", "text"):
-        rows = read_json_lines(source.path) if source.format == "jsonl" else _texts(source.path, text_split)
-        unit = "line" if source.format == "jsonl" else "document"
-        yield from _batched(rows, str(source.path), unit)
+    if source.format in _UNITS:
+        if source.format == "jsonl":
+            rows = read_json_lines(source.path)
+        else:  # a page is parsed as a whole
+            rows = _texts(source.path, text_split if source.format == "text" else "file")
+        yield from _batched(rows, str(source.path), _UNITS[source.format])
     else:
         first = 1
         tables = _parquet(source.path, keys) if source.format == "parquet" else _datasets(source.path, keys)
@@ -226,5 +278,5 @@ def _check_columns(path: Path, columns: Sequence[str], keys: Sequence[str]) -> N
         raise UserError(
             f"{path} has the columns {', '.join(columns)}, not {missing[0]}",
             "--json-keys names columns",
-            "choose of them",
+            f"choose of them, for example --json-keys {(*columns, 'KEY')[0]}",
         )

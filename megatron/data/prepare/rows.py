@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from megatron.data.prepare.html_text import decode_page, visible_text
+
+_SHOWN_KEYS = 10
 
 
 def parse_row(raw: Any, unit: str, keys: Sequence[str]) -> list[str] | None:
@@ -12,16 +16,17 @@ def parse_row(raw: Any, unit: str, keys: Sequence[str]) -> list[str] | None:
 
     Args:
         raw: a JSON line or a text (bytes), or a row as a dictionary.
-        unit: ``document`` when ``raw`` is a text.
+        unit: ``document`` when ``raw`` is a text, ``page`` when it is HTML, of which the visible text counts.
         keys: entries to take.
     """
-    if unit == "document":
-        return [_checked(raw.decode("utf-8"), "text")] + [""] * (len(keys) - 1)
+    if unit in ("document", "page"):
+        text = visible_text(_decoded(raw, decode_page)) if unit == "page" else _decoded(raw)
+        return [_checked(text, "text")] + [""] * (len(keys) - 1)
     if isinstance(raw, bytes):
         if not raw.strip():
             return None
         try:
-            raw = json.loads(raw.decode("utf-8"))
+            raw = json.loads(_decoded(raw))
         except RecursionError:
             raise ValueError("nested too deeply to be read") from None
         if not isinstance(raw, dict):
@@ -29,9 +34,18 @@ def parse_row(raw: Any, unit: str, keys: Sequence[str]) -> list[str] | None:
     return [_checked(_entry(raw, key), key) for key in keys]
 
 
+def _decoded(raw: bytes, decode: Callable[[bytes], str] = bytes.decode) -> str:
+    try:
+        return decode(raw)
+    except UnicodeDecodeError as error:
+        cure = "if it is Latin-1, convert it: iconv -f latin1 -t utf-8 IN > OUT"
+        raise ValueError(f"not UTF-8 (byte {error.object[error.start]:#04x} at {error.start:,}; {cure})") from None
+
+
 def _entry(row: dict[str, Any], key: str) -> Any:
     if key not in row:
-        raise ValueError(f"no key {key!r} (found: {', '.join(map(str, list(row)[:5])) or 'none'})")
+        found = ", ".join(map(str, list(row)[:_SHOWN_KEYS]))
+        raise ValueError(f"no key {key!r} (found: {found or 'none'}; --json-keys chooses)")
     return row[key]
 
 

@@ -199,7 +199,7 @@ def _text(line: bytes, key: str, where: str) -> str:
         (text,) = parse_row(line, "line", [key]) or [""]
     except ValueError as error:
         raise UserError(
-            f"{where}: {error}", "every line is a JSON object with that field as text", "pass --json-key"
+            f"{where}: {error}", "every line is a JSON object with that field as text", "pass --json-keys KEY"
         ) from error
     return text
 

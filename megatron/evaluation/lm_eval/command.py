@@ -32,7 +32,7 @@ MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {
 
 def build_downstream_parser() -> argparse.ArgumentParser:
     """Evaluation flags in front of all training flags (which scripts pass along); absent ones are absent."""
-    parser = build_parser(OBJECTIVES, "evaluate_downstream.py")
+    parser = build_parser(OBJECTIVES)
     parser.description = "Evaluate a checkpoint of any layout, or a Hugging Face export, on lm-eval and local tasks."
     for action in parser._actions:
         action.default = argparse.SUPPRESS

@@ -218,6 +218,7 @@ def test_finished_data_is_not_replaced_by_accident(tool, tmp_path: Path) -> None
         (["--input", str(ROOT / "pyproject.toml"), *BYTES], "its name does not tell the format; known are .jsonl"),
         (["--input", str(GOLDEN / "golden.jsonl")], "no tokenizer: neither a flag nor the data"),
         (["--input", str(GOLDEN / "golden.jsonl"), *BYTES, "--json-keys", "body"], "40 malformed rows"),
+        (["--input", str(GOLDEN / "golden.jsonl"), *BYTES, "--json-keys", "body"], "; --json-keys chooses)"),
         (["--input", str(GOLDEN / "golden.jsonl"), *NULL, "--append-eod"],
          "--append-eod with NullTokenizer(9), which has no end-of-document token"),
         (["--input", str(GOLDEN / "golden.jsonl"), *NULL],

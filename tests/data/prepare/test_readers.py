@@ -88,16 +88,42 @@ def test_damaged_compression_names_the_file(tmp_path: Path, suffix: str, damage:
 
 
 def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b.json.zst", "README.md", "notes.docx", "sub/c.txt.bz2", "sub/.state"):
+    for name in (
+        "a.jsonl",
+        "b.json.zst",
+        "README.xyz",
+        "notes.docx",
+        "sub/c.txt.bz2",
+        "sub/.state.txt",
+        ".git/config.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(LINES)
     said: list[str] = []
     found = find_sources([str(tmp_path)], say=said.append)
     assert [str(source.path.relative_to(tmp_path)) for source in found] == ["a.jsonl", "b.json.zst", "sub/c.txt.bz2"]
-    assert len(said) == 1 and "left out 3 of its files" in said[0]
-    assert all(name in said[0] for name in ("README.md", "notes.docx", "sub/.state"))
-    with pytest.raises(UserError, match=r"notes\.docx: its name does not tell the format"):
+    assert "not looked at: 2 hidden files or folders" in said[0]
+    assert "left out 2 of its files" in said[1] and "README.xyz" in said[1] and "notes.docx" in said[1]
+    assert "pandoc IN.docx" in said[2] and len(said) == 3
+    with pytest.raises(UserError, match=r"notes\.docx: its name does not tell the format; .*convert it first: pandoc"):
         find_sources([str(tmp_path / "notes.docx")])
+
+
+def test_links_are_followed_once_and_broken_ones_named(tmp_path: Path) -> None:
+    (tmp_path / "in/sub").mkdir(parents=True)
+    (tmp_path / "else/where").mkdir(parents=True)
+    for name in ("in/a.txt", "in/sub/b c.md", "else/where/ü.html", "else/d.rst", "else/e.py"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "in/sub/up").symlink_to("..")
+    (tmp_path / "in/linked").symlink_to("../else")
+    (tmp_path / "in/self.txt").symlink_to("self.txt")
+    (tmp_path / "in/gone.txt").symlink_to("nowhere")
+    said: list[str] = []
+    found = find_sources([str(tmp_path / "in")], say=said.append)
+    names = [str(source.path.relative_to(tmp_path / "in")) for source in found]
+    assert names == ["a.txt", "linked/d.rst", "linked/e.py", "linked/where/ü.html", "sub/b c.md"]
+    assert [source.format for source in found] == ["text", "text", "text", "html", "text"]
+    assert len(said) == 1 and "no files or broken links: gone.txt, self.txt" in said[0]
 
 
 @pytest.mark.parametrize(
