@@ -31,6 +31,7 @@ ORDER = [
     ["convert"],
     ["hub", "scaling"],
     ["wiring", "commands", "testing"],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 WIRING = "wiring"  # the one place through which a room may reach a higher one
