@@ -27,7 +27,7 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 : "${DATA_DIR:=$REPO/data}"   # where ./download.sh puts it
 : "${TRAIN_DATA:=$DATA_DIR/c4_100m/gpt2tok_c4_100_text_document}"
 : "${VALID_DATA:=$DATA_DIR/c4_100m/gpt2tok_c4_val_text_document}"
-# TOKENIZER_FLAGS: how ids were made; default: GPT-2 BPE from $DATA_DIR/gpt2, or without these files the size of its vocabulary.
+# TOKENIZER_MODEL or TOKENIZER_FLAGS: how ids were made; default: GPT-2 BPE from $DATA_DIR/gpt2, or without these files the size of its vocabulary.
 # Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
 : "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"
 # Optimiser: the recipe of arXiv 2507.15857.
@@ -159,7 +159,8 @@ program_of() {
 # Fills FLAGS with what training and evaluation share: data, model shape, batch and layout. MODEL is a preset name.
 shared_flags() {
   local tokenizer=(--tokenizer-type NullTokenizer --vocab-size 50257) gpt2="$DATA_DIR/gpt2"
-  if [ -n "${TOKENIZER_FLAGS+set}" ]; then read -r -a tokenizer <<<"$TOKENIZER_FLAGS"
+  if [ -n "${TOKENIZER_MODEL:-}" ]; then tokenizer=(--tokenizer-model "$TOKENIZER_MODEL")
+  elif [ -n "${TOKENIZER_FLAGS+set}" ]; then read -r -a tokenizer <<<"$TOKENIZER_FLAGS"
   elif [ -f "$gpt2/merges.txt" ]; then tokenizer=(--vocab-file "$gpt2/vocab.json" --merge-file "$gpt2/merges.txt"); fi
   FLAGS=(${MODEL:+--model "$MODEL"} --seq-length "$SEQ_LENGTH" --valid-data-path "$VALID_DATA" ${tokenizer[@]+"${tokenizer[@]}"}
     --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" --seed "$SEED"

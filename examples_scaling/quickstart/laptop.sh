@@ -4,8 +4,8 @@
 # TEXT=file-or-folder takes your own text (8 kB or more of .txt .md .rst .py .html .jsonl .parquet; .gz .zst) into runs/laptop-NAME;
 # DOCUMENTS=N trains on the first N only. SPLIT_FLAGS go to tools/split_data.py, for example SPLIT_FLAGS="--json-keys body".
 : "${TEXT:=}" "${RUN_NAME:=laptop${TEXT:+-$(basename -- "$TEXT" | tr -c 'A-Za-z0-9._\n-' _)}}" "${DOCUMENTS=$([ -n "$TEXT" ] || echo 24)}"
-: "${VOCAB_SIZE:=500}" "${LAYERS:=3}" "${HIDDEN:=96}" "${HEADS:=3}" "${TRAIN_SAMPLES:=20000}" "${TOKENIZER_FLAGS=}" "${SPLIT_FLAGS:=}"
-: "${SEQ_LENGTH:=128}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=8}" "${LR:=3e-3}" "${MIN_LR:=3e-4}" "${NUM_MC:=2}"
+: "${VOCAB_SIZE:=500}" "${LAYERS:=3}" "${HIDDEN:=96}" "${HEADS:=3}" "${TRAIN_SAMPLES:=20000}" "${SPLIT_FLAGS:=}"
+: "${SEQ_LENGTH:=128}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=8}" "${LR:=3e-3}" "${MIN_LR:=3e-4}" "${NUM_MC:=2}" "${PROMPT:=The}"
 : "${EVAL_INTERVAL:=100}" "${EVAL_ITERS:=full}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=1}" "${LOG_INTERVAL:=50}"
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -17,7 +17,9 @@ echo "Training and evaluation take 7 to 10 minutes on 2 CPU cores; the first run
 supervise bash "$REPO/install.sh" ${INSTALL_FLAGS:+"$INSTALL_FLAGS"}
 prepare_text "$RUN_DIR/text-$VOCAB_SIZE"
 for objective in ar mdm; do
-  RUN_DIR="$RUN_DIR/$objective" train "$objective" --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" "$@"
+  RUN_DIR="$RUN_DIR/$objective" train "$objective" --num-layers "$LAYERS" --hidden-size "$HIDDEN" --num-attention-heads "$HEADS" --save-best "$@"
+  write_samples "$objective"
 done
 tool report.py "$RUN_DIR/ar" "$RUN_DIR/mdm" --output "$RUN_DIR/report"
-echo "took $((SECONDS / 60)) minutes"
+[ "$DRY_RUN" = 1 ] || printf '%s\n' "took $((SECONDS / 60)) minutes. Next:  source $BIN/activate" "  megatron report $RUN_DIR/ar $RUN_DIR/mdm --serve" \
+  "  megatron generate --load $RUN_DIR/mdm --load-tag best --prompt \"$PROMPT\"" "  TEXT=your-folder bash examples_scaling/quickstart/laptop.sh"

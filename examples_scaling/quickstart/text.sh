@@ -1,9 +1,10 @@
 # shellcheck shell=bash
 # Sourced by laptop.sh: prepare_text FOLDER makes, from TEXT or the sample corpus, two sides of text, a tokenizer and token files there,
-# and sets TRAIN_DATA and VALID_DATA. What is there already stays.
+# and sets TRAIN_DATA, VALID_DATA and TOKENIZER_MODEL. What is there already stays.
 prepare_text() {
   local folder="$1" more encode=(preprocess_data.py --append-eod --tokenizer-model "$1/tokenizer")
-  TRAIN_DATA="$folder/all_text_document" VALID_DATA="$folder/valid_text_document"
+  # shellcheck disable=SC2034  # read by common.sh
+  TRAIN_DATA="$folder/all_text_document" VALID_DATA="$folder/valid_text_document" TOKENIZER_MODEL="$folder/tokenizer"
   read -r -a more <<<"--max-validation-bytes 70000 $SPLIT_FLAGS"   # so much takes seconds at every validation
   if [ -n "$TEXT" ]; then tool split_data.py --input "$TEXT" --output-dir "$folder" "${more[@]}"   # every time: it refuses changed text
   else once "$folder/validation.jsonl" make_sample_corpus.py --output-dir "$folder" --validation-fraction 0.03; fi
@@ -13,4 +14,11 @@ prepare_text() {
   [ -n "$DOCUMENTS" ] || return 0
   TRAIN_DATA="$folder/first_$DOCUMENTS"   # little data, often
   once "$TRAIN_DATA.idx" make_subset.py --input "$folder/all_text_document" --output "$TRAIN_DATA" --documents "$DOCUMENTS"
+}
+
+# write_samples OBJECTIVE: texts of its best checkpoint, which the report shows beside those of the other.
+write_samples() {
+  local file="$RUN_DIR/$1/samples.jsonl"
+  [ "$DRY_RUN" = 0 ] || file=/dev/stdout
+  tool generate.py --load "$RUN_DIR/$1" --load-tag best --prompt "$PROMPT" --max-new-tokens $((SEQ_LENGTH / 2)) --num-samples 2 --temperature 0.8 --json >"$file"
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # who only asks what a folder holds does not wait for torch
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best.json"  # which step's validation is the best of the run
 NEXT = "latest.next"  # what `latest` will hold when the save in progress is through: it outlives a kill between the renames
 FORMAT = 2  # 2 carries a checksum of itself; 1, without it, is still read
 SEAL = "sha256"

@@ -6,13 +6,24 @@ tried on its own; one that cannot be used is skipped with words.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, name_in, read_manifest, step_of, tag_folders
+from megatron.checkpoint.files import (
+    BEST,
+    LATEST,
+    MANIFEST,
+    NEXT,
+    complaints,
+    name_in,
+    read_manifest,
+    step_of,
+    tag_folders,
+)
 from megatron.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -47,7 +58,7 @@ def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) 
 
     Args:
         load: folder of a run, or of one tag.
-        tag: name of a tag, or "latest"; default: the newest that can be used.
+        tag: name of a tag, "latest", or "best"; default: the newest that can be used.
         checksums: verify the contents of its files, not only their sizes.
 
     Raises:
@@ -114,7 +125,7 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
         yield load, ""
         return
     if tag not in (None, LATEST):
-        name = str(tag)
+        name = _best(load) if tag == "best" else str(tag)
         require(
             Path(name).name == name,
             f"--load-tag {name}",
@@ -132,6 +143,21 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
         )
     if tag is None:
         yield from ((path, "") for path, _ in newest_first(load) if (path, "") != named)
+
+
+def _best(load: Path) -> str:
+    """Name of the checkpoint at the best validation."""
+    try:
+        name = f"global_step{int(json.loads((load / BEST).read_bytes())['step'])}"
+    except (OSError, ValueError, TypeError, KeyError):
+        name = ""
+    require(
+        bool(name) and (load / name).is_dir(),
+        f"{load} keeps no checkpoint of its best validation" + (f" ({name})" if name else f" (no {BEST})"),
+        "--load-tag best loads it",
+        "train with --save-best, or name another tag",
+    )
+    return name
 
 
 def _named(load: Path) -> _Candidate | None:

@@ -203,11 +203,13 @@ class RunConfig:
     load: str | None = option(None, "run directory or checkpoint to continue from; the folder of --save, if empty, starts fresh",
         unit="DIR")
     load_tag: str | None = option(None,
-        "checkpoint to load, such as global_step100 or latest; default: newest valid one", unit="TAG", needs=LOAD)
+        "checkpoint to load, such as global_step100, latest or best; default: newest valid one", unit="TAG", needs=LOAD)
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
         range=POSITIVE, needs=SAVE)
+    save_best: bool = option(False, "save also when a validation is the best so far; --load-tag best loads it",
+        needs=SAVE)
     overwrite: bool = option(False,
         "replace the run that is in the folder of --save; without it such a folder is refused", needs=SAVE)
     change_settings: bool = option(False, "continue although settings that change results differ from the run's own; "

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.checkpoint.files import ABANDONED, LATEST, MANIFEST, delete_tag
+from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
 from megatron.errors import Failure
 from megatron.files import replace_file, written_whole
 
 FORMAT = 1
-METRICS, RECORD, BEST, STOPPED = "metrics.jsonl", "run.json", "best.json", "stopped.json"
+METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
 
+from megatron.checkpoint.files import BEST
 from megatron.checkpoint.upkeep import remove_old_checkpoints, set_back
 from megatron.config import config_to_dict
 from megatron.data.blend import parse_blend
@@ -17,7 +18,7 @@ from megatron.files import replace_file, written_whole
 from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
-from megatron.runs.record import BEST, RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
+from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.plan import Plan, Sources, Start
@@ -91,6 +92,7 @@ class RunFolder:
             row = replace(row, best=best is not None and best.step == row.step, sums=path)
             self._log.write(row)
             self._remember_best()
+        self.is_best = self.context.gather_objects(row.best)[0]
         self.screen.valid_line(row)
         self._prune()
 

@@ -107,7 +107,8 @@ def train(
                 is_saved = folder.save(engine, interval, at_once=is_last or reason is not None)
                 if reason is None and validator.is_due(progress.step, is_last):  # after the save: it may take long
                     reason = validator.run(folder, stop)
-                    is_saved = is_saved or folder.save(engine, interval, at_once=reason is not None)
+                    is_best = run.save_best and reason is None and folder.is_best
+                    is_saved = is_saved or folder.save(engine, interval, at_once=is_best or reason is not None)
 
         # 5. The end, and why.
         folder.end(reason)

@@ -258,7 +258,7 @@ def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None
     words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--log-interval", "7", RUN_DIR=str(tmp_path / "run"))
     assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
         "install.sh", "make_sample_corpus.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "make_subset.py", "pretrain_gpt.py", "pretrain_mdm.py", "report.py",
+        "make_subset.py", "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "report.py",
     ]  # fmt: skip
     assert [after for word, after in itertools.pairwise(words) if word == "--log-interval"] == ["50", "7"] * 2
     assert not list(tmp_path.iterdir())
@@ -270,7 +270,7 @@ def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Pa
     words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--lr", "7e-4", **flags)
     assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
         "install.sh", "split_data.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "pretrain_gpt.py", "pretrain_mdm.py", "report.py",
+        "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "report.py",
     ]  # fmt: skip
     after = [next_word for word, next_word in itertools.pairwise(words) if word in ("--input", "--json-keys", "--save")]
     assert after[0] == str(tmp_path / "Meine Bücher") and "body" in after

@@ -89,11 +89,13 @@ def test_interrupted_and_continued_to_the_report(tmp_path: Path) -> None:
         assert [record["step"] for record in metrics(run_dir / name, "train")] == list(range(20, 241, 20))
         assert [record["step"] for record in metrics(run_dir / name, "valid")] == [120, 240]
         assert {record["label"] for record in metrics(run_dir / name, "valid")} == {label}
+        assert len((run_dir / name / "samples.jsonl").read_text().splitlines()) == 2  # of the best checkpoint
     page = (run_dir / "report/report.html").read_text()
     assert "NLL bound" in page
     assert list((run_dir / "report").rglob("*.png"))
     assert "matched" in output
     assert str(run_dir / "report/report.html") in output
+    assert "Next:  source " in output.splitlines()[-4]
 
 
 @pytest.mark.timeout(300)

@@ -24,6 +24,7 @@ from layouts.pool import ENVIRONMENT, Process, WorkerPool
 from megatron.checkpoint.files import tag_folders
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
+from megatron.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 40
@@ -342,3 +343,22 @@ def test_keep_last_keeps_the_newest_and_the_best(
     pools(1).run(train_with_validation, [5.2, 5.1], argv)
     assert {tag.name for tag in tag_folders(run_dir)} == {"global_step4", "global_step14", "global_step16"}
     assert json.loads((run_dir / "best.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_save_best_keeps_the_checkpoint_of_the_best_validation(
+    size: int, pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """The best validation falls between two saves: it has a checkpoint all the same, and --load-tag best means it."""
+    changes = {"train_iters": 13, "save_interval": 5, "eval_interval": 2, "keep_last": 1, "save_best": True}
+    argv = jobs.flags(token_files, tmp_path, **options(token_files, pp_size=size, **changes))
+    pools(size).run(train_with_validation, [6.0, 5.0, 5.5, 4.0, 7.0, 8.0, 9.0], argv)
+    assert {tag.name for tag in tag_folders(tmp_path)} == {"global_step8", "global_step13"}
+    assert select(tmp_path, "best").tag == tmp_path / "global_step8"
+    assert select(tmp_path).tag == tmp_path / "global_step13"
+
+
+def test_the_best_that_was_not_kept_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "best.json").write_text('{"step": 4}')
+    with pytest.raises(UserError, match=r"no checkpoint of its best validation \(global_step4\).*--save-best"):
+        select(tmp_path, "best")
