@@ -53,9 +53,8 @@ class RunFolder:
         if context.is_first_rank:
             (plan.run_dir / STOPPED).unlink(missing_ok=True)
             is_own = start.is_continued and plan.settings.run.save is not None
-            moved = (
-                set_back(plan.run_dir, start.tag) if is_own else []
-            )  # with the metrics: a kill must not part the two
+            # With the metrics: a kill must not part the two.
+            moved = set_back(plan.run_dir, start.tag) if is_own else []
             for line in moved:
                 screen.print(line)
             self._record = self._continued(start)

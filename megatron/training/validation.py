@@ -44,10 +44,8 @@ class Validator:
         screen: hears when there are fewer samples than were asked for.
         """
         self.plan, self.engine, self.objective = plan, engine, plan.objective
-        content = [
-            [part[name] for name in ("weight", "idx_sha256", "bin_sample")]
-            for part in plan.sources.fingerprints["valid"]
-        ]
+        names = ("weight", "idx_sha256", "bin_sample")
+        content = [[part[name] for name in names] for part in plan.sources.fingerprints["valid"]]
         self._data = hashlib.sha256(json.dumps([content, plan.shape.seq_length]).encode()).hexdigest()[:12]
         self.has_data = bool(plan.sources.valid) and plan.settings.run.eval_iters != "0"
         if self.has_data:

@@ -105,9 +105,9 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
     """Training in which one rank cannot write its part of the second checkpoint."""
     import torch.distributed as dist
 
-    from megatron.checkpoint import files as checkpoint
+    from megatron.checkpoint import writer
 
-    original = checkpoint.save_file
+    original = writer.save_file
     calls = 0
 
     def save_file(tensors: Any, path: Path, metadata: Any) -> None:
@@ -118,7 +118,7 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
             raise OSError(28, "No space left on device")
         original(tensors, path, metadata)
 
-    with mock.patch.object(checkpoint, "save_file", save_file):
+    with mock.patch.object(writer, "save_file", save_file):
         return jobs.train("mdm", argv)
 
 

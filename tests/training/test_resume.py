@@ -145,10 +145,10 @@ def test_torchrun_with_a_killed_worker_resumes_bit_for_bit(
 
 def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     """``main()`` that kills itself at one moment of saving one step."""
-    from megatron.checkpoint import files as checkpoint
+    from megatron.checkpoint import files, writer
     from megatron.training.main import main
 
-    save_file, replace_file, replace = checkpoint.save_file, checkpoint.replace_file, os.replace
+    save_file, replace_file, replace = writer.save_file, files.replace_file, os.replace
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -177,9 +177,9 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
         replace(source, target)
 
     with (
-        mock.patch.object(checkpoint, "save_file", save_shard),
+        mock.patch.object(writer, "save_file", save_shard),
         mock.patch.object(os, "replace", move),
-        mock.patch.object(checkpoint, "replace_file", write),
+        mock.patch.object(files, "replace_file", write),
     ):
         return main("mdm", argv)
 
