@@ -2,10 +2,16 @@
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
 #   bash tests/run.sh                    everything (9 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
+#   bash tests/run.sh --fast             single modules only (a minute)
 #   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+FAST=()
+if [ "${1:-}" = --fast ]; then
+  shift
+  FAST=(tests/config tests/model tests/objectives tests/runs tests/test_*.py tests/checkpoint/test_select.py tests/data/test_order.py)
+fi
 STORMS=()
 if [ "${1:-}" = --storm ]; then
   shift
@@ -29,4 +35,4 @@ if [ "${#STORMS[@]}" -gt 0 ]; then   # one at a time: kills and exits are timed
 fi
 # Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
 # one takes the tests that run on several gloo workers, the other goes through the rest file by file.
-echo "== pytest"; exec "$PYTHON" -m pytest -n 2 --dist loadgroup --durations=15 "$@"
+echo "== pytest"; exec "$PYTHON" -m pytest -n 2 --dist loadgroup --durations=15 ${FAST[@]+"${FAST[@]}"} "$@"
