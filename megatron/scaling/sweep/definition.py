@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,9 +16,8 @@ from megatron.errors import UserError, require
 from megatron.model.arithmetic import PEAK_FLOPS, parameters_for_compute
 from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
+from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
 
-_KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm", "exclude"}
-_GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
 _OWNED = {"save", "load", "train-data-path", "train-epochs", "seed", "model", "objective"}
 """Flags that the grid sets; naming them under flags would contradict it."""
 
@@ -84,12 +82,7 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(
             f"{path} cannot be read as YAML ({error})", "a sweep is one YAML file", "see docs/scaling.md"
         ) from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path} holds no mapping", "a sweep names at least grid, data and output", "see docs/scaling.md"
-        )
-    _check_keys(path, "the sweep", data, _KEYS, required={"grid", "data", "output"})
-    _check_keys(path, "grid", data["grid"], set(_GRID), required={"objective", "model", "unique_tokens", "epochs"})
+    check_form(path, data)
     flags = _dashed(data.get("flags") or {})
     if wrong := sorted(_OWNED & flags.keys()):
         raise UserError(
@@ -103,6 +96,7 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(
             f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
+    hours(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
     launcher = data.get("launcher") or ["python"]
     return Sweep(
         name=str(data.get("name", path.stem)),
@@ -119,26 +113,28 @@ def load_sweep(path: Path) -> Sweep:
 def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> Iterator[SweepRun]:
     """Every run of the grid, in the order of cost, so that short runs report early."""
     grid, found = data["grid"], []
-    models = grid["model"] if isinstance(grid["model"], dict) else {name: {} for name in _listed(grid["model"])}
-    for objective in _listed(grid["objective"]):
+    rules, used = data.get("exclude") or [], set()
+    models = grid["model"] if isinstance(grid["model"], dict) else {name: {} for name in listed(grid["model"])}
+    for objective in listed(grid["objective"]):
         epochs = grid["epochs"].get(objective, []) if isinstance(grid["epochs"], dict) else grid["epochs"]
-        axes = itertools.product(
-            models, _listed(grid["unique_tokens"]), _listed(epochs), _listed(grid.get("seed", 1234))
-        )
-        for model, unique, length, seed in axes:
+        axes = itertools.product(models, listed(grid["unique_tokens"]), listed(epochs), listed(grid.get("seed", 1234)))
+        for model, unique, length, number in axes:
             place = {
                 "objective": objective,
                 "model": str(model),
-                "unique_tokens": int(_positive(unique, "unique_tokens")),
+                "unique_tokens": count(unique, "unique_tokens"),
             }
-            size = _parameters(
-                str(model), _dashed(models[model] or {}), int(data.get("vocab_size") or PAPER_VOCAB_SIZE)
-            )
-            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": _seed(seed)}
-            if any(all(place.get(key) == value for key, value in rule.items()) for rule in data.get("exclude") or []):
+            size = _parameters(str(model), _dashed(models[model] or {}), _vocab_size(data))
+            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": seed(number)}
+            if matching := {i for i, rule in enumerate(rules) if all(place[key] == rule[key] for key in rule)}:
+                used |= matching
                 continue
             own = _dashed((data.get("objectives") or {}).get(objective) or {})
             found.append(_run(place, data, {**flags, **_dashed(models[model] or {}), **own}, output))
+    if idle := [rule for i, rule in enumerate(rules) if i not in used]:
+        raise UserError(
+            f"exclude has {idle[0]}", "a rule names runs of the grid, and the grid has none such", "mend it"
+        )
     yield from sorted(found, key=lambda run: (run.flops, run.name))
 
 
@@ -146,34 +142,9 @@ def _epochs(length: Any, parameters: int, unique_tokens: int) -> float:
     """Epochs, given as a number or as compute "1e19 FLOPs", which makes them C / (6·N·U) for each size."""
     text = str(length).lower()
     if not text.endswith("flops"):
-        return _positive(length, "epochs")
-    flops = _positive(text.removesuffix("flops").strip(), "epochs given as compute")
+        return positive(length, "epochs")
+    flops = positive(text.removesuffix("flops").strip(), "epochs given as compute")
     return float(f"{flops / (6.0 * parameters * unique_tokens):.6g}")
-
-
-def _positive(value: Any, name: str) -> float:
-    """A number of the file, which must be above 0."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    require(
-        math.isfinite(number) and number > 0,
-        f"{name} {value!r} is in the file",
-        "it must be positive and finite",
-        "mend that number",
-    )
-    return number
-
-
-def _seed(value: Any) -> int:
-    require(
-        isinstance(value, int) and value >= 0,
-        f"seed {value!r} is in the grid",
-        "a seed is a whole number from 0",
-        "mend it",
-    )
-    return int(value)
 
 
 def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> SweepRun:
@@ -190,7 +161,7 @@ def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, 
     if not explicit:
         flags["model"] = model
     name = f"{place['objective']}-{model}-{_exact_count(unique)}-{epochs:g}ep-seed{place['seed']}"
-    parameters = _parameters(model, explicit, int(data.get("vocab_size") or PAPER_VOCAB_SIZE))
+    parameters = _parameters(model, explicit, _vocab_size(data))
     return SweepRun(**place, name=name, folder=output / name, flags=flags, parameters=parameters)
 
 
@@ -208,18 +179,25 @@ def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int
         raise UserError(
             f"model {model} lacks {', '.join(sorted(missing))}", "an explicit shape names both", "add them to the model"
         )
-    layers, hidden, width = (int(explicit.get(key) or 0) for key in ("num-layers", "hidden-size", "ffn-hidden-size"))
+    layers, hidden, width = (
+        count(explicit[key], key) if key in explicit else 0 for key in ("num-layers", "hidden-size", "ffn-hidden-size")
+    )
     # N counts these three of the sizes.
     sizes = ModelConfig(num_layers=layers, hidden_size=hidden, ffn_hidden_size=width, num_attention_heads=1)
     shape = Shape.from_flags(sizes, padded_vocab_size=vocab_size)
     return parameters_for_compute(shape, vocab_size)
 
 
+def _vocab_size(data: Mapping[str, Any]) -> int:
+    given = data.get("vocab_size")
+    return PAPER_VOCAB_SIZE if given is None else count(given, "vocab_size")
+
+
 def _data_prefix(data: Mapping[str, Any], unique: int) -> str:
     """Prefix of the training data with this many tokens: listed by hand, or a subset of ``source``."""
     if "source" in data:
         return str(Path(data.get("directory") or Path(data["source"]).parent) / f"subset-{unique}_text_document")
-    prefixes = {int(float(key)): str(value) for key, value in data.items()}
+    prefixes = {count(key, "data for unique tokens"): str(value) for key, value in data.items()}
     if unique not in prefixes:
         raise UserError(
             f"no data for {unique} unique tokens",
@@ -236,8 +214,10 @@ def hours(flops: float, price: Mapping[str, Any]) -> float | None:
     device = price.get("device", "H100")
     if "peak_tflops" not in price and device not in PEAK_FLOPS:
         raise UserError(f"price names device {device}", f"known are {', '.join(PEAK_FLOPS)}", "or give peak_tflops")
-    peak = _positive(price["peak_tflops"], "peak_tflops") * 1e12 if "peak_tflops" in price else PEAK_FLOPS[device]
-    speed = peak * _positive(price.get("mfu", 0.4), "mfu") * _positive(price.get("devices", 1), "devices")
+    peak = positive(price["peak_tflops"], "peak_tflops") * 1e12 if "peak_tflops" in price else PEAK_FLOPS[device]
+    mfu = positive(price.get("mfu", 0.4), "mfu")
+    require(mfu <= 1, f"price names mfu {mfu:g}", "it is a share of the peak", "give 0.4, say")
+    speed = peak * mfu * positive(price.get("devices", 1), "devices")
     return flops / speed / 3600
 
 
@@ -275,20 +255,3 @@ def _exact_count(count: int) -> str:
 
 def _dashed(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key).lstrip("-").replace("_", "-"): value for key, value in flags.items()}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _check_keys(path: Path, where: str, data: Any, known: set[str], *, required: set[str]) -> None:
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: {where} is {type(data).__name__}", "it must be a mapping", "see docs/scaling.md")
-    if unknown := sorted(data.keys() - known):
-        raise UserError(
-            f"{path}: {where} has unknown keys {', '.join(map(str, unknown))}",
-            f"known are {', '.join(sorted(known))}",
-            "see docs/scaling.md",
-        )
-    if missing := sorted(required - data.keys()):
-        raise UserError(f"{path}: {where} lacks {', '.join(missing)}", "add them", "see docs/scaling.md")
