@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megatron.config.ranges import whole
 from megatron.config.schema import Config
 from megatron.config.shape import Shape, padded_size
 from megatron.data.dataset import Pieces
@@ -196,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    parser.add_argument("--steps", type=whole(1, 10**6), default=20, help="timed steps (default: 20)")
+    parser.add_argument("--warmup", type=whole(0, 10**6), default=3, help="steps before them (default: 3)")
     parser.add_argument("--compare-plain", action="store_true", help="alternate with plain PyTorch steps (one process)")
     parser.add_argument("--json", type=Path, default=None, help="also write the result here")
     options, flags = parser.parse_known_args(argv)

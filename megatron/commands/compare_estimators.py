@@ -9,15 +9,20 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron.config.ranges import whole
 from megatron.errors import UserError
 from megatron.files import replace_file
+
+COUNT = whole(1, 10**9)
 
 
 def answer_lengths(text: str) -> list[int]:
     """The numbers of ``--answer-tokens``."""
     words = text.split(",")
-    if not all(word.isdecimal() and 1 <= int(word) <= 12 for word in words):
-        raise UserError(f"--answer-tokens {text}", "all 2^n masks of an answer are run", "give numbers from 1 to 12")
+    if not all(word.isdecimal() and len(word) < 3 and 1 <= int(word) <= 12 for word in words):
+        raise UserError(
+            f"--answer-tokens {text[:40]}", "all 2^n masks of an answer are run", "give numbers from 1 to 12"
+        )
     return [int(word) for word in words]
 
 
@@ -28,15 +33,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", required=True, metavar="FILE", help='JSONL of {"text"} that the model was not trained on'
     )
-    parser.add_argument("--questions", type=int, default=100, metavar="COUNT")
+    parser.add_argument("--questions", type=COUNT, default=100, metavar="COUNT")
     parser.add_argument(
         "--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once"
     )
-    parser.add_argument("--repeats", type=int, default=20, metavar="SEEDS")
+    parser.add_argument("--repeats", type=COUNT, default=20, metavar="SEEDS")
     parser.add_argument(
-        "--variance-tokens", type=int, metavar="N", help="only print variances for answers of N tokens, N passes"
+        "--variance-tokens", type=COUNT, metavar="N", help="only print variances for answers of N tokens, N passes"
     )
-    parser.add_argument("--batch-size", type=int, default=128, metavar="ROWS")
+    parser.add_argument("--batch-size", type=COUNT, default=128, metavar="ROWS")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     return parser.parse_args()
 
@@ -53,13 +58,9 @@ def main() -> None:
         standard_methods,
         variances,
     )
-    from megatron.evaluation.requests import whole_number
     from megatron.evaluation.scorer import MaskedScorer
     from megatron.inference.model import load_model
 
-    for name in ("questions", "repeats", "batch_size", "variance_tokens"):
-        if (value := getattr(arguments, name)) is not None:
-            whole_number("--" + name.replace("_", "-"), value)
     loaded = load_model(arguments.load, tag=arguments.load_tag)
     tokenizer = loaded.require_tokenizer()
     documents = [tokenizer.encode(text) for text in read_texts(Path(arguments.text))]

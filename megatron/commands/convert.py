@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,12 +48,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--dtype", default="auto", choices=dtypes, help="of the weights; auto: that of training")
         command.add_argument("--trim-vocab", action="store_true", help="drop the padding rows that no token uses")
         command.add_argument(
-            "--max-shard-size", default="5GB", metavar="SIZE", help="split larger files (default: 5GB)"
+            "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="split larger files (default: 5GB)"
         )
     for command in (to_hf, straight, from_hf):
         command.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     to_hf.add_argument("--tag", help="checkpoint of the run; default: the newest that verifies")
     return parser.parse_args(argv)
+
+
+def _size(text: str) -> str:
+    """A size as the hub library reads it; it counts in powers of ten and takes none of 0."""
+    if not re.fullmatch(r"[1-9][0-9]{0,5}[KMGT]B", text.upper()):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}; it must be a whole number of KB, MB, GB or TB, such as 5GB")
+    return text.upper()
 
 
 def with_tokenizer_files(config: Config, args: argparse.Namespace) -> Config:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.ranges import whole
 from megatron.errors import require
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
@@ -24,8 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
                         help="law to fit; best: the one with the lowest cross-validation error (default)")  # fmt: skip
     parser.add_argument("--points", choices=POINTS, default="final",
                         help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
-    parser.add_argument("--bootstrap", type=int, default=400, metavar="REFITS", help="refits (default: 400)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of starts and bootstrap (default: 0)")
+    parser.add_argument(
+        "--bootstrap", type=whole(2, 10**6), default=400, metavar="REFITS", help="refits (default: 400)"
+    )
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="seed of starts and bootstrap (default: 0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the fits as JSON for tools/plan.py")
     options = parser.parse_args(arguments)
     _fit_all(options)
@@ -36,13 +39,6 @@ def _fit_all(options: argparse.Namespace) -> None:
     from megatron.scaling.fit import save_fits
     from megatron.scaling.observations import observe
 
-    require(
-        options.bootstrap >= 2,
-        f"--bootstrap {options.bootstrap} was given",
-        "an interval needs refits",
-        "give some hundred",
-    )
-    require(options.seed >= 0, f"--seed {options.seed} was given", "a seed is not negative", "give 0 or more")
     fits = [_fit_one(data, options) for data in observe(find_runs(options.runs), options.points)]
     require(fits, "no run with a likelihood was given", "a law is fitted to validation losses", "name finished runs")
     if options.output:

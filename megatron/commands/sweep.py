@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.ranges import whole
 from megatron.errors import require
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
@@ -19,14 +20,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     from megatron.scaling.sweep.definition import load_sweep
 
-    require(options.jobs >= 1, f"--jobs {options.jobs} was given", "at least one run runs", "give 1 or more")
-    require(options.attempts >= 1, f"--attempts {options.attempts} was given", "a run is started", "give 1 or more")
-    require(
-        options.devices_per_job >= 0,
-        f"--devices-per-job {options.devices_per_job} was given",
-        "a job sees some devices, or with 0 all",
-        "give 0 or more",
-    )
     sweep = load_sweep(options.sweep)
     actions = {"list": _list, "price": _price, "status": _status, "check": _check, "run": _run, "slurm": _slurm}
     return actions[options.action](sweep, _selected(sweep, options.only), options)
@@ -40,11 +33,17 @@ def _parser() -> argparse.ArgumentParser:
         help="list: runs and their commands; price: FLOPs and hours; status: where every run stands; check: what differs "
              "within comparisons; run: everything that is not finished; slurm: write an array job")  # fmt: skip
     add("--only", nargs="+", metavar="NAME", help="these runs, or all whose name contains the text (default: all)")
-    add("--jobs", type=int, default=1, metavar="COUNT", help="run: at the same time (default: 1)")
-    add("--devices-per-job", type=int, default=0, metavar="COUNT", help="run: GPUs each job sees (default: all)")
+    add("--jobs", type=whole(1, 4096), default=1, metavar="COUNT", help="run: at the same time (default: 1)")
+    add(
+        "--devices-per-job",
+        type=whole(0, 4096),
+        default=0,
+        metavar="COUNT",
+        help="run: GPUs each job sees (default: 0, all)",
+    )
     add(
         "--attempts",
-        type=int,
+        type=whole(1, 10**6),
         default=2,
         metavar="COUNT",
         help="run: starts before a run counts as failed (default: 2)",

@@ -6,6 +6,7 @@ import math
 
 from megatron.errors import UserError
 
+MOST = 1e40  # more than all computers of the world compute in its age
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -13,17 +14,17 @@ def parse_count(text: str) -> float:
     """A count as people write it: "100M", "40k", "1e8", "100000000".
 
     Raises:
-        UserError: it is none of these, or not positive and finite.
+        UserError: it is none of these, below 1, or larger than anything that there is to count.
     """
     scale = next((scale for scale, suffix in _COUNTS if text.endswith(suffix)), None)
     try:
         value = float(text) if scale is None else float(text[:-1]) * scale
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(
-            f"{text!r} is not a count", "a count is a number above 0, with k, M, B or T at will", "write 100M or 1e8"
-        )
+    if not 1 <= value <= MOST:
+        shown = repr(text[:40])
+        rule = f"a count is a number from 1 to {MOST:g}, with k, M, B or T at will"
+        raise UserError(f"{shown} is not a count", rule, "write 100M or 1e8")
     return value
 
 

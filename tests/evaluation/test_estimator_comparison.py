@@ -35,7 +35,7 @@ def test_every_figure_says_what_it_is_over(tmp_path) -> None:
 def test_counts_below_one_end_with_status_2(tmp_path, flag, value) -> None:
     refused = run("--load", str(tmp_path), "--text", "x", flag, value)
     assert refused.returncode == 2
-    assert f"{flag} {value}" in refused.stderr
+    assert f"{flag}: '{value}'; it must be a whole number from 1" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 
