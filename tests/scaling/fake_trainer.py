@@ -2,7 +2,7 @@
 
 Writes run.json and metrics.jsonl as training does, one step after another, continues from the step in "latest", and notes
 every start in starts.txt and its share of the cores in threads.txt. FAKE_STEP_SECONDS slows it down; FAKE_FAIL names an
-objective whose first start fails half-way.
+objective whose first start fails half-way. The kill-switch file stops it with status 75.
 """
 
 import json
@@ -47,6 +47,8 @@ metrics.write_text("".join(line + "\n" for line in kept))
 with open(metrics, "a", buffering=1) as file:
     for step in range(done + 1, samples + 1):
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0")))
+        if Path(flags["kill-switch-file"]).exists():
+            sys.exit(75)
         place = {"step": step, "samples": step, "tokens": step * 10, "epoch": step * 10 / unique, "flops": 1.0 * step}
         file.write(
             json.dumps({"kind": "train", **place, "loss": 5.0, "tokens_per_second": 1.0, "seed": flags["seed"]}) + "\n"

@@ -18,7 +18,7 @@ from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
 
-_OWNED = {"save", "load", "train-data-path", "train-epochs", "seed", "model", "objective"}
+_OWNED = {"save", "load", "kill-switch-file", "train-data-path", "train-epochs", "seed", "model", "objective"}
 """Flags that the grid sets; naming them under flags would contradict it."""
 
 
@@ -45,6 +45,11 @@ class SweepRun:
     def program(self) -> str:
         return "pretrain_mdm.py" if self.objective == "mdm" else "pretrain_gpt.py"
 
+    @property
+    def stop_file(self) -> Path:
+        """What the trainers look for after every step."""
+        return self.folder / "stop"
+
     def arguments(self) -> list[str]:
         """Command-line words after the program. Loading from the run's own directory continues it where it stopped."""
         words = []
@@ -53,7 +58,8 @@ class SweepRun:
                 words.append(f"--{name}")
             elif value is not False and value is not None:
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        return [*words, "--save", str(self.folder), "--load", str(self.folder)]
+        own = {"save": self.folder, "load": self.folder, "kill-switch-file": self.stop_file}
+        return [*words, *(word for name, path in own.items() for word in (f"--{name}", str(path)))]
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,15 @@ class Runner:
     devices_per_job: int = 0
     attempts: int = 2
     say: Callable[[str], None] = print
-    _children: dict[int, subprocess.Popen] = field(default_factory=dict)
+    _children: dict[str, subprocess.Popen] = field(default_factory=dict)
     _stopping: threading.Event = field(default_factory=threading.Event)
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, runs: Sequence[SweepRun]) -> dict[str, str]:
         """Bring every run to its end. Returns {run name: "finished" | "skipped" | "failed" | "stopped"}.
 
-        A run that another process trains is waited for. Signals to stop (``STOPS``) are passed to the training
-        processes as SIGTERM; they save and stop.
+        A run that another process trains is waited for. Signals to stop (``STOPS``) are passed on; the training processes
+        save and stop.
 
         Raises:
             ValueError: a directory belongs to another configuration (before anything starts).
@@ -120,6 +120,7 @@ class Runner:
         self.say(f"{run.name}: started (attempt {starts + 1})")
         started = time.time()
         _note(run, {"started": started, "returncode": None})
+        run.stop_file.unlink(missing_ok=True)
         with open(run.folder / "log.txt", "ab") as log:
             log.write(f"\n$ {shlex.join(command)}\n".encode())
             log.flush()
@@ -129,12 +130,12 @@ class Runner:
                 pass_fds=[descriptor], start_new_session=True,
             )  # fmt: skip
             with self._guard:
-                self._children[child.pid] = child
+                self._children[str(run.stop_file)] = child
             if self._stopping.is_set():
-                child.terminate()
+                self._pass_on()
             status = child.wait()
             with self._guard:
-                del self._children[child.pid]
+                del self._children[str(run.stop_file)]
         _note(run, {"started": started, "seconds": round(time.time() - started, 1), "returncode": status})
         return status
 
@@ -156,9 +157,17 @@ class Runner:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.say("stopping: the training processes save and end")
+        self._pass_on(insist=self._stopping.is_set())
         self._stopping.set()
-        for child in list(self._children.values()):
-            child.terminate()
+
+    def _pass_on(self, *, insist: bool = False) -> None:
+        """Stop the trainers: by a signal where one is our child, else by its file, because launchers kill the trainers of a
+        step that takes long soon after a signal (docs/training.md). ``insist``: by a signal in any case."""
+        for stop_file, child in list(self._children.items()):
+            if insist or len(self.sweep.launcher) == 1:
+                child.terminate()
+            else:
+                Path(stop_file).touch()
 
 
 def _note(run: SweepRun, record: dict[str, object]) -> None:
@@ -180,9 +189,9 @@ def _last_line(log: Path) -> str:
 def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
     """The words that start one run; variables such as $SLURM_NNODES in the launcher are filled in."""
     words = [os.path.expandvars(word) for word in sweep.launcher]
-    if "torchrun" in words:  # also behind srun; that of this environment, on PATH or not
+    if "torchrun" in words:  # also behind srun; that of this environment, on PATH or not, which keeps the status
         at = words.index("torchrun")
-        words[at : at + 1] = [sys.executable, "-m", "torch.distributed.run"]
+        words[at : at + 1] = [sys.executable, str(ROOT / "tools/_torchrun.py")]
     if words[0] == "python":
         words[0] = sys.executable
     return [*words, str(ROOT / run.program), *run.arguments()]

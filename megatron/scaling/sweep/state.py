@@ -22,6 +22,8 @@ from megatron.runs.record import read_records
 from megatron.runs.run import Run
 from megatron.scaling.sweep.definition import SweepRun
 
+STOPPED = 75  # exit status of a trainer that was stopped and saved
+
 
 def state(run: SweepRun) -> str:
     """ "finished", "running", "failed" (its last attempt ended with an error), "interrupted" or "waiting"."""
@@ -33,7 +35,7 @@ def state(run: SweepRun) -> str:
         return "waiting"
     if is_finished(run):
         return "finished"
-    return "failed" if attempts[-1]["returncode"] not in (0, None) else "interrupted"
+    return "interrupted" if attempts[-1]["returncode"] in (None, 0, STOPPED) else "failed"
 
 
 def is_finished(run: SweepRun) -> bool:
