@@ -42,9 +42,10 @@ def read_items(path: Path) -> list[tuple[int, dict[str, Any]]]:
     for number, line in read_lines(path):
         try:
             item = json.loads(line)
+            json.dumps(item, ensure_ascii=False).encode()  # a lone surrogate, which JSON can spell, is no text
         except json.JSONDecodeError as error:
             raise _wrong(path, number, f"is not JSON ({error.msg})") from None
-        except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
+        except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits; no text
             raise _wrong(path, number, f"cannot be read ({error})") from None
         if not isinstance(item, dict):
             raise _wrong(path, number, f"is a {type(item).__name__}")

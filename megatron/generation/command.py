@@ -98,6 +98,7 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_generate_parser().parse_args(argv)
     _check_numbers(arguments)
+    _check_texts(arguments)
     prompts = [prompt for prompt in _prompts(arguments) for _ in range(arguments.num_samples)]
     _check_animation(arguments, len(prompts))
     from megatron.inference.model import load_model
@@ -130,6 +131,15 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         flag = "--" + name.replace("_", "-")
         require(least <= value <= most, f"{flag} {value}", f"it is from {least} to {most}", "correct the number")
     _settings(arguments)
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Refuse words of the command line that are no UTF-8, which Python passes on as lone surrogates."""
+    for name in ("prompt", "infix", "stop"):
+        given = getattr(arguments, name) or []
+        for text in [given] if isinstance(given, str) else given:
+            sound = text.encode(errors="replace").decode() == text
+            require(sound, f"--{name} {ascii(text)[:60]}", "text is UTF-8", "set a UTF-8 locale, or use --prompt-file")
 
 
 def _check_animation(arguments: argparse.Namespace, results: int) -> None:

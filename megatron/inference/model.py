@@ -18,7 +18,7 @@ from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.inference.decoder import CachedDecoder
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
@@ -213,6 +213,11 @@ def _tokenizer(config: Config, options: dict[str, Any]) -> tuple[Tokenizer | Non
         return None, str(error)
     if isinstance(tokenizer, NullTokenizer):
         return None, "the data were tokenised before they came here"
+    rows = config.model.padded_vocab_size
+    if rows is not None and tokenizer.vocab_size > rows:
+        problem = f"{tokenizer.name} has {tokenizer.vocab_size:,} ids and the model rows for {rows:,}"
+        require(not options, problem, "text needs the tokenizer that the model was trained with", "name that one")
+        return None, problem
     return tokenizer, ""
 
 

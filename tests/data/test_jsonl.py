@@ -34,6 +34,7 @@ def test_byte_order_mark_and_line_ends(tmp_path, end) -> None:
         (b'{"a": 1}\n{"a": "\xff"}\n', "line 2 is not UTF-8 .byte 0xff"),
         (b'\n{"a": ' + b"[" * 100_000 + b"\n", "line 2"),
         (b'{"a": ' + b"1" * 10_000 + b"}\n", "line 1 cannot be read"),
+        (b'{"a": "\\ud800"}\n', "line 1 cannot be read .*surrogates not allowed"),
         (b"\n \n", "empty"),
     ],
 )

@@ -358,6 +358,8 @@ def test_races_are_labelled_in_the_table(runs, tmp_path, capsys) -> None:
         (["--num-mc", "99999999999"], "num_mc"),
         (["--micro-batch-size", "0"], "batch_size 0"),
         (["--seq-length", "-4"], "max_length -4"),
+        (["--seq-length", "0"], "max_length 0"),
+        (["--num_fewshot", "1"], "--num_fewshot 1 with words, which has 1 items"),
         (["--seed", "-5"], "seed -5"),
         (["--tensor-model-parallel-size", "0"], "parallel-size 0"),
         (["--results_path", "."], "is a folder"),

@@ -137,6 +137,13 @@ def test_numbers_out_of_range_are_refused_before_anything_is_loaded() -> None:
             assert refused.value.exit_status == 2
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--infix", "--stop"])
+def test_a_text_that_is_no_utf_8_is_refused(flag) -> None:
+    """Python passes bytes of the command line that it cannot read on as lone surrogates."""
+    with pytest.raises(UserError, match=f"{flag} .*; text is UTF-8; "):
+        run_generate(["--load", "/nowhere", flag, "a\udcff"])
+
+
 @pytest.mark.parametrize("temperature", ["1e-320", "1e-5", "1e300"])
 def test_extreme_temperatures_draw_tokens(runs, capsys, temperature) -> None:
     flags = ["--load", runs["ar"], "--prompt", "Return", "--max-new-tokens", "8", "--json"]

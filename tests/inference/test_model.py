@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron.errors import UserError
 from megatron.inference.model import load_model
 from tests.evaluation import tiny
 
@@ -63,6 +64,15 @@ def test_a_missing_tokenizer_is_named_when_text_is_needed(runs, tmp_path, tokeni
         loaded.require_tokenizer()
     again = load_model(tmp_path / "run", tokenizer_options={"tokenizer_model": str(tokenizer)})
     assert again.require_tokenizer().vocab_size == 600
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(runs, tmp_path, tokenizer) -> None:
+    """Its text would end in an index error; where it is the run's own (the file was replaced), text is refused only."""
+    small = tiny.make_run(tmp_path / "small", tiny.config_for("ar", tokenizer, vocab_size=200))
+    with pytest.raises(UserError, match=r"has 600 ids and the model rows for 256; .*; name that one"):
+        load_model(small, tokenizer_options={"tokenizer_model": str(tokenizer)})
+    with pytest.raises(UserError, match=r"no tokenizer .*has 600 ids"):
+        load_model(small).require_tokenizer()
 
 
 def test_nothing_to_load(tmp_path) -> None:

@@ -249,13 +249,20 @@ def _parquet(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
     except ImportError as error:
         raise UserError("pyarrow is not installed", "parquet input needs it", "run pip install pyarrow") from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} ({error})", "it must be a parquet file", "check --input and --input-format") from error
-    with file:
-        _check_columns(path, file.schema_arrow.names, keys)
-        for part in file.iter_batches(batch_size=_BATCH_ROWS // 4, columns=list(keys)):
-            yield part.to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, keys)
+            for part in file.iter_batches(batch_size=_BATCH_ROWS // 4, columns=list(keys)):
+                yield part.to_pylist()
+    except (
+        pyarrow.ArrowException,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:  # of a damaged file, an OSError without a number
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(
+            f"{path} ({error})", "it must be a sound parquet file", "check it and --input-format"
+        ) from error
 
 
 def _datasets(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
@@ -263,7 +270,12 @@ def _datasets(path: Path, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]
         import datasets
     except ImportError as error:
         raise UserError("datasets is not installed", "this input needs it", "run pip install datasets") from error
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:  # of its JSON and Arrow files, whichever is damaged
+        raise UserError(
+            f"{path} ({error})", "it must be a sound folder of datasets", "copy or save it again"
+        ) from error
     _check_columns(path, data.column_names, keys)
     data = data.select_columns(list(keys))
     step = _BATCH_ROWS // 4

@@ -66,6 +66,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """Open for reading, behind the byte order mark that some editors write."""
     suffix = path.suffix.lower()
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    if suffix in openers and path.stat().st_size == 0:  # some of the libraries take that for a stream of nothing
+        raise EOFError("it is empty")
     with openers.get(suffix, io.open)(path, "rb") as file:  # type: ignore[operator]
         head = file.peek(4)[:4]
         if head.startswith(codecs.BOM_UTF8):

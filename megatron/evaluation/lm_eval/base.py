@@ -75,7 +75,8 @@ class MegatronLM(GeneratingLM):
         self.context = model.context
         _move(model, device)
         self.batch_size = rows_of(batch_size, at_most=max_batch_size)
-        self.max_length = min(whole_number("max_length", max_length or model.max_length, at_least=2), model.max_length)
+        length = model.max_length if max_length is None else max_length
+        self.max_length = min(whole_number("max_length", length, at_least=2), model.max_length)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
         self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer = model.require_tokenizer()

@@ -19,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from megatron.data.jsonl import read_items
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
 GENERATION = {"until": ["\n"], "max_gen_toks": 64, "do_sample": False}
 FIELDS = {
@@ -69,7 +69,15 @@ class LocalTask(ConfigurableTask):
         return choices if self._is_ready else [choice or " " for choice in choices]
 
     def set_config(self, key: str, value: Any, update: bool = False) -> None:
-        """Also remember what ``--gen_kwargs`` sets, which stands above a line's own settings."""
+        """Also remember what ``--gen_kwargs`` sets, which stands above a line's own settings, and check the examples."""
+        if key == "num_fewshot":
+            items = len(self.dataset["test"])
+            require(
+                (value or 0) < items,
+                f"--num_fewshot {value} with {self.config.task}, which has {items} items",
+                "examples are other items of the file",
+                f"pass at most {items - 1}",
+            )
         if key == "generation_kwargs":
             self._flags.update(value)
         super().set_config(key, value, update)

@@ -67,7 +67,9 @@ def test_compressed_parts_one_after_the_other_are_one_file(tmp_path: Path, suffi
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-@pytest.mark.parametrize("damage", ["cut off", "changed", "not compressed", "cut in the first bytes"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "changed", "not compressed", "cut in the first bytes", "last byte", "empty"]
+)
 def test_damaged_compression_names_the_file(tmp_path: Path, suffix: str, damage: str) -> None:
     path = tmp_path / f"in.jsonl{suffix}"
     noise = "".join(f'{{"text": "{i * 7919 % 10007} {i * i}"}}\n' for i in range(20000)).encode()
@@ -78,13 +80,49 @@ def test_damaged_compression_names_the_file(tmp_path: Path, suffix: str, damage:
             2 if suffix == ".zst" else half
         )  # frames that pyarrow writes have no checksum, so their header is changed
         raw[place : place + 40] = bytes(40)
-    contents = {"cut off": raw[:half], "not compressed": noise, "cut in the first bytes": raw[:7], "changed": raw}
+    contents = {"cut off": raw[:half], "not compressed": noise, "cut in the first bytes": raw[:7], "changed": raw,
+                "last byte": raw[:-1], "empty": b""}  # fmt: skip
     path.write_bytes(contents[damage])
     with pytest.raises(UserError, match=rf"in\.jsonl{suffix} is damaged or cut off.*; .*copy or compress it again"):
         list(read_lines(path))
     if (suffix, damage) == (".gz", "cut off"):
         with pytest.raises(UserError, match=r"cut off after line \d+ "):
             list(read_lines(path))
+
+
+def test_damaged_parquet_names_the_file(tmp_path: Path) -> None:
+    """Whatever byte of it is changed, and wherever it is cut: the rows, or one line for the user."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "in.parquet"
+    rows = [f"text {i * 7919 % 10007} größer" for i in range(300)]
+    parquet.write_table(pyarrow.table({"text": rows}), path)
+    raw, refused = path.read_bytes(), 0
+    step = max(1, len(raw) // 120)
+    damaged = [raw[:cut] for cut in range(0, len(raw), step)]
+    damaged += [raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :] for at in range(0, len(raw), step)]
+    for content in [*damaged, b"PAR1" + bytes(20) + b"PAR1"]:
+        path.write_bytes(content)
+        try:
+            list(read_batches(Source(path, "parquet"), ["text"]))
+        except UserError as error:
+            refused += str(path) in str(error)
+    assert refused > 120
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("*.arrow", b""), ("*.arrow", b"cut"), ("*.arrow", None), ("state.json", b"{"), ("state.json", b"{}")]
+)  # fmt: skip
+def test_a_damaged_datasets_folder_is_named(tmp_path: Path, name: str, content: bytes | None) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
+    [source] = find_sources([str(tmp_path / "saved")])
+    assert sum(len(batch.rows) for batch in read_batches(source, ["text"])) == 2
+    [file] = (tmp_path / "saved").glob(name)
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"saved .*; it must be a sound folder of datasets; copy or save it again"):
+        list(read_batches(source, ["text"]))
 
 
 def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
