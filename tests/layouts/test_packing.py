@@ -20,13 +20,15 @@ RESET = {"reset_position_ids": True, "reset_attention_mask": True}
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``train``: documents of 16 random tokens, two and a bit in a sample."""
+    """A folder with ``train``: documents of odd lengths, empty, of one token and longer than a sample, each with its EOD."""
     from megatron.data.prepare.writer import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("documents")
     with IndexedDatasetWriter(folder / "train", np.dtype(np.uint16)) as writer:
-        for row in np.random.default_rng(0).integers(0, 499, (40, 16)):
-            writer.add_document(row.astype(np.uint16))
+        random = np.random.default_rng(0)
+        for size in [7, 11, 5, 0, 47, 1, 13, 9] * 5:
+            tokens = np.append(random.integers(0, 499, max(0, size - 1)), 499)[:size]
+            writer.add_document(tokens.astype(np.uint16))
     return folder
 
 
@@ -101,7 +103,8 @@ def test_losses_are_those_of_each_document_alone(
     single = jobs.flags(documents, tmp_path / "run", **RESET)
     results = pools(size).run(token_losses, objective, argv)
     parts, losses = results[-1]  # the last stage knows them
-    assert all(len(row.unique()) in (2, 3, 4) for row in parts[1])  # two whole documents, or one between two cut ones
+    pieces = [len(row.unique()) for row in parts[1]]
+    assert min(pieces) <= 2 and max(pieces) >= 4  # most of a long document, and several whole ones between cut ones
     expected = alone(objective, single, parts)
     assert losses.shape == expected.shape == (SAMPLES, 32) and (losses > 0).sum() > SAMPLES * 8
     assert (losses - expected).abs().max() < 1e-6 * max(1.0, float(parts[3].max()))

@@ -17,7 +17,7 @@ from objective_helpers import (
 )
 
 from megatron.objectives import OBJECTIVES, build_objective, evaluation_objective, needs_mask_token
-from megatron.objectives.base import BOUND, EXACT, NO_BOUND, is_exact
+from megatron.objectives.base import BOUND, EXACT, NO_BOUND, CausalDecoding, is_exact
 from megatron.training.validation import likelihood_fields
 
 NEEDED = {
@@ -86,9 +86,13 @@ def test_evaluation_does_not_depend_on_seed_or_batch_size(name):
 def test_labels_are_honest(name):
     objective = make_objective(*flags_of(name))
     assert {objective.label, objective.for_eval().label} <= {EXACT, BOUND, NO_BOUND}
-    assert is_exact(objective) == (name == "ar")  # every other training loss has noise in it
+    seeded = [make_objective(*flags_of(name), seed=seed) for seed in (1, 2)]
+    inputs = [prepare(view, make_tokens(24), torch.arange(24)).inputs.input_ids for view in seeded]
+    has_noise = not torch.equal(*inputs) or seeded[0].attention_mask != seeded[1].attention_mask
+    assert not (is_exact(objective) and has_noise), "a loss with noise in it is no likelihood"
+    assert is_exact(objective) or name != "ar"
     assert objective.for_eval().label != NO_BOUND
-    assert is_exact(objective.for_eval()) == name.endswith("ar")
+    assert is_exact(objective.for_eval()) == isinstance(objective.decoding, CausalDecoding)
 
 
 @pytest.mark.parametrize("flags", [["--ar-ratio", "0.5"], ["--low-noise-start", "--low-noise-iter", "2"]])
