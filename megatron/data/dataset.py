@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,8 @@ class Pieces(NamedTuple):
     """Where each token of a sample comes from.
 
     Attributes:
-        documents: [seq + 1] int64, index of its document in the data set (in a blend: in all parts, one after the other).
+        documents: [seq + 1] int64, index of its document in the data set (in a blend: in all parts, one after the other; those
+            of a prefix that is named again keep their numbers).
         places: [seq + 1] int64, from 0: which piece of the sample it is in. A document after itself is two pieces.
     """
 
@@ -158,6 +160,10 @@ class BlendedDataset:
                     f"the blend needs {needed} of it",
                     "build it with more samples",
                 )
+        # Where the documents of each part begin: parts of one prefix have the same ones, which say nothing new of each other.
+        ends = np.cumsum([0, *(len(part.documents) for part in datasets)]).tolist()
+        prefixes = [os.path.realpath(part.documents.prefix) for part in datasets]
+        self._first_documents = [ends[prefixes.index(prefix)] for prefix in prefixes]
         self.num_samples = len(self.order)
         self.tokens_per_epoch = sum(dataset.tokens_per_epoch for dataset in self.datasets)
         self.num_epochs = self.num_samples * self.datasets[0].seq_length / self.tokens_per_epoch
@@ -179,7 +185,7 @@ class BlendedDataset:
         """Return the document of each token of sample ``index``; see :class:`Pieces`."""
         dataset, place = self._place(index)
         own = self.datasets[dataset].pieces(place)
-        return own._replace(documents=own.documents + sum(len(part.documents) for part in self.datasets[:dataset]))
+        return own._replace(documents=own.documents + self._first_documents[dataset])
 
     def _place(self, index: int) -> tuple[int, int]:
         index = operator.index(index)

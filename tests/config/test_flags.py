@@ -139,7 +139,7 @@ def owner_of(item: dataclasses.Field) -> list[str]:
     return ["--objective", owners[0]] if owners else []
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-3", "1e300", str(10**30)])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-3", "1e300", str(10**30), "9" * 5000])
 @pytest.mark.parametrize("item", NUMBERS, ids=lambda item: item.name)
 def test_numbers_outside_their_range_are_refused(item: dataclasses.Field, value: str) -> None:
     """In three parts, before anything else is looked at."""
@@ -149,6 +149,12 @@ def test_numbers_outside_their_range_are_refused(item: dataclasses.Field, value:
         assert re.fullmatch(rf"{spelling(item)} is .*; it must be .*; correct the number", str(stop.value))
     else:
         assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 98 + "x" * 9, "-1", "1.5", "nan", "", "10000000000000000"])
+def test_validation_steps_are_a_number_or_full(value: str) -> None:
+    with pytest.raises(UserError, match=r"--eval-iters '.*'; it counts validation steps, or is 'full'; "):
+        parse([*BASE, "--valid-data-path", "v", f"--eval-iters={value}"])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,17 @@ def test_documents_of_a_blend_are_counted_through(make_data: Callable[..., str])
     assert not found[0] & found[1]
 
 
+def test_documents_of_a_prefix_that_is_named_twice_are_the_same(make_data: Callable[..., str]) -> None:
+    """Or a validation set that is named twice would halve the variance of its mean."""
+    parts = [GPTDataset(make_data(name, SIZES), 40, 16, seed=1) for name in ("b", "a")]
+    parts.append(GPTDataset(parts[1].documents.prefix, 40, 16, seed=1))
+    blend = BlendedDataset([0.2, 0.4, 0.4], parts, 40)
+    seen = {part: set() for part in range(3)}
+    for index in range(40):
+        seen[blend.order[index][0]] |= set(blend.pieces(index).documents.tolist())
+    assert not seen[0] & seen[1] and max(seen[1] | seen[2]) < 20 and seen[1] & seen[2]
+
+
 def test_positions_begin_again_with_every_segment() -> None:
     segments = np.array([[0, 0, 0, 1, 1, 3, 3], [2, 2, 2, 2, 2, 2, 2]])
     assert places_in_documents(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]

@@ -41,7 +41,7 @@ BASE = {
     "--micro-batch-size": "2", "--global-batch-size": "8",
 }  # fmt: skip
 NUMBERS = ("-1", "0", "1", "2", "3", "8", "0.5", "1e-3", "1e6", "-0.0", "-1e-9", "7", "64", "1000000000000")
-NOT_FINITE = ("nan", "inf", "-inf", "1e999", "-1e400", "9" * 400)
+NOT_FINITE = ("nan", "inf", "-inf", "1e999", "-1e400", "9" * 400, "9" * 5000)
 NO_NUMBERS = ("", " ", "abc", "1e", "0x10", "1_000", "١٢", "½", "--", "1 2", "1,5", "None", "true")
 PATHS = (
     "", " ", ".", "..", "/", "data", "data.bin", "run", "empty", "torn", "run/global_step20", "absent/x", "/dev/null",
