@@ -300,7 +300,7 @@ def _published_notes(objective: str, point: Points) -> list[str]:
             )
     elif epochs > 16:
         notes.append(
-            f"{epochs:.0f} epochs: AR overfits long before (the paper's best is at 50 epochs on 100M "
+            f"{epochs:.0f} epochs: AR may overfit before (the paper's best is at 50 epochs on 100M "
             "tokens), which these coefficients cannot show: validate often and keep the best checkpoint"
         )
     return notes
