@@ -17,7 +17,7 @@ SCRIPT="$EXAMPLES/${1:?which training script? for instance training/mdm/140m_100
 [ -f "$SCRIPT" ] || { echo "error: no file $SCRIPT; scripts are named from examples_scaling/; see ls $EXAMPLES/training/*" >&2; exit 2; }
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then   # srun does not inherit sbatch's --cpus-per-task, and gives one core without it
-  exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --kill-on-bad-exit=1 bash "$SCRIPT" "$@"
+  exec srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$(nproc)}}" --kill-on-bad-exit=1 bash "$SCRIPT" "$@"
 fi
 [ -n "${HOSTFILE:-}" ] || { echo "error: neither a SLURM job nor HOSTFILE; several nodes need one of them; see the head of $0" >&2; exit 2; }
 exec bash "$SCRIPT" "$@"
