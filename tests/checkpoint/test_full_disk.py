@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from megatron.checkpoint import files
+from megatron.checkpoint import writer
 from megatron.checkpoint.select import select
 from megatron.checkpoint.upkeep import sweep_leftovers
 from megatron.errors import Failure
@@ -56,7 +56,7 @@ def test_every_operation_of_a_save_may_fail(tmp_path: Path, monkeypatch: pytest.
             patch.setattr(builtins, "open", disk.wrap(OPEN, FULL))
             for name in ("fsync", "replace", "rename", "mkdir", "chmod"):
                 patch.setattr(os, name, disk.wrap(getattr(os, name), FULL))
-            patch.setattr(files, "save_file", disk.wrap(files.save_file, RUST))
+            patch.setattr(writer, "save_file", disk.wrap(writer.save_file, RUST))
             try:
                 save(run_dir, step, value=0.5)
                 assert value(select(run_dir)) == 0.5  # nothing failed, or only what makes a rename durable

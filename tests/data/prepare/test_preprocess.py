@@ -241,11 +241,10 @@ def test_wrong_use(tool, tmp_path: Path, arguments: list[str], message: str) -> 
 def test_numbers_out_of_range_are_refused(
     tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import preprocess_data
+    from megatron.commands import preprocess
 
     with pytest.raises(SystemExit, match="2"):
-        preprocess_data.parse_args(["--input", "x", "--output-prefix", str(tmp_path / "out"), number])
+        preprocess.parse_args(["--input", "x", "--output-prefix", str(tmp_path / "out"), number])
     assert "it must be a whole number from" in capsys.readouterr().err
 
 
