@@ -162,6 +162,6 @@ def _as_flag(need: str) -> str:
 
 
 POSITIVE, NOT_NEGATIVE, SEED = Range(at_least=1), Range(at_least=0), Range(at_least=0, at_most=2**32 - 1)
-PROBABILITY, DROPOUT, EPSILON = Range(at_least=0, at_most=1), Range(at_least=0, below=1), Range(above=0, below=1)
+PROBABILITY, DROPOUT, EPSILON = Range(at_least=0, at_most=1), Range(at_least=0, below=1), Range(at_least=1e-30, below=1)
 ABOVE_ZERO, MINUTES = Range(above=0), Range(above=0, at_most=60 * 24 * 365)
 SIZE, TOKENS = Range(at_least=1, at_most=10**6), Range(at_least=1, at_most=10**9)

@@ -175,7 +175,7 @@ class ParallelConfig:
         flags=("--recompute-activations", "--checkpoint-activations"))
     compile: bool | None = option(None, "torch.compile each block; default: on with CUDA, off on CPU")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
-        range=MINUTES)
+        range=Range(at_least=0.1, at_most=MINUTES.at_most))
     # fmt: on
 
 

@@ -158,6 +158,16 @@ def test_validation_steps_are_a_number_or_full(value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--adam-eps", "1e-320"), ("--layernorm-epsilon", "1e-39")]  # 0 in fp32: rows without gradients become NaN
+    + [("--distributed-timeout-minutes", value) for value in ("1e-320", "1e-5")],  # nobody can meet within that
+)
+def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^{flag} "):
+        parse([*BASE, f"{flag}={value}"])
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--keep-last", "2"], "--keep-last would have no effect; it needs --save"),

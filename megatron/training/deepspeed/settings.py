@@ -112,7 +112,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--deepspeed_config {path}: {error}", "it must be a JSON file", "correct it") from error
     if not isinstance(given, dict):
         raise UserError(
