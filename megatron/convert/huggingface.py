@@ -24,8 +24,8 @@ from megatron.checkpoint.tensors import model_tensors
 from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
 from megatron.checkpoint.writer import save_tensors
 from megatron.config.schema import Config, ModelConfig
-from megatron.data.jsonl import read_object
 from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.objectives import evaluation_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
 

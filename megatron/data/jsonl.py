@@ -1,5 +1,4 @@
-"""Small text files that people write: lines with their numbers, the objects of JSON Lines (tasks, prompts,
-questions), and files that are one JSON object."""
+"""Small text files that people write: lines with their numbers, and the objects of JSON Lines (tasks, prompts, questions)."""
 
 from __future__ import annotations
 
@@ -54,26 +53,6 @@ def read_items(path: Path) -> list[tuple[int, dict[str, Any]]]:
     if not items:
         raise UserError(f"{path} is empty", "at least one item is needed", "add lines")
     return items
-
-
-def read_object(path: Path, *, rule: str, fix: str) -> dict[str, Any]:
-    """The JSON object that a file is.
-
-    Args:
-        path: the file; a byte order mark is skipped.
-        rule: what the file must be, for the error.
-        fix: what to do.
-
-    Raises:
-        UserError: no file, or it does not hold one JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no text, a number of too many digits
-        raise UserError(f"{path} cannot be read ({error})", rule, fix) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read (it is a {type(value).__name__})", rule, fix)
-    return value
 
 
 def _wrong(path: Path, number: int, what: str) -> UserError:

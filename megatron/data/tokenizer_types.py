@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.data.jsonl import read_object
 from megatron.errors import UserError, require
+from megatron.files import read_object
 
 GPT2_EOD = "<|endoftext|>"
 _EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron.data.jsonl import read_object
+from megatron.files import read_object
 from megatron.runs.record import METRICS, RECORD, read_rows
 
 CURVE_ROWS = 12  # validations shown

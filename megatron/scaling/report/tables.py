@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron.data.jsonl import read_object
 from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.runs.comparison import plus_minus
 from megatron.runs.matching import Difference, matched_pairs
 from megatron.runs.run import Run
