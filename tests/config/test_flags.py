@@ -13,7 +13,7 @@ import pytest
 from megatron.config import Config, build_parser, config_from_dict, config_to_dict
 from megatron.config.option import spelling
 from megatron.config.shape import Shape, padded_size
-from megatron.config.validate import idle_notes
+from megatron.config.validate import PATHS, idle_notes
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 
@@ -155,6 +155,17 @@ def test_numbers_outside_their_range_are_refused(item: dataclasses.Field, value:
 def test_validation_steps_are_a_number_or_full(value: str) -> None:
     with pytest.raises(UserError, match=r"--eval-iters '.*'; it counts validation steps, or is 'full'; "):
         parse([*BASE, "--valid-data-path", "v", f"--eval-iters={value}"])
+
+
+PLACES = [item for _, item in FIELDS if item.metadata["unit"] in PATHS]
+
+
+@pytest.mark.parametrize("item", PLACES, ids=lambda item: item.name)
+def test_a_place_without_a_name_is_refused(item: dataclasses.Field) -> None:
+    """What an unset variable of a script gives."""
+    needed = {"wandb_save_dir": ["--wandb-project", "x"], "gap_task": ["--valid-data-path", "x"]}.get(item.name, [])
+    with pytest.raises(UserError, match=f"{spelling(item)} ''; it names a place"):
+        parse([*BASE, *needed, spelling(item), ""])
 
 
 @pytest.mark.parametrize(
