@@ -156,8 +156,8 @@ def _is_met(need: str, values: dict[str, Any]) -> bool:
 def _as_flag(need: str) -> str:
     name, _, value = need.partition("=")
     flag = "--" + name.replace("_", "-")
-    if value == "false":
-        return "--no-" + name.replace("_", "-")
+    if value in ("false", "none"):
+        return ("--no-" if value == "false" else "no --") + name.replace("_", "-")
     return f"{flag} {value}" if value and value != "true" else flag
 
 

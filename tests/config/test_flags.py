@@ -181,6 +181,11 @@ def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> Non
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--allow-training-data-in-validation"], "--allow-training-data-in-validation .* needs --valid-data-path"),
+        (
+            ["--padded-vocab-size", "512", "--make-vocab-size-divisible-by", "64"],
+            "--make-vocab-size-divisible-by would have no effect; it needs no --padded-vocab-size; drop it",
+        ),
         (["--keep-last", "2"], "--keep-last would have no effect; it needs --save"),
         (["--load-tag", "latest"], "--load-tag .* needs --load"),
         (["--finetune"], "--finetune .* needs --load"),
