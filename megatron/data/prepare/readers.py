@@ -167,7 +167,8 @@ def _format_of(path: Path) -> str | None:
 
 def _saved_dataset(path: Path) -> Source:
     if (path / "dataset_dict.json").is_file():
-        splits = sorted(state.parent.name for state in path.glob("*/state.json")) or ["train"]
+        names = {state.parent.name for state in path.glob("*/state.json")} or {"train"}
+        splits = sorted(names, key=lambda name: (name != "train", name))  # the one most likely meant first
         raise UserError(
             f"--input {path} holds the splits {', '.join(splits)}",
             "one data set is made of one split",
