@@ -170,7 +170,10 @@ def test_a_place_without_a_name_is_refused(item: dataclasses.Field) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--adam-eps", "1e-320"), ("--layernorm-epsilon", "1e-39")]  # 0 in fp32: rows without gradients become NaN
+    [
+        ("--adam-eps", "1e-320"),
+        ("--layernorm-epsilon", "1e-39"),
+    ]  # 0 in fp32, or flushed to it: rows without gradients become NaN
     + [("--distributed-timeout-minutes", value) for value in ("1e-320", "1e-5")],  # nobody can meet within that
 )
 def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> None:
