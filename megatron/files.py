@@ -1,4 +1,4 @@
-"""The only way a finished file or folder comes to be: whole, on the disk, or not at all.
+"""The only way a finished file or folder comes to be: whole, on the disk, or not at all; and how a JSON object is read.
 
 Both are made under a temporary name beside the target, ``.NAME.PID.RANDOM.tmp``, and renamed. A failure removes it; after a
 kill it stays, harmless, until :func:`remove_leftovers`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -16,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from megatron.errors import Failure, require
+from megatron.errors import Failure, UserError, require
 
 LEFTOVER_SECONDS = 24 * 3600
 Content = str | bytes | Callable[[BinaryIO], object]
@@ -127,6 +128,27 @@ def one_at_a_time(lock: Path, *, waiting: Callable[[], object] = lambda: None) -
         except OSError:
             pass
         yield
+
+
+def read_object(path: Path, *, rule: str, fix: str, **options: Any) -> dict[str, Any]:
+    """The JSON object that a file is.
+
+    Args:
+        path: the file; a byte order mark is skipped.
+        rule: what the file must be, for the error.
+        fix: what to do.
+        options: of ``json.loads``.
+
+    Raises:
+        UserError: no file, or it does not hold one JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes(), **options)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no text, a number of too many digits
+        raise UserError(f"{path} cannot be read ({error})", rule, fix) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} cannot be read (it is a {type(value).__name__})", rule, fix)
+    return value
 
 
 def sha256_of(path: str | Path) -> str:

@@ -156,12 +156,12 @@ def _is_met(need: str, values: dict[str, Any]) -> bool:
 def _as_flag(need: str) -> str:
     name, _, value = need.partition("=")
     flag = "--" + name.replace("_", "-")
-    if value == "false":
-        return "--no-" + name.replace("_", "-")
+    if value in ("false", "none"):
+        return ("--no-" if value == "false" else "no --") + name.replace("_", "-")
     return f"{flag} {value}" if value and value != "true" else flag
 
 
 POSITIVE, NOT_NEGATIVE, SEED = Range(at_least=1), Range(at_least=0), Range(at_least=0, at_most=2**32 - 1)
-PROBABILITY, DROPOUT, EPSILON = Range(at_least=0, at_most=1), Range(at_least=0, below=1), Range(above=0, below=1)
+PROBABILITY, DROPOUT, EPSILON = Range(at_least=0, at_most=1), Range(at_least=0, below=1), Range(at_least=1e-30, below=1)
 ABOVE_ZERO, MINUTES = Range(above=0), Range(above=0, at_most=60 * 24 * 365)
 SIZE, TOKENS = Range(at_least=1, at_most=10**6), Range(at_least=1, at_most=10**9)

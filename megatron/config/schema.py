@@ -41,7 +41,7 @@ class ModelConfig:
         "rows of the learned position table, not below the sequence length; default: equal to it", unit="TOKENS",
         range=TOKENS, needs=("use_rotary_position_embeddings=false",), published=True)
     make_vocab_size_divisible_by: int = option(128, "pad the vocabulary to a multiple of this, whatever the layout",
-        unit="TOKENS", range=SIZE)
+        unit="TOKENS", range=SIZE, needs=("padded_vocab_size=none",))
     padded_vocab_size: int | None = option(None,
         "rows of the embedding matrix; default: those of a loaded checkpoint, else the vocabulary, padded",
         unit="TOKENS", range=TOKENS)
@@ -92,7 +92,8 @@ class DataConfig:
     train_data_path_file: str | None = option(None,
         'file holding one line: "WEIGHT PREFIX" for training, several quoted pairs blend', unit="FILE")
     valid_data_path_file: str | None = option(None, "the same for validation", unit="FILE")
-    allow_training_data_in_validation: bool = option(False, "validate on training data", affects="layout")
+    allow_training_data_in_validation: bool = option(False, "validate on training data", affects="layout",
+        needs=VALIDATION)
     data_impl: str = option("mmap", "on-disk format of the tokens", choices=("mmap", "infer"),
         no_effect="tokens are always memory-mapped", affects="layout")
     data_cache_path: str | None = option(None,
@@ -175,7 +176,7 @@ class ParallelConfig:
         flags=("--recompute-activations", "--checkpoint-activations"))
     compile: bool | None = option(None, "torch.compile each block; default: on with CUDA, off on CPU")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
-        range=MINUTES)
+        range=Range(at_least=0.1, at_most=MINUTES.at_most))
     # fmt: on
 
 

@@ -72,9 +72,11 @@ def _flags(config: Config, *options: Any) -> list[tuple[Field, Any]]:
 
 def _validate_paths(flags: Sequence[tuple[Field, Any]]) -> None:
     """Whether there is something or not, every path can be looked at: asking later would raise whatever the system says."""
-    named = [(item, value) for item, value in flags if item.metadata["unit"] in PATHS and value]
+    named = [(item, value) for item, value in flags if item.metadata["unit"] in PATHS and value is not None]
     for item, value in named:
         for path in [value] if isinstance(value, str) else value:
+            fix = "drop the flag, or set the variable that it comes from"
+            require(path, f"{spelling(item)} ''", "it names a place of the file system", fix)
             try:
                 os.stat(path + PATHS[item.metadata["unit"]])
             except (FileNotFoundError, NotADirectoryError):

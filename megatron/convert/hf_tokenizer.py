@@ -131,7 +131,7 @@ def _build(data: DataConfig, source: str | None) -> Any:
                 "run ./download.sh --gpt2 and pass --vocab-file and --merge-file, or pass --tokenizer NAME",
             )
         vocab = json.loads(Path(data.vocab_file).read_text(encoding="utf-8"))
-        lines = Path(data.merge_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(data.merge_file).read_text(encoding="utf-8").split("\n")
         merges = [
             (left, right) for left, _, right in (line.partition(" ") for line in lines) if right and left != "#version:"
         ]

@@ -25,6 +25,7 @@ from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
 from megatron.checkpoint.writer import save_tensors
 from megatron.config.schema import Config, ModelConfig
 from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.objectives import evaluation_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
 
@@ -197,14 +198,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Return the file of every tensor."""
-    try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(text, str) for pair in places.items() for text in pair):
-            raise TypeError("weight_map is no table of names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error!r})", "the index says which file holds a tensor", "download it again"
-        ) from error
+    rule, fix = "the index says which file holds a tensor", "download it again"
+    places = read_object(path, rule=rule, fix=fix).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path} cannot be read (weight_map is no table of names)", rule, fix)
     return places
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.config.option import LARGEST
 from megatron.config.schema import DataConfig
 from megatron.data.indexed import clean_prefix
 from megatron.errors import UserError
@@ -69,10 +70,12 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
             "it must be one prefix, or pairs of a weight and a prefix",
             "write for example 0.3 path/a 0.7 path/b",
         )
-    bad = [prefix for weight, prefix in pairs if not (weight or 0.0) > 0 or weight == float("inf")]
+    bad = [prefix for weight, prefix in pairs if not 0 < (weight or 0.0) <= LARGEST]
     if bad:
         raise UserError(
-            f"weight of {bad[0]} in {' '.join(items)!r}", "weights must be positive", "drop it or raise its weight"
+            f"weight of {bad[0]} in {' '.join(items)!r}",
+            f"weights are above 0 and at most {LARGEST:.0e}",
+            "drop it or correct its weight",
         )
     return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
 

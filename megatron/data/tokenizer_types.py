@@ -7,12 +7,12 @@ encoded as ordinary text, so that a document cannot forge an end of document.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron.errors import UserError
+from megatron.errors import UserError, require
+from megatron.files import read_object
 
 GPT2_EOD = "<|endoftext|>"
 _EOD_NAMES = (GPT2_EOD, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -152,10 +152,10 @@ class NullTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         """Return the numbers in ``text``. Raises ValueError for words that are not ids of the vocabulary."""
         words = text.split()
-        bad = next((word for word in words if not (word.isdecimal() and int(word) < self.vocab_size)), None)
+        bad = next((word for word in words if not (_is_short_number(word) and int(word) < self.vocab_size)), None)
         if bad is not None:
             raise UserError(
-                f"{bad!r} is no token id",
+                f"{bad[:40]!r} is no token id",
                 f"NullTokenizer reads ids 0 to {self.vocab_size - 1} separated by spaces",
                 "choose another --tokenizer-type for text",
             )
@@ -228,8 +228,11 @@ def hf_tokenizer(model: str) -> FastTokenizer:
     vocab = backend.get_vocab(with_added_tokens=True)
     eod = next((name for name in _EOD_NAMES if name in vocab), None)
     for config in (path / name for name in _HF_CONFIGS):
-        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        eod = (named["content"] if isinstance(named, dict) else named) or eod
+        rule, fix = "it belongs to the tokenizer", "download it again, or delete it to do without"
+        named = read_object(config, rule=rule, fix=fix).get("eos_token") if config.is_file() else None
+        named = named.get("content") if isinstance(named, dict) else named
+        require(named is None or isinstance(named, str), f"{config} has the eos_token {named!r}", "it is a text", fix)
+        eod = named or eod
     return FastTokenizer(backend, {"type": "HFTokenizer", "model": model}, eod=eod)
 
 
@@ -244,6 +247,10 @@ def _from_hub(name: str) -> Path:
             "--tokenizer-model is a folder, a tokenizer.json or a hub name",
             "check it and the network (or HF_HOME, the cache)",
         ) from error
+
+
+def _is_short_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 18  # Python refuses to read very long ones
 
 
 def _existing(path: str, flag: str) -> Path:

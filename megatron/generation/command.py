@@ -168,9 +168,12 @@ def _write_animation(loaded: Any, recorder: StepRecorder, arguments: argparse.Na
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """The prompts; one empty prompt where none was asked for."""
     prompts = list(arguments.prompt or [])
-    if arguments.prompt_file:
-        prompts += [line for _, line in read_lines(Path(arguments.prompt_file))]
+    if arguments.prompt_file is not None:
+        lines = [line for _, line in read_lines(Path(arguments.prompt_file))]
+        require(lines, f"--prompt-file {arguments.prompt_file} holds no prompt", "it has one a line", "add lines")
+        prompts += lines
     return prompts or [""]
 
 

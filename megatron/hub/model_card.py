@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.runs.record import METRICS, RECORD, read_rows
 
 CURVE_ROWS = 12  # validations shown
@@ -33,14 +32,7 @@ def read_run_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         UserError: no run.json, or it is not JSON.
     """
     path = run / RECORD
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error})",
-            "the model card is written from it",
-            "give the folder that was passed as --save",
-        ) from error
+    info = read_object(path, rule="the model card is written from it", fix="give the folder that was passed as --save")
     rows = [row for row in read_rows(run / METRICS) if row["kind"] == "valid"]
     return info, sorted(rows, key=lambda row: row["step"])
 

@@ -214,7 +214,7 @@ def load_fits(path: Path) -> list[Fit]:
         return [Fit.from_dict(entry) for entry in entries]
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a file of fits ({type(error).__name__}: {error})",
             "laws come from fitted runs",

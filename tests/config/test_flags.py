@@ -13,7 +13,7 @@ import pytest
 from megatron.config import Config, build_parser, config_from_dict, config_to_dict
 from megatron.config.option import spelling
 from megatron.config.shape import Shape, padded_size
-from megatron.config.validate import idle_notes
+from megatron.config.validate import PATHS, idle_notes
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 
@@ -157,9 +157,38 @@ def test_validation_steps_are_a_number_or_full(value: str) -> None:
         parse([*BASE, "--valid-data-path", "v", f"--eval-iters={value}"])
 
 
+PLACES = [item for _, item in FIELDS if item.metadata["unit"] in PATHS]
+
+
+@pytest.mark.parametrize("item", PLACES, ids=lambda item: item.name)
+def test_a_place_without_a_name_is_refused(item: dataclasses.Field) -> None:
+    """What an unset variable of a script gives."""
+    needed = {"wandb_save_dir": ["--wandb-project", "x"], "gap_task": ["--valid-data-path", "x"]}.get(item.name, [])
+    with pytest.raises(UserError, match=f"{spelling(item)} ''; it names a place"):
+        parse([*BASE, *needed, spelling(item), ""])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--adam-eps", "1e-320"),
+        ("--layernorm-epsilon", "1e-39"),
+    ]  # 0 in fp32, or flushed to it: rows without gradients become NaN
+    + [("--distributed-timeout-minutes", value) for value in ("1e-320", "1e-5")],  # nobody can meet within that
+)
+def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^{flag} "):
+        parse([*BASE, f"{flag}={value}"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--allow-training-data-in-validation"], "--allow-training-data-in-validation .* needs --valid-data-path"),
+        (
+            ["--padded-vocab-size", "512", "--make-vocab-size-divisible-by", "64"],
+            "--make-vocab-size-divisible-by would have no effect; it needs no --padded-vocab-size; drop it",
+        ),
         (["--keep-last", "2"], "--keep-last would have no effect; it needs --save"),
         (["--load-tag", "latest"], "--load-tag .* needs --load"),
         (["--finetune"], "--finetune .* needs --load"),

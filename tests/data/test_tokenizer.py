@@ -156,7 +156,7 @@ def test_bytes_and_null() -> None:
     null = NullTokenizer(100)
     assert null.encode("5 99 0") == [5, 99, 0]
     assert null.decode([5, 99]) == "5 99"
-    for text in ("100", "-1", "x", "1.5"):
+    for text in ("100", "-1", "x", "1.5", "9" * 5000, "٣", "²"):
         with pytest.raises(ValueError, match="is no token id; NullTokenizer reads ids 0 to 99"):
             null.encode(text)
 

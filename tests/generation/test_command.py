@@ -108,6 +108,9 @@ def test_stop_strings_cut_the_text(runs, capsys) -> None:
         ("mdm", ["--infix", "x", "--max-new-tokens", "1000000000"], "holds 48"),
         ("mdm", ["--steps", "2", "--block-length", "2"], "12 blocks"),
         ("mdm", ["--prompt-file", "/nowhere"], "no file"),
+        ("mdm", ["--prompt-file", "/dev/null"], "no file"),
+        ("mdm", ["--prompt-file", ""], "no file"),
+        ("ar", ["--prompt", "a", "--tokenizer-type", "NullTokenizer"], "--vocab-size"),
     ],
 )
 def test_wrong_requests_are_refused(runs, name, flags, message) -> None:
@@ -151,6 +154,12 @@ def test_extreme_temperatures_draw_tokens(runs, capsys, temperature) -> None:
     assert len(drawn) == 8 and all(0 <= token < 400 for token in drawn)
     if float(temperature) < 1e-300:
         assert drawn == json.loads(run(capsys, *flags))["tokens"], "so cold that only the likeliest token is left"
+
+
+def test_a_prompt_file_without_prompts_is_refused(runs, tmp_path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n\n\t\n")
+    with pytest.raises(UserError, match=r"blank\.txt holds no prompt"):
+        run_generate(["--load", runs["ar"], "--prompt-file", str(tmp_path / "blank.txt")])
 
 
 def test_prompt_files_break_at_line_feeds_only(runs, tmp_path, capsys) -> None:

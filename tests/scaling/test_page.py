@@ -137,6 +137,14 @@ def test_settings_data_commit_command_lines_and_samples_are_in_the_page(page, ru
     assert read_samples(runs / "mdm") == [("Return <i>", " the mdm & more")]
 
 
+def test_samples_keep_separators_within_strings(tmp_path) -> None:
+    """U+2028 and U+0085 end no line; a line that cannot be read takes no other one with it."""
+    texts = ["a\u2028b", "a\u0085b", "a\x0bb"]
+    lines = [json.dumps({"prompt": "p", "text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "samples.jsonl").write_text("\n".join(["[" * 100_000, *lines]), encoding="utf-8")
+    assert read_samples(tmp_path) == [("p", text) for text in texts]
+
+
 def test_folders_with_evaluations_only_are_welcome(runs, tmp_path) -> None:
     folder = tmp_path / "places/evaluated"
     (folder / "evaluations").mkdir(parents=True)

@@ -74,7 +74,7 @@ def test_run_without_any_validation_is_reported(tmp_path):
 
 def test_broken_downstream_file_is_an_error(tmp_path):
     (tmp_path / "downstream.json").write_text("[]")
-    with pytest.raises(ValueError, match="not an lm-eval result"):
+    with pytest.raises(ValueError, match=r"downstream\.json .* an lm-eval result is JSON with"):
         load_downstream(tmp_path)
 
 

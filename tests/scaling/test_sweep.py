@@ -22,7 +22,7 @@ from megatron.objectives import OBJECTIVES
 from megatron.runs.reading import load_run
 from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
-from megatron.scaling.sweep.runner import Runner, command_line, make_subsets
+from megatron.scaling.sweep.runner import Runner, _last_line, command_line, make_subsets
 from megatron.scaling.sweep.state import read_attempts, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +111,32 @@ def test_every_command_parses_with_the_real_flags(tmp_path):
         parsed = build_parser(OBJECTIVES).parse_args(command[5:])
         assert parsed.train_epochs == run.epochs
         assert parsed.save == parsed.load == str(run.folder)
+
+
+def test_launchers_are_those_of_the_environment(tmp_path, monkeypatch):
+    """Also behind others; variables are filled in; what is no launcher of ours is left alone."""
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    launcher = "srun --cpus-per-task=8 torchrun --nnodes $SLURM_NNODES"
+    sweep = load_sweep(write_sweep(tmp_path, launcher=launcher))
+    torchrun = [sys.executable, str(ROOT / "tools/_torchrun.py")]
+    assert command_line(sweep, sweep.runs[0])[:6] == ["srun", "--cpus-per-task=8", *torchrun, "--nnodes", "4"]
+    sweep = load_sweep(write_sweep(tmp_path, launcher="deepspeed --num_gpus 2"))
+    deepspeed = Path(command_line(sweep, sweep.runs[0])[0])
+    assert (deepspeed.parent, deepspeed.name) == (Path(sys.executable).parent, "deepspeed")
+    sweep = load_sweep(write_sweep(tmp_path, launcher="srun python"))
+    assert command_line(sweep, sweep.runs[0])[:2] == ["srun", sys.executable]
+
+
+def test_what_a_run_said_last_is_its_error_of_this_attempt(tmp_path):
+    log = tmp_path / "log.txt"
+    for text, last in (
+        ("\n$ a\nerror: old\n\n$ b\nstep 1\n\n", "step 1"),
+        ("\n$ b\nerror: new; rule; fix\nW1126 torch\n====\n", "error: new; rule; fix"),
+        ("\n$ b\n", "no output"),
+        ("\n$ b\n" + "x" * 5000 + "\nValueError: odd\n", "ValueError: odd"),
+    ):
+        log.write_text(text)
+        assert _last_line(log) == last
 
 
 def test_price(tmp_path):
@@ -271,13 +297,15 @@ def test_a_signal_stops_the_training_processes(tmp_path, number):
     assert read_attempts(sweep.runs[0])[-1]["returncode"] == 75, "no launcher was told to kill its trainers"
 
 
-def test_slurm_script(tmp_path):
-    path = write_sweep(tmp_path, slurm={"partition": "gpu", "gpus-per-node": 8, "max-running": 3})
-    done = subprocess.run([*PROGRAM, str(path), "slurm"], capture_output=True, text=True, timeout=120)
+def test_slurm_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_sweep(tmp_path, output="runs", slurm={"partition": "gpu", "gpus-per-node": 8, "max-running": 3})
+    done = subprocess.run([*PROGRAM, path.name, "slurm"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     script = tmp_path / "runs/slurm/sweep.slurm"
     text = script.read_text()
     assert "#SBATCH --array=0-7%3" in text
+    assert f"#SBATCH --output={tmp_path}/runs/slurm/%x-%a.txt" in text  # wherever sbatch is called
     assert "#SBATCH --partition=gpu" in text
     assert not re.search(r"max.running", text)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0

@@ -176,8 +176,10 @@ def fake_program(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def test_slurm_job_starts_torchrun_on_each_node(tmp_path: Path) -> None:
-    """sbatch runs a copy of multi_node.sh; a fake srun plays the second of three nodes."""
+@pytest.mark.parametrize(("cores", "expected"), [({}, "96"), ({"SLURM_CPUS_PER_TASK": "12"}, "12")], ids=str)
+def test_slurm_job_starts_torchrun_on_each_node(tmp_path: Path, cores: dict[str, str], expected: str) -> None:
+    """sbatch runs a copy of multi_node.sh; a fake srun plays the second of three nodes. It gets all cores of the node, or
+    those that were asked for."""
     job = tmp_path / "slurm_script"
     shutil.copy(MULTI_NODE, job)
     step = "SLURM_STEP_NUM_NODES=3 SLURM_NODEID=1 SLURM_STEP_NODELIST=n[0-2]"
@@ -194,13 +196,14 @@ def test_slurm_job_starts_torchrun_on_each_node(tmp_path: Path) -> None:
         SLURM_CPUS_ON_NODE="96",
         SLURM_SUBMIT_DIR=str(REPO),
         GPUS_PER_NODE="8",
+        **cores,
     )
     launcher, program, _ = split_command(words)
     options = "--nproc-per-node 8 --nnodes 3 --node-rank 1 --master-addr n0 --master-port 29500"
     assert (Path(launcher[1]).name, program) == ("_torchrun.py", "pretrain_mdm.py")
     assert " ".join(launcher[2:]) == options
     given = (tmp_path / "srun.txt").read_text().split()
-    assert "--cpus-per-task=96" in given  # srun does not inherit it
+    assert f"--cpus-per-task={expected}" in given  # srun does not inherit it
 
 
 def test_slurm_log_goes_where_a_folder_is() -> None:

@@ -7,7 +7,6 @@ line, so that a wrong one can be reported.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.prepare.streams import COMPRESSIONS, read_json_lines, read_lines, read_whole, uncompressed_name
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
 FORMATS = ("jsonl", "text", "html", "parquet", "datasets")
 _SUFFIXES = {
@@ -83,6 +82,9 @@ def find_sources(
     """
     sources: list[Source] = []
     for text in inputs:
+        require(
+            text.strip(), "--input ''", "it must name a file, a folder or a pattern", "check the variable it comes from"
+        )
         path = Path(os.path.expanduser(root or "."), os.path.expanduser(text))
         if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             sources.append(_saved_dataset(path))
@@ -165,10 +167,8 @@ def _format_of(path: Path) -> str | None:
 
 def _saved_dataset(path: Path) -> Source:
     if (path / "dataset_dict.json").is_file():
-        try:
-            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        except (ValueError, KeyError, TypeError):
-            splits = ["train"]
+        names = {state.parent.name for state in path.glob("*/state.json")} or {"train"}
+        splits = sorted(names, key=lambda name: (name != "train", name))  # the one most likely meant first
         raise UserError(
             f"--input {path} holds the splits {', '.join(splits)}",
             "one data set is made of one split",

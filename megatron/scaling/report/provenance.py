@@ -49,11 +49,11 @@ def read_samples(folder: Path) -> list[tuple[str, str]]:
     """
     found = []
     for file in sorted(folder.glob("samples*.jsonl")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
                 prompt, text = str(entry["prompt"]), str(entry["text"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             found.append(("" if "[MASK" in prompt or text.startswith(prompt) else prompt, text))
     return found

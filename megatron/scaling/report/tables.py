@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.runs.comparison import plus_minus
 from megatron.runs.matching import Difference, matched_pairs
 from megatron.runs.run import Run
@@ -161,14 +161,13 @@ def load_downstream(folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for file in sorted(folder.glob("downstream*.json")):
-        try:
-            results = json.loads(file.read_text(encoding="utf-8"))["results"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f"{file} is not an lm-eval result",
-                'such a file is JSON with a "results" object',
-                "delete it or write it again with the evaluation tool",
-            ) from None
+        rule, fix = (
+            'an lm-eval result is JSON with a "results" object',
+            "delete it or write it again with the evaluation tool",
+        )
+        results = read_object(file, rule=rule, fix=fix).get("results")
+        if not isinstance(results, dict) or not all(isinstance(metrics, dict) for metrics in results.values()):
+            raise UserError(f"{file} has none", rule, fix)
         for task, metrics in results.items():
             values = {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, (int, float))}
             plain = [name for name in values if not name.endswith("_stderr")]

@@ -179,21 +179,24 @@ def _note(run: SweepRun, record: dict[str, object]) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """The last line that a program printed, which after an error is its message."""
+    """What a program said last: its error, where there is one (launchers print more below it), else its last line."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+        attempt = file.read().decode(errors="replace").rpartition("\n$ ")[2].partition("\n")[2]
+    lines = [line.strip() for line in attempt.split("\n") if line.strip()]
+    *_, last = "no output", *lines[-1:], *(line for line in lines if line.startswith("error: "))
+    return last
 
 
 def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
     """The words that start one run; variables such as $SLURM_NNODES in the launcher are filled in."""
-    words = [os.path.expandvars(word) for word in sweep.launcher]
-    if "torchrun" in words:  # also behind srun; that of this environment, on PATH or not, which keeps the status
-        at = words.index("torchrun")
-        words[at : at + 1] = [sys.executable, str(ROOT / "tools/_torchrun.py")]
-    if words[0] == "python":
-        words[0] = sys.executable
+    # Those of this environment, on PATH or not, also behind srun. Our torchrun ends with the status of its processes.
+    found = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, str(ROOT / "tools/_torchrun.py")],
+        "deepspeed": [str(Path(sys.executable).with_name("deepspeed"))],
+    }
+    words = [part for word in sweep.launcher for part in found.get(word, [os.path.expandvars(word)])]
     return [*words, str(ROOT / run.program), *run.arguments()]
 
 
@@ -238,7 +241,8 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     names = folder / "runs.txt"
     names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
-    options = {"job-name": sweep.name, "output": str(folder / "%x-%a.txt"), "array": f"0-{len(runs) - 1}"}
+    # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.
+    options = {"job-name": sweep.name, "output": str(folder.resolve() / "%x-%a.txt"), "array": f"0-{len(runs) - 1}"}
     options |= {str(key).replace("_", "-"): value for key, value in sweep.slurm.items()}
     if "max-running" in options:
         options["array"] += f"%{options.pop('max-running')}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from megatron.config.schema import Config
 from megatron.errors import UserError
+from megatron.files import read_object
 from megatron.parallel.context import ParallelContext
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
@@ -110,14 +110,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not a JSON object, or it changes what is trained.
     """
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config {path}: {error}", "it must be a JSON file", "correct it") from error
-    if not isinstance(given, dict):
-        raise UserError(
-            f"--deepspeed_config {path} holds a {type(given).__name__}", "it must be a JSON object", "correct it"
-        )
+    rule = "--deepspeed_config must be a JSON object"
+    given = read_object(path, rule=rule, fix="correct it", parse_constant=_refuse_constant)
     known = FREE | {name.partition(".")[0] for name in OWNED}
     given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
     if not _is_off(given.get("fp16")):

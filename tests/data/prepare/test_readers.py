@@ -164,6 +164,22 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path: Path) -> None:
     assert len(said) == 1 and "no files or broken links: gone.txt, self.txt" in said[0]
 
 
+def test_a_folder_that_says_it_holds_splits_names_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/state.json").write_text("{}")
+    for content in ('{"splits": []}', "[", '{"splits": 5}', '{"splits": ["gone"]}'):
+        (tmp_path / "dataset_dict.json").write_text(content)
+        with pytest.raises(UserError, match="holds the splits test; one data set is made of one split"):
+            find_sources([str(tmp_path)])
+
+
+def test_no_input_at_all_is_not_the_working_folder() -> None:
+    """What an unset variable of a script gives."""
+    for text in ("", " "):
+        with pytest.raises(UserError, match="must name a file, a folder or a pattern"):
+            find_sources([text])
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [('[{"text": "a"}, {"text": "b"}]', "array"), ('[\n {"text": "a"}\n]', "array"), ('\n[ {\n"text": "a"}]', "array"),

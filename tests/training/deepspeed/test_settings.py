@@ -113,10 +113,10 @@ def test_throughput_is_not_timed_by_deepspeed() -> None:
             "data_types.grad_accum_dtype to bf16, the flags to fp32",
         ),
         ({"zero_allow_untested_optimizer": False}, [], "zero_allow_untested_optimizer to False"),
-        ('{"gradient_clipping": NaN}', [], "NaN is not a number of JSON; it must be a JSON file"),
+        ('{"gradient_clipping": NaN}', [], "NaN is not a number of JSON.; --deepspeed_config must be a JSON object"),
         ('{"gradient_clipping": Infinity}', [], "Infinity is not a number of JSON"),
-        ([1], [], "holds a list; it must be a JSON object"),
-        ("{oops", [], "it must be a JSON file; correct it"),
+        ([1], [], "it is a list.; --deepspeed_config must be a JSON object"),
+        ("{oops", [], "--deepspeed_config must be a JSON object; correct it"),
     ],
 )
 def test_a_file_that_contradicts_the_flags_is_refused(
