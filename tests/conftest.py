@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             shares_pools = "pools" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else str(item.path)))
+            # A file stays together for what its tests share; jobs of their own share nothing and take long.
+            whole = item.nodeid if item.path.name == "test_exits.py" else str(item.path)
+            item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else whole))
 
 
 @pytest.fixture(scope="session")
