@@ -113,7 +113,7 @@ class Row:
 ROWS = {
     "end": Row(
         0, "all", "done: 9 steps", changes={"train_iters": 9},
-        fast=(*ALONE, ("deepspeed", "pp2"), ("torchrun", "zero3"), ("torchrun", "tp2"), ("plain torchrun", "dp2")),
+        fast=(*ALONE, ("deepspeed", "pp2"), ("torchrun", "zero3")),
     ),
     "time limit": Row(
         STOPPED, "all", "stopped by --exit-duration-in-mins", changes={"exit_duration_in_mins": 0.02},
@@ -130,9 +130,10 @@ ROWS = {
     ),
     "error of a trainer": Row(
         1, "interval", "KeyError: 'token 7'", program="tests/training/programs/troubled_program.py",
-        environment={"TROUBLE_STEP": "9"}, fast=(*ALONE, ("torchrun", "pp2"), ("plain torchrun", "tp2"), ("deepspeed", "dp2")),
+        environment={"TROUBLE_STEP": "9"}, fast=(*ALONE, ("torchrun", "pp2"), ("deepspeed", "dp2")),
     ),
-    "trainer killed": Row(-signal.SIGKILL, "interval", "", signalled(-1, signal.SIGKILL), fast=(("torchrun", "pp2"),)),
+    # In the suite: layouts/test_failures.py.
+    "trainer killed": Row(-signal.SIGKILL, "interval", "", signalled(-1, signal.SIGKILL), fast=()),
     "SIGTERM to the launcher": Row(
         -signal.SIGTERM, "all", "stopped by", signalled(None, signal.SIGTERM), whose="launcher", places=SHARED,
         fast=(("torchrun", "dp2"),),
