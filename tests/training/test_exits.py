@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -58,12 +59,20 @@ def limited(what: int, value: int | Callable[[Job], int]) -> Callable[[Job], Non
     return act
 
 
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a signal was sent to a process, which has not taken it yet."""
+    masks = re.findall(r"(?:SigPnd|ShdPnd):\s+([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
 def twice(job: Job) -> None:
     """Ctrl-C twice."""
     pid = job.trainers()[0]
-    for _ in range(2):
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.002)  # two that are pending at once are one
+    os.kill(pid, signal.SIGINT)
+    while is_pending(pid, signal.SIGINT):  # two that are pending at once are one
+        time.sleep(0.001)
+    time.sleep(0.005)  # Python looks between two of its instructions
+    os.kill(pid, signal.SIGINT)
 
 
 def hung_up(job: Job) -> None:
