@@ -323,12 +323,14 @@ def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
 ) -> None:
     """An export from another folder found no tokenizer: it looked beside a relative path of data."""
     shutil.copytree(token_files, tmp_path / "data")
-    (tmp_path / "list.txt").write_text("0.5 data/train 0.5 data/valid\n")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(token_files / f"train{suffix}", tmp_path / f"data/more{suffix}")
+    (tmp_path / "list.txt").write_text("0.5 data/train 0.5 data/more\n")
     monkeypatch.chdir(tmp_path)
     for changes, expected in (
         ({"train_data_path": "data/train"}, [f"{tmp_path}/data/train"]),
         ({"train_data_path": None, "train_data_path_file": "list.txt"},
-         ["0.5", f"{tmp_path}/data/train", "0.5", f"{tmp_path}/data/valid"]),
+         ["0.5", f"{tmp_path}/data/train", "0.5", f"{tmp_path}/data/more"]),
     ):  # fmt: skip
         argv = jobs.flags(token_files, tmp_path / "run", valid_data_path="data/valid", **changes)
         data = resolve(parse(argv, objective="ar"), Launch(), run_name="x").settings.data
