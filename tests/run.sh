@@ -20,7 +20,7 @@ if [ "${1:-}" = --storm ]; then
     tests/training/test_exits.py tests/training/test_kill_storm.py)
 fi
 
-bash install.sh --deps-only --with test
+NEXT_STEPS="" bash install.sh --deps-only --with test
 PYTHON="$(bash install.sh --print-python)"
 PATH="$(dirname "$PYTHON"):$PATH"   # deepspeed, torchrun and shellcheck of the environment
 export PATH

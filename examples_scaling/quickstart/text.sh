@@ -15,10 +15,11 @@ prepare_text() {
   TRAIN_DATA="$folder/first_$DOCUMENTS"   # little data, often
   once "$TRAIN_DATA.idx" make_subset.py --input "$folder/all_text_document" --output "$TRAIN_DATA" --documents "$DOCUMENTS"
 }
-
-# write_samples OBJECTIVE: texts of its best checkpoint, which the report shows beside those of the other.
+# write_samples OBJECTIVE: texts of its best checkpoint for the report; a run of an older version may have kept none.
 write_samples() {
-  local file="$RUN_DIR/$1/samples.jsonl"
-  [ "$DRY_RUN" = 0 ] || file=/dev/stdout
-  tool generate.py --load "$RUN_DIR/$1" --load-tag best --prompt "$PROMPT" --max-new-tokens $((SEQ_LENGTH / 2)) --num-samples 2 --temperature 0.8 --json >"$file"
+  local file="$RUN_DIR/$1/samples.jsonl" status=0
+  set -- generate.py --load "$RUN_DIR/$1" --load-tag best --prompt "$PROMPT" --max-new-tokens $((SEQ_LENGTH / 2)) --num-samples 2 --temperature 0.8 --json
+  if [ "$DRY_RUN" = 1 ]; then tool "$@"; return; fi
+  if tool "$@" >"$file.part"; then mv "$file.part" "$file"; else status=$?; rm -f "$file.part"; fi
+  [ "$status" != 75 ] || return 75   # stopped: what would follow is not started
 }

@@ -33,7 +33,7 @@ OWN_FILE = re.compile(r"shard-[0-9]{5,}\.safetensors|manifest\.json|\.?manifest\
 OWN_TEMPORARY = re.compile(r"\.[\w.\-]+\.[0-9]+\.[0-9a-f]{8}\.tmp|(?:latest|run\.json|best\.json)\.tmp")
 
 
-def set_back(run_dir: Path, tag: Path | None) -> list[str]:
+def set_back(run_dir: Path, tag: Path) -> list[str]:
     """Make ``tag`` the newest checkpoint of the run; call it once between loading and the first save.
 
     Checkpoints of later steps belong to a branch that is left now (``--load-tag``, or a fall back to an older one) and
@@ -41,24 +41,21 @@ def set_back(run_dir: Path, tag: Path | None) -> list[str]:
 
     Args:
         run_dir: folder of the run that is about to save.
-        tag: what was loaded; None where the run starts anew in a folder that holds another. Of another folder: nothing
-            is done.
+        tag: what was loaded. Of another folder: nothing is done.
 
     Raises:
         Failure: a folder could not be moved.
     """
-    if tag is not None and (tag.resolve().parent != run_dir.resolve() or step_of(tag) < 0):
+    if tag.resolve().parent != run_dir.resolve() or step_of(tag) < 0:
         return []
-    later = [path for path in tag_folders(run_dir) if tag is None or step_of(path) > step_of(tag)]
-    is_stale = tag is not None and name_in(run_dir / LATEST) != tag.name
+    later = [path for path in tag_folders(run_dir) if step_of(path) > step_of(tag)]
+    is_stale = name_in(run_dir / LATEST) != tag.name
     try:
         if later and (metrics := run_dir / "metrics.jsonl").is_file():  # its rows go from the run's own with the branch
             shutil.copyfile(metrics, _free_name(run_dir / ABANDONED, metrics.name))
         for path in later:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
-        if tag is None:
-            (run_dir / LATEST).unlink(missing_ok=True)
-        elif is_stale:
+        if is_stale:
             replace_file(run_dir / LATEST, tag.name)
         (run_dir / NEXT).unlink(missing_ok=True)
     except OSError as error:
@@ -71,7 +68,7 @@ def set_back(run_dir: Path, tag: Path | None) -> list[str]:
     if later:
         names = ", ".join(path.name for path in later)
         said.append(f"moved {names} to {run_dir / ABANDONED}: a branch that this run leaves; delete it when you like")
-    if tag is not None and is_stale:
+    if is_stale:
         said.append(f"`{LATEST}` names {tag.name} now")
     return ["; ".join(said)] if said else []
 

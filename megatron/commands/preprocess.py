@@ -121,9 +121,6 @@ def encode(args: argparse.Namespace) -> None:
     from megatron.data.prepare.readers import find_sources, total_bytes
     from megatron.data.tokenizer import build_tokenizer
 
-    if args.max_errors < 0 or (args.workers is not None and args.workers < 1):
-        given = f"--max-errors {args.max_errors} and --workers {args.workers}"
-        raise UserError(given, "they are at least 0 and at least 1", "raise them")
     sources = find_sources(args.input, args.input_format, root=args.root)
     if any(source.format == "text" for source in sources) and len(args.json_keys) > 1:
         raise UserError(f"--json-keys {' '.join(args.json_keys)} with plain text", "it has one text", "give one key")

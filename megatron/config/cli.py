@@ -74,8 +74,7 @@ def parse(
         SystemExit: unknown or malformed flag, or ``--help``.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    registry = _needed(registry, words, objective)
-    parser = build_parser(registry, prog)
+    registry, parser = _needed(registry, words, default=objective, prog=prog)
     for word in words:
         if word.startswith("--") and word.partition("=")[2] == "--":  # argparse would give an empty list of values
             parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
@@ -100,17 +99,21 @@ def parse(
     return config
 
 
-def _needed(registry: Registry, words: Sequence[str], default: str) -> Registry:
-    """The named objective alone, so that no other is imported; all where a word is no flag of it, or asks for help."""
+def _needed(
+    registry: Registry, words: Sequence[str], *, default: str, prog: str | None
+) -> tuple[Registry, argparse.ArgumentParser]:
+    """The named objective alone, so that no other is imported, and its parser; all where a word is no flag of it, or asks
+    for help."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--objective", nargs="?", default=default)
     name = chooser.parse_known_args(words)[0].objective
-    if name not in registry:
-        return registry
-    own = {name: registry[name]}
-    flags = {word.partition("=")[0] for word in words if word.startswith("-")}
-    known = {flag for action in build_parser(own)._actions for flag in action.option_strings}
-    return own if flags <= known - {"-h", "--help"} else registry
+    if name in registry:
+        own = {name: registry[name]}
+        parser = build_parser(own, prog)
+        known = {flag for action in parser._actions for flag in action.option_strings} - {"-h", "--help"}
+        if {word.partition("=")[0] for word in words if word.startswith("-")} <= known:
+            return own, parser
+    return registry, build_parser(registry, prog)
 
 
 def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:

@@ -235,7 +235,8 @@ class MetricsFile:
         if self.path.exists():
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
-        self._valid = [row for row in rows if row["kind"] == "valid" and isinstance(row.get("nll"), float)]
+        validations = (_validation(row) for row in rows if row["kind"] == "valid")
+        self._valid = [row for row in validations if row is not None]
         with written_whole(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
@@ -246,7 +247,7 @@ class MetricsFile:
             Failure: the disk does not take it.
         """
         if isinstance(row, ValidRow):
-            self._valid.append(asdict(row))
+            self._valid.append(row)
         try:
             self._file.write(json_line(row))
             self._file.flush()
@@ -263,14 +264,10 @@ class MetricsFile:
         Args:
             last: a validation that is not written yet.
         """
-        rows = [*self._valid, *([] if last is None else [asdict(last)])]
-        # Rows from before the data were recorded belong to the curve that goes on from them.
-        same = [row for row in rows if all(row.get(name) in (rows[-1].get(name), "", None) for name in PROTOCOL)]
-        finite = [row for row in same if math.isfinite(row["nll"])]
-        try:
-            return _of_known_fields(ValidRow, min(finite, key=lambda row: row["nll"])) if finite else None
-        except TypeError:  # a damaged line lacks fields
-            return None
+        rows = [*self._valid, *([] if last is None else [last])]
+        # Rows from before the data were recorded ("") belong to the curve that goes on from them.
+        same = [row for row in rows if all(getattr(row, name) in (getattr(rows[-1], name), "") for name in PROTOCOL)]
+        return min((row for row in same if math.isfinite(row.nll)), key=lambda row: row.nll, default=None)
 
     def close(self) -> None:
         """Close the file; rows are flushed as they come."""
@@ -304,6 +301,15 @@ def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Pat
         number += 1
     replace_file(path, json.dumps(record, indent=1))
     return path
+
+
+def _validation(values: dict[str, Any]) -> ValidRow | None:
+    """A row of a file; None where it lacks fields (damaged) or has no likelihood (not finite)."""
+    try:
+        row = _of_known_fields(ValidRow, values)
+    except TypeError:
+        return None
+    return row if isinstance(row.nll, float) else None
 
 
 def _of_known_fields(cls: type[Record], values: dict[str, Any]) -> Record:

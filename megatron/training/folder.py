@@ -32,6 +32,7 @@ class RunFolder:
     Attributes:
         run_id: of this run alone; the same on every rank.
         validated_steps: steps whose validation is recorded, the same on every rank.
+        is_best: whether the last validation is the best so far, the same on every rank.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class RunFolder:
         """
         self.plan, self.progress, self.context, self.screen = plan, progress, context, screen
         self.parameters = parameters_for_compute(plan.shape, plan.vocabulary.size)
+        self.is_best = False
         self._log: MetricsLog | None = None
         self._record: RunRecord | None = None
         if context.is_first_rank:
             (plan.run_dir / STOPPED).unlink(missing_ok=True)
-            is_own = start.is_continued and plan.settings.run.save is not None
-            # With the metrics: a kill must not part the two.
-            moved = set_back(plan.run_dir, start.tag) if is_own else []
+            moved: list[str] = []
+            if start.is_continued and start.tag is not None and plan.settings.run.save is not None:
+                moved = set_back(plan.run_dir, start.tag)  # with the metrics: a kill must not part the two
             for line in moved:
                 screen.print(line)
             self._record = self._continued(start)

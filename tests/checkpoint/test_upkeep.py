@@ -70,13 +70,6 @@ def test_going_back_may_be_killed_and_done_again(run_dir: Path, monkeypatch: pyt
     assert value(select(run_dir)) == 10 and not select(run_dir).skipped
 
 
-def test_a_new_run_in_an_old_folder_moves_all_aside(run_dir: Path) -> None:
-    set_back(run_dir, None)
-    assert names(run_dir) == ["abandoned"]
-    save(run_dir, 5)
-    assert value(select(run_dir)) == 5
-
-
 def test_old_checkpoints_go_by_branch_and_run(tmp_path: Path) -> None:
     """Neither another run's tags nor unreadable ones are counted or deleted; the newest is what `latest` names."""
     run_dir = tmp_path

@@ -282,7 +282,7 @@ def test_trainer_that_outlives_a_killed_sweep_is_waited_for_not_doubled(tmp_path
     assert set(starts(sweep).values()) == {1}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_the_training_processes(tmp_path, number):
     path = write_sweep(tmp_path)
     sweep = load_sweep(path)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from megatron.errors import Failure, UserError
+from megatron.errors import UserError
 
 ADDRESS = "127.0.0.1"
 LEAST_SECONDS = 5.0
@@ -79,11 +79,7 @@ class LiveReport:
                 self._looked = time.monotonic()
                 if self._stamps() != self._seen:
                     self._make()
-        except (
-            UserError,
-            Failure,
-            OSError,
-        ) as error:  # a run that is being moved or begun: the next time it may be whole
+        except (UserError, OSError) as error:  # a run that is being moved or begun: the next time it may be whole
             self.problem = str(error)
         finally:
             self._making.release()

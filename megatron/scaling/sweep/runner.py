@@ -23,7 +23,8 @@ from megatron.scaling.sweep.state import claim, is_finished, lock, read_attempts
 
 ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 2.0
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends the last one ahead of a time limit
+# Of a terminal, of SLURM ahead of a time limit, and of a terminal that is closed: trainers are in sessions of their own.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Runner:
         pending = list(runs)
         results: dict[str, str] = {}
         threads = [threading.Thread(target=self._work, args=(slot, pending, results)) for slot in range(self.jobs)]
-        previous = {number: signal.signal(number, self._stop) for number in STOPS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup
+        previous = {number: signal.signal(number, self._stop) for number in {*STOPS} - ignored}
         try:
             for thread in threads:
                 thread.start()
