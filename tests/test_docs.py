@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config import Config
+from megatron.config.foreign import rules
 from megatron.config.option import spelling
 from megatron.objectives import OBJECTIVES
 
@@ -33,6 +34,7 @@ FOREIGN_FLAGS = {
         "--tasks",
         "--device",
     ),
+    *(rule.flag for rule in rules() if not rule.value),
     *("--model_args", "--batch_size", "--gen_kwargs", "--log_samples", "--span-length", "--hiden-size"),
 }
 IDS = [str(page.relative_to(REPO)) for page in PAGES]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
+from importlib import import_module
 from typing import Any, ClassVar, NoReturn, Protocol
 
 from megatron.config.option import check_range, default_of, spelling
@@ -56,6 +56,7 @@ def parse(
     objective: str = "ar",
     prog: str | None = None,
     world_size: int = 1,
+    notes: list[str] | None = None,
 ) -> Config:
     """Parse and check a command line. Imports no torch.
 
@@ -65,6 +66,7 @@ def parse(
         objective: objective when ``--objective`` is absent.
         prog: program name for messages.
         world_size: processes that the launcher started.
+        notes: receives what is to be said at start of a command line of Megatron's.
 
     Returns:
         The flags as given; :func:`megatron.training.resolve.resolve` makes a plan of them.
@@ -78,9 +80,13 @@ def parse(
     for word in words:
         if word.startswith("--") and word.partition("=")[2] == "--":  # argparse would give an empty list of values
             parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
+    if _is_foreign(parser, words):
+        words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
+        notes = [] if notes is None else notes
+        notes += lines
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(_unknown_flag_message(parser, unknown))
+        parser.error(f"unknown argument {unknown[0]!r}; only flags listed by --help are accepted, in full; see --help")
     values, sections = vars(namespace), {}
     for section, cls in SECTIONS.items():
         sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
@@ -114,6 +120,21 @@ def _needed(
         if {word.partition("=")[0] for word in words if word.startswith("-")} <= known:
             return own, parser
     return registry, build_parser(registry, prog)
+
+
+def _is_foreign(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Whether a flag, or a choice of one, is not ours, or Megatron's defaults are asked for: a normal run has none."""
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
+    if "--help" in words or "-h" in words:
+        return False
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, has_value, value = word.partition("=")
+        choices = known[flag].choices if flag in known else None
+        if flag == "--megatron-defaults" or (flag not in known and word.startswith("--")):
+            return True
+        if choices and (value if has_value else following).lower() not in map(str.lower, choices):
+            return True
+    return False
 
 
 def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
@@ -163,6 +184,11 @@ def build_parser(registry: Registry, prog: str | None = None) -> argparse.Argume
             for name, (item, owners) in _owned(registry).items():
                 hint = typing.get_type_hints(registry[owners[0]].Options)[name]
                 _add_flag(group, item, hint, owners=owners)
+    group.add_argument(
+        "--megatron-defaults",
+        action="store_true",
+        help="Megatron's defaults (LayerNorm, GELU, learned positions, biases, linear decay, intervals), not ours",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # launchers
     return parser
 
@@ -261,11 +287,3 @@ def _number(base: type) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text!r} was given; it takes {kind}; correct it")
 
     return convert
-
-
-def _unknown_flag_message(parser: argparse.ArgumentParser, unknown: list[str]) -> str:
-    flag = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-    known = [name for action in parser._actions for name in action.option_strings]
-    near = difflib.get_close_matches(flag, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown argument {flag!r}; only flags listed by --help are accepted, in full; {hint}see --help"

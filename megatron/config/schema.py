@@ -231,6 +231,8 @@ class RunConfig:
         unit="FILE", needs=VALIDATION, affects="validation")
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES", range=MINUTES)
+    exit_interval: int | None = option(None, "save and exit after a step that is a multiple of this", unit="ITERS",
+        range=POSITIVE)
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")
     tensorboard_dir: str | None = option(None, "write TensorBoard events here", unit="DIR")
     tensorboard_queue_size: int = option(10, "events buffered before a write", unit="EVENTS", range=SIZE,
@@ -243,6 +245,7 @@ class RunConfig:
         needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
         unit="NAME")
+    wandb_entity: str | None = option(None, "user or team of the W&B project", unit="NAME", needs=WANDB, published=True)
     wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=WANDB, published=True)
     wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=WANDB, published=True)
     wandb_save_dir: str | None = option(None, "folder of local W&B files", unit="DIR", needs=WANDB, published=True)

@@ -20,6 +20,7 @@ _OUTPUT_FIELDS = frozenset(
         "run.keep_last",
         "run.log_interval",
         "run.exit_duration_in_mins",
+        "run.exit_interval",
         "run.kill_switch_file",
         "run.skip_train",
         "run.no_load_rng",

@@ -40,7 +40,10 @@ def main(
     launch = Launch()
     try:
         launch = Launch.from_environment()
-        flags = parse(argv, objective=objective, world_size=launch.world_size)
+        notes: list[str] = []
+        flags = parse(argv, objective=objective, world_size=launch.world_size, notes=notes)
+        for note in notes if launch.is_first_rank else []:
+            print(note, flush=True)
         require(
             flags.run.gap_task is None or probe is not None,
             "--gap-task in a program that measures none",

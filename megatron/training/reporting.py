@@ -104,6 +104,7 @@ def _open_wandb(settings: Config, run_dir: Path) -> Any:
     folder = Path(run.wandb_save_dir or run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return wandb.init(
+        entity=run.wandb_entity,
         project=run.wandb_project,
         name=run.wandb_exp_name,
         group=run.wandb_group,

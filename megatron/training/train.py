@@ -103,7 +103,7 @@ def train(
             if is_last or progress.step % run.log_interval == 0:
                 folder.write(interval.row(folder.position()))
             with interval.paused():
-                reason = None if is_last else stop.poll()
+                reason = None if is_last else stop.poll() or _exit_at(progress.step, run.exit_interval)
                 is_saved = folder.save(engine, interval, at_once=is_last or reason is not None)
                 if reason is None and validator.is_due(progress.step, is_last):  # after the save: it may take long
                     reason = validator.run(folder, stop)
@@ -113,6 +113,10 @@ def train(
         # 5. The end, and why.
         folder.end(reason)
     return reason
+
+
+def _exit_at(step: int, interval: int | None) -> str | None:
+    return "--exit-interval" if interval is not None and step % interval == 0 else None
 
 
 def evaluate_checkpoint(

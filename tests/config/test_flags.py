@@ -53,7 +53,6 @@ def test_help_needs_nothing_and_exits_with_0(capsys: pytest.CaptureFixture) -> N
     ("wrong", "hint"),
     [
         (["--hiden-size", "8"], "did you mean --hidden-size?"),
-        (["--seq_length", "8"], "did you mean --seq-length?"),
         (["--seq-len", "8"], "'--seq-len'"),  # no silent abbreviations
         (["--lr=abc"], "'abc' was given; it takes a number"),
         (["--normalization", "batchnorm"], "rmsnorm"),

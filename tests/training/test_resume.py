@@ -285,6 +285,7 @@ STOPS: dict[str, tuple[str, dict[str, Any]]] = {
     "SIGINT": ("SIGINT", {}),
     "kill switch": ("the kill-switch file", {"kill_switch_file": "STOP"}),
     "duration": ("--exit-duration-in-mins", {"exit_duration_in_mins": 1e-6}),
+    "interval": ("--exit-interval", {"exit_interval": 6}),
 }
 
 
@@ -297,7 +298,7 @@ def test_a_stopped_run_saves_exits_with_75_and_resumes(
     changes = {**changes, "kill_switch_file": tmp_path / "STOP"} if stop == "kill switch" else changes
     argv = jobs.flags(token_files, run_dir, **options(token_files, save_interval=None, **changes))
     process = Process(jobs.run_main, "mdm", argv)
-    if stop != "duration":
+    if stop not in ("duration", "interval"):
         process.wait_until(lambda: last_step(run_dir) >= 6)
         if stop == "kill switch":
             (tmp_path / "STOP").touch()
@@ -306,7 +307,8 @@ def test_a_stopped_run_saves_exits_with_75_and_resumes(
     assert process.wait() == 75, process.output
     (tag,) = tag_folders(run_dir)
     step = int(tag.name.removeprefix("global_step"))
-    assert step == 1 if stop == "duration" else 6 <= step < STEPS
+    exact = {"duration": 1, "interval": 6}
+    assert step == exact[stop] if stop in exact else 6 <= step < STEPS
     assert f"stopped by {reason}" in process.output
     assert f"at step {step}; checkpoint of step {step} saved" in process.output
     resume(pools, token_files, run_dir)
