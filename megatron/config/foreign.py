@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import csv
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +99,7 @@ def translate(
         SystemExit: words that are not accepted, all of them, each with its counterpart or the reason.
     """
     known = {flag: action for action in parser._actions for flag in action.option_strings}
-    parts = [part._replace(flag=_hyphens(part.flag, known)) for part in _split(words)]
+    parts = _with_shares([part._replace(flag=_hyphens(part.flag, known)) for part in _split(words)])
     given = {part.flag: " ".join(part.values) for part in parts}
     judged = [(part, _rule(part, given)) for part in parts]
     wrong = [line for part, rule in judged if (line := _wrong(part, rule, known)) is not None]
@@ -106,12 +108,18 @@ def translate(
     taken = [(part, rule) for part, rule in judged if rule is not None and not _is_switched_off(part, rule)]
     ours = [word for part, rule in judged if rule is None for word in part.words()]
     new, read = _aliased([(part, rule) for part, rule in taken if rule.kind == "alias"], ours, parser, world_size)
-    idle = [f"{part.flag} ({rule.reason})" for part, rule in taken if rule.kind == "no effect"]
-    notes = [f"read as ours: {'; '.join(read)}"] if read else []
-    notes += [f"without effect here: {'; '.join(idle)}"] if idle else []
+    idle = [(part.flag, rule.reason) for part, rule in taken if rule.kind == "no effect"]
+    reasons = dict.fromkeys(reason for _, reason in idle)
+    grouped = [f"{', '.join(flag for flag, why in idle if why == reason)} ({reason})" for reason in reasons]
+    notes = [_listed("read as ours:", read)] if read else []
+    notes += [_listed("without effect here:", grouped)] if grouped else []
     is_foreign = bool(taken) or any(part.flag != part.raw[0].partition("=")[0] for part in parts if part.flag)
     ours += new
     return ours + _defaults(ours, parser, known, notes, is_foreign=is_foreign), tuple(notes)
+
+
+def _listed(head: str, lines: Sequence[str]) -> str:
+    return "\n  ".join([head, *lines])
 
 
 def _split(words: Sequence[str]) -> Iterator[Words]:
@@ -137,6 +145,39 @@ def _hyphens(flag: str, known: Mapping[str, Any]) -> str:
     return flag if flag in known else names.get(spelled, spelled if spelled in known else flag)
 
 
+def _with_shares(parts: list[Words]) -> list[Words]:
+    """The value of ``--split`` put behind those of ``--data-path``, which it divides."""
+    if all(part.flag != "--data-path" for part in parts):
+        return parts
+    shares = next((part for part in reversed(parts) if part.flag == "--split"), Words("", ["969,30,1"], []))
+    joined = {"--data-path": (shares.values, shares.raw), "--split": None}
+    found = [(part, joined.get(part.flag, ([], []))) for part in parts]
+    return [
+        part._replace(values=part.values + more[0], raw=part.raw + more[1]) for part, more in found if more is not None
+    ]
+
+
+def _shares(text: str) -> list[float]:
+    """Ends of training, validation and test data as fractions, by megatron-core's rule; [] for a text without shares."""
+    numbers = [float(word) for word in re.findall(r"\d+\.?\d*|\.\d+", text)][:3]
+    if not numbers or numbers[0] == 0:
+        return []
+    return [min(1.0, edge) for edge in accumulate(number / sum(numbers) for number in numbers)]
+
+
+def _divided(paths: Sequence[str], edges: Sequence[float]) -> list[str]:
+    """The paths of training and validation that a path and the ends of its parts mean."""
+    is_blend = len(paths) > 1
+    words = []
+    for name, begin, end in zip(("train", "valid"), (0.0, *edges), edges):
+        if begin < end:
+            part = f"@{begin}:{end}"
+            named = [path.removesuffix(".bin").removesuffix(".idx") + part for path in paths]
+            words += [f"--{name}-data-path"]
+            words += [path if is_blend and place % 2 == 0 else named[place] for place, path in enumerate(paths)]
+    return words
+
+
 def _rule(part: Words, given: Mapping[str, str]) -> Rule | None:
     return next((rule for rule in rules() if rule.flag == part.flag and rule.fits(part.value, given)), None)
 
@@ -157,6 +198,8 @@ def _wrong(part: Words, rule: Rule | None, known: Mapping[str, Any]) -> str | No
         return f"{words}: it takes no value"
     if rule.takes == "1" and len(part.values) != 1:
         return f"{words}: it takes one value"
+    if rule.flag == "--data-path" and not (_shares(part.values[-1]) and len(part.values) > 1):
+        return f"{words}: it takes a prefix or a blend, and --split shares such as 969,30,1"
     if rule.kind == "alias" and _counts(rule) and _whole(part.value) is None:
         return f"{words}: it takes a whole number"
     return None
@@ -193,7 +236,7 @@ def _aliased(
             words = _earlier(int(words[1]), flags, batch)
         new = [*new, *words] if _counts(rule) else new
         note = f" ({rule.reason})" if rule.reason else ""
-        read.append(f"{' '.join([part.flag, *part.values])} as {' '.join(words)}{note}")
+        read.append(f"{' '.join(part.raw)} as {' '.join(words)}{note}")
     return new, read
 
 
@@ -202,6 +245,8 @@ def _counts(rule: Rule) -> bool:
 
 
 def _filled(part: Words, rule: Rule, numbers: Mapping[str, int]) -> list[str]:
+    if part.flag == "--data-path":
+        return _divided(part.values[:-1], _shares(part.values[-1]))
     values = {"N": part.value, **{name: str(value) for name, value in numbers.items()}}
     return [values.get(word, word) for word in rule.here.split()]
 
@@ -243,13 +288,13 @@ def _defaults(
         parser.set_defaults(**differing)
         taken = [f"{_flag(name)} {value}" for name, value in differing.items()]
         padding = ["--make-vocab-size-divisible-by", str(rows * tp)] if pads_more else []
-        notes.append(f"defaults of Megatron taken: {'; '.join([*taken, *([' '.join(padding)] if padding else [])])}")
+        notes.append(_listed("defaults of Megatron taken:", [*taken, *([" ".join(padding)] if padding else [])]))
         return padding
     shown = [f"{_flag(name)} is {getattr(flags, name)} (Megatron: {value})" for name, value in differing.items()]
     if pads_more:
         shown.append(f"the vocabulary is padded to a multiple of {rows} (Megatron: {rows * tp})")
     if is_foreign and shown:
-        notes.append(f"defaults that differ, --megatron-defaults takes theirs: {'; '.join(shown)}")
+        notes.append(_listed("defaults that differ, --megatron-defaults takes theirs:", shown))
     return []
 
 

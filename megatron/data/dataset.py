@@ -75,7 +75,7 @@ class GPTDataset:
                 tokens_per_epoch=self.tokens_per_epoch, num_samples=num_samples, seq_length=seq_length, seed=seed
             )
         except UserError as error:
-            raise UserError(f"{self.documents.prefix}: {error.given}", error.rule, error.fix) from None
+            raise UserError(f"{self.documents.name}: {error.given}", error.rule, error.fix) from None
         self.num_samples = self.plan.total_samples if num_samples is None else num_samples
         self.num_epochs = self.num_samples * seq_length / self.tokens_per_epoch
         self.text_bytes_per_token = text_bytes_per_token(self.documents.prefix)
@@ -156,13 +156,13 @@ class BlendedDataset:
         for dataset, needed in zip(self.datasets, self.order.counts):
             if needed > len(dataset):
                 raise UserError(
-                    f"{dataset.documents.prefix} has {len(dataset)} samples",
+                    f"{dataset.documents.name} has {len(dataset)} samples",
                     f"the blend needs {needed} of it",
                     "build it with more samples",
                 )
         # Where the documents of each part begin: parts of one prefix have the same ones, which say nothing new of each other.
         ends = np.cumsum([0, *(len(part.documents) for part in datasets)]).tolist()
-        prefixes = [os.path.realpath(part.documents.prefix) for part in datasets]
+        prefixes = [os.path.realpath(part.documents.name) for part in datasets]
         self._first_documents = [ends[prefixes.index(prefix)] for prefix in prefixes]
         self.num_samples = len(self.order)
         self.tokens_per_epoch = sum(dataset.tokens_per_epoch for dataset in self.datasets)
@@ -241,7 +241,7 @@ def describe(dataset: GPTDataset | BlendedDataset) -> str:
         for part, weight, samples in zip(parts, dataset.weights, dataset.order.counts):
             epochs = samples * part.seq_length / part.tokens_per_epoch
             lines.append(
-                f"  {part.documents.prefix}: weight {weight:.4f}, {part.tokens_per_epoch:,} tokens per epoch, "
+                f"  {part.documents.name}: weight {weight:.4f}, {part.tokens_per_epoch:,} tokens per epoch, "
                 f"{samples:,} samples = {epochs:.2f} epochs"
             )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from megatron.config.schema import DataConfig
 from megatron.data.blend import parse_blend
-from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
+from megatron.data.indexed import DamagedData, IndexedDataset, read_meta, whole_prefix
 from megatron.data.tokenizer_types import Tokenizer
 from megatron.errors import UserError
 from megatron.files import sha256_of
@@ -43,7 +44,8 @@ def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
         paths: one prefix or a blend, as ``parse_blend`` reads it.
 
     Returns:
-        One record a part, in order: prefix (absolute, links resolved), weight (normalised), documents, tokens,
+        One record a set, in order: part (first document and the one behind the last; only where not all are meant), prefix
+        (absolute, links resolved), weight (normalised), documents, tokens,
         idx_sha256 (SHA-256 of PREFIX.idx: it holds the lengths of all documents) and bin_sample (SHA-256 of tokens from
         all over PREFIX.bin: documents of equal lengths may hold other tokens).
 
@@ -57,12 +59,13 @@ def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
         data = IndexedDataset(prefix)
         records.append(
             {
-                "prefix": os.path.realpath(data.prefix),
+                "prefix": os.path.realpath(data.name),
                 "weight": weight / total,
                 "documents": len(data),
                 "tokens": data.num_tokens,
                 "idx_sha256": sha256_of(f"{data.prefix}.idx"),
                 "bin_sample": _sample_digest(data.tokens),
+                **({"part": list(data.part)} if data.part else {}),
             }
         )
     return records
@@ -105,14 +108,22 @@ def check_apart(train: Sequence[dict[str, Any]], valid: Sequence[dict[str, Any]]
     Raises:
         UserError: which are equal.
     """
-    trained = {(part["idx_sha256"], part["bin_sample"]): part["prefix"] for part in train}
-    for part in valid:
-        if (found := trained.get((part["idx_sha256"], part["bin_sample"]))) is not None:
+    for part, trained in product(valid, train):
+        if _share_documents(part, trained):
             raise UserError(
-                f"the validation data {part['prefix']} are the training data {found}",
+                f"the validation data {part['prefix']} are the training data {trained['prefix']}",
                 "a validation loss is of text that the model has not seen",
                 "split the text with tools/split_data.py, or pass --allow-training-data-in-validation",
             )
+
+
+def _share_documents(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two sets have equal contents, or are parts of one with documents in common."""
+    if "part" not in first and "part" not in second:
+        return all(first[key] == second[key] for key in ("idx_sha256", "bin_sample"))
+    (begin, end), (other_begin, other_end) = (part.get("part", (0, part["documents"])) for part in (first, second))
+    are_of_one = whole_prefix(first["prefix"]) == whole_prefix(second["prefix"])
+    return are_of_one and max(begin, other_begin) < min(end, other_end)
 
 
 def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str | None = None) -> None:
@@ -206,7 +217,7 @@ def verify_data(*blends: Sequence[str], say: Callable[[str], object] = print) ->
         UserError: a data set records no digests.
         DamagedData: a file is not what was written.
     """
-    for prefix in _prefixes(blends):
+    for prefix in dict.fromkeys(whole_prefix(prefix) for prefix in _prefixes(blends)):
         recorded = (read_meta(prefix) or {}).get("digests")
         if not recorded:
             raise UserError(

@@ -4,6 +4,8 @@ PREFIX.idx, little-endian: magic ``MMIDIDX\\0\\0``, version uint64 = 1, token dt
 n uint64, length m of the document list uint64, sizes int32 [n] (tokens), pointers int64 [n] (bytes into PREFIX.bin),
 document list int64 [m] (index of each document's first sequence, then n). One sequence is one document here.
 
+``PREFIX@0.969:0.999`` is a part of the documents, by fractions, cut as megatron-core's ``--split`` does.
+
 PREFIX.meta.json (optional, ours) says which tokenizer made the tokens, how many bytes of text they stand for, the largest
 id, and the SHA-256 of both files and of itself.
 """
@@ -14,18 +16,20 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point, which no token is.
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_PART = re.compile(r"@(\d+(?:\.\d+)?(?:e-\d+)?):(\d+(?:\.\d+)?)$")
 _CHUNK = 1 << 16  # documents checked at once: they stay in the processor's cache
 SEAL = "sha256"  # entry of PREFIX.meta.json: digest of all other entries
 
@@ -40,13 +44,18 @@ def clean_prefix(path: str | Path) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
+def whole_prefix(path: str | Path) -> str:
+    """Return the prefix of the files, also where ``path`` names a part of their documents."""
+    return clean_prefix(_PART.sub("", str(path)))
+
+
 def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     """Return the contents of PREFIX.meta.json, or None where there is none (published data has none).
 
     Raises:
         DamagedData: the file is not a JSON object, or not what was written.
     """
-    path = Path(clean_prefix(prefix) + ".meta.json")
+    path = Path(whole_prefix(prefix) + ".meta.json")
     try:
         meta = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -80,12 +89,15 @@ class IndexedDataset:
     """Read-only, memory-mapped documents. Cheap to pickle: another process maps the files again.
 
     Attributes:
+        prefix: of the files.
+        name: the prefix, with the part of the documents that is meant.
         sizes: int32 [documents], tokens per document.
         pointers: int64 [documents], byte offset of each document in PREFIX.bin.
         doc_idx: int64 [m], first sequence of each document, then the number of sequences.
         dtype: token dtype on disk.
         tokens: tokens of all documents, one after the other, [num_tokens].
         num_tokens: tokens in all documents.
+        part: first document and the one behind the last, where only some of those in the files are meant; else None.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -98,9 +110,13 @@ class IndexedDataset:
         """
         self._open(prefix)
         self._check_documents()
+        self._take_part()
 
     def _open(self, prefix: str | Path) -> None:
-        self.prefix = clean_prefix(prefix)
+        part = _PART.search(str(prefix))
+        self.prefix = whole_prefix(prefix)
+        self.name = self.prefix + (part[0] if part else "")
+        self.part: tuple[int, int] | None = None
         for suffix in (".idx", ".bin"):
             if not os.path.isfile(self.prefix + suffix):
                 given = f"no data at {self.prefix}: {self.prefix + suffix} does not exist"
@@ -172,6 +188,23 @@ class IndexedDataset:
                 "copy the index again, or make the data again with tools/preprocess_data.py",
             )
 
+    def _take_part(self) -> None:
+        """Keep the documents of the part that the name asks for: after the checks, which are of whole files."""
+        self._first_byte, match = 0, _PART.search(self.name)
+        if match is None:
+            return
+        begin, end = (round(float(text) * len(self)) for text in match.groups())
+        require(
+            begin < end <= len(self),
+            f"{self.name} means documents {begin} to {end} of {len(self)}",
+            "a part runs between two fractions of the documents, and holds some",
+            "write for example PREFIX@0:0.9",
+        )
+        self.part, self._first_byte = (begin, end), int(self.pointers[begin])
+        self.sizes, self.pointers = self.sizes[begin:end], self.pointers[begin:end]
+        self.num_tokens, first = int(self.sizes.sum(dtype=np.int64)), self._first_byte // self.dtype.itemsize
+        self.tokens = self.tokens[first : first + self.num_tokens]
+
     def __len__(self) -> int:
         """Return the number of documents."""
         return len(self.sizes)
@@ -190,14 +223,15 @@ class IndexedDataset:
         stop = size if length is None else offset + length
         if not 0 <= offset <= stop <= size:
             raise IndexError(f"tokens {offset}:{stop} of document {index}, which has {size} tokens, in {self.prefix}")
-        start = int(self.pointers[index]) // self.dtype.itemsize
+        start = (int(self.pointers[index]) - self._first_byte) // self.dtype.itemsize
         return self.tokens[start + offset : start + stop]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"prefix": self.prefix}
+        return {"prefix": self.name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._open(state["prefix"])  # the process that sent it has checked the documents
+        self._take_part()
 
 
 def _remedy(prefix: str) -> str:

@@ -33,7 +33,7 @@ def refused(capsys: pytest.CaptureFixture, *words: str) -> list[str]:
 
 
 def test_all_unknown_flags_are_named_at_once_with_their_counterparts(capsys: pytest.CaptureFixture) -> None:
-    wrong = ["--num-experts", "8", "--position-embedding-type", "alibi", "--data-path", "1.0", "a", "--split=969,30,1"]
+    wrong = ["--num-experts", "8", "--position-embedding-type", "alibi", "--data-path", "a", "--split=x"]
     wrong += [
         "--embed-layernorm",
         "--hiden-size",
@@ -45,16 +45,12 @@ def test_all_unknown_flags_are_named_at_once_with_their_counterparts(capsys: pyt
         "3",
     ]
     head, *lines = refused(capsys, *wrong)
-    assert "9 arguments are not accepted; see --help, and docs/migration.md" in head
+    assert "8 arguments are not accepted; see --help, and docs/migration.md" in head
     assert lines == [
         "  --num-experts 8: mixtures of experts are not built",
         "  --position-embedding-type alibi: ALiBi is another model, and is not built; instead: "
         "--use-rotary-position-embeddings",
-        *(
-            f"  {given}: one data set is not divided by --split here; instead: tools/split_data.py (it cuts by "
-            "documents), then --train-data-path and --valid-data-path"
-            for given in ("--data-path 1.0 a", "--split=969,30,1")
-        ),
+        "  --data-path a --split=x: it takes a prefix or a blend, and --split shares such as 969,30,1",
         "  --embed-layernorm: a norm after the embedding is another model, and is not built",
         "  unknown argument '--hiden-size'; did you mean --hidden-size?",
         "  unknown argument '--frobnicate'; it is no flag of Megatron's either",
@@ -110,6 +106,30 @@ def test_other_spellings_mean_what_they_meant(words: str, field: str, value: obj
     assert getattr(getattr(config, section), name) == value
 
 
+@pytest.mark.parametrize(
+    ("words", "train", "valid"),
+    [
+        (["--data-path", "a"], ["a@0.0:0.969"], ["a@0.969:0.999"]),
+        (["--split", "90,10,0", "--data_path", "a.bin"], ["a@0.0:0.9"], ["a@0.9:1.0"]),
+        (["--data-path=a", "--split", "100,0,0"], ["a@0.0:1.0"], []),
+        (
+            ["--data-path", "2", "a", "1", "b", "--split", "1, 1"],
+            ["2", "a@0.0:0.5", "1", "b@0.0:0.5"],
+            ["2", "a@0.5:1.0", "1", "b@0.5:1.0"],
+        ),
+    ],
+)
+def test_one_data_path_is_divided_by_split(words: list[str], train: list[str], valid: list[str]) -> None:
+    config, said = read(*words)
+    assert (config.data.train_data_path, config.data.valid_data_path) == (train, valid)
+    assert said.startswith("read as ours:\n  --data")
+
+
+def test_split_beside_named_parts_has_no_effect() -> None:
+    config, said = read("--train-data-path", "a", "--split", "100,0,0")
+    assert config.data.train_data_path == ["a"] and "--split (there is no --data-path to divide)" in said
+
+
 def test_steps_count_the_batch_of_the_layout_where_none_is_given() -> None:
     base = [*SHAPE, "--train-iters", "10", "--micro-batch-size", "2", "--tensor-model-parallel-size", "2"]
     config, _ = read("--lr-decay-iters", "5", base=base, world_size=8)
@@ -122,15 +142,32 @@ def test_a_constant_rate_needs_no_decay() -> None:
 
 
 def test_first_lines_say_what_was_read_what_has_no_effect_and_which_defaults_differ() -> None:
-    flags = ["--fp16", "--loss-scale", "12", "--sequence-parallel", "--swiglu", "--tensor-model-parallel-size", "2"]
+    flags = [
+        "--fp16",
+        "--loss-scale",
+        "12",
+        "--hysteresis",
+        "2",
+        "--sequence-parallel",
+        "--swiglu",
+        "--tensor-model-parallel-size",
+        "2",
+    ]
     _, said = read(*flags, world_size=2)
-    aliases, idle, defaults = said.splitlines()
-    assert aliases.startswith("read as ours: --fp16 as --bf16 (runs as bf16")
-    assert idle == (
-        "without effect here: --loss-scale (bf16 needs no loss scale); --sequence-parallel (memory only, the same numbers)"
-    )
-    assert "--normalization is rmsnorm (Megatron: layernorm)" in defaults and "--swiglu" not in defaults
-    assert "padded to a multiple of 128 (Megatron: 256)" in defaults and "--eval-interval" not in defaults
+    assert said.splitlines() == [
+        "read as ours:",
+        "  --fp16 as --bf16 (runs as bf16: the same memory, no loss scale; numbers differ in rounding)",
+        "without effect here:",
+        "  --loss-scale, --hysteresis (bf16 needs no loss scale)",
+        "  --sequence-parallel (memory only, the same numbers)",
+        "defaults that differ, --megatron-defaults takes theirs:",
+        "  --normalization is rmsnorm (Megatron: layernorm)",
+        "  --use-rotary-position-embeddings is True (Megatron: False)",
+        "  --disable-bias-linear is True (Megatron: False)",
+        "  --lr-decay-style is cosine (Megatron: linear)",
+        "  --log-interval is 10 (Megatron: 100)",
+        "  the vocabulary is padded to a multiple of 128 (Megatron: 256)",
+    ]
 
 
 def test_megatron_defaults_take_all_of_theirs_that_were_not_given() -> None:
@@ -143,7 +180,7 @@ def test_megatron_defaults_take_all_of_theirs_that_were_not_given() -> None:
     )
     assert (model.swiglu, config.optimizer.lr_decay_style) == (True, "cosine")
     assert (run.eval_interval, run.eval_iters, run.log_interval) == (1000, "100", 100)
-    assert said.startswith("defaults of Megatron taken: --normalization layernorm; ")
+    assert said.startswith("defaults of Megatron taken:\n  --normalization layernorm\n")
     config, _ = read("--megatron-defaults", "--tensor-model-parallel-size", "2", world_size=2)
     assert config.model.make_vocab_size_divisible_by == 256 and config.run.eval_interval is None
 
@@ -172,7 +209,7 @@ def test_a_foreign_script_parses_to_megatrons_model() -> None:
     assert (model.normalization, model.swiglu, model.disable_bias_linear) == ("layernorm", False, False)
     assert not model.use_rotary_position_embeddings and config.optimizer.lr_decay_samples == 80
     for word in [word for word in foreign_script() if word.startswith("--")]:
-        assert f"{word} " in said, word
+        assert word in said, word
 
 
 @pytest.mark.parametrize("rule", [rule for rule in rules() if rule.kind == "alias"], ids=lambda rule: rule.flag)

@@ -162,3 +162,17 @@ def test_data_of_equal_lengths_and_other_tokens_are_no_copy(make_data: Callable[
     check_apart(train, valid)
     with pytest.raises(UserError, match="are the training data"):
         check_apart(train, data_fingerprint([make_data("three", [5, 7])]))
+
+
+def test_parts_with_documents_in_common_are_refused(make_data: Callable[..., str]) -> None:
+    prefix = make_data("one", [5, 7, 3, 4])
+    (first, second, both, whole) = (
+        data_fingerprint([name]) for name in (f"{prefix}@0:0.5", f"{prefix}@0.5:1", f"{prefix}@0.2:0.8", prefix)
+    )
+    assert (first[0]["part"], first[0]["documents"], first[0]["tokens"]) == ([0, 2], 2, 12)
+    assert first[0]["bin_sample"] != second[0]["bin_sample"] and "part" not in whole[0]
+    check_apart(first, second)
+    for train, valid in ((first, both), (both, second), (whole, second), (first, whole)):
+        with pytest.raises(UserError, match="are the training data"):
+            check_apart(train, valid)
+    check_apart(first, data_fingerprint([make_data("two", [5, 7, 3, 4], start=1)]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +141,25 @@ def test_a_missing_prefix_gets_the_likely_cure(
     with pytest.raises(UserError) as error:
         IndexedDataset(tmp_path / name)
     assert str(error.value).endswith(cure.format(tmp_path / "data"))
+
+
+def test_a_part_is_cut_by_documents_as_megatron_core_cuts(make_data) -> None:
+    """Its rule: documents round(begin * n) to round(end * n), in Python's rounding (halves to even)."""
+    prefix = make_data("x", list(range(1, 12)))
+    whole = IndexedDataset(prefix)
+    edges = [0.0, 0.5, 0.95454545454545454, 1.0]
+    bounds = [(0, 6), (6, 10), (10, 11)]
+    assert [(round(a * 11), round(b * 11)) for a, b in pairwise(edges)] == bounds
+    for begin, end, (first, last) in zip(edges, edges[1:], bounds):
+        part = pickle.loads(pickle.dumps(IndexedDataset(f"{prefix}@{begin}:{end}")))
+        assert (part.part, part.prefix, len(part)) == ((first, last), prefix, last - first)
+        assert part.num_tokens == len(part.tokens) == int(whole.sizes[first:last].sum())
+        for index in range(len(part)):
+            np.testing.assert_array_equal(part[index], whole[first + index])
+        np.testing.assert_array_equal(part.tokens, np.concatenate([part[i] for i in range(len(part))]))
+
+
+@pytest.mark.parametrize("part", ["0.1:0.1", "0.5:0.2", "0:1.5"])
+def test_a_part_without_documents_is_refused(make_data, part: str) -> None:
+    with pytest.raises(UserError, match=r"means documents \d+ to \d+ of 2; a part runs between .*; write"):
+        IndexedDataset(f"{make_data('x', [60, 40])}@{part}")
