@@ -82,8 +82,7 @@ def parse(
             parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
     if _is_foreign(parser, words):
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
-        notes = [] if notes is None else notes
-        notes += lines
+        (notes if notes is not None else []).extend(lines)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}; only flags listed by --help are accepted, in full; see --help")

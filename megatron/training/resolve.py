@@ -56,7 +56,7 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         UserError: what was given, the rule, the fix.
     """
     if flags.parallel.deepspeed_config is not None:
-        read_settings_file(Path(flags.parallel.deepspeed_config))
+        read_settings_file(Path(flags.parallel.deepspeed_config), bf16=flags.run.bf16)
     sources = _sources(flags, launch)
     vocabulary = _vocabulary(flags, sources, launch)
     selection = _selection(flags)

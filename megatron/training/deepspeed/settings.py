@@ -68,7 +68,7 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
 
 # What a file may set besides: how a run communicates, reports and uses memory, not what it trains.
 FREE = {
-    *("zero_optimization", "bf16", "fp16", "pipeline", "timers", "activation_checkpointing", "aio", "checkpoint"),
+    *("zero_optimization", "bf16", "pipeline", "timers", "activation_checkpointing", "aio", "checkpoint"),
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
     *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "dataloader_drop_last"),
     *("communication_data_type", "seq_parallel_communication_data_type", "disable_allgather"),
@@ -102,20 +102,28 @@ REFUSED = {
 }
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
+def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     """Read and check the parts of a DeepSpeed JSON file that need no other flag.
 
-    Values "auto" are left to us, so they are dropped; so are sections that are switched off.
+    Values "auto" are left to us, so they are dropped; so are sections that are switched off, and fp16, which runs as bf16.
+
+    Args:
+        path: the file.
+        bf16: whether the run is.
 
     Raises:
         UserError: not a JSON object, or it changes what is trained.
     """
     rule = "--deepspeed_config must be a JSON object"
     given = read_object(path, rule=rule, fix="correct it", parse_constant=_refuse_constant)
+    half = given.pop("fp16", None)
+    is_half = half != "auto" and not _is_off(half) and not (isinstance(half, dict) and half.get("enabled") == "auto")
+    if is_half and not bf16:
+        raise UserError(f"--deepspeed_config {path} enables fp16", "fp16 runs as bf16 here", "pass --bf16, or --fp16")
+    if is_half and _is_off(given.get("bf16")):  # a file of fp16 switches it off
+        given.pop("bf16", None)
     known = FREE | {name.partition(".")[0] for name in OWNED}
     given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
-    if not _is_off(given.get("fp16")):
-        raise UserError(f"--deepspeed_config {path} enables fp16", "runs are bf16 or fp32", "remove it and pass --bf16")
     unknown = dict.fromkeys(given.keys() - known, "a setting that is not known here may change what is trained")
     for name, value in _by_path(given).items():
         reason = REFUSED.get(name) or unknown.get(name)
@@ -127,7 +135,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
     """Add the user's file; a value that contradicts a flag is refused rather than silently chosen."""
     path = Path(config.parallel.deepspeed_config or "")
-    given = read_settings_file(path)
+    given = read_settings_file(path, bf16=config.run.bf16)
     stated = _by_path(given)
     expected = {
         **_by_path(settings),

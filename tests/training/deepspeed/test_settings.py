@@ -59,6 +59,20 @@ def test_auto_is_ours_at_any_depth(tmp_path: Path) -> None:
     assert settings(tmp_path, auto, "--bf16") == plain
 
 
+@pytest.mark.parametrize("flag", ["--bf16", "--fp16"])
+def test_a_file_of_fp16_runs_as_bf16(tmp_path: Path, flag: str) -> None:
+    plain = deepspeed_settings(parse([*BASE, "--bf16"]), dp_size=2, num_parameters=1000)
+    half = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 11}, "bf16": {"enabled": False}}
+    assert settings(tmp_path, half, flag) == plain
+    assert settings(tmp_path, {"fp16": {"enabled": True}}, flag) == plain
+
+
+def test_fp16_left_to_us_is_not_asked_for(tmp_path: Path) -> None:
+    plain = deepspeed_settings(parse(BASE), dp_size=2, num_parameters=1000)
+    for half in ("auto", {"enabled": "auto", "loss_scale": 0}, {"enabled": False}):
+        assert settings(tmp_path, {"fp16": half}) == plain
+
+
 def test_sections_that_are_switched_off_go(tmp_path: Path) -> None:
     """Old files name features that DeepSpeed has since removed, and it refuses their very names."""
     plain = deepspeed_settings(parse(BASE), dp_size=2, num_parameters=1000)
@@ -82,7 +96,7 @@ def test_throughput_is_not_timed_by_deepspeed() -> None:
         ({"zero_optimization": {"stage": 1}}, ["--zero-stage", "3"], "stage to 1, the flags to 3"),
         ({"bf16": {"enabled": True}}, [], "bf16.enabled to True, the flags to False; .*--bf16"),
         ({"bf16": {"enabled": False}}, ["--bf16"], "bf16.enabled to False, the flags to True"),
-        ({"fp16": {"enabled": True}}, [], "enables fp16; runs are bf16 or fp32; .*pass --bf16"),
+        ({"fp16": {"enabled": True}}, [], "enables fp16; fp16 runs as bf16 here; pass --bf16, or --fp16"),
         ({"optimizer": {"type": "Adam"}}, [], "has 'optimizer'; .*--lr.*; remove it"),
         ({"scheduler": {}}, [], "has 'scheduler'; .*--lr-warmup-samples"),
         ({"curriculum_learning": {"enabled": True}}, [], "has 'curriculum_learning'; every sample is seen whole"),
