@@ -18,6 +18,9 @@ flag that is in `--help` means what it means there. Of the others this page says
 ours, without effect here (named once at start), or refused. Everything that is refused is named at once, a line each, with
 its counterpart or the reason. Underscores may stand for hyphens.
 
+A flag of ours that can have no effect (`--min-lr` with a constant rate) is refused in our own command lines; beside one of
+Megatron's it is named at start.
+
 ```
 pretrain_gpt.py: error: 2 arguments are not accepted; see --help, and docs/migration.md for Megatron's flags
   --num-experts 8: mixtures of experts are not built

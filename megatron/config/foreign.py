@@ -10,10 +10,14 @@ import csv
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megatron.config.option import idle_options
+from megatron.config.schema import SECTIONS
 
 TABLE = Path(__file__).with_name("megatron_flags.csv")
 # What decides the model, its schedule and its measurements there and is another default here.
@@ -108,14 +112,29 @@ def translate(
     taken = [(part, rule) for part, rule in judged if rule is not None and not _is_switched_off(part, rule)]
     ours = [word for part, rule in judged if rule is None for word in part.words()]
     new, read = _aliased([(part, rule) for part, rule in taken if rule.kind == "alias"], ours, parser, world_size)
-    idle = [(part.flag, rule.reason) for part, rule in taken if rule.kind == "no effect"]
+    is_foreign = bool(taken) or any(part.flag != part.raw[0].partition("=")[0] for part in parts if part.flag)
+    ours, idle = _without_idle([*ours, *new], parser, known) if is_foreign else ([*ours, *new], [])
+    idle = [(part.flag, rule.reason) for part, rule in taken if rule.kind == "no effect"] + idle
     reasons = dict.fromkeys(reason for _, reason in idle)
     grouped = [f"{', '.join(flag for flag, why in idle if why == reason)} ({reason})" for reason in reasons]
     notes = [_listed("read as ours:", read)] if read else []
     notes += [_listed("without effect here:", grouped)] if grouped else []
-    is_foreign = bool(taken) or any(part.flag != part.raw[0].partition("=")[0] for part in parts if part.flag)
-    ours += new
     return ours + _defaults(ours, parser, known, notes, is_foreign=is_foreign), tuple(notes)
+
+
+def _without_idle(
+    words: Sequence[str], parser: argparse.ArgumentParser, known: Mapping[str, argparse.Action]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The words without flags of ours that are refused for having no effect, and those with the reason.
+
+    Megatron takes them: --min-lr with a constant rate, --eval-interval without validation data.
+    """
+    values = vars(parser.parse_known_args(list(words))[0])
+    items = [(item, values[item.name]) for cls in SECTIONS.values() for item in fields(cls) if item.metadata]
+    reasons = {item.name: reason for item, reason in idle_options(items) if not item.metadata["published"]}
+    parts = [(part, known[part.flag].dest if part.flag in known else "") for part in _split(words)]
+    kept = [word for part, name in parts if name not in reasons for word in part.words()]
+    return kept, [(part.flag, f"it {reasons[name]}") for part, name in parts if name in reasons]
 
 
 def _listed(head: str, lines: Sequence[str]) -> str:

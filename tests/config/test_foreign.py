@@ -11,6 +11,7 @@ import pytest
 
 from megatron.config import Config, build_parser
 from megatron.config.foreign import DEFAULTS, Rule, rules
+from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 
 REPO = Path(__file__).resolve().parents[2]
@@ -139,6 +140,18 @@ def test_steps_count_the_batch_of_the_layout_where_none_is_given() -> None:
 def test_a_constant_rate_needs_no_decay() -> None:
     config, said = read("--lr-decay-style", "constant", "--lr-decay-iters", "20")
     assert config.optimizer.lr_decay_samples is None and "--lr-decay-iters (a constant rate does not decay)" in said
+
+
+def test_flags_of_ours_that_do_nothing_in_a_foreign_script_are_named_and_not_refused() -> None:
+    """Megatron takes a final rate with a constant one, and an interval of validations without data for them."""
+    words = ["--lr-decay-style", "constant", "--min-lr", "1e-6", "--eval-interval", "100", "--lr-decay-samples=80"]
+    config, said = read(*words, "--sequence-parallel", "--data-path", "a", "--split", "100,0,0", "--position-embedding-type",
+                        "learned_absolute", "--rotary-base", "20000")  # fmt: skip
+    assert (config.optimizer.min_lr, config.run.eval_interval, config.optimizer.lr_decay_samples) == (0, None, None)
+    assert "--min-lr (it needs --lr-decay-style cosine or --lr-decay-style linear)" in said
+    assert "--eval-interval (it needs --valid-data-path" in said and "--rotary-base (it needs " in said
+    with pytest.raises(UserError, match="--min-lr would have no effect"):
+        parse([*BASE, "--lr-decay-style", "constant", "--min-lr", "1e-6"])
 
 
 def test_first_lines_say_what_was_read_what_has_no_effect_and_which_defaults_differ() -> None:
