@@ -8,7 +8,7 @@ the number of processes change nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -150,12 +150,8 @@ class MaskedScorer:
                 f"one pass holds {self.max_length}",
                 "score it in windows (windows() in megatron/evaluation/requests.py does)",
             )
-        cut = Request(self._context(request), request.target, request.key)
+        cut = cut_context(request, self.max_length)
         return Tally(cut, for_length(estimator, len(request.target), num_draws=num_draws))
-
-    def _context(self, request: Request) -> tuple[int, ...]:
-        """What fits of the context, its right end."""
-        return request.context[max(len(request.context) + len(request.target) - self.max_length, 0) :]
 
     def extend(self, tallies: Sequence[Tally], *, num_draws: int) -> None:
         """Run draws until every tally has ``num_draws`` of them (or all that its estimator has)."""
@@ -231,13 +227,14 @@ class MaskedScorer:
         """
         states = []
         for index, request in enumerate(requests):
-            context, masks = self._context(request), [self.mask_id] * len(request.target)
+            context = cut_context(request, self.max_length).context
+            masks = [self.mask_id] * len(request.target)
             states.append(_Greedy(index, [*context, *masks], request.target, len(context)))
         verdicts = [False] * len(states)
         active = states
         while active:
             active.sort(key=lambda state: len(state.tokens), reverse=True)
-            for start, stop in _equal_runs([len(state.tokens) for state in active], limit=self.batch_size):
+            for start, stop in equal_runs([len(state.tokens) for state in active], limit=self.batch_size):
                 self._greedy_step(active[start:stop], left_to_right=left_to_right)
             for state in active:
                 verdicts[state.index] = state.is_right
@@ -361,10 +358,15 @@ def _draw_values(tally: Tally, draws: Draws) -> np.ndarray:
     return values
 
 
-def _equal_runs(lengths: Sequence[int], *, limit: int) -> Iterator[tuple[int, int]]:
+def cut_context(request: Request, max_length: int) -> Request:
+    """The request with what fits of its context, the right end."""
+    return replace(request, context=request.context[max(len(request.context) + len(request.target) - max_length, 0) :])
+
+
+def equal_runs(values: Sequence[object], *, limit: int) -> Iterator[tuple[int, int]]:
     """Ranges [start, stop) of equal values, at most ``limit`` long."""
     start = 0
-    for index in range(1, len(lengths) + 1):
-        if index == len(lengths) or lengths[index] != lengths[start] or index - start >= limit:
+    for index in range(1, len(values) + 1):
+        if index == len(values) or values[index] != values[start] or index - start >= limit:
             yield start, index
             start = index

@@ -1,15 +1,9 @@
 """Sampling from a masked diffusion model: which masked tokens to uncover next, and with what.
 
 The state is a row of tokens, some of them the mask token; given tokens may stand anywhere (prompt, infix, suffix) and
-are never changed. Every step predicts all masked tokens and uncovers some:
-
-* ``ancestral``: each masked token with probability (t-s)/t while t falls linearly from 1 to 0 (the reverse process;
-  Sahoo et al. 2024, arXiv 2406.07524, eq. 7; Shi et al. 2024, arXiv 2406.04329);
-* ``random``: a fixed number at random positions (the same process with counts instead of coins);
-* ``confidence``: the tokens with the highest probability (Chang et al. 2022, arXiv 2202.04200; Nie et al. 2025,
-  arXiv 2502.09992, sec. 2.4);
-* ``margin``: the largest difference between the two best tokens (Kim et al. 2025, arXiv 2502.06768);
-* ``entropy``: the lowest entropy of the prediction.
+are never changed. Every step predicts masked tokens and uncovers some: by a policy (``policies.py``), or ``ancestral``, each
+with probability (t-s)/t while t falls linearly from 1 to 0 (the reverse process; Sahoo et al. 2024, arXiv 2406.07524, eq. 7;
+Shi et al. 2024, arXiv 2406.04329). What a policy draws has a likelihood that can be computed: ``log_likelihoods``.
 
 Block-wise (semi-autoregressive) decoding uncovers the masked tokens ``block_length`` at a time from left to right
 (Arriola et al. 2025, arXiv 2503.09573; Nie et al. 2025). Classifier-free guidance contrasts with the same row without
@@ -25,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.errors import UserError, require
-from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms
+from megatron.generation.policies import KNOWN, POLICIES, first_ranked, known_ranks, sureness
+from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms, token_logprobs
 from megatron.inference.logits import LogitsFn
 
-ORDERS = ("confidence", "margin", "entropy", "random", "ancestral")
+ORDERS = (*POLICIES, "ancestral")
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,11 @@ class DiffusionSettings:
     """How to uncover.
 
     Attributes:
-        order: one of ``ORDERS``.
+        order: a policy (``policies.py``) or ``ancestral``.
         steps: forward passes in all; None: one for every masked token.
+        tokens_per_step: tokens of a block uncovered together, instead of ``steps``; the same whatever the length.
         block_length: masked tokens per block; None: one block.
+        order_number: which random order all rows take; None: each row its own, by its sample number (in a likelihood: 0).
         guidance: weight w of classifier-free guidance; 0: none.
         sampling: temperature, top-k, top-p and seed.
     """
@@ -48,16 +45,39 @@ class DiffusionSettings:
     block_length: int | None = None
     guidance: float = 0.0
     sampling: TokenSampling = field(default_factory=TokenSampling)
+    tokens_per_step: int | None = None
+    order_number: int | None = None
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise UserError(
                 f"order {self.order!r} is not known", "it says what to uncover next", f"use one of {', '.join(ORDERS)}"
             )
-        for name, value in (("steps", self.steps), ("block_length", self.block_length)):
-            if value is not None and value < 1:
+        for name in ("steps", "block_length", "tokens_per_step"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} {value} is not positive", "it counts from 1", "leave it out for the default")
+        require(
+            self.steps is None or self.tokens_per_step is None,
+            f"steps {self.steps} and tokens_per_step {self.tokens_per_step}",
+            "each follows from the other",
+            "give one of them",
+        )
         require(math.isfinite(self.guidance), f"guidance {self.guidance}", "it weighs logits", "use a finite number")
+
+    def num_passes(self, num_masked: int) -> int:
+        """Forward passes that fill ``num_masked`` tokens."""
+        size = self.block_length or max(num_masked, 1)
+        return sum(_split_steps(self, [min(size, num_masked - start) for start in range(0, num_masked, size)]))
+
+    def check_has_likelihood(self) -> None:
+        """Check that what is drawn has a likelihood that can be computed.
+
+        Raises:
+            UserError: an order that depends on coins, or tokens that are not drawn.
+        """
+        rule = "a likelihood is of a sampler that draws tokens, and uncovers them by a policy"
+        require(self.order in POLICIES, f"order {self.order}", rule, f"use one of {', '.join(POLICIES)}")
+        require(self.sampling.temperature > 0, "temperature 0", rule, "use 1 for the model's own distribution")
 
     def check_steps(self, num_masked: int) -> None:
         """Check that ``num_masked`` tokens can be uncovered in these steps.
@@ -84,6 +104,9 @@ class Step:
 
 
 StopFn = Callable[[int, list[int]], bool]
+RevealFn = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # logits [n, vocab], which [batch, seq] bool -> tokens [n]
 
 
 class DiffusionSampler:
@@ -126,94 +149,146 @@ class DiffusionSampler:
             on_step: called after every step.
             sample_numbers: random stream of each row; default 0, 1, 2, ...
         """
+        tokens = self._rows(rows)
+        numbers = range(len(rows)) if sample_numbers is None else sample_numbers
+        streams = settings.sampling.generators(numbers, self.device)
+
+        def draw(logits: torch.Tensor, uncovered: torch.Tensor) -> torch.Tensor:
+            uniforms = None
+            if settings.sampling.temperature > 0:
+                counts = uncovered.sum(-1).tolist()
+                uniforms = torch.cat([row_uniforms(s, n, logits.shape[-1]) for s, n in zip(streams, counts)])
+            return draw_tokens(logits, settings.sampling, uniforms)
+
+        walk = _Walk(tokens, tokens != self.mask_id, settings, numbers, streams)
+        self._uncover(walk, draw, stop=stop, on_step=on_step)
+        return tokens.tolist()
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self,
+        rows: Sequence[Sequence[int]],
+        masked: torch.Tensor,
+        *,
+        settings: DiffusionSettings,
+    ) -> torch.Tensor:
+        """log p of every masked token when the sampler uncovers it: its own walk, with true tokens instead of drawn ones.
+
+        Their sum is the exact log-likelihood of a row under this sampler (see ``policies.py``).
+
+        Args:
+            rows: token ids of equal lengths, whole.
+            masked: [batch, seq] bool, which tokens are not given; as many in every row.
+            settings: a policy, and how tokens are drawn; temperature 1 is the model's own distribution.
+
+        Returns:
+            [batch, seq] float64 in nats, 0 where a token is given; −inf where top-k or top-p would never draw it.
+
+        Raises:
+            UserError: the sampler has no distribution that could be computed.
+        """
+        settings.check_has_likelihood()
+        truth = self._rows(rows)
+        tokens = truth.masked_fill(masked, self.mask_id)
+        result = torch.zeros(truth.shape, dtype=torch.float64, device=self.device)
+
+        def reveal(logits: torch.Tensor, uncovered: torch.Tensor) -> torch.Tensor:
+            result[uncovered] = token_logprobs(logits, truth[uncovered], settings.sampling)
+            return truth[uncovered]
+
+        self._uncover(_Walk(tokens, ~masked, settings, [0] * len(rows), []), reveal)
+        return result
+
+    def _rows(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         lengths = {len(row) for row in rows}
         if len(lengths) != 1:
             raise UserError(
                 f"rows have lengths {sorted(lengths)}", "one call fills rows of equal length", "group them first"
             )
-        tokens = torch.tensor([list(row) for row in rows], device=self.device)
-        given = tokens != self.mask_id
-        streams = settings.sampling.generators(
-            range(len(rows)) if sample_numbers is None else sample_numbers, self.device
-        )
-        blocks = _blocks(~given, settings.block_length)
-        done = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        return torch.tensor([list(row) for row in rows], device=self.device)
+
+    def _uncover(
+        self,
+        walk: _Walk,
+        reveal: RevealFn,
+        *,
+        stop: StopFn | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> None:
+        """Go through blocks and steps; ``reveal`` gives the tokens of what a step uncovers."""
+        done = torch.zeros(len(walk.tokens), dtype=torch.bool, device=self.device)
+        masked = ~walk.given
+        blocks = _blocks(masked, walk.settings.block_length)
         index = 0
-        for block, steps in zip(blocks, _split_steps(settings, [int(b.sum(-1).max()) for b in blocks])):
-            for chosen_counts in _schedule(block, steps, order=settings.order):
-                candidates = block & (tokens == self.mask_id) & ~done[:, None]
-                uncovered = self._step(tokens, given, candidates, chosen_counts, streams=streams, settings=settings)
+        for block, steps in zip(blocks, _split_steps(walk.settings, [int(b.sum(-1).max()) for b in blocks])):
+            for counts in _schedule(block, steps, order=walk.settings.order):
+                candidates = block & masked & ~done[:, None]
+                uncovered = self._step(walk, candidates, counts, reveal)
+                masked = masked & ~uncovered
                 if on_step is not None:
-                    on_step(Step(index, tokens, uncovered))
+                    on_step(Step(index, walk.tokens, uncovered))
                 index += 1
             if stop is not None:
-                for row in range(len(rows)):
-                    done[row] |= stop(row, _prefix(tokens[row].tolist(), self.mask_id))
+                for row in range(len(walk.tokens)):
+                    done[row] |= stop(row, _prefix(walk.tokens[row].tolist(), self.mask_id))
             if bool(done.all()):
                 break
-        return tokens.tolist()
 
     def _step(
-        self,
-        tokens: torch.Tensor,
-        given: torch.Tensor,
-        candidates: torch.Tensor,
-        counts: torch.Tensor | float,
-        *,
-        streams: list[torch.Generator],
-        settings: DiffusionSettings,
+        self, walk: _Walk, candidates: torch.Tensor, counts: torch.Tensor | float, reveal: RevealFn
     ) -> torch.Tensor:
         """Uncover some candidates in place; returns which, [batch, seq] bool.
 
         ``counts``: tokens to uncover in each row [batch], or the probability of each (ancestral).
         """
+        logits, order = None, walk.settings.order
         if isinstance(counts, float):  # ancestral: coins first, so that a step without heads needs no pass
-            coins = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in streams])
-            candidates = candidates & (coins < counts)
-        if not bool(candidates.any()):
-            return torch.zeros_like(candidates)
-        logits = self._logits(tokens, given, candidates, guidance=settings.guidance)
-        per_row = candidates.sum(-1).tolist()
-        uniforms = None
-        if settings.sampling.temperature > 0:
-            uniforms = torch.cat([row_uniforms(s, n, logits.shape[-1]) for s, n in zip(streams, per_row)])
-        drawn = draw_tokens(logits, settings.sampling, uniforms)
-        uncovered = candidates
-        if not isinstance(counts, float):
-            scores = torch.full(tokens.shape, -torch.inf, dtype=torch.float64, device=self.device)
-            scores[candidates] = _scores(logits, drawn, settings.order, streams=streams, per_row=per_row)
-            rank = scores.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-            uncovered = candidates & (rank < counts[:, None])
-        proposal = tokens.clone()
-        proposal[candidates] = drawn
-        tokens[uncovered] = proposal[uncovered]
+            coins = torch.stack([row_uniforms(stream, candidates.shape[1]) for stream in walk.streams])
+            uncovered = candidates & (coins < counts)
+        elif order in KNOWN:
+            uncovered = first_ranked(known_ranks(order, walk.uniforms), candidates, counts)
+        elif not bool(candidates.any()):
+            return candidates
+        else:
+            logits = self._logits(walk, candidates)
+            ranks = torch.zeros(candidates.shape, dtype=torch.float64, device=self.device)
+            ranks[candidates] = sureness(order, logits)
+            uncovered = first_ranked(ranks, candidates, counts)
+            logits = logits[uncovered[candidates]]
+        if bool(uncovered.any()):
+            logits = self._logits(walk, uncovered) if logits is None else logits
+            walk.tokens[uncovered] = reveal(logits, uncovered)
         return uncovered
 
-    def _logits(
-        self, tokens: torch.Tensor, given: torch.Tensor, candidates: torch.Tensor, *, guidance: float
-    ) -> torch.Tensor:
-        """Logits [candidates, vocab] in fp32, guided, with tokens that cannot be drawn at -inf."""
-        logits = self.logits_fn(tokens, positions=candidates).float()
+    def _logits(self, walk: _Walk, wanted: torch.Tensor) -> torch.Tensor:
+        """Logits [wanted, vocab] in fp32 or more, guided, with tokens that cannot be drawn at -inf."""
+        tokens, guidance = walk.tokens, walk.settings.guidance
+        logits = _at_least_fp32(self.logits_fn(tokens, positions=wanted))
         if guidance != 0.0:
-            without = self.logits_fn(tokens.masked_fill(given, self.mask_id), positions=candidates).float()
-            logits = without + (1.0 + guidance) * (logits - without)
+            without = self.logits_fn(tokens.masked_fill(walk.given, self.mask_id), positions=wanted)
+            logits = _at_least_fp32(without) * -guidance + (1.0 + guidance) * logits
         return logits.index_fill(-1, self.forbidden, -torch.inf)
 
 
-def _scores(
-    logits: torch.Tensor, drawn: torch.Tensor, order: str, *, streams: list[torch.Generator], per_row: list[int]
-) -> torch.Tensor:
-    """How much each candidate wants to be uncovered now, [candidates] float64."""
-    if order == "random":
-        return torch.cat([row_uniforms(stream, count) for stream, count in zip(streams, per_row)])
-    logprobs = logits.double().log_softmax(-1)
-    if order == "confidence":
-        return logprobs.gather(-1, drawn[:, None]).squeeze(-1).exp()
-    if order == "margin":
-        best = logprobs.topk(2, dim=-1).values.exp()
-        return best[:, 0] - best[:, 1]
-    assert order == "entropy", order
-    return (logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1)
+class _Walk:
+    """One batch on its way: ``tokens`` [batch, seq] change in place, ``given`` [batch, seq] never do."""
+
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        given: torch.Tensor,
+        settings: DiffusionSettings,
+        numbers: Sequence[int],
+        streams: list[torch.Generator],
+    ) -> None:
+        self.tokens, self.given, self.settings, self.streams = tokens, given, settings, streams
+        numbers = numbers if settings.order_number is None else [settings.order_number] * len(numbers)
+        orders = settings.sampling.generators(numbers, tokens.device, purpose="order")
+        self.uniforms = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in orders])
+
+
+def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _blocks(masked: torch.Tensor, block_length: int | None) -> list[torch.Tensor]:
@@ -230,7 +305,7 @@ def _split_steps(settings: DiffusionSettings, sizes: list[int]) -> list[int]:
     """Steps of each block: an equal share, at least 1; no more than the block has tokens, except for ancestral steps,
     which may uncover nothing."""
     if settings.steps is None:
-        return sizes
+        return [-(-size // (settings.tokens_per_step or 1)) for size in sizes]
     settings.check_steps(sum(sizes))
     share, rest = divmod(settings.steps, max(len(sizes), 1))
     shares = [share + (index < rest) for index in range(len(sizes))]

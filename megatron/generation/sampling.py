@@ -44,9 +44,11 @@ class TokenSampling:
         )
         require(self.seed >= 0, f"seed {self.seed} is negative", "a seed is a number from 0", "use 0 or more")
 
-    def generators(self, rows: Sequence[int], device: torch.device) -> list[torch.Generator]:
+    def generators(
+        self, rows: Sequence[int], device: torch.device, *, purpose: str = "sampling"
+    ) -> list[torch.Generator]:
         """One stream for each sample number (any integer), so that a sample does not depend on its batch mates."""
-        seeds = [named_seed(self.seed, f"sampling:{row}") for row in rows]
+        seeds = [named_seed(self.seed, f"{purpose}:{row}") for row in rows]
         return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
@@ -69,11 +71,20 @@ def draw_tokens(logits: torch.Tensor, sampling: TokenSampling, uniforms: torch.T
     if sampling.temperature == 0:
         return logits.argmax(-1)
     assert uniforms is not None
+    gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-300, 1 - 1e-16)))
+    return (_drawn_from(logits, sampling) + gumbel).argmax(-1)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
+    """log p with which :func:`draw_tokens` draws ``tokens`` [n] from ``logits`` [n, vocab]: [n] float64."""
+    return _drawn_from(logits, sampling).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def _drawn_from(logits: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
+    """Logits of the distribution that tokens are drawn from, [n, vocab] float64."""
     # The largest logit is 0 first, so that a tiny temperature gives -inf for the others and never inf - inf.
     logits = logits.double() - logits.double().amax(-1, keepdim=True)
-    scaled = filter_logits(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-300, 1 - 1e-16)))
-    return (scaled + gumbel).argmax(-1)
+    return filter_logits(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
 
 
 def row_uniforms(generator: torch.Generator, *shape: int) -> torch.Tensor:

@@ -1,0 +1,126 @@
+"""Exact likelihoods of samplers, and what random orders say of their mixture, against enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.errors import UserError
+from megatron.evaluation.estimators import LeftToRight
+from megatron.evaluation.exact import PolicyScorer, ceiling, log_mean_exp
+from megatron.evaluation.scorer import MaskedScorer, Request
+from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.generation.sampling import TokenSampling
+from tests.evaluation import toy
+from tests.generation.test_diffusion import model_with_room
+
+VOCAB, LENGTH = 5, 6
+PLAIN = TokenSampling(temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> toy.ToyMaskedModel:
+    return toy.ToyMaskedModel(vocab=VOCAB, length=LENGTH, seed=4)
+
+
+def scorer_of(model, *, batch_size: int = 32, **settings) -> PolicyScorer:
+    sampler = DiffusionSampler(model_with_room(model), mask_id=VOCAB)
+    settings = DiffusionSettings(**{"sampling": PLAIN, **settings})
+    return PolicyScorer(sampler, settings, max_length=LENGTH, batch_size=batch_size)
+
+
+REQUESTS = [
+    Request((0, 1), (2, 3, 4, 0)),
+    Request((4,), (3, 2, 1, 0, 1)),
+    Request((), (1, 1, 2, 2, 3, 3)),
+    Request((3, 3, 3, 0, 1), (2, 3, 4, 0)),  # longer than a row: the left of the context goes
+    Request((2, 2), (0, 0, 0, 0)),
+]
+
+
+def test_left_to_right_is_the_chain_rule(model) -> None:
+    found = scorer_of(model, order="left-to-right").score(REQUESTS)
+    plain = MaskedScorer(model, mask_id=VOCAB, max_length=LENGTH).score(REQUESTS, LeftToRight(), num_draws=1)
+    assert [one.value for one in found] == pytest.approx([one.value for one in plain], abs=1e-5)
+    assert [one.num_passes for one in found] == [one.num_passes for one in plain]
+    assert found[0].kind == "exact"
+    assert found[0].standard_error == 0
+
+
+@pytest.mark.parametrize("order", ["confidence", "entropy-reversed", "random"])
+def test_scores_depend_on_nothing_but_the_request(model, order) -> None:
+    expected = [one.value for one in scorer_of(model, order=order).score(REQUESTS)]
+    shuffled = [3, 0, 4, 2, 1]
+    found = scorer_of(model, order=order, batch_size=2).score([REQUESTS[index] for index in shuffled])
+    assert [one.value for one in found] == pytest.approx([expected[index] for index in shuffled], abs=1e-5)
+
+
+def test_passes_are_counted_and_named(model) -> None:
+    scorer = scorer_of(model, order="margin", tokens_per_step=2, block_length=3)
+    calls = []
+    sampler = scorer.sampler
+    inner, sampler.logits_fn = sampler.logits_fn, lambda *args, **kw: calls.append(1) or inner(*args, **kw)
+    (found,) = scorer.score([Request((0,), (1, 2, 3, 4, 0))])
+    assert found.num_passes == len(calls) == 3  # blocks of 3 and 2: two passes and one
+    assert found.estimator == "margin, 2 tokens a pass, blocks of 3"
+
+
+def test_bounds_of_the_mixture_are_in_their_order(model) -> None:
+    """bound ≤ two-order bound ≤ three-order bound ≤ log p ≤ tangent, in enumerated expectation."""
+    target = (1, 3, 0, 2)
+    request = Request((2, 4), target)
+    orders = list(itertools.permutations(range(len(target))))
+    logprobs = np.array([toy.chain_rule(model, request.context, target, order) for order in orders])
+    truth = float(log_mean_exp(logprobs))
+    pairs, triples = (np.array(list(itertools.product(logprobs, repeat=count))) for count in (2, 3))
+    bounds = [logprobs.mean(), log_mean_exp(pairs).mean(), log_mean_exp(triples).mean(), truth]
+    assert bounds == sorted(bounds)
+    assert bounds[1] - bounds[0] > 1e-4
+    for log_reference in (truth - 0.5, truth, truth + 0.3):
+        assert ceiling(logprobs, log_reference).value >= truth - 1e-12
+    assert ceiling(logprobs, truth).value == pytest.approx(truth, abs=1e-12)
+    assert toy.all_orders(model, request.context, target) == pytest.approx(bounds[0], abs=1e-9)
+
+
+def test_the_mean_over_random_orders_is_the_bound_and_brackets_hold(model) -> None:
+    """Orders of the scorer itself: their mean is the bound; of 200 brackets from 8 + 8 orders few miss the truth."""
+    target = (1, 3, 0, 2)
+    request = Request((2, 4), target)
+    orders = list(itertools.permutations(range(len(target))))
+    enumerated = np.array([toy.chain_rule(model, request.context, target, order) for order in orders])
+    found = np.array(
+        [scorer_of(model, order="random", order_number=number).score([request])[0].value for number in range(320)]
+    )
+    assert set(np.round(found, 4)) <= set(np.round(enumerated, 4))
+    error = enumerated.std() / math.sqrt(len(found))
+    assert abs(found.mean() - enumerated.mean()) < 4 * error
+    truth = float(log_mean_exp(enumerated))
+    random = np.random.default_rng(0)
+    misses = 0
+    for _ in range(300):
+        drawn = random.choice(enumerated, 64)
+        misses += ceiling(drawn[32:], float(log_mean_exp(drawn[:32]))).limit < truth
+    assert 1 <= misses <= 24, "one-sided 95 %: 15 of 300"
+    assert math.isnan(ceiling(enumerated[:8], truth).limit), "few orders have no limit"
+
+
+def test_a_target_that_does_not_fit_is_refused(model) -> None:
+    for target in ((), (1,) * 7):
+        with pytest.raises(UserError, match=f"a target of {len(target)} tokens"):
+            scorer_of(model).score([Request((0,), target)])
+    with pytest.raises(UserError, match="temperature 0"):
+        scorer_of(model, sampling=TokenSampling())
+
+
+def test_a_token_that_is_never_drawn_has_no_likelihood(model) -> None:
+    """top-k 1 draws one text only."""
+    scorer = scorer_of(model, order="left-to-right", sampling=TokenSampling(temperature=1.0, top_k=1))
+    row = scorer.sampler.fill([[0] + [VOCAB] * 5], settings=scorer.settings)[0]
+    assert scorer.score([Request((0,), tuple(row[1:]))])[0].value == 0.0
+    other = (*row[1:5], (row[5] + 1) % VOCAB)
+    assert scorer.score([Request((0,), other)])[0].value == -math.inf
+    assert torch.isfinite(torch.tensor(scorer_of(model).score([Request((0,), other)])[0].value))
