@@ -16,6 +16,8 @@ import numpy as np
 #   1: stratified times in the order of the samples.
 #   2: stratified times in antithetic pairs and radical-inverse order, so that every micro-batch covers the range of t.
 SCHEME = 2
+# The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
+VALIDATION_SEED = 1234
 EVAL_SEED = 20_250_715
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "data inspect": ("inspect_data", "tokens, lengths, duplicates and integrity of a data set"),
     "train": ("pretrain", "train, or validate (--objective ar, mdm, ...)"),
     "eval": ("downstream", "score a checkpoint on downstream tasks"),
+    "likelihood": ("likelihood", "every likelihood of several models, and a verdict"),
     "generate": ("generate", "text from a checkpoint"),
     "report": ("report", "runs as one HTML page with figures"),
     "compare": ("compare", "runs against each other, as text"),

@@ -66,6 +66,7 @@ class Tally:
     estimator: Estimator
     values: np.ndarray = field(default_factory=lambda: np.zeros(0))
     strata: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    token_sums: np.ndarray | float = 0.0  # [target] what each token has added to all values
     token_logprobs: dict[bytes, np.ndarray] = field(default_factory=dict)  # packed mask -> log p per target position
 
     @property
@@ -81,6 +82,11 @@ class Tally:
     def standard_error(self) -> float:
         """Standard error of the mean of the draws; 0 when they are all there are."""
         return 0.0 if self.is_complete() else self.estimator.standard_error(self.values, self.strata)
+
+    @property
+    def token_values(self) -> np.ndarray:
+        """What each target token adds to the mean of the draws, float64 [target]."""
+        return np.asarray(self.token_sums / len(self.values))
 
     def estimate(self) -> Estimate:
         """The estimate from the draws so far."""
@@ -167,7 +173,9 @@ class MaskedScorer:
                 planned.append((tally, draws))
         self._run_passes(planned)
         for tally, draws in planned:
-            tally.values = np.concatenate([tally.values, _draw_values(tally, draws)])
+            shares = _token_values(tally, draws)
+            tally.values = np.concatenate([tally.values, shares.sum(-1)])
+            tally.token_sums = tally.token_sums + shares.sum(0)
             tally.strata = np.concatenate([tally.strata, draws.strata])
 
     def _run_passes(self, planned: Iterable[tuple[Tally, Draws]]) -> None:
@@ -300,8 +308,19 @@ class CausalScorer:
 
     def score(self, requests: Sequence[Request]) -> list[Estimate]:
         """Log-likelihood of every target and whether it is what greedy decoding gives."""
+        return [
+            Estimate(float(own.sum()), 0.0, self.kind, self.name, 1, is_greedy=bool(is_best.all()))
+            for own, is_best in self._score(requests)
+        ]
+
+    def token_logprobs(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """log p of each target token, float64 [target] a request."""
+        return [own.cpu().numpy() for own, _ in self._score(requests)]
+
+    def _score(self, requests: Sequence[Request]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """log p of each target token and whether it is the most likely one, by request."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context) - len(requests[i].target))
-        results: dict[int, Estimate] = {}
+        results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             results.update(zip(indices, self._forward([requests[index] for index in indices])))
@@ -309,7 +328,7 @@ class CausalScorer:
         return [results[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def _forward(self, batch: Sequence[Request]) -> list[Estimate]:
+    def _forward(self, batch: Sequence[Request]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rows = [_causal_row(request, self.max_length) for request in batch]
         width = max(len(row) - 1 for row in rows)
         width = min(-(-width // self.bucket) * self.bucket, max(self.max_length, width))
@@ -325,10 +344,7 @@ class CausalScorer:
         logprobs = target_logprobs(logits, targets)
         is_best = logits.argmax(-1) == targets
         counts = [len(request.target) for request in batch]
-        return [
-            Estimate(float(own.sum()), 0.0, self.kind, self.name, 1, is_greedy=bool(best.all()))
-            for own, best in zip(logprobs.split(counts), is_best.split(counts))
-        ]
+        return list(zip(logprobs.split(counts), is_best.split(counts)))
 
 
 def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -347,14 +363,14 @@ def _causal_row(request: Request, max_length: int) -> tuple[int, ...]:
     return (request.context + request.target)[-(max_length + 1) :]
 
 
-def _draw_values(tally: Tally, draws: Draws) -> np.ndarray:
-    """Eq. (1) of estimators.py summed over the passes of each draw: [draws] float64."""
-    values = np.zeros(len(draws.masks))
+def _token_values(tally: Tally, draws: Draws) -> np.ndarray:
+    """Eq. (1) of estimators.py, what each token adds, summed over the passes of each draw: [draws, target] float64."""
+    values = np.zeros((len(draws.masks), draws.masks.shape[-1]))
     for draw, (masks, weights) in enumerate(zip(draws.masks, draws.weights)):
         for mask, weight in zip(masks, weights):
             if weight.any():
                 name = np.packbits(np.stack([mask, weight != 0])).tobytes()
-                values[draw] += float(weight @ tally.token_logprobs[name])
+                values[draw] += weight * tally.token_logprobs[name]
     return values
 
 

@@ -16,6 +16,7 @@ from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
+from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import ValidRow
 from megatron.statistics import ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
@@ -24,8 +25,6 @@ from megatron.training.plan import Plan
 from megatron.training.reporting import Screen
 from megatron.training.stop import StopRequest
 
-# The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
-VALIDATION_SEED = 1234
 # Micro-batches in one pass of the pipeline: enough to fill it, few enough to keep the results of a pass small.
 MICRO_BATCHES_PER_PASS = 8
 # Something else that is measured with every validation (``--gap-task``): it prepares itself on a built engine, and what it

@@ -18,6 +18,7 @@ from lm_eval.evaluator import simple_evaluate
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.writer import write_checkpoint
+from megatron.commands.likelihood import main
 from megatron.config.shape import Shape
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
@@ -25,6 +26,7 @@ from megatron.model.gpt import GPTModel
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from tests.evaluation import tiny
+from tests.evaluation.worker import COURT
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -60,6 +62,7 @@ def setup(tmp_path_factory) -> tuple[Path, list[str]]:
         str(tiny.write_jsonl(folder / "words.jsonl", tiny.last_word_items(5))),
         str(tiny.write_jsonl(folder / "continue.jsonl", tiny.generation_items(3))),
     ]
+    tiny.write_samples(folder / "valid", vocab_size=400, seq_length=64, count=5)
     return folder, tasks
 
 
@@ -91,7 +94,7 @@ def test_the_saving_layout_changes_nothing(setup) -> None:
 
 
 def test_two_processes_give_the_scores_of_one(setup) -> None:
-    """Data-parallel and tensor-parallel evaluation; together they score every item once."""
+    """Data-parallel and tensor-parallel: tasks, every item once, and every likelihood of the court."""
     folder, tasks = setup
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -118,3 +121,11 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
             assert written["answers"] == {"halves": 28, "words": 5}
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"
+    judged = [folder / "ar", folder / "mdm", "--valid-data-path", folder / "valid", "--num-mc", 2]
+    assert main([*map(str, judged), "--output", str(folder / "court.json"), *COURT]) == 0
+    alone, *others = (json.loads((folder / f"court{name}.json").read_text()) for name in ("", "-tp1", "-tp2"))
+    for found in others:
+        assert len(found["findings"]) == 6
+        for one, own in zip(alone["findings"], found["findings"]):
+            assert own["nll"] == pytest.approx(one["nll"], abs=1e-5), own["estimator"]
+            assert own["standard_error"] == pytest.approx(one["standard_error"], abs=1e-5)

@@ -10,11 +10,13 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megatron.checkpoint.tensors import save_full_checkpoint
 from megatron.config import Config
 from megatron.config.shape import Shape
+from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.model.gpt import GPTModel
 from megatron.objectives import parse
 
@@ -129,3 +131,15 @@ def write_jsonl(path: Path, items: list[dict]) -> Path:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path
+
+
+def write_samples(prefix: Path, *, vocab_size: int, seq_length: int, count: int, seed: int = 0) -> str:
+    """A data set of ``count`` samples and a little more, in documents of 5 to 40 random tokens."""
+    random_tokens = np.random.default_rng(seed)
+    sizes = []
+    while sum(sizes) < count * seq_length + 1:
+        sizes.append(int(random_tokens.integers(5, 41)))
+    with IndexedDatasetWriter(str(prefix), np.int32) as writer:
+        writer.add_documents(random_tokens.integers(0, vocab_size, sum(sizes)), np.array(sizes))
+        writer.close(None)
+    return str(prefix)

@@ -8,10 +8,13 @@ import sys
 import torch.distributed as dist
 from lm_eval.evaluator import simple_evaluate
 
+from megatron.commands.likelihood import build_parser, judge, samplers
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.inference.model import load_model
 from megatron.parallel.context import ParallelContext
+
+COURT = ["--policies", "left-to-right,confidence,random", "--tokens-per-step", "4", "--orders", "2"]
 
 
 def main(folder: str, tasks: list[str]) -> None:
@@ -37,6 +40,9 @@ def main(folder: str, tasks: list[str]) -> None:
                     json.dump(
                         {"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file
                     )
+        judged = [f"{folder}/ar", f"{folder}/mdm", "--valid-data-path", f"{folder}/valid", "--num-mc", "2", "--output"]
+        options = build_parser().parse_args([*judged, f"{folder}/court-tp{tp_size}.json", *COURT])
+        judge(options, samplers(options), context)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -104,7 +104,9 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         return 0
     if not hasattr(arguments, "load"):
         raise UserError("no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
-    context = _start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
+    from megatron.inference.processes import start_processes
+
+    context = start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
     lm = build_lm(arguments, context)
     if arguments.gen_kwargs is not None:
         from lm_eval.utils import simple_parse_args_string
@@ -196,29 +198,6 @@ def _say_what_has_no_effect(arguments: argparse.Namespace) -> None:
         print(
             "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
         )
-
-
-def _start_processes(tp_size: int) -> Any:
-    """The process groups of a launcher's environment, or a single process."""
-    import torch
-
-    from megatron.parallel.connection import connect
-    from megatron.parallel.context import ParallelContext
-    from megatron.parallel.launch import Launch
-
-    require(
-        tp_size >= 1, f"--tensor-model-parallel-size {tp_size}", "a model is on at least one rank", "correct the number"
-    )
-    launch = Launch.from_environment()
-    if launch.world_size > 1:
-        connect(launch)
-    elif tp_size > 1 and not torch.distributed.is_initialized():
-        raise UserError(
-            f"--tensor-model-parallel-size {tp_size} in a single process",
-            "the checkpoint's own layout does not matter here",
-            f"drop the flag or start {tp_size} processes with torchrun",
-        )
-    return ParallelContext.create(tp_size=tp_size)
 
 
 BOUNDED = {

@@ -1,0 +1,253 @@
+"""Every likelihood of one model or several on the same tokens, and whether one is better than another.
+
+python tools/likelihood.py runs/ar runs/mdm                         bound, exact under samplers, verdict
+python tools/likelihood.py runs/ar runs/mdm --samples 48 --policies confidence,random --tokens-per-step 1,4
+torchrun --nproc-per-node 8 tools/likelihood.py runs/ar runs/mdm --output verdict.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.config.ranges import whole
+from megatron.errors import UserError, require
+
+if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.evaluation.court import Court, Finding, Samples, Verdict
+    from megatron.inference.model import InferenceModel
+    from megatron.parallel.context import ParallelContext
+
+POLICIES = "left-to-right,confidence,entropy,random,confidence-reversed"
+COUNT = whole(1, 10**9)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of tools/likelihood.py."""
+    parser = argparse.ArgumentParser(
+        prog="likelihood", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run, one tag of it, or export; the first is compared with")
+    add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept")
+    add("--valid-data-path", nargs="+", metavar="PREFIX", help="data to score; default: the first run's validation set")
+    add("--data-cache-path", metavar="DIR", help="index maps; default: beside the data")
+    add("--samples", type=COUNT, metavar="N", help="score the first N; default: all")
+    add("--policies", default=POLICIES, metavar="P,P,...", help=f"samplers of masked diffusion (default: {POLICIES})")
+    add("--tokens-per-step", default="1", metavar="K,K,...", help="tokens uncovered in a pass (default: 1)")
+    add("--block-length", type=COUNT, metavar="TOKENS", help="uncover from left to right in blocks")
+    add("--temperature", type=float, default=1.0, metavar="T", help="1 is the model's own distribution (default: 1)")
+    add("--top-k", type=whole(0, 10**9), default=0, metavar="TOKENS", help="0: all (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    add("--num-mc", type=COUNT, default=8, metavar="PAIRS", help="pairs of masks for the bound (default: 8)")
+    add("--orders", type=whole(0, 10**6), default=0, metavar="K",
+        help="also the bound with K orders inside the logarithm; 0: without (default)")  # fmt: skip
+    add("--batch-size", type=COUNT, default=32, metavar="ROWS", help="rows in a pass (default: 32)")
+    add("--tensor-model-parallel-size", type=COUNT, default=1, metavar="RANKS", help="ranks that share a model")
+    add("--output", type=Path, metavar="FILE", help="write it as JSON; finished samples are kept in FILE.cache")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, score, print, write.
+
+    Raises:
+        UserError: wrong flags, no model, or models that cannot be compared.
+    """
+    options = build_parser().parse_args(arguments)
+    settings = samplers(options)
+    from megatron.inference.processes import start_processes
+
+    context = start_processes(options.tensor_model_parallel_size)
+    judge(options, settings, context)
+    context.barrier()
+    return 0
+
+
+def judge(options: argparse.Namespace, settings: list[Any], context: ParallelContext) -> None:
+    """Load, score, print, write; a collective call."""
+    models = _models(options, context)
+    samples = _samples(options, models)
+    court = _hear_all(options, models, samples, settings, context)
+    if context.is_first_rank:
+        print("\n".join(f"{name}: {model.source}" for name, model in models.items()))
+        print(report(court, samples))
+        if options.output:
+            from megatron.files import replace_file
+
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(options.output, json.dumps(_as_json(court, samples), indent=2))
+
+
+def samplers(options: argparse.Namespace) -> list[Any]:
+    """Settings of every policy with every number of tokens a pass, checked before anything is loaded."""
+    from megatron.generation.diffusion import DiffusionSettings
+    from megatron.generation.sampling import TokenSampling
+
+    sampling = TokenSampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    counts = options.tokens_per_step.split(",")
+    require(
+        all(count.isdecimal() and 0 < int(count) < 10**6 for count in counts),
+        f"--tokens-per-step {options.tokens_per_step}",
+        "it counts tokens that are uncovered in one pass",
+        "give numbers from 1, such as 1,4",
+    )
+    found = [
+        DiffusionSettings(policy, block_length=options.block_length, sampling=sampling, tokens_per_step=int(count))
+        for policy in dict.fromkeys(filter(None, options.policies.split(",")))
+        for count in dict.fromkeys(counts)
+    ]
+    for settings in found:
+        settings.check_has_likelihood()
+    return found
+
+
+def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, InferenceModel]:
+    """The models by the names that the table gives them."""
+    from megatron.inference.model import load_model
+
+    paths = list(dict.fromkeys(options.runs))
+    names = [path.name for path in paths]
+    models = {}
+    for path, name in zip(paths, names):
+        model = load_model(path, tag=options.load_tag or _best(path), context=context)
+        models[name if names.count(name) == 1 else str(path)] = model
+    sizes = {name: (model.max_length, model.config.data.vocab_size) for name, model in models.items()}
+    require(
+        len(set(sizes.values())) == 1,
+        ", ".join(f"{name} has samples of {length} tokens of {rows}" for name, (length, rows) in sizes.items()),
+        "likelihoods are compared on the same tokens",
+        "name models of one tokenizer and one sequence length",
+    )
+    return models
+
+
+def _best(path: Path) -> str | None:
+    """The tag of the best validation where it is kept; else None, the newest."""
+    from megatron.checkpoint.select import select
+
+    try:
+        return "best" if select(path, "best", checksums=False).tag is not None else None
+    except UserError:
+        return None
+
+
+def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> Samples:
+    from megatron.data.dataset import build_dataset
+    from megatron.evaluation.court import Samples
+    from megatron.randomness import VALIDATION_SEED
+
+    first = next(iter(models.values()))
+    paths = options.valid_data_path or list(first.config.data.valid_data_path or [])
+    if not paths:
+        raise UserError(
+            f"no --valid-data-path, and {first.source} was trained without one",
+            "likelihoods are of text that no model has seen",
+            "pass --valid-data-path PREFIX",
+        )
+    dataset = build_dataset(
+        paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name="valid",
+        cache_path=options.data_cache_path,
+    )  # fmt: skip
+    return Samples.of(dataset, min(options.samples or len(dataset), len(dataset)), seq_length=first.max_length)
+
+
+def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples, settings: list[Any],
+              context: ParallelContext) -> Court:  # fmt: skip
+    from tqdm import tqdm
+
+    from megatron.evaluation.court import Court, hear, witnesses
+    from megatron.evaluation.requests import ResultCache
+
+    court = Court()
+    how = {"pairs": options.num_mc, "orders": options.orders, "batch_size": options.batch_size}
+    folder = options.output.with_name(f"{options.output.name}.cache") if options.output else None
+    plan = [(name, model, witness) for name, model in models.items() for witness in witnesses(model, settings, **how)]
+    for name, model, witness in plan:
+        cache = ResultCache(folder, fingerprint=model.identity, rank=context.rank, write=context.tp.rank == 0)
+        total = len(range(context.dp.rank, len(samples.tokens), context.dp.size))
+        with tqdm(total=total, desc=f"{name}: {witness.name}", unit="sample", leave=False, delay=5,
+                  disable=not context.is_first_rank) as bar:  # fmt: skip
+            court.findings.append(
+                hear(
+                    witness,
+                    samples,
+                    model=name,
+                    cache=cache,
+                    context=context,
+                    chunk=options.batch_size,
+                    on_samples=bar.update,
+                )
+            )
+    return court
+
+
+def report(court: Court, samples: Samples) -> str:
+    """The table and the verdicts, for people."""
+    from megatron.runs.sums import reach
+
+    num_samples, length = samples.tokens.shape
+    lines = [
+        f"{num_samples} samples of {length} tokens, {court.findings[0].sums.num_documents} documents; tokens 1 to "
+        f"{length - 1} given token 0; nats per token",
+        "",
+    ]
+    header = ("model", "estimator", "what it is", "NLL", "±95%", "passes", "seconds")
+    rows = [header]
+    for own in court.findings:
+        value = own.value
+        rows.append((own.model, own.witness, own.kind, f"{value.value:.4f}", f"{reach(value):.4f}", str(own.passes),
+                     f"{own.seconds:.1f}"))  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += ["", *(_sentence(verdict) for verdict in court.verdicts())]
+    return "\n".join(lines).rstrip()
+
+
+def _sentence(verdict: Verdict) -> str:
+    first, second = verdict.first, verdict.second
+    return (
+        f"{second.model} below {first.model}: {verdict.answer}\n  {verdict.gap.value:+.4f} ± {verdict.reach:.4f} "
+        f"({second.witness} against {first.witness}), paired, on {verdict.where}; rests on {verdict.basis}"
+    )
+
+
+def _as_json(court: Court, samples: Samples) -> dict[str, Any]:
+    from megatron.runs.sums import reach
+
+    def finding(own: Finding) -> dict[str, Any]:
+        value = own.value
+        return {
+            "model": own.model,
+            "estimator": own.witness,
+            "kind": own.kind,
+            "nll": value.value,
+            "standard_error": value.error,
+            "reach_95": reach(value),
+            "documents": value.num_documents,
+            "passes": own.passes,
+            "seconds": own.seconds,
+        }
+
+    verdicts = [
+        {
+            "first": own.first.model,
+            "second": own.second.model,
+            "estimators": [own.first.witness, own.second.witness],
+            "second_below_first": own.answer,
+            "gap": own.gap.value,
+            "reach_95": own.reach,
+            "measured_on": own.where,
+            "rests_on": own.basis,
+        }
+        for own in court.verdicts()
+    ]
+    return {
+        "samples": len(samples.tokens),
+        "seq_length": samples.tokens.shape[1],
+        "findings": [finding(own) for own in court.findings],
+        "verdicts": verdicts,
+    }

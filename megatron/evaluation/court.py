@@ -1,0 +1,346 @@
+"""Several models on the same tokens: every likelihood that each of them has, and whether one is better than another.
+
+Rules that are the same for all: a sample is the first S tokens that training would read, its token 0 is given, tokens 1 to
+S − 1 are scored; the softmax runs over the tokens that can be drawn (not the mask, not padding rows). So values differ a
+little from those of a validation, where AR scores tokens 1 to S and diffusion 0 to S − 1. Errors are over documents, differences
+are paired by sample and document (:mod:`megatron.statistics`); a policy is chosen on the selection half of the documents and its
+value reported on the other half, since the best of many is better where it was chosen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from megatron.data.dataset import BlendedDataset, GPTDataset
+from megatron.data.identity import selection_half
+from megatron.evaluation.estimators import MaskedBound
+from megatron.evaluation.exact import PolicyScorer, log_mean_exp
+from megatron.evaluation.requests import ResultCache
+from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
+from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.generation.sampling import TokenSampling
+from megatron.inference.logits import LogitsFn
+from megatron.inference.model import InferenceModel
+from megatron.parallel.context import ParallelContext
+from megatron.runs.sums import difference, halves, reach
+from megatron.statistics import Estimate, ValidationSums, mean_loss
+
+EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
+
+
+class Samples(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        tokens: [samples, S] int64.
+        documents: [samples, S] int64, the document of each token.
+        in_selection: [documents] bool, whether a document is of the selection half.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    in_selection: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: GPTDataset | BlendedDataset, count: int, *, seq_length: int) -> Samples:
+        """The first ``count`` samples of a validation set."""
+        parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
+        tokens = np.stack([dataset[index][:seq_length] for index in range(count)]).astype(np.int64)
+        documents = np.stack([dataset.pieces(index).documents[:seq_length] for index in range(count)])
+        return cls(tokens, documents, selection_half(*(part.documents for part in parts)))
+
+    def requests(self, indices: Sequence[int]) -> list[Request]:
+        """Tokens 1 to S − 1 given token 0; the noise of a sample is that of its number."""
+        return [
+            Request((row[0],), tuple(row[1:]), str(index))
+            for index, row in zip(indices, self.tokens[list(indices)].tolist())
+        ]
+
+
+class Witness(Protocol):
+    """One way to score a sample.
+
+    Attributes:
+        name: of the estimator.
+        kind: EXACT, BOUND or MIXTURE: what its value says of the NLL.
+        draws: noise draws behind a value; 0 where it is exact.
+    """
+
+    name: str
+    kind: str
+    draws: int
+
+    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """−log p of each target token, [target] nats a request; of a bound, what the token adds to it."""
+        ...
+
+    def passes(self, num_tokens: int) -> int:
+        """Forward passes for a target."""
+        ...
+
+
+class ChainRule:
+    """The one exact likelihood of a causal model."""
+
+    name, kind, draws = "chain rule", EXACT, 0
+
+    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int) -> None:
+        self._scorer = CausalScorer(
+            logits_fn, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
+        )
+
+    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """See :class:`Witness`."""
+        return [-own for own in self._scorer.token_logprobs(requests)]
+
+    def passes(self, num_tokens: int) -> int:
+        """See :class:`Witness`."""
+        return 1
+
+
+class Bound:
+    """The bound of masked diffusion by exact counts, stratified, in antithetic pairs."""
+
+    kind = BOUND
+
+    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
+        self.draws, self._estimator = pairs, MaskedBound(antithetic=True)
+        self.name = f"bound, {2 * pairs} passes"
+        self._scorer = MaskedScorer(
+            logits_fn, mask_id=loaded.mask_id, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
+        )
+
+    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """See :class:`Witness`."""
+        tallies = [self._scorer.tally(request, self._estimator, num_draws=self.draws) for request in requests]
+        self._scorer.extend(tallies, num_draws=self.draws)
+        return [-tally.token_values for tally in tallies]
+
+    def passes(self, num_tokens: int) -> int:
+        """See :class:`Witness`."""
+        return 2 * self.draws
+
+
+class UnderPolicy:
+    """The exact likelihood of the sampler that uncovers by a policy."""
+
+    kind, draws = EXACT, 0
+
+    def __init__(
+        self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, settings: DiffusionSettings
+    ) -> None:
+        sampler = DiffusionSampler(logits_fn, mask_id=loaded.mask_id, device=loaded.device)
+        self._scorer = PolicyScorer(sampler, settings, max_length=loaded.max_length, batch_size=batch_size)
+        self.name = self._scorer.name
+
+    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """See :class:`Witness`."""
+        return [-own for own in self._scorer.token_logprobs(requests)]
+
+    def passes(self, num_tokens: int) -> int:
+        """See :class:`Witness`."""
+        return self._scorer.settings.num_passes(num_tokens)
+
+
+class Mixture:
+    """The K-order bound of the mixture over random orders: ``−log (1/K) Σ p_σ``."""
+
+    kind = MIXTURE
+
+    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, orders: int) -> None:
+        self.draws, self.name = orders, f"{orders} orders in the logarithm"
+        sampling = TokenSampling(temperature=1.0)
+        self._orders = [
+            UnderPolicy(
+                logits_fn,
+                loaded,
+                batch_size,
+                settings=DiffusionSettings("random", sampling=sampling, order_number=number),
+            )
+            for number in range(orders)
+        ]
+
+    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """See :class:`Witness`. Tokens share the value by the orders' weights, and evenly what the logarithm adds."""
+        by_order = np.stack([np.stack(order.losses(requests)) for order in self._orders])  # [orders, requests, target]
+        logprobs = -by_order.sum(-1).T  # [requests, orders]
+        value = log_mean_exp(logprobs)
+        weights = np.exp(logprobs - logprobs.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        shares = np.einsum("ro,ort->rt", weights, by_order)
+        rest = -value - shares.sum(-1)
+        return list(shares + rest[:, None] / shares.shape[-1])
+
+    def passes(self, num_tokens: int) -> int:
+        """See :class:`Witness`."""
+        return sum(order.passes(num_tokens) for order in self._orders)
+
+
+def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, pairs: int, orders: int,
+              batch_size: int) -> list[Witness]:  # fmt: skip
+    """Everything that can be said of a model.
+
+    Args:
+        loaded: the model.
+        settings: samplers of masked diffusion.
+        pairs: antithetic pairs of masks for the bound.
+        orders: of the K-order bound; 0: without it.
+        batch_size: rows per forward pass.
+    """
+    shut = torch.tensor(sorted({*loaded.unused_ids, *([loaded.mask_id] if loaded.is_masked else [])}), dtype=torch.long)
+    shut = shut.to(loaded.device)
+
+    def logits(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return loaded.logits(input_ids, positions=positions).float().index_fill(-1, shut, -torch.inf)
+
+    if not loaded.is_masked:
+        return [ChainRule(logits, loaded, batch_size)]
+    found: list[Witness] = [Bound(logits, loaded, batch_size, pairs=pairs)]
+    found += [Mixture(logits, loaded, batch_size, orders=orders)] if orders else []
+    return found + [UnderPolicy(logits, loaded, batch_size, settings=own) for own in settings]
+
+
+@dataclass
+class Finding:
+    """What one witness said.
+
+    Attributes:
+        model: name of the model.
+        witness: its estimator's name.
+        kind: EXACT, BOUND or MIXTURE.
+        passes: forward passes a sample.
+        sums: losses by sample and document.
+        seconds: spent in this call; what was known before costs nothing.
+    """
+
+    model: str
+    witness: str
+    kind: str
+    passes: int
+    sums: ValidationSums
+    seconds: float = 0.0
+
+    @property
+    def value(self) -> Estimate:
+        """Nats per token over all documents."""
+        return mean_loss(self.sums)
+
+
+def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, context: ParallelContext,
+         chunk: int, on_samples: Callable[[int], object] = lambda count: None) -> Finding:  # fmt: skip
+    """Score all samples by one witness, spread over data-parallel ranks; what the cache holds is not scored again."""
+    began = time.monotonic()
+    own = range(context.dp.rank, len(samples.tokens), context.dp.size)
+    found: list[list[tuple[int, int, int, float]]] = []
+    for indices in _chunks(own, chunk):
+        keys = {index: cache.key(witness.name, index, samples.tokens[index].tolist()) for index in indices}
+        missing = [index for index in indices if cache.get(keys[index]) is None]
+        for index, losses in zip(missing, witness.losses(samples.requests(missing)) if missing else []):
+            cache.put(keys[index], _by_document(index, samples.documents[index, 1:], losses))
+        found += [cache.get(keys[index]) for index in indices]
+        on_samples(len(indices))
+    entries = [entry for part in context.gather_objects(found) for rows in part for entry in rows]
+    sample, document, tokens, loss = (np.array(column) for column in zip(*entries))
+    sums = ValidationSums.collect(sample, document, tokens, loss, draws=witness.draws)
+    return Finding(
+        model, witness.name, witness.kind, witness.passes(samples.tokens.shape[1] - 1),
+        sums.with_halves(samples.in_selection), time.monotonic() - began,
+    )  # fmt: skip
+
+
+def _chunks(indices: range, size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
+
+
+def _by_document(index: int, documents: np.ndarray, losses: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(sample, document, tokens, loss) of every document in a sample."""
+    return [
+        (index, int(document), int((documents == document).sum()), float(losses[documents == document].sum()))
+        for document in np.unique(documents)
+    ]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether model B is below model A, nats per token.
+
+    Attributes:
+        first, second: the findings that were compared, A and B.
+        gap: B minus A, paired.
+        reach: half of its 95 % interval.
+        where: what it was measured on.
+    """
+
+    first: Finding
+    second: Finding
+    gap: Estimate
+    reach: float
+    where: str
+
+    @property
+    def answer(self) -> str:
+        """``yes``, ``no``, or ``undecided``: within the error, or above by a bound, which can only be too high."""
+        if not abs(self.gap.value) > self.reach:
+            return "undecided at 95 %"
+        is_below = self.gap.value < 0
+        loser = self.first if is_below else self.second
+        if loser.kind != EXACT:
+            return f"undecided: {loser.witness} lies above, and can only be too high"
+        return "yes" if is_below else "no"
+
+    @property
+    def basis(self) -> str:
+        """What the answer rests on."""
+        kinds = {self.first.kind, self.second.kind}
+        return "exact values" if kinds == {EXACT} else "a bound"
+
+
+@dataclass
+class Court:
+    """Findings of several models; the first one is what the others are compared with."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    def verdicts(self) -> list[Verdict]:
+        """B against A for every other model B: by its best exact value, and by its bound."""
+        models = list(dict.fromkeys(own.model for own in self.findings))
+        return [verdict for model in models[1:] for verdict in self._of(models[0], model)]
+
+    def _of(self, first: str, second: str) -> Iterator[Verdict]:
+        for kinds in ((EXACT,), (BOUND, MIXTURE)):
+            ours = self._named(first, (EXACT,)) or self._named(first, (BOUND, MIXTURE))
+            theirs = self._named(second, kinds)
+            if ours and theirs:
+                yield _verdict(ours, theirs)
+
+    def _named(self, model: str, kinds: Sequence[str]) -> list[Finding]:
+        return [own for own in self.findings if own.model == model and own.kind in kinds]
+
+
+def _verdict(ours: Sequence[Finding], theirs: Sequence[Finding]) -> Verdict:
+    """Each side's best of several on the selection half, compared on the report half; of one each, on all documents."""
+    first, second, where = ours[0], theirs[0], "all documents"
+    one, other = first.sums, second.sums
+    if len(ours) > 1 or len(theirs) > 1:
+        where = "all documents, among which the best was chosen: there are no two halves"
+        if all(halves(own.sums) is not None for own in (*ours, *theirs)):
+            first, second = (min(side, key=lambda own: mean_loss(_half(own, 0)).value) for side in (ours, theirs))
+            one, other, where = _half(first, 1), _half(second, 1), "documents that no choice saw"
+        else:
+            first, second = (min(side, key=lambda own: own.value.value) for side in (ours, theirs))
+            one, other = first.sums, second.sums
+    gap = difference(one, other)
+    return Verdict(first, second, gap, reach(gap), where)
+
+
+def _half(finding: Finding, index: int) -> ValidationSums:
+    parts = halves(finding.sums)
+    assert parts is not None
+    return parts[index]

@@ -1,0 +1,161 @@
+"""The court: what it scores, that it goes on where it was, and when it decides."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from megatron.commands.likelihood import main
+from megatron.data.dataset import build_dataset
+from megatron.errors import UserError
+from megatron.evaluation.court import BOUND, EXACT, MIXTURE, Court, Finding
+from megatron.evaluation.estimators import LeftToRight, MaskedBound
+from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
+from megatron.inference.model import load_model
+from megatron.randomness import VALIDATION_SEED
+from megatron.statistics import ValidationSums
+from tests.evaluation import tiny
+
+SEQ, VOCAB = 24, 300
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("court")
+    tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", VOCAB)
+    for name in ("ar", "mdm"):
+        config = tiny.config_for(name, tokenizer, vocab_size=VOCAB, seq_length=SEQ)
+        tiny.make_run(folder / name, config, scale=2.0)
+    tiny.write_samples(folder / "valid", vocab_size=VOCAB, seq_length=SEQ, count=6)
+    return folder
+
+
+def judge(runs, *flags: str, output="out.json") -> dict:
+    words = [str(runs / "ar"), str(runs / "mdm"), "--valid-data-path", str(runs / "valid"), *flags]
+    assert main([*words, "--output", str(runs / output)]) == 0
+    return json.loads((runs / output).read_text())
+
+
+def test_every_likelihood_of_both_models_on_the_same_tokens(runs, capsys) -> None:
+    """Values against scorers that know nothing of documents; padding rows have no share of the softmax."""
+    dataset = build_dataset(
+        [str(runs / "valid")], num_samples=None, seq_length=SEQ, seed=VALIDATION_SEED, name="valid", cache_path=None
+    )
+    found = judge(runs, "--policies", "left-to-right,confidence", "--num-mc", "2", "--orders", "3")
+    values = {(own["model"], own["estimator"]): own["nll"] for own in found["findings"]}
+    kinds = [own["kind"] for own in found["findings"]]
+    assert kinds == [EXACT, BOUND, MIXTURE, EXACT, EXACT]
+    assert [own["passes"] for own in found["findings"]] == [1, 4, 69, 23, 23]
+    count = found["samples"]
+    assert count == len(dataset) >= 6
+    rows = [dataset[index][:SEQ].tolist() for index in range(count)]
+    requests = [Request((row[0],), tuple(row[1:]), str(index)) for index, row in enumerate(rows)]
+    for name in ("ar", "mdm"):
+        model = load_model(runs / name)
+        closed = [*model.unused_ids, *([model.mask_id] if model.is_masked else [])]
+
+        def logits(ids, *, positions=None, model=model, closed=closed):
+            found = model.logits(ids, positions=positions).clone()
+            found[..., closed] = -math.inf
+            return found
+
+        if name == "ar":
+            expected = {"chain rule": CausalScorer(logits, max_length=SEQ).score(requests)}
+        else:
+            scorer = MaskedScorer(logits, mask_id=model.mask_id, max_length=SEQ)
+            expected = {
+                "bound, 4 passes": scorer.score(requests, MaskedBound(antithetic=True), num_draws=2),
+                "left-to-right, 1 token a pass": scorer.score(requests, LeftToRight(), num_draws=1),
+            }
+        for estimator, estimates in expected.items():
+            mean = -sum(estimate.value for estimate in estimates) / (count * (SEQ - 1))
+            assert values[name, estimator] == pytest.approx(mean, abs=2e-5), estimator
+    assert "mdm below ar:" in capsys.readouterr().out
+
+
+def test_finished_samples_are_not_scored_again(runs, monkeypatch) -> None:
+    first = judge(runs, "--policies", "random", output="again.json")
+    for scorer in ("CausalScorer", "MaskedScorer", "PolicyScorer"):
+        monkeypatch.setattr(f"megatron.evaluation.court.{scorer}", NotCalled)
+    second = judge(runs, "--policies", "random", output="again.json")
+    for one, own in zip(first["findings"], second["findings"]):
+        assert one["nll"] == own["nll"]
+    assert first["verdicts"] == second["verdicts"]
+
+
+class NotCalled:
+    """Has settings and a name, and scores nothing."""
+
+    def __init__(self, *arguments, **options) -> None:
+        self.settings = arguments[1] if len(arguments) > 1 else None
+
+    name = "random, 1 token a pass"
+
+
+def finding(model: str, kind: str, losses: np.ndarray, witness: str = "w") -> Finding:
+    """Losses [documents] of documents of 10 tokens, one a sample, half of them for choosing."""
+    count = len(losses)
+    sums = ValidationSums(np.arange(count), np.arange(count), np.full(count, 10), losses * 10.0)
+    return Finding(model, witness, kind, 1, sums.with_halves(np.arange(count) % 2 == 0))
+
+
+@pytest.fixture
+def base() -> np.ndarray:
+    return np.random.default_rng(1).normal(4.0, 0.5, 80)
+
+
+def test_a_paired_difference_decides_where_the_errors_alone_would_not(base) -> None:
+    noise = np.random.default_rng(2).normal(0.0, 0.01, 80)
+    court = Court([finding("a", EXACT, base), finding("b", EXACT, base - 0.05 + noise)])
+    (verdict,) = court.verdicts()
+    assert (verdict.answer, verdict.basis, verdict.where) == ("yes", "exact values", "all documents")
+    assert verdict.gap.value == pytest.approx(-0.05, abs=0.01)
+    assert verdict.reach < 0.01 < 2 * verdict.first.value.error
+    (other,) = Court([finding("a", EXACT, base), finding("b", EXACT, base + noise - noise.mean())]).verdicts()
+    assert other.answer == "undecided at 95 %"
+
+
+def test_a_bound_that_lies_above_decides_nothing(base) -> None:
+    above, below = finding("b", BOUND, base + 0.2), finding("b", BOUND, base - 0.2)
+    (verdict,) = Court([finding("a", EXACT, base), above]).verdicts()
+    assert verdict.answer.startswith("undecided: w lies above")
+    (verdict,) = Court([finding("a", EXACT, base), below]).verdicts()
+    assert (verdict.answer, verdict.basis) == ("yes", "a bound")
+
+
+def test_the_best_of_many_is_chosen_and_reported_on_different_documents(base) -> None:
+    """Twenty policies that differ by chance alone: the chosen one does not look better than it is."""
+    random = np.random.default_rng(3)
+    policies = [finding("b", EXACT, base + random.normal(0, 0.3, 80), f"p{index}") for index in range(20)]
+    (verdict,) = Court([finding("a", EXACT, base), *policies]).verdicts()
+    assert verdict.where == "documents that no choice saw"
+    assert verdict.answer == "undecided at 95 %"
+    best = min(own.value.value for own in policies)
+    assert best < finding("a", EXACT, base).value.value - 0.04
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--tokens-per-step", "0"], "--tokens-per-step 0"),
+        (["--policies", "best"], "order 'best'"),
+        (["--policies", "ancestral"], "order ancestral"),
+        (["--temperature", "0"], "temperature 0"),
+        (["--load-tag", "global_step77"], "global_step77"),
+    ],
+)
+def test_wrong_input_is_named(runs, flags, named) -> None:
+    with pytest.raises(UserError, match=named):
+        judge(runs, *flags)
+
+
+def test_runs_without_validation_data_or_with_other_tokens_are_refused(runs, tmp_path) -> None:
+    with pytest.raises(UserError, match="no --valid-data-path"):
+        main([str(runs / "ar")])
+    other = tiny.config_for("mdm", runs / "tokenizer", vocab_size=VOCAB, seq_length=16)
+    tiny.make_run(tmp_path / "short", other)
+    with pytest.raises(UserError, match="short has samples of 16"):
+        main([str(runs / "ar"), str(tmp_path / "short"), "--valid-data-path", str(runs / "valid")])
