@@ -60,6 +60,7 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("masked diffusion").add_argument
     add("--order", choices=ORDERS, default="confidence", help="what to uncover next (default: confidence)")
     add("--steps", type=int, metavar="STEPS", help="forward passes in all; default: one per token")
+    add("--tokens-per-step", type=int, metavar="TOKENS", help="uncover so many in every pass, instead of --steps")
     add("--block-length", type=int, metavar="TOKENS", help="uncover from left to right in blocks; default: one block")
     add(
         "--guidance",
@@ -183,7 +184,12 @@ def _sampling(arguments: argparse.Namespace) -> TokenSampling:
 
 def _settings(arguments: argparse.Namespace) -> DiffusionSettings:
     return DiffusionSettings(
-        arguments.order, arguments.steps, arguments.block_length, arguments.guidance, _sampling(arguments)
+        arguments.order,
+        arguments.steps,
+        arguments.block_length,
+        arguments.guidance,
+        _sampling(arguments),
+        tokens_per_step=arguments.tokens_per_step,
     )
 
 
@@ -193,6 +199,7 @@ def _causal(
     only_masked = {
         "--infix": arguments.infix,
         "--steps": arguments.steps,
+        "--tokens-per-step": arguments.tokens_per_step,
         "--block-length": arguments.block_length,
         "--guidance": arguments.guidance,
         "[MASK] gaps": any(GAP.search(prompt) for prompt in prompts),

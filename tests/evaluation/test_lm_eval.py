@@ -250,6 +250,9 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
     assert "acc,none" not in written["results"]["words"], "no greedy decoding, no exact match"
     assert run_downstream([*flags[:-2], "--eval_method", "ar", "--limit", "3"]) == 0
     assert "exact: left-to-right chain rule" in capsys.readouterr().out
+    exact = [*flags[:-2], "--eval_method", "exact", "--policy", "margin", "--tokens_per_step", "4", "--limit", "3"]
+    assert run_downstream(exact) == 0
+    assert "exact: margin, 4 tokens a pass" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -258,6 +261,8 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
         (["--num-layers", "9"], "checkpoint has 2"),
         (["--tensor-model-parallel-size", "2"], "torchrun"),
         (["--only_generate", "--only_mc_nll"], "exclude"),
+        (["--policy", "margin"], "--eval_method exact"),
+        (["--eval_method", "exact", "--estimator", "bernoulli"], "without an estimator"),
     ],
 )
 def test_wrong_flags(runs, tasks, flags, message) -> None:

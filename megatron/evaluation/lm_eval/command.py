@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import ModelConfig, build_parser
+from megatron.config.ranges import whole
 from megatron.errors import UserError, require
 from megatron.evaluation.estimators import ESTIMATORS
 from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list, task_loader
 from megatron.files import replace_file
+from megatron.generation.policies import POLICIES
 from megatron.objectives import OBJECTIVES
 
 DEFAULT_DRAWS = 128
@@ -42,8 +44,19 @@ def build_downstream_parser() -> argparse.ArgumentParser:
         "FILE.jsonl; 'all' is the nine named (default: all)")  # fmt: skip
     add("--results_path", metavar="FILE", help="write lm-eval's JSON here; finished answers go to FILE.cache/ and are not "
         "computed again")  # fmt: skip
-    add("--eval_method", choices=("ar", "mc"), help="ar: chain rule from left to right; mc: Monte-Carlo bound (masked "
-        "diffusion; default there). --num-mc sets its draws")  # fmt: skip
+    add("--eval_method", choices=("ar", "mc", "exact"), help="ar: chain rule from left to right; mc: Monte-Carlo bound "
+        "(masked diffusion; default there), --num-mc sets its draws; exact: likelihood of the sampler of --policy")  # fmt: skip
+    add(
+        "--policy",
+        choices=POLICIES,
+        help="masked diffusion, --eval_method exact: what is uncovered next (default: confidence)",
+    )
+    add(
+        "--tokens_per_step",
+        type=whole(1, 10**6),
+        metavar="K",
+        help="tokens that --policy uncovers in a pass (default: 1)",
+    )
     add("--estimator", choices=ESTIMATORS, help="masked diffusion: likelihood estimator instead of --eval_method's")
     add("--no_adaptive", action="store_true", help="always --num-mc draws, also where the ranking is decided")
     add(
@@ -157,7 +170,7 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         given = [
             flag for flag in ("only_generate", "only_mc_nll", "estimator", "no_adaptive") if getattr(arguments, flag)
         ]
-        given += ["eval_method mc"] * (arguments.eval_method == "mc")
+        given += [f"eval_method {arguments.eval_method}"] * (arguments.eval_method in ("mc", "exact"))
         if given:
             raise UserError(
                 f"--{given[0]} with {model.source}, an autoregressive model",
@@ -165,13 +178,28 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
                 "drop the flag",
             )
         return MegatronAR(**options)
+    is_exact = arguments.eval_method == "exact"
+    for flag in ("policy", "tokens_per_step"):
+        require(
+            is_exact or getattr(arguments, flag) is None,
+            f"--{flag} without --eval_method exact",
+            "it says what a sampler uncovers next",
+            "add --eval_method exact, or drop it",
+        )
+    require(
+        not (is_exact and (arguments.estimator or arguments.only_generate)),
+        "--eval_method exact with --estimator or --only_generate",
+        "the likelihood of a sampler is one number, without an estimator",
+        "drop one of them",
+    )
     if arguments.only_generate and arguments.only_mc_nll:
         raise UserError("--only_generate and --only_mc_nll exclude each other", "nothing would be left", "drop one")
     estimator = arguments.estimator or ("left-to-right" if arguments.eval_method == "ar" else "exact-count")
     return MegatronMDM(
         **options, estimator=estimator, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS),
         adaptive=not arguments.no_adaptive, greedy="never" if arguments.only_mc_nll else "auto",
-        only_greedy=arguments.only_generate,
+        only_greedy=arguments.only_generate, policy=(arguments.policy or "confidence") if is_exact else None,
+        tokens_per_step=arguments.tokens_per_step or 1,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model
 from megatron.errors import UserError, require
 from megatron.evaluation.adaptive import Question, RaceSettings, Ranking, race, raced
 from megatron.evaluation.estimators import LeftToRight, make_estimator
+from megatron.evaluation.exact import PolicyScorer
 from megatron.evaluation.lm_eval.base import MegatronLM
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number, windows
@@ -81,6 +82,8 @@ class MegatronMDM(MegatronLM):
     Args:
         load: see :class:`MegatronLM`.
         estimator: one of ``megatron.evaluation.estimators.ESTIMATORS``.
+        policy: score exactly under the sampler that uncovers by it, instead of by an estimator.
+        tokens_per_step: tokens that it uncovers in a pass.
         num_mc: draws of every answer, or the most of them where ``adaptive``.
         adaptive: race where a task's metrics need nothing but the winner of a question (see adaptive.py).
         greedy: whether to say for every answer if greedy decoding gives it: "auto", or "never".
@@ -95,6 +98,8 @@ class MegatronMDM(MegatronLM):
         load: str | None = None,
         *,
         estimator: str = "exact-count",
+        policy: str | None = None,
+        tokens_per_step: int = 1,
         num_mc: int = 128,
         adaptive: bool = True,
         greedy: str = "auto",
@@ -110,6 +115,7 @@ class MegatronMDM(MegatronLM):
         self.num_mc = whole_number("num_mc", num_mc)
         require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
         self.adaptive, self.greedy, self.only_greedy = adaptive, greedy, only_greedy
+        self.policy, self.tokens_per_step = policy, whole_number("tokens_per_step", tokens_per_step)
         self.generation = {
             "order": gen_order,
             "steps": gen_steps,
@@ -124,6 +130,12 @@ class MegatronMDM(MegatronLM):
         self.sampler = DiffusionSampler(
             self.loaded.logits, mask_id=self.loaded.mask_id, forbidden=self.loaded.unused_ids, device=self.device
         )
+        self.exact: PolicyScorer | None = None
+        if policy is not None:
+            settings = DiffusionSettings(
+                policy, sampling=TokenSampling(temperature=1.0), tokens_per_step=self.tokens_per_step
+            )
+            self.exact = PolicyScorer(self.sampler, settings, max_length=self.max_length, batch_size=self.batch_size)
 
     @property
     def row_length(self) -> int:
@@ -133,12 +145,15 @@ class MegatronMDM(MegatronLM):
     def fingerprint(self) -> str:
         """See :class:`MegatronLM`."""
         how = f"draws={self.num_mc} adaptive={self.adaptive} greedy={self.greedy} only_greedy={self.only_greedy}"
+        how += "" if self.policy is None else f" policy={self.policy} together={self.tokens_per_step}"
         return f"mdm {self.estimator} {how} generation={self.generation} seed={self.seed} length={self.max_length}"
 
     def describe(self) -> str:
         """The estimator, for people."""
         if self.only_greedy:
             return "greedy decoding only"
+        if self.exact is not None:
+            return f"{self.exact.kind}: {self.exact.name}"
         draws = "" if self.estimator.max_draws(2) == 1 else f", {self.num_mc} draws"
         draws += ", races where only the winner counts" if draws and self.adaptive else ""
         return f"{self.estimator.kind}: {self.estimator.name}{draws}"
@@ -161,7 +176,7 @@ class MegatronMDM(MegatronLM):
     def _can_race(self, group: Group) -> bool:
         """Several answers that fit one row each, and an estimator that samples."""
         fits = all(len(target) < self.row_length for _, target in group.tokens)
-        sampled = self.estimator.max_draws(2) is None and not self.only_greedy
+        sampled = self.estimator.max_draws(2) is None and not self.only_greedy and self.exact is None
         return self.adaptive and self.num_mc >= 8 and len(group.indices) > 1 and fits and sampled
 
     def _requests(self, group: Group) -> list[list[Request]]:
@@ -178,7 +193,12 @@ class MegatronMDM(MegatronLM):
             totals = iter([not_computed() for _ in pieces])
         else:
             requests = [request for own in pieces for request in own]
-            scores = iter(self.scorer.score(requests, self.estimator, num_draws=self.num_mc))
+            found = (
+                self.scorer.score(requests, self.estimator, num_draws=self.num_mc)
+                if self.exact is None
+                else self.exact.score(requests)
+            )
+            scores = iter(found)
             totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
         return self._with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
 
