@@ -19,6 +19,9 @@ SCHEME = 2
 # The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
 VALIDATION_SEED = 1234
 EVAL_SEED = 20_250_715
+# How a validation draws masks, recorded with a run like the scheme: a run without a record has the second. The names are
+# those of the same estimators of a request (megatron/evaluation/estimators.py).
+EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 
 
 class Purpose(IntEnum):
@@ -119,7 +122,7 @@ def _balanced_times(random: np.random.Generator, count: int) -> np.ndarray:
     return times if random.random() < 0.5 else below_one - times
 
 
-def evaluation_times(sample_ids: np.ndarray, *, draw: int = 0, num_draws: int = 1) -> np.ndarray:
+def evaluation_times(sample_ids: np.ndarray, *, draw: int = 0, num_draws: int = 1, seed: int = EVAL_SEED) -> np.ndarray:
     """Diffusion times t in [0, 1) for evaluation, fp64 [batch]: functions of the sample and the draw alone.
 
     The radical inverse plus a fixed random shift: any first 2^k samples hold one time in every interval of length 2^-k, so
@@ -129,6 +132,7 @@ def evaluation_times(sample_ids: np.ndarray, *, draw: int = 0, num_draws: int = 
         sample_ids: [batch] indices in the validation set.
         draw: index of the draw.
         num_draws: how many there are.
+        seed: of the shift; another one only where the noise itself is studied.
     """
-    shift = generator(EVAL_SEED, Purpose.TIMES, 0).random()
+    shift = generator(seed, Purpose.TIMES, 0).random()
     return (shift + radical_inverse(sample_ids) + draw / num_draws) % 1.0

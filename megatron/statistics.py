@@ -64,17 +64,27 @@ class ValidationSums:
 
     @staticmethod
     def collect(
-        sample: ArrayLike, document: ArrayLike, tokens: ArrayLike, loss: ArrayLike, *, draws: int = 0
+        sample: ArrayLike,
+        document: ArrayLike,
+        tokens: ArrayLike,
+        loss: ArrayLike,
+        excess: ArrayLike = 0.0,
+        *,
+        draws: int = 0,
     ) -> ValidationSums:
         """Entries in any order, of any number of passes: what is scored again (another draw, or a sample that a loader
         repeats) is averaged into one entry, so that repeats never make an error smaller.
 
         Args:
             sample, document, tokens, loss: one array [n] each, as the attributes say.
+            excess: [n] weight of the tokens beyond their number, 0 in expectation. It is given back at the mean loss: what
+                one document of a sample has of it, the others lack, so the whole stays as it is and its parts lose noise.
             draws: noise draws a sample; 0 for an exact loss.
         """
         pairs, index, counts = _pairs(sample, document)
-        size, mean = (np.bincount(index, np.ravel(values)) / counts for values in (tokens, loss))
+        extra = np.broadcast_to(excess, index.shape)
+        size, mean, extra = (np.bincount(index, np.ravel(values)) / counts for values in (tokens, loss, extra))
+        mean -= extra * (mean.sum() / size.sum())
         return ValidationSums(pairs[0], pairs[1], np.rint(size).astype(np.int32), mean, draws)
 
     @staticmethod

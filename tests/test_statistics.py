@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron.objectives.mdm import MaskedDiffusion
 from megatron.runs.sums import difference, reach
 from megatron.statistics import ValidationSums, fingerprint, half_of, mean_loss
 
@@ -74,6 +75,30 @@ def test_intervals_hold_the_truth(documents, median, mask):
         second = validate(owner, effects + shifts, 30_000 + draw, mask=mask)
         for index, (estimate, truth) in enumerate(((mean_loss(second), 3.1), (difference(first, second), 0.1))):
             inside[index] += abs(estimate.value - truth) <= reach(estimate)
+    assert np.all((inside >= 930) & (inside <= 970)), inside
+
+
+def test_intervals_of_a_validation_hold_its_expectation():
+    """The noise of validation itself, two draws a sample, under 1,000 draws of documents and noise: ±1.96 and Student's
+    interval hold the mean over both in 93 to 97 %, documents longer than a sample included. Tokens cost more where more of
+    their sample is masked. The noise is made once, for more samples than a draw of documents takes of them."""
+    ids, inside = np.arange(600), np.zeros(2)
+    plain = MaskedDiffusion(mask_token_id=5, global_batch_size=8, seed=0)
+    noise = [plain.for_eval(draw, 2).masks_and_weights(ids, SEQ) for draw in range(2)]
+    cost = sum(weights * is_masked.mean(axis=1, keepdims=True) for is_masked, weights in noise) / 2
+    weight = sum(weights for _, weights in noise) / 2
+    for draw in range(1000):
+        owner, effects = corpus(draw, documents=90, median=60, effect=0.4)
+        random, rows = np.random.default_rng(40_000 + draw), np.arange(len(owner))
+        taken = random.permutation(ids)[: len(owner)]
+        token = 2 + effects[owner] + random.gamma(2.0, 0.8, owner.shape)
+        loss, excess = token * weight[taken] + cost[taken], weight[taken] - 1
+        sums, more = (ValidationSums.of_tokens(rows, owner, values) for values in (loss, excess))
+        sums = ValidationSums.collect(sums.sample, sums.document, sums.tokens, sums.loss, more.loss, draws=2)
+        assert sums.loss.sum() == pytest.approx(loss.sum(), rel=1e-6), "the whole stays as it is"
+        estimate = mean_loss(sums)
+        off = abs(estimate.value - (2 + 1.6 + (SEQ + 1) / (2 * SEQ)))  # expected weights are 1, E[m / L] = (L + 1) / 2L
+        inside += (off <= 1.96 * estimate.error, off <= reach(estimate))
     assert np.all((inside >= 930) & (inside <= 970)), inside
 
 

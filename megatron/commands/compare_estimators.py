@@ -1,6 +1,7 @@
 """Measure likelihood estimators on a trained masked diffusion model: cost, error, agreement of rankings.
 
 python tools/compare_estimators.py --load RUN --text validation.jsonl --output figures.json
+python tools/compare_estimators.py --load RUN --valid-data-path PREFIX --num-mc 2 --repeats 200
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 from pathlib import Path
 
 from megatron.config.ranges import whole
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.files import replace_file
+from megatron.statistics import mean_loss
 
 COUNT = whole(1, 10**9)
 
@@ -30,9 +32,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--load", required=True, metavar="RUN")
     parser.add_argument("--load-tag", metavar="TAG")
-    parser.add_argument(
-        "--text", required=True, metavar="FILE", help='JSONL of {"text"} that the model was not trained on'
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--text", metavar="FILE", help='JSONL of {"text"} that the model was not trained on')
+    data.add_argument(
+        "--valid-data-path",
+        metavar="PREFIX",
+        help="instead: validate on this set with many noise seeds",
     )
+    parser.add_argument("--num-mc", type=COUNT, default=2, metavar="DRAWS", help="of a validation; default: 2")
     parser.add_argument("--questions", type=COUNT, default=100, metavar="COUNT")
     parser.add_argument(
         "--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once"
@@ -46,9 +53,46 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def validations(arguments: argparse.Namespace) -> None:
+    """Print what the noise of a validation costs, by estimator."""
+    from megatron.data.dataset import build_dataset
+    from megatron.evaluation.validation_noise import repeat_validation
+    from megatron.inference.model import load_model
+    from megatron.randomness import BERNOULLI, EXACT_COUNT
+
+    require(arguments.repeats > 1, "--repeats 1", "a variance needs two seeds", "repeat more often")
+    loaded = load_model(arguments.load, tag=arguments.load_tag)
+    dataset = build_dataset(
+        [arguments.valid_data_path], num_samples=None, seq_length=loaded.max_length, seed=1234, name="valid"
+    )
+    print(
+        f"{'estimator':<24} {'sd of a sample':>14} {'sd of the whole':>16} {'printed ±':>10}  ±1.96 and ±t hold the mean"
+    )
+    found = {}
+    for name in (BERNOULLI, EXACT_COUNT):
+        options = {"num_mc": arguments.num_mc, "repeats": arguments.repeats, "batch_size": arguments.batch_size}
+        repeated = repeat_validation(loaded, dataset, estimator=name, **options)
+        found[name] = repeated.variances()
+        errors = [mean_loss(sums).error for sums in repeated.sums]
+        held = repeated.coverage(1000)
+        one, whole = (value**0.5 for value in found[name])
+        print(
+            f"{name:<24} {one:14.4f} {whole:16.4f} {sum(errors) / len(errors):10.4f}  {held[0]:.3f} {held[1]:.3f}",
+            flush=True,
+        )
+    one, whole = (old / new for old, new in zip(found[BERNOULLI], found[EXACT_COUNT]))
+    first = repeated.sums[0]
+    print(f"variance of {BERNOULLI} by that of {EXACT_COUNT} at {arguments.num_mc} passes: {one:.1f} of a sample, {whole:.1f} of "
+          f"the whole; {first.num_samples} samples, {first.num_documents} documents, {arguments.repeats} seeds; "
+          "1,000 resamplings of documents and noise")  # fmt: skip
+
+
 def main() -> None:
     """Parse, measure, print, write."""
     arguments = _arguments()
+    if arguments.valid_data_path is not None:
+        validations(arguments)
+        return
     lengths = answer_lengths(arguments.answer_tokens)
     from megatron.evaluation.estimator_comparison import (
         TableScorer,

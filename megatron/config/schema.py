@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
+from megatron.randomness import BERNOULLI, EXACT_COUNT
 
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
@@ -226,6 +227,9 @@ class RunConfig:
         unit="ITERS|full", needs=VALIDATION, published=True, affects="validation")
     num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", unit="DRAWS",
         range=SIZE, needs=VALIDATION, published=True, affects="validation")
+    valid_estimator: str | None = option(None, "masks of a validation whose loss is a bound: complementary pairs of exact "
+        "counts, or a coin a token as in training; default: the run's own, of a new run the first",
+        choices=(EXACT_COUNT, BERNOULLI), needs=VALIDATION, affects="validation")
     gap_task: str | None = option(None,
         "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",
         unit="FILE", needs=VALIDATION, affects="validation")

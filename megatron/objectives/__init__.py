@@ -10,7 +10,7 @@ from megatron import config
 from megatron.config.schema import Config
 from megatron.errors import UserError
 from megatron.objectives.base import Objective, Setting
-from megatron.randomness import SCHEME
+from megatron.randomness import EXACT_COUNT, SCHEME
 
 
 class Registry(Mapping[str, type[Objective]]):
@@ -79,6 +79,7 @@ def build_objective(settings: Config, *, scheme: int = SCHEME) -> Objective:
         seq_length=settings.model.seq_length,
         mask_token_id=settings.objective.mask_token_id,
         scheme=scheme,
+        valid_estimator=run.valid_estimator or EXACT_COUNT,
     )
     return cls.build(options, setting)
 

@@ -14,7 +14,7 @@ import numpy as np
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
-from megatron.randomness import SCHEME
+from megatron.randomness import EXACT_COUNT, SCHEME
 
 # What a loss may be called. The mean over noise of a bound is an upper bound on the negative log-likelihood.
 EXACT = "NLL (exact)"
@@ -64,6 +64,7 @@ class Setting(NamedTuple):
         seq_length: tokens per sample.
         mask_token_id: id that replaces a masked token; None where the objective masks none.
         scheme: of the noise, :data:`megatron.randomness.SCHEME`.
+        valid_estimator: how a bound is estimated in validation, ``EXACT_COUNT`` or ``BERNOULLI`` of the same module.
     """
 
     seed: int
@@ -71,6 +72,7 @@ class Setting(NamedTuple):
     seq_length: int
     mask_token_id: int | None = None
     scheme: int = SCHEME
+    valid_estimator: str = EXACT_COUNT
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class Objective(Protocol):
 
         Args:
             draw: which of the noise draws this is.
-            num_draws: how many there are; stratified times spread over them.
+            num_draws: how many there are; they are averaged with equal weights, and what one has for noise may depend on
+                all of them (times spread over them, pairs of complementary masks).
         """
         ...
 

@@ -119,6 +119,10 @@ class BlockMaskedDiffusion(MaskedDiffusion):
         per_block = (self.times(sample_ids)[:, None] + np.arange(num_blocks) / num_blocks) % 1.0
         return per_block.repeat(self.block_size, axis=1)
 
+    def span(self, seq_length: int) -> int:
+        """A block."""
+        return self.block_size
+
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> BlockMaskedDiffusion:
         """The same blocks under the linear schedule, with the seed of evaluation."""
         return replace(

@@ -6,9 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from megatron import randomness as noise
 from megatron.objectives.mdm import MaskedDiffusion, TimeOptions
 
 
@@ -23,11 +20,7 @@ class ExactCountMDM(MaskedDiffusion):
 
     Options: ClassVar[type] = TimeOptions
 
-    def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Exactly m masked tokens a row, see :meth:`MaskedDiffusion.masks_and_weights`."""
-        counts = 1 + np.floor(self.times(sample_ids) * seq_length).astype(np.int64)  # t < 1, so at most L
-        is_masked = np.zeros((len(sample_ids), seq_length), dtype=bool)
-        for row, (sample, count) in enumerate(zip(sample_ids.tolist(), counts)):
-            random = noise.generator(self.seed, noise.Purpose.NOISE, sample)
-            is_masked[row, random.permutation(seq_length)[:count]] = True
-        return is_masked, is_masked * (seq_length / counts).astype(np.float32)[:, None]
+    @property
+    def has_exact_counts(self) -> bool:
+        """Always."""
+        return True

@@ -32,6 +32,7 @@ class Noise(TypedDict):
     global_batch_size: int
     seed: int
     scheme: int
+    valid_estimator: str
     stratified: bool
     schedule: Schedule
 
@@ -98,6 +99,7 @@ class MaskedDiffusion:
             §2.2). Both parts are kept, as two sequences that see nothing of each other and begin at position 0: no
             padding, no token lost.
         scheme: order of stratified times, :data:`megatron.randomness.SCHEME`.
+        valid_estimator: how evaluation masks: as training does, or in complementary pairs of exact counts.
         is_evaluation: take times that depend on nothing but sample and draw.
         draw: index of this draw of the noise (evaluation may average several).
         num_draws: how many draws there are; their times are spread evenly over [0, 1).
@@ -113,6 +115,7 @@ class MaskedDiffusion:
     low_noise_ratio: float = 1.0
     random_length_ratio: float = 0.0
     scheme: int = noise.SCHEME
+    valid_estimator: str = noise.EXACT_COUNT
     is_evaluation: bool = False
     draw: int = 0
     num_draws: int = 1
@@ -152,6 +155,7 @@ class MaskedDiffusion:
             "global_batch_size": setting.global_batch_size,
             "seed": setting.seed,
             "scheme": setting.scheme,
+            "valid_estimator": setting.valid_estimator,
             "stratified": not options.independent_t,
             "schedule": build_schedule(name, power),
         }
@@ -191,6 +195,8 @@ class MaskedDiffusion:
     def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are masked, bool, and their weights in the loss, fp32, 0 elsewhere; both [batch, seq]."""
         t = self.token_times(sample_ids, seq_length)
+        if self.has_exact_counts:
+            return self._exact_counts(sample_ids, np.broadcast_to(t, (len(sample_ids), seq_length)))
         mask_prob = mask_probability(self.schedule, t)
         is_masked = np.stack([self._mask(sample, p, seq_length) for sample, p in zip(sample_ids.tolist(), mask_prob)])
         return is_masked, is_masked * self.masked_weight(t).astype(np.float32)
@@ -206,7 +212,9 @@ class MaskedDiffusion:
     def times(self, sample_ids: np.ndarray) -> np.ndarray:
         """Diffusion time t of each sample, fp64 [batch]."""
         if self.is_evaluation:
-            return noise.evaluation_times(sample_ids, draw=self.draw, num_draws=self.num_draws)
+            draws_a_time = 2 if self.has_exact_counts else 1
+            draw, num_draws = self.draw // draws_a_time, -(-self.num_draws // draws_a_time)
+            return noise.evaluation_times(sample_ids, draw=draw, num_draws=num_draws, seed=self.seed)
         t = noise.diffusion_times(
             self.seed,
             sample_ids,
@@ -217,16 +225,51 @@ class MaskedDiffusion:
         return np.where(sample_ids < self.low_noise_samples, t * self.low_noise_ratio, t)
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> MaskedDiffusion:
-        """Plain random masking under the linear schedule, from a seed of its own: the same masks whatever the training
-        did. So runs with different training noise are judged by the same numbers."""
+        """Plain masked diffusion, from a seed of its own: the same masks whatever the training did. So runs with
+        different training noise are judged by the same numbers."""
         return MaskedDiffusion(
             mask_token_id=self.mask_token_id,
             global_batch_size=self.global_batch_size,
             seed=noise.EVAL_SEED,
+            valid_estimator=self.valid_estimator,
             is_evaluation=True,
             draw=draw,
             num_draws=num_draws,
         )
+
+    @property
+    def has_exact_counts(self) -> bool:
+        """Whether the number of masked tokens is drawn, not a coin for each of them."""
+        return self.is_evaluation and self.valid_estimator == noise.EXACT_COUNT
+
+    def span(self, seq_length: int) -> int:
+        """Neighbouring tokens that share one time."""
+        return seq_length
+
+    def _exact_counts(self, sample_ids: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """m = 1 + ⌊t·L⌋ tokens of each span of L, the first m of a random order, weigh L / m; both [batch, seq].
+
+        Mask by mask the expected weight is that of independent coins of probability t, integrated over t: a mask of m
+        tokens has probability 1 / (L · C(L, m)), and ∫ tᵐ⁻¹ (1 − t)ᴸ⁻ᵐ dt = 1 / (m · C(L, m)). So every part of a sample
+        (a document, the tokens that have a loss) keeps its expectation.
+
+        In evaluation two draws make a pair, at t / 2 and 1 − t / 2, the second from the other end of the order: together
+        they mask every token, one of each span twice. The last of an odd number of draws stands alone, at t.
+        """
+        batch, seq_length = t.shape
+        length = self.span(seq_length)
+        pair, is_second = divmod(self.draw, 2)
+        if self.is_evaluation and 2 * pair + 1 < self.num_draws:
+            t = 1 - t / 2 if is_second else t / 2
+        counts = np.minimum(1 + np.floor(t[:, ::length] * length), length).astype(np.int64)
+        is_masked = np.zeros((*counts.shape, length), dtype=bool)
+        for row, sample in enumerate(sample_ids.tolist()):
+            random = noise.generator(self.seed + pair, noise.Purpose.NOISE, sample)
+            for span, count in enumerate(counts[row]):
+                order = random.permutation(length)
+                is_masked[row, span, order[::-1][:count] if is_second else order[:count]] = True
+        weights = is_masked * (length / counts).astype(np.float32)[..., None]
+        return is_masked.reshape(batch, seq_length), weights.reshape(batch, seq_length)
 
     def _mask(self, sample_id: int, mask_prob: np.ndarray, seq_length: int) -> np.ndarray:
         """Which tokens of one sample are masked, bool [seq]."""

@@ -88,7 +88,7 @@ def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
-    draws = result.row.num_mc if result and not run.is_exact else 1
+    draws = result.row.num_mc if result else 1
     state = " (evaluation only)" if run.is_evaluation else "" if run.is_finished else " (unfinished)"
     row = {
         "Run": run.name + state,
@@ -100,7 +100,7 @@ def summary_row(run: Run) -> dict[str, str]:
         "Training FLOPs": f"{run.train_flops:.2e}" if run.unique_tokens else "–",
         "Best validation, nats/token": "–",
         "± over": "–",
-        "Kind": run.label if run.is_exact or result is None else f"{run.label} ({draws} draws)",
+        "Kind": run.label if result is None else result.row.kind,
         "Bits per byte": "–",
         "Perplexity": "–",
         "Step of best": "–",

@@ -10,7 +10,7 @@ from megatron.runs.run import Run
 
 Weight = Literal["result", "unknown", "layout"]
 
-_OBJECTIVE_FIELDS = frozenset({"run.num_mc"})
+_OBJECTIVE_FIELDS = frozenset({"run.num_mc", "run.valid_estimator"})
 """Belongs to how an objective is estimated, so it goes with the objective like the whole ``objective`` section."""
 
 _OUTPUT_FIELDS = frozenset(
@@ -93,11 +93,12 @@ def differences(first: Run, second: Run) -> list[Difference]:
         ("settings changed on the way", _changed(first), _changed(second)),
         ("tokens per epoch", first.unique_tokens, second.unique_tokens),
         ("parameters", first.parameters, second.parameters),
+        ("validation estimator", _validated(first, "estimator") or None, _validated(second, "estimator") or None),
         ("validation samples", _validated(first, "num_samples"), _validated(second, "num_samples")),
         ("validation documents", _validated(first, "num_documents"), _validated(second, "num_documents")),
     ):
-        recorded = name not in ("tokenizer", "validation documents") or None not in (one, other)
-        if one != other and recorded:
+        may_lack = name in ("tokenizer", "validation estimator", "validation documents")
+        if one != other and not (may_lack and None in (one, other)):
             found.append(Difference(name, one, other))
     order = ("result", "unknown", "layout")
     return sorted(found, key=lambda item: (order.index(item.weight), item.field))
@@ -209,7 +210,7 @@ def _fingerprint(run: Run) -> str | None:
     return (run.info.get("tokenizer") or {}).get("fingerprint")
 
 
-def _validated(run: Run, name: str) -> int | None:
+def _validated(run: Run, name: str) -> Any:
     return getattr(run.valid[-1], name) if run.valid else None
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
-from megatron.runs.record import EVALUATIONS, RECORD, parse_line
+from megatron.runs.record import EVALUATIONS, RECORD, estimator_of, parse_line
 from megatron.runs.run import OVER_SAMPLES, Run, Validation
 
 __all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
@@ -209,7 +209,8 @@ def _validation(row: Mapping[str, Any]) -> Validation:
         bits_per_byte=None if row.get("bits_per_byte") is None else float(row["bits_per_byte"]),
         num_documents=None if documents is None else int(documents),
         se_kind=str(row.get("se_kind") or OVER_SAMPLES),
-        protocol=" ".join(str(row[name]) for name in ("estimator", "data") if row.get(name)),
+        estimator=estimator_of(row),
+        protocol=str(row.get("data") or ""),
         sums=None if sums is None else str(sums),
     )
 
@@ -226,18 +227,18 @@ def _last_per_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _split_validations(rows: list[Validation]) -> tuple[list[Validation], list[Validation]]:
     """(the curve, all validations with another estimator); rows written again replace the earlier ones."""
-    known: dict[tuple[str, int, int], set[str]] = {}
+    known: dict[tuple[str, int, int, str], set[str]] = {}
     for row in rows:
-        known.setdefault(row.estimator[:3], set()).add(row.protocol)
+        known.setdefault(row.conditions[:4], set()).add(row.protocol)
     # Rows from before protocols were recorded belong to the curve that goes on from them.
     only = {key: max(protocols) for key, protocols in known.items() if len(protocols - {""}) == 1}
-    rows = [replace(row, protocol=only.get(row.estimator[:3], row.protocol)) for row in rows]
-    latest = {(row.step, row.estimator): row for row in rows}
+    rows = [replace(row, protocol=only.get(row.conditions[:4], row.protocol)) for row in rows]
+    latest = {(row.step, row.conditions): row for row in rows}
     rows = sorted(latest.values(), key=lambda row: row.step)
     if not rows:
         return [], []
-    counts = Counter(row.estimator for row in rows)
+    counts = Counter(row.conditions for row in rows)
     # On a tie the more precise setting is the curve.
     usual = max(counts, key=lambda key: (counts[key], key[1] * key[2]))
-    curve = [row for row in rows if row.estimator == usual]
-    return curve, [row for row in rows if row.estimator != usual]
+    curve = [row for row in rows if row.conditions == usual]
+    return curve, [row for row in rows if row.conditions != usual]

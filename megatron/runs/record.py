@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +21,15 @@ from typing import Any, TypeVar
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
 from megatron.errors import Failure
 from megatron.files import replace_file, written_whole
+from megatron.objectives.base import EXACT
+from megatron.randomness import BERNOULLI
 
 FORMAT = 1
 METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
-PROTOCOL = ("label", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
+PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class ValidRow(Position):
     Attributes:
         nll_se: standard error of ``nll`` over documents (``se_kind`` says so), noise included.
         num_samples: distinct samples of seq_length tokens; ``num_documents`` documents have tokens in them.
+        estimator: how a bound was estimated (``--valid-estimator``); "" where the loss is exact.
         data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
     """
@@ -167,6 +171,7 @@ class ValidRow(Position):
     best: bool
     num_documents: int | None = None
     se_kind: str = OVER_DOCUMENTS
+    estimator: str = ""
     data: str = ""
     sums: str | None = None
     gap: float | None = None
@@ -277,6 +282,16 @@ class MetricsFile:
             return
 
 
+def estimator_of(row: Mapping[str, Any]) -> str:
+    """How a recorded validation was estimated; before there was a choice, coins where there was noise."""
+    return str(row.get("estimator", "" if row["label"] == EXACT else BERNOULLI))
+
+
+def kind_of(label: str, num_mc: int, estimator: str) -> str:
+    """What a validation is, for people: ``NLL (exact)``, ``NLL bound (2 exact-count-antithetic draws)``."""
+    return f"{label} ({num_mc} {estimator} draw{'s' * (num_mc > 1)})" if estimator else label
+
+
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run already."""
     return any((folder / name).exists() for name in (RECORD, METRICS)) or any(folder.glob(f"global_step*/{MANIFEST}"))
@@ -306,8 +321,8 @@ def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Pat
 def _validation(values: dict[str, Any]) -> ValidRow | None:
     """A row of a file; None where it lacks fields (damaged) or has no likelihood (not finite)."""
     try:
-        row = _of_known_fields(ValidRow, values)
-    except TypeError:
+        row = _of_known_fields(ValidRow, {**values, "estimator": estimator_of(values)})
+    except (TypeError, KeyError):
         return None
     return row if isinstance(row.nll, float) else None
 

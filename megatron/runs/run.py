@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.runs.counts import format_count
-from megatron.runs.record import OVER_DOCUMENTS, Position
+from megatron.runs.record import OVER_DOCUMENTS, Position, kind_of
 from megatron.runs.sums import halves, load_sums
 from megatron.statistics import ValidationSums, mean_loss
 
@@ -32,7 +32,8 @@ class Validation(Position):
         bits_per_byte: None where the data do not say how many bytes of text a token stands for.
         num_documents: documents validated on; None in records that do not say.
         se_kind: what ``nll_se`` takes for independent, "documents" or (older records) "samples".
-        protocol: estimator and fingerprint of the data; "" where they were not recorded.
+        estimator: how a bound was estimated (``--valid-estimator``); "" where the loss is exact.
+        protocol: fingerprint of the data; "" where it was not recorded.
         sums: file under the run directory with the sums a (sample, document), or None.
     """
 
@@ -44,6 +45,7 @@ class Validation(Position):
     bits_per_byte: float | None
     num_documents: int | None = None
     se_kind: str = OVER_SAMPLES
+    estimator: str = ""
     protocol: str = ""
     sums: str | None = None
 
@@ -53,9 +55,14 @@ class Validation(Position):
         return math.exp(self.nll) if self.nll < 700 else math.inf
 
     @property
-    def estimator(self) -> tuple[str, int, int, str]:
+    def conditions(self) -> tuple[str, int, int, str, str]:
         """What must agree between two points of one curve."""
-        return self.label, self.num_mc, self.num_samples, self.protocol
+        return self.label, self.num_mc, self.num_samples, self.estimator, self.protocol
+
+    @property
+    def kind(self) -> str:
+        """Label, draws and estimator, for people."""
+        return kind_of(self.label, self.num_mc, self.estimator)
 
     @property
     def error_unit(self) -> str:

@@ -136,7 +136,7 @@ class RunFolder:
         self.progress.remember_best(best, "" if best is None else measured(best))
         path = self.plan.run_dir / BEST
         if best is not None:
-            fields = ("step", "nll", "nll_se", "label", "num_mc")
+            fields = ("step", "nll", "nll_se", "label", "estimator", "num_mc")
             replace_file(path, json.dumps({name: getattr(best, name) for name in fields}))
         else:
             path.unlink(missing_ok=True)

@@ -15,8 +15,7 @@ from typing import Any
 from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
-from megatron.objectives.base import EXACT
-from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow
+from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
 
 
 class MetricsLog:
@@ -204,10 +203,9 @@ def say(text: str, write: Callable[[str], object] = print) -> bool:
 
 
 def measured(row: ValidRow) -> str:
-    """Label, value and error of a validation: ``NLL bound (2 draws) 4.6512 ± 0.0621 nats/token``."""
-    draws = "" if row.label == EXACT else f" ({row.num_mc} draw{'s' * (row.num_mc > 1)})"
+    """What a validation is, its value and error: ``NLL (exact) 4.6512 ± 0.0621 nats/token``."""
     error = "" if row.nll_se is None else f" ± {row.nll_se:.4f}"
-    return f"{row.label}{draws} {row.nll:.4f}{error} nats/token"
+    return f"{kind_of(row.label, row.num_mc, row.estimator)} {row.nll:.4f}{error} nats/token"
 
 
 def format_seconds(seconds: float) -> str:

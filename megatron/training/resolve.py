@@ -29,7 +29,7 @@ from megatron.errors import require
 from megatron.objectives import build_objective, needs_mask_token
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
-from megatron.randomness import SCHEME, named_seed
+from megatron.randomness import BERNOULLI, EXACT_COUNT, SCHEME, named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary
@@ -42,6 +42,7 @@ ARCHITECTURE = (
     *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
+UNRECORDED = {"run": {"valid_estimator": BERNOULLI}}  # what there was no choice of
 
 
 def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
@@ -67,11 +68,12 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
     is_continued = bool(manifest) and not flags.run.finetune
+    before = manifest if is_continued else {}
     if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
         check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
-    schedule = _schedule(flags, layout, sources.unique_tokens, manifest if is_continued else {})
+    schedule = _schedule(flags, layout, sources.unique_tokens, before)
     run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
-    seeds = _seeds(flags, manifest if is_continued else {})
+    seeds = _seeds(flags, before)
     settings = replace(
         flags,
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
@@ -80,20 +82,27 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         optimizer=replace(
             flags.optimizer, lr_decay_samples=schedule.decay_samples, lr_warmup_samples=schedule.warmup_samples
         ),
-        run=replace(flags.run, global_batch_size=layout.global_batch_size, train_samples=schedule.train_samples),
+        run=replace(
+            flags.run,
+            global_batch_size=layout.global_batch_size,
+            train_samples=schedule.train_samples,
+            valid_estimator=flags.run.valid_estimator or _estimator(flags, before),
+        ),
     )
     # Masks, times and orders may follow another seed than weights and data order: --no-load-rng.
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))
     objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
     if flags.run.num_mc > 1 and is_exact(objective.for_eval()):
         notes.append("--num-mc (an exact likelihood has one draw)")
+    if flags.run.valid_estimator and is_exact(objective.for_eval()):
+        notes.append("--valid-estimator (an exact likelihood has no masks)")
     start = Start(
         tag=selection.tag,
         manifest=manifest,
         warning=selection.warning,
         is_continued=is_continued,
         with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
-        changed=_agreed_changes(settings, sources, manifest if is_continued else {}),
+        changed=_agreed_changes(settings, sources, before),
     )
     return Plan(
         settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, notes=tuple(notes)
@@ -294,6 +303,13 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else SCHEME)
 
 
+def _estimator(flags: Config, manifest: dict[str, Any]) -> str:
+    """A continued run keeps its own; evaluations and new runs take that of lowest variance."""
+    if not manifest or flags.run.skip_train:
+        return EXACT_COUNT
+    return {**UNRECORDED["run"], **manifest["config"].get("run", {})}["valid_estimator"]
+
+
 def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bool) -> Path:
     """Where the run writes. An evaluation writes beside the run that it judges."""
     run = flags.run
@@ -359,7 +375,7 @@ def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any
     """
     found = {}
     for section, values in config_to_dict(now).items():
-        saved, own = before.get(section, {}), getattr(now, section)
+        saved, own = {**UNRECORDED.get(section, {}), **before.get(section, {})}, getattr(now, section)
         stated = {item.name: item.metadata["affects"] for item in fields(own) if item.metadata}
         for name in values.keys() & saved.keys():
             unset = (None, UNSET_BEFORE.get(name))

@@ -152,8 +152,9 @@ def evaluate_checkpoint(
         "run_id": plan.start.manifest.get("run_id"),
         "checkpoint": None if start.tag is None else start.tag.name,
         "objective": plan.settings.objective.objective,
-        "protocol": {"eval_iters": run.eval_iters, "num_mc": row.num_mc, "num_samples": row.num_samples,
-                     "seq_length": plan.shape.seq_length, "valid": plan.sources.fingerprints["valid"]},
+        "protocol": {"eval_iters": run.eval_iters, "estimator": row.estimator, "num_mc": row.num_mc,
+                     "num_samples": row.num_samples, "seq_length": plan.shape.seq_length,
+                     "valid": plan.sources.fingerprints["valid"]},
         "result": asdict(row),
         "attempt": asdict(this_attempt(layout=plan.layout.sizes(), device=context.device)),
     }  # fmt: skip

@@ -15,8 +15,9 @@ import numpy as np
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
+from megatron.model.batch import Samples
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
-from megatron.randomness import VALIDATION_SEED
+from megatron.randomness import EXACT_COUNT, VALIDATION_SEED
 from megatron.runs.record import ValidRow
 from megatron.statistics import ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
@@ -75,8 +76,8 @@ class Validator:
         Returns:
             Fields of a :class:`ValidRow` and the sums behind them; None when it was broken off.
         """
-        evaluated = self.objective.for_eval()
-        draws = 1 if is_exact(evaluated) else self.plan.settings.run.num_mc
+        evaluated, run = self.objective.for_eval(), self.plan.settings.run
+        draws, estimator = (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
         entries: list[tuple[np.ndarray, ...]] = []
         for draw in range(draws):
             view = self.objective.for_eval(draw, draws)
@@ -85,12 +86,13 @@ class Validator:
                     return None
         gathered = [entry for part in self.engine.context.gather_objects(entries) for entry in part]
         columns = [np.concatenate(column) for column in zip(*gathered)]
-        sums = ValidationSums.collect(*columns, draws=0 if is_exact(evaluated) else draws)
+        sums = ValidationSums.collect(*columns, draws=draws if estimator else 0)
         estimate, label = mean_loss(sums), evaluated.label
         fields = {
             "nll": estimate.value,
             "nll_se": estimate.error if math.isfinite(estimate.error) else None,
             "label": label,
+            "estimator": estimator,
             "num_mc": draws,
             "num_samples": sums.num_samples,
             "num_documents": sums.num_documents,
@@ -126,12 +128,15 @@ class Validator:
         first_label = int(isinstance(objective.decoding, CausalDecoding))
         seq_length = losses.shape[1]
         documents = np.stack([self._dataset.pieces(index).documents for index in indices[kept].tolist()])
+        weights = np.ones((len(documents), seq_length))
+        if self.plan.settings.run.valid_estimator == EXACT_COUNT and not is_exact(objective):
+            weights = objective.prepare(Samples(documents, indices[kept])).targets.loss_weights[:, :seq_length]
         documents = documents[:, first_label : first_label + seq_length]
         if self._packing.eod_id is not None:
             inputs = np.stack([self._dataset[index] for index in indices[kept].tolist()])[:, :seq_length]
             documents = np.where(inputs == self._packing.eod_id, -1, documents)
-        sums = ValidationSums.of_tokens(indices[kept], documents, losses[kept])
-        return sums.sample, sums.document, sums.tokens, sums.loss
+        sums, excess = (ValidationSums.of_tokens(indices[kept], documents, x) for x in (losses[kept], weights - 1))
+        return sums.sample, sums.document, sums.tokens, sums.loss, excess.loss
 
     @cached_property
     def halves(self) -> np.ndarray:

@@ -158,7 +158,8 @@ def test_evaluation_noise_does_not_depend_on_seed_or_batch(options):
 
 
 def test_evaluation_draws_of_one_sample_are_spread_and_differ():
-    draws = [make_objective().for_eval(draw, 8) for draw in range(8)]
+    flags = ("--valid-data-path", "x", "--valid-estimator", "bernoulli")
+    draws = [make_objective(*flags).for_eval(draw, 8) for draw in range(8)]
     p = [probabilities(objective, np.arange(1))[0] for objective in draws]
     assert np.allclose(np.diff(np.sort(p)), (1 - MIN_MASK_PROB) / 8)
     masks = [objective._mask(0, 0.5, SEQ).tobytes() for objective in draws]

@@ -57,7 +57,7 @@ def test_a_loss_that_is_no_likelihood_is_not_ranked(pair, tmp_path):
 def test_summary_marks_bounds(pair):
     assert summary_row(load_run(pair[1]))["Perplexity"].startswith("≤")
     assert not summary_row(load_run(pair[0]))["Perplexity"].startswith("≤")
-    assert "4 draws" in summary_row(load_run(pair[1]))["Kind"]
+    assert summary_row(load_run(pair[1]))["Kind"] == "NLL bound (4 bernoulli draws)"
 
 
 def test_plus_minus_shows_the_digits_of_the_error():

@@ -8,6 +8,7 @@ import pytest
 
 from megatron.runs.matching import differences
 from megatron.runs.reading import load_run
+from megatron.runs.replicates import is_replicate
 from megatron.scaling.report.page import write_report
 from runs.synthetic_runs import write_run
 
@@ -93,6 +94,20 @@ def test_files_of_old_records_are_unknown_not_equal(two):
     assert weights(first, change(two[1], data__valid_data_path_file="train.txt")) == {"data.valid": "result"}
     blend = change(two[1], data__valid_data_path=["0.5", "a", "0.5", "b"], data__valid_data_path_file=None)
     assert weights(first, blend) == {"data.valid": "result"}
+
+
+def test_another_estimator_of_validation_is_named(two, tmp_path):
+    """Between two bounds; an exact likelihood has none. Runs of before it was recorded were validated with coins."""
+    other = write_run(tmp_path / "other", "mdm", epochs=2)
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row.update({"estimator": "exact-count-antithetic"} if row["kind"] == "valid" else {})
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    ar, old, new = load_run(two[0]), load_run(two[1]), change(other, run__valid_estimator="exact-count-antithetic")
+    assert [str(item) for item in differences(old, new)] == [
+        "validation estimator: 'bernoulli' against 'exact-count-antithetic'"
+    ]
+    assert not is_replicate(old, new) and differences(ar, new) == [] == differences(ar, old)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from megatron.runs.comparison import comparisons, overfitting, summary_row
 from megatron.runs.matching import matched_pairs
 from megatron.runs.reading import find_runs, load_run
+from megatron.runs.record import MetricsFile, ValidRow
 from megatron.scaling.report.page import write_report
 from runs.synthetic_runs import write_run
 
@@ -91,6 +92,24 @@ def test_validation_with_other_draws_does_not_enter_the_curve(tmp_path):
     run = load_run(folder)
     assert min(run.column("nll")) > 1
     assert [v.nll for v in run.other_valid] == [0.5]
+
+
+def test_another_estimator_is_another_curve(tmp_path):
+    """Rows that do not name it were drawn with coins: they go on with those that do, and not with exact counts."""
+    folder = write_run(tmp_path / "run", "mdm", epochs=5)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    valid = [row for row in lines if row["kind"] == "valid"]
+    valid[-1].update(estimator="bernoulli", data="abc")
+    valid[-2].update(estimator="exact-count-antithetic", data="abc")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    run = load_run(folder)
+    assert {row.kind for row in run.valid} == {"NLL bound (4 bernoulli draws)"} and len(run.valid) == len(valid) - 1
+    assert [row.kind for row in run.other_valid] == ["NLL bound (4 exact-count-antithetic draws)"]
+    for best in (1.0, 2.0):  # the best of a curve that begins anew is its own
+        metrics = MetricsFile(folder, last_step=10**9)
+        found = metrics.best(ValidRow(**{**valid[-2], "nll": best, "best": False}))
+        assert found is not None and found.nll == min(best, valid[-2]["nll"])
+        metrics.close()
 
 
 def test_an_evaluation_stands_apart_from_the_curve(tmp_path):

@@ -163,7 +163,7 @@ def test_folders_with_evaluations_only_are_welcome(runs, tmp_path) -> None:
     ]
     text = write_report([run], tmp_path / "out").read_text()
     assert "evaluated (evaluation only)" in text
-    assert "NLL bound (128 draws)" in text
+    assert "NLL bound (128 bernoulli draws)" in text
     assert "two words" in text
     both = write_report([*find_runs([runs, folder])], tmp_path / "both").read_text()
     assert "is an evaluation" in both

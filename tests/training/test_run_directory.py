@@ -34,7 +34,7 @@ TRAIN: dict[str, Any] = POSITION | {
     "mfu": (float, type(None)), "skipped_steps": int,
 }  # fmt: skip
 VALID: dict[str, Any] = POSITION | {
-    "nll": float, "nll_se": float, "label": str, "num_mc": int, "num_samples": int, "ppl": float,
+    "nll": float, "nll_se": float, "label": str, "estimator": str, "num_mc": int, "num_samples": int, "ppl": float,
     "bits_per_byte": (float, type(None)), "best": bool,
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def test_files_have_the_agreed_fields(runs: Callable[..., Run], token_files: Pat
     for line in run.valid.values():
         assert_fields(line, VALID)
         assert (line["label"], line["num_samples"], line["num_mc"]) == (label, 8, 1)
+        assert line["estimator"] == ("" if objective == "ar" else "exact-count-antithetic")
         assert line["bits_per_byte"] is None  # these tokens have no text
 
 
@@ -159,9 +160,15 @@ def test_progress_lines_read_well(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, "validation at step 7: NLL bound (4 draws) 3.5000 ± 0.0125 nats/token | perplexity 33.12 (best)"),
-        ({"num_mc": 1, "best": False}, "NLL bound (1 draw) 3.5000 ± 0.0125 nats/token | perplexity 33.12"),
-        ({"label": "NLL (exact)"}, "validation at step 7: NLL (exact) 3.5000 ± 0.0125 nats/token"),
+        (
+            {},
+            "step 7: NLL bound (4 exact-count-antithetic draws) 3.5000 ± 0.0125 nats/token | perplexity 33.12 (best)",
+        ),
+        (
+            {"num_mc": 1, "estimator": "bernoulli", "best": False},
+            "NLL bound (1 bernoulli draw) 3.5000 ± 0.0125 nats/token",
+        ),
+        ({"label": "NLL (exact)", "estimator": ""}, "validation at step 7: NLL (exact) 3.5000 ± 0.0125 nats/token"),
         ({"bits_per_byte": 1.25, "nll_se": None}, "3.5000 nats/token | perplexity 33.12 | 1.2500 bits/byte (best)"),
     ],
 )
@@ -169,6 +176,7 @@ def test_validation_lines_name_what_they_measure(
     capsys: pytest.CaptureFixture, changes: dict[str, Any], expected: str
 ) -> None:
     values = {"step": 7, "samples": 1, "tokens": 1, "epoch": 1.0, "flops": 1.0, "label": "NLL bound", "num_mc": 4, "nll": 3.5,
+              "estimator": "exact-count-antithetic",
               "nll_se": 0.0125, "ppl": 33.115, "best": True, "num_samples": 8, "bits_per_byte": None, **changes}  # fmt: skip
     row = ValidRow(**values)
     Screen(total_steps=10, first_step=0, enabled=True).valid_line(row)

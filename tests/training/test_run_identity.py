@@ -20,8 +20,10 @@ from layouts.pool import Process, WorkerPool
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.model.batch import Samples
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.runs.reading import load_run
 from megatron.runs.record import RunRecord, ValidRow
 from megatron.runs.sums import load_sums
 from megatron.statistics import mean_loss
@@ -76,6 +78,41 @@ def test_a_run_of_the_first_version_goes_on_as_it_would_have(
     for step in (5, 10):
         assert jobs.records(run_dir, "valid")[step]["nll"] == pytest.approx(expected["valid"][step]["nll"], rel=1e-6)
     assert record(run_dir).attempts[-1].from_step == 5 and record(run_dir).run_id
+    curve = load_run(run_dir)
+    assert len(curve.valid) == 2 and curve.valid[0].estimator == ("bernoulli" if objective == "mdm" else "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "estimator", "changed"),
+    [
+        ({}, "bernoulli", {}),
+        ({"valid_estimator": "exact-count-antithetic"}, "exact-count-antithetic",
+         {"run.valid_estimator": ("bernoulli", "exact-count-antithetic", "validation")}),
+        ({"finetune": True, "save": "new"}, "exact-count-antithetic", {}),
+        ({"skip_train": True, "save": None, "save-interval": None, "eval-interval": None}, "exact-count-antithetic", {}),
+        ({"load": None, "save": "new"}, "exact-count-antithetic", {}),
+        ({"load": None, "save": "new", "valid_estimator": "bernoulli"}, "bernoulli", {}),
+    ],
+    ids=["goes on", "changes", "finetunes", "evaluates", "new", "new, asked for"],
+)  # fmt: skip
+def test_a_run_keeps_the_estimator_that_it_began_with(
+    tmp_path: Path, changes: dict[str, Any], estimator: str, changed: dict[str, Any]
+) -> None:
+    """A record from before there was a choice means coins; evaluations and new runs take the estimator of less variance."""
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    old = tmp_path / "old"
+    options = {**OLD_FLAGS, "num_mc": 2, "load": old / "mdm", "save": old / "mdm", **changes}
+    save = options.pop("save")
+    save = tmp_path / save if save == "new" else save
+    plan = resolve(
+        parse(jobs.flags(old, save, valid_data_path=old / "valid", **options), objective="mdm"), Launch(), run_name="x"
+    )
+    assert plan.settings.run.valid_estimator == estimator
+    assert plan.start.changed == changed
+    weights = (
+        plan.objective.for_eval(0, 2).prepare(Samples(np.ones((9, 17), np.int64), np.arange(9))).targets.loss_weights
+    )
+    assert np.allclose(weights.sum(axis=1), 16) == (estimator != "bernoulli")
 
 
 @pytest.mark.parametrize(

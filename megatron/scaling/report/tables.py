@@ -57,7 +57,6 @@ def evaluations_html(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         for row in run.other_valid:
-            draws = "" if run.is_exact else f" ({row.num_mc} draw{'s' * (row.num_mc > 1)})"
             known = row.label.lower().startswith(("nll (exact", "nll bound"))
             rows.append(
                 {
@@ -67,7 +66,7 @@ def evaluations_html(runs: Sequence[Run]) -> str:
                     "Nats/token": plus_minus(row.nll, row.nll_se),
                     "± over": row.error_unit,
                     "Samples": f"{row.num_samples:,}",
-                    "Kind": row.label + draws,
+                    "Kind": row.kind,
                     "Perplexity": f"{'' if run.is_exact else '≤ '}{row.ppl:.4g}" if known else "–",
                     "Bits per byte": "–" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
                     "Protocol": row.protocol or "–",

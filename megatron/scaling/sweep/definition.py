@@ -248,7 +248,7 @@ def unmatched(runs: Sequence[SweepRun]) -> list[str]:
 
 def _objective_flags() -> set[str]:
     owned = [item.name for cls in OBJECTIVES.values() for item in fields(cls.Options)]
-    return {name.replace("_", "-") for name in owned} | {"objective", "mask-token-id", "num-mc"}
+    return {name.replace("_", "-") for name in owned} | {"objective", "mask-token-id", "num-mc", "valid-estimator"}
 
 
 def _exact_count(count: int) -> str:

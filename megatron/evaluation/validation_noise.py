@@ -1,0 +1,114 @@
+"""What the noise of a validation costs: its loss under many noise seeds, measured on a trained masked diffusion model.
+
+A run draws its noise from one fixed seed, so that its validations differ by the model only. Here the seed varies. Documents
+packed into one sample see each other, as without ``--reset-attention-mask``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron.data.dataset import BlendedDataset, GPTDataset
+from megatron.data.loader import as_tensors, to_device
+from megatron.inference.model import InferenceModel
+from megatron.model.batch import Samples
+from megatron.objectives.mdm import MaskedDiffusion
+from megatron.randomness import EVAL_SEED, EXACT_COUNT
+from megatron.runs.sums import reach
+from megatron.statistics import ValidationSums, mean_loss
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """One validation set under many noise seeds.
+
+    Attributes:
+        sums: of each seed; their entries are the same (sample, document), in one order.
+    """
+
+    sums: list[ValidationSums]
+
+    @property
+    def loss(self) -> np.ndarray:
+        """Sum of the losses of every entry, fp64 [seeds, entries]."""
+        return np.stack([part.loss for part in self.sums])
+
+    def variances(self) -> tuple[float, float]:
+        """Variance over seeds of the loss per token: of one sample (mean over samples), and of the whole set."""
+        first, loss = self.sums[0], self.loss
+        samples = np.stack([np.bincount(first.sample, row) for row in loss]) / np.bincount(first.sample, first.tokens)
+        whole = loss.sum(axis=1) / first.tokens.sum()
+        return float(samples.var(axis=0, ddof=1).mean()), float(whole.var(ddof=1))
+
+    def coverage(self, resamplings: int, *, seed: int = 0) -> tuple[float, float]:
+        """Share of resamplings of documents and noise whose interval holds the mean over documents and noise: of
+        ±1.96 errors, and of Student's interval.
+
+        Documents are drawn with replacement; copies of one have noise of different seeds. Within one copy all documents of
+        a sample share the noise of their sample.
+        """
+        first, loss, random = self.sums[0], self.loss, np.random.default_rng(seed)
+        truth = loss.mean(axis=0).sum() / first.tokens.sum()
+        names, owner = np.unique(first.document, return_inverse=True)
+        held = np.zeros(2)
+        for _ in range(resamplings):
+            copies = np.bincount(random.integers(len(names), size=len(names)), minlength=len(names))[owner]
+            seeds, parts = random.permutation(len(loss)), []
+            for copy in range(copies.max()):
+                kept = copies > copy
+                offsets = copy * (1 + first.sample.max()), copy * (1 + first.document.max())
+                columns = (first.sample[kept] + offsets[0], first.document[kept] + offsets[1], first.tokens[kept])
+                parts.append((*columns, loss[seeds[copy], kept]))
+            joined = [np.concatenate(column) for column in zip(*parts)]
+            estimate = mean_loss(ValidationSums.collect(*joined, draws=first.draws))
+            off = abs(estimate.value - truth)
+            held += (off <= 1.96 * estimate.error, off <= reach(estimate))
+        return float(held[0] / resamplings), float(held[1] / resamplings)
+
+
+@torch.no_grad()
+def repeat_validation(
+    loaded: InferenceModel,
+    dataset: GPTDataset | BlendedDataset,
+    *,
+    estimator: str,
+    num_mc: int,
+    repeats: int,
+    batch_size: int = 64,
+) -> Repeats:
+    """Validate with ``repeats`` noise seeds.
+
+    Args:
+        loaded: a model of masked diffusion.
+        dataset: validation samples.
+        estimator: as ``--valid-estimator``.
+        num_mc: draws of every sample.
+        repeats: seeds.
+        batch_size: samples per forward pass.
+
+    Raises:
+        UserError: the model is causal.
+    """
+    plain = MaskedDiffusion(loaded.mask_id, global_batch_size=1, seed=0, valid_estimator=estimator)
+    ids = np.arange(dataset.num_samples)
+    tokens = np.stack([dataset[index] for index in ids.tolist()])
+    documents = np.stack([dataset.pieces(index).documents for index in ids.tolist()])[:, :-1]
+    found = []
+    for seed in range(repeats):
+        loss, weight = np.zeros(documents.shape), np.zeros(documents.shape)
+        for draw in range(num_mc):
+            view = replace(plain.for_eval(draw, num_mc), seed=EVAL_SEED + seed * num_mc)
+            for rows in np.array_split(ids, -(-len(ids) // batch_size)):
+                batch = to_device(as_tensors(view.prepare(Samples(tokens[rows], rows))), loaded.device)
+                losses = loaded.model(batch, view.attention_mask, view.loss, per_token=True)
+                loss[rows] += losses.double().cpu().numpy() / num_mc
+                weight[rows] += batch.targets.loss_weights.double().cpu().numpy() / num_mc
+        sums, excess = (ValidationSums.of_tokens(ids, documents, values) for values in (loss, weight - 1))
+        given_back = excess.loss if estimator == EXACT_COUNT else 0.0
+        found.append(
+            ValidationSums.collect(sums.sample, sums.document, sums.tokens, sums.loss, given_back, draws=num_mc)
+        )
+    return Repeats(found)
