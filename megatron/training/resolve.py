@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import Config
+from megatron.config.schema import Config, RunConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
@@ -71,6 +71,7 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
     before = manifest if is_continued else {}
     if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
         check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
+    batch = layout.global_batch_size
     schedule = _schedule(flags, layout, sources.unique_tokens, before)
     run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
     seeds = _seeds(flags, before)
@@ -82,20 +83,14 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         optimizer=replace(
             flags.optimizer, lr_decay_samples=schedule.decay_samples, lr_warmup_samples=schedule.warmup_samples
         ),
-        run=replace(
-            flags.run,
-            global_batch_size=layout.global_batch_size,
-            train_samples=schedule.train_samples,
-            valid_estimator=flags.run.valid_estimator or _estimator(flags, before),
-        ),
+        run=replace(_with_estimator(flags, before), global_batch_size=batch, train_samples=schedule.train_samples),
     )
     # Masks, times and orders may follow another seed than weights and data order: --no-load-rng.
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))
     objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
-    if flags.run.num_mc > 1 and is_exact(objective.for_eval()):
-        notes.append("--num-mc (an exact likelihood has one draw)")
-    if flags.run.valid_estimator and is_exact(objective.for_eval()):
-        notes.append("--valid-estimator (an exact likelihood has no masks)")
+    if is_exact(objective.for_eval()):
+        notes += ["--num-mc (an exact likelihood has one draw)"] * (flags.run.num_mc > 1)
+        notes += ["--valid-estimator (an exact likelihood has no masks)"] * bool(flags.run.valid_estimator)
     start = Start(
         tag=selection.tag,
         manifest=manifest,
@@ -303,11 +298,12 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else SCHEME)
 
 
-def _estimator(flags: Config, manifest: dict[str, Any]) -> str:
-    """A continued run keeps its own; evaluations and new runs take that of lowest variance."""
-    if not manifest or flags.run.skip_train:
-        return EXACT_COUNT
-    return {**UNRECORDED["run"], **manifest["config"].get("run", {})}["valid_estimator"]
+def _with_estimator(flags: Config, manifest: dict[str, Any]) -> RunConfig:
+    """A continued run keeps its own estimator; evaluations and new runs take that of lowest variance."""
+    own = EXACT_COUNT
+    if manifest and not flags.run.skip_train:
+        own = {**UNRECORDED["run"], **manifest["config"].get("run", {})}["valid_estimator"]
+    return replace(flags.run, valid_estimator=flags.run.valid_estimator or own)
 
 
 def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bool) -> Path:
