@@ -3,7 +3,8 @@
 #
 # Every number below is an environment variable; further arguments of a script go to the program unchanged and win:
 #   MODEL=7M EPOCHS=2 bash examples_scaling/training/ar/140m_100M.sh --log-interval 1
-#   bash examples_scaling/training/ar/140m_100M.sh --dry-run       print the command, run nothing
+#   bash examples_scaling/training/ar/140m_100M.sh --dry-run       check the flags, print the command, run nothing
+#   GPUS_PER_NODE=8 NNODES=2 bash examples_scaling/training/ar/140m_100M.sh --dry-run     what would run there
 #   bash examples_scaling/training/ar/140m_100M.sh --help          print what the script does and these lines
 # Running a script again continues its run from the newest checkpoint in RUN_DIR. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a
 # checkpoint and end the script with status 75 ("run it again"; 0 is the real end), as does: touch RUN_DIR.stop
@@ -13,7 +14,7 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 
 die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 2; }   # what was given, the rule, the fix
-head_of() { sed -n '/^# shellcheck/d; /^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
+head_of() { sed -n '/^# shellcheck/d; /^#SBATCH/d; /^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
 DRY_RUN=0
 for argument in "$@"; do
   case "$argument" in
@@ -33,16 +34,23 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 # Optimiser: the recipe of arXiv 2507.15857.
 : "${LR:=2e-4}" "${MIN_LR:=2e-5}" "${WARMUP_FRACTION:=0.01}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1234}"
 : "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
-# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them.
-GPUS="$(gpu_count)"
-: "${HOSTFILE:=}" "${BF16:=$([ -z "$HOSTFILE" ] && [ "$GPUS" = 0 ] && echo 0 || echo 1)}"   # fp32 on a machine without GPU
-: "${GPUS_PER_NODE:=$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 1)}" "${NNODES:=1}" "${NODE_RANK:=0}"
-: "${MASTER_ADDR:=localhost}" "${MASTER_PORT:=29500}" "${LAUNCHER:=auto}"
+# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
+# without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
+GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
+[ "$GPUS" = 0 ] || HAS_GPUS=1
+[ "$DRY_RUN" = 0 ] || HAS_GPUS="$HAS_GPUS${GPUS_PER_NODE:-}${NNODES:-}"
+: "${HOSTFILE:=}" "${BF16:=${HAS_GPUS:+1}}" "${GPUS_PER_NODE:=$((GPUS > 0 ? GPUS : 1))}" "${NNODES:=1}" "${NODE_RANK:=0}"
+: "${MASTER_ADDR:=localhost}" "${MASTER_PORT:=$((20000 + ${SLURM_JOB_ID:-9500} % 10000))}" "${LAUNCHER:=auto}"
 : "${TP_SIZE:=1}" "${PP_SIZE:=1}" "${ZERO_STAGE:=1}"
 # Validation, logging and checkpoints. NUM_MC: noise draws per validation sample (masked diffusion only).
 : "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=10}" "${NUM_MC:=1}" "${LOG_INTERVAL:=10}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=2}"
 : "${RUN_NAME:=$(basename "$0" .sh)}" "${RUN_DIR:=$REPO/runs/$RUN_NAME}"
 : "${EXIT_DURATION_IN_MINS:=}" "${TENSORBOARD_DIR:=}" "${WANDB_PROJECT:=}"
+
+# RANK_LOGS: a folder for the output of every process (torchrun), and for what NCCL did last where it hung. In a SLURM job:
+: "${RANK_LOGS:=${SLURM_JOB_ID:+$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}}}"
+# shellcheck source=cluster.sh
+source "$REPO/examples_scaling/cluster.sh"
 
 find_python() {
   if [ "$DRY_RUN" = 1 ]; then ENV_PYTHON="$(bash "$REPO/install.sh" --print-python 2>/dev/null || echo "$REPO/.venv/bin/python")"
@@ -52,7 +60,7 @@ find_python() {
 
 # supervise COMMAND...: runs it (with --dry-run prints it) and returns its status. A stop reaches it once, whoever sends it
 # and whatever launcher stands between: launchers know few signals, kill after 30 s, or leave their processes behind. So
-# training is asked by its kill-switch file, which all nodes see; everything else gets SIGTERM, as a whole process group.
+# training is asked by its kill-switch file, which all nodes see; everything else gets SIGTERM (or ASK), as a whole process group.
 supervise() {
   local status=0 child
   if [ "$DRY_RUN" = 1 ]; then printf '%q ' "$@"; echo; return; fi
@@ -76,54 +84,7 @@ pass_on() {
   INTERRUPTED=1 STOPS="$STOPS $1"
   case "$STOPS" in *INT*INT*) kill -KILL -- "-$2" || true; return ;; esac   # Ctrl-C twice; a checkpoint is whole or absent
   if [ -n "${STOP_FILE:-}" ]; then mkdir -p "$(dirname "$STOP_FILE")"; touch "$STOP_FILE"
-  else kill -TERM -- "-$2" || true; fi
-}
-
-# DeepSpeed runs on this one node, without a word, where it finds no file or no host in it.
-check_hostfile() {
-  local line hosts=" " host slots number=0
-  [ -f "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE" "it names a file" "check the name"
-  while IFS= read -r line || [ -n "$line" ]; do
-    number=$((number + 1)) line="${line%%#*}"
-    [[ "$line" =~ [^[:space:]] ]] || continue
-    [[ "$line" =~ ^[[:space:]]*([^[:space:]=]+)[[:space:]]+slots=([0-9]+)[[:space:]]*$ ]] || die "$HOSTFILE, line $number: $line" \
-      "a line is: host slots=8" "mend the line"
-    host="${BASH_REMATCH[1]}" slots="${BASH_REMATCH[2]}"
-    [ "$((10#$slots))" -gt 0 ] || die "$HOSTFILE, line $number: $line" "a host has at least one slot" "mend or remove the line"
-    case "$hosts" in *" $host "*) die "$HOSTFILE, line $number: $host again" "a host has one line" "remove one of them" ;; esac
-    hosts="$hosts$host "
-  done <"$HOSTFILE"
-  [ "$hosts" != " " ] || die "$HOSTFILE names no host" "a line is: host slots=8" "fill it in"
-}
-
-# Fills LAUNCH with what starts one program on all processes: python, torchrun or deepspeed.
-choose_launcher() {
-  if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then   # one task a node, started by srun in multi_node.sh
-    NNODES="$SLURM_STEP_NUM_NODES" NODE_RANK="$SLURM_NODEID"
-    MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST")"
-    MASTER_ADDR="${MASTER_ADDR%%$'\n'*}"   # the first; head would end scontrol, and with it this script
-  fi
-  if [ "$LAUNCHER" = auto ]; then
-    if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed
-    elif [ $((GPUS_PER_NODE * NNODES)) -gt 1 ]; then LAUNCHER=torchrun
-    else LAUNCHER=python; fi
-  fi
-  [ -z "$HOSTFILE" ] || [ "$LAUNCHER" = deepspeed ] || die "HOSTFILE=$HOSTFILE with LAUNCHER=$LAUNCHER" \
-    "only deepspeed reads a host file" "unset one of them"
-  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || [ -n "$HOSTFILE" ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
-    "python runs on one node, deepspeed on those of HOSTFILE" "unset LAUNCHER"
-  case "$LAUNCHER" in
-    python) LAUNCH=("$ENV_PYTHON") ;;
-    torchrun)
-      LAUNCH=("$ENV_PYTHON" "$REPO/tools/_torchrun.py" --nproc-per-node "$GPUS_PER_NODE")
-      if [ "$NNODES" -gt 1 ]; then
-        LAUNCH+=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-      else LAUNCH+=(--standalone); fi ;;
-    deepspeed)
-      LAUNCH=("$BIN/deepspeed" --master_port "$MASTER_PORT")
-      if [ -n "$HOSTFILE" ]; then check_hostfile; LAUNCH+=(--hostfile "$HOSTFILE"); else LAUNCH+=(--num_gpus "$GPUS_PER_NODE"); fi ;;
-    *) die "LAUNCHER=$LAUNCHER" "the launchers are auto, python, torchrun and deepspeed" "unset LAUNCHER to choose by the machine" ;;
-  esac
+  else kill -s "${ASK:-TERM}" -- "-$2" || true; fi
 }
 
 # launch PROGRAM FLAGS...: runs one program of the repository.
@@ -138,6 +99,9 @@ launch() {
   find_python
   choose_launcher
   supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
+  case "$DRY_RUN $program" in
+    "1 pretrain_"*) if [ -x "$ENV_PYTHON" ]; then "$ENV_PYTHON" "$REPO/tools/_target.py" "$program" "$WORLD" "${flags[@]}"; fi ;;
+  esac
 }
 
 # tool NAME FLAGS...: runs tools/NAME. once FILE NAME FLAGS...: unless FILE, its output, is there; tools write whole files.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Masked diffusion, from left to right: the exact likelihood of that order, and greedy decoding in it.
+# Downstream tasks, masked diffusion from left to right: 0.073 h and $1.8 a billion tokens through the model on 8 H100 (estimated, not measured).
+# The exact likelihood of that order, and greedy decoding in it.
 # CHECKPOINT: a run directory (any layout) or a Hugging Face export. TASKS: names, lm-eval tasks or .jsonl files.
 : "${RUN_NAME:=mdm_best_on_100m}"
 : "${TASKS:=all}" "${RESULTS:=results/$(basename "$0" .sh).json}" "${EVAL_BATCH:=32}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Masked diffusion, generation only: is the last word what greedy confidence decoding gives?
+# Downstream tasks, masked diffusion, generation only: 0.073 h and $1.8 a billion tokens through the model on 8 H100 (estimated, not measured).
+# Is the last word what greedy confidence decoding gives?
 # CHECKPOINT: a run directory (any layout) or a Hugging Face export. TASKS: names, lm-eval tasks or .jsonl files.
 : "${RUN_NAME:=mdm_best_on_100m}"
 : "${TASKS:=lambada}" "${RESULTS:=results/$(basename "$0" .sh).json}" "${EVAL_BATCH:=32}"

@@ -74,7 +74,7 @@ def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> in
 
 def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     from megatron.runs.counts import format_count
-    from megatron.scaling.sweep.definition import hours
+    from megatron.scaling.sweep.definition import dollars, hours
 
     for run in [*runs, None]:
         flops = run.flops if run else sum(other.flops for other in runs)
@@ -82,15 +82,18 @@ def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
         needed = hours(flops, sweep.price)
         size = f"{format_count(run.parameters)} parameters, " if run else ""
         time = "" if needed is None else f", {needed:.3g} h"
-        print(f"{name}: {size}{flops:.3g} FLOPs{time}")
+        cost = dollars(flops, sweep.price)
+        money = "" if cost is None else f", ${cost:,.2f}"
+        print(f"{name}: {size}{flops:.3g} FLOPs{time}{money}")
     if sweep.price:
         device = (
             f"{sweep.price['peak_tflops']} TFLOP/s"
             if "peak_tflops" in sweep.price
             else sweep.price.get("device", "H100")
         )
-        print(f"hours on {sweep.price.get('devices', 1)} x {device} at {float(sweep.price.get('mfu', 0.4)):.0%} MFU, "
-              "training only, one run after another")  # fmt: skip
+        money = f"${sweep.price['dollars']} an hour and device, " if "dollars" in sweep.price else ""
+        print(f"hours on {sweep.price.get('devices', 1)} x {device} at {float(sweep.price.get('mfu', 0.4)):.0%} MFU, {money}"
+              "training only, one run after another: estimated, not measured")  # fmt: skip
     else:
         print("no hours: the sweep names no price (device, devices, mfu)")
     return 0
@@ -150,7 +153,7 @@ def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int
 
 
 def _slurm(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
-    from megatron.scaling.sweep.runner import write_slurm
+    from megatron.scaling.sweep.slurm import write_slurm
 
     script = write_slurm(sweep, runs, options.output or sweep.output / "slurm")
     print(f"sbatch {script}")

@@ -7,36 +7,42 @@ import os
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prices import MARK, PRICE, first_line, phrase, phrase_of, phrase_of_passes
 
 from megatron.config import Config
 from megatron.objectives import OBJECTIVES, parse
+from megatron.scaling.sweep.definition import load_sweep
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples_scaling"
 PATTERNS = ("quickstart/*_*.sh", "training/*/*.sh", "evaluation/validate_*.sh")
 RUNS = sorted(path for pattern in PATTERNS for path in EXAMPLES.glob(pattern))
-MULTI_NODE = EXAMPLES / "training/multi_node.sh"
+PASSES = sorted([*EXAMPLES.glob("downstream/*.sh"), EXAMPLES / "evaluation/generate.sh"])
+SWEEPS = sorted({*EXAMPLES.glob("sweeps/*.yaml")} - {EXAMPLES / "sweeps/laptop.yaml"})
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
 PROGRAMS = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 
 
-def dry_run(script: Path, *arguments: str, **environment: str) -> list[str]:
-    """The words of the command that a script would run."""
+def dry_run_of(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    result = subprocess.run(
+    return subprocess.run(
         ["bash", str(script), *arguments, "--dry-run"],
         capture_output=True,
         text=True,
         env={**clean, "VIRTUAL_ENV": sys.prefix, **environment},
         timeout=120,
     )
+
+
+def dry_run(script: Path, *arguments: str, **environment: str) -> list[str]:
+    """The words of the command that a script would run. Without an environment, which would check them a second time."""
+    result = dry_run_of(script, *arguments, **{"VIRTUAL_ENV": "/nonexistent", **environment})
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
 
@@ -65,6 +71,36 @@ def test_flags_parse_on_one_node_of_eight(script: Path) -> None:
     assert config.run.load
     assert config.run.skip_train == script.name.startswith(("eval_", "validate_"))
     assert config.run.save == (None if config.run.skip_train else config.run.load)
+    assert f": {phrase_of(config)} ({MARK})." in first_line(script)
+
+
+def test_every_example_says_what_it_takes_and_costs() -> None:
+    """Those that train and validate: above. The laptop's are measured."""
+    for script in PASSES:
+        assert f": {phrase_of_passes(script)} ({MARK})." in first_line(script), script
+    for file in SWEEPS:
+        sweep = load_sweep(file)
+        assert sweep.price == PRICE
+        assert f": {phrase(sum(run.flops for run in sweep.runs))} ({MARK})." in first_line(file), file
+    told = {*RUNS, *PASSES, *SWEEPS}
+    others = {path.name for path in {*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.yaml")} - told}
+    assert others == {"common.sh", "cluster.sh", "text.sh", "multi_node.sh", "laptop.sh", "laptop.yaml"}
+    assert all(
+        "minutes" in first_line(path) and "(measured)" in first_line(path) for path in EXAMPLES.rglob("laptop.*")
+    )
+
+
+def test_readme_has_the_same_table() -> None:
+    table = (REPO / "README.md").read_text(encoding="utf-8").split("## Time and price")[1].split("\n## ")[0]
+    named = {}  # a later row is an exception to one before
+    for cell, figures in re.findall(r"^\| (`.*`) \| (.*) \|$", table, re.MULTILINE):
+        found = {path: figures for pattern in re.findall(r"`(.*?)`", cell) for path in EXAMPLES.glob(pattern)}
+        assert found, cell
+        named |= found
+    assert set(named) == {*RUNS, *PASSES, *SWEEPS, *EXAMPLES.rglob("laptop.*")}
+    for path, figures in named.items():
+        said = first_line(path).replace(" on 8 H100", "").replace(" on 1 H100", ", on 1 H100")
+        assert f": {figures}" in said, path
 
 
 def test_quickstart_is_the_papers_recipe() -> None:
@@ -171,79 +207,9 @@ def test_a_launcher_that_would_train_on_one_of_several_nodes_is_refused(environm
         dry_run(EXAMPLES / "training/ar/140m_100M.sh", **environment)
 
 
-def fake_program(path: Path, text: str) -> None:
-    path.write_text("#!/bin/bash\n" + text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-@pytest.mark.parametrize(("cores", "expected"), [({}, "96"), ({"SLURM_CPUS_PER_TASK": "12"}, "12")], ids=str)
-def test_slurm_job_starts_torchrun_on_each_node(tmp_path: Path, cores: dict[str, str], expected: str) -> None:
-    """sbatch runs a copy of multi_node.sh; a fake srun plays the second of three nodes. It gets all cores of the node, or
-    those that were asked for."""
-    job = tmp_path / "slurm_script"
-    shutil.copy(MULTI_NODE, job)
-    step = "SLURM_STEP_NUM_NODES=3 SLURM_NODEID=1 SLURM_STEP_NODELIST=n[0-2]"
-    fake_program(
-        tmp_path / "srun",
-        f'echo "$@" >{tmp_path}/srun.txt; while [[ "$1" == --* ]]; do shift; done; {step} exec "$@"\n',
-    )
-    fake_program(tmp_path / "scontrol", '[ "$3" = "n[0-2]" ] && printf "n0\\nn1\\nn2\\n"\n')
-    words = dry_run(
-        job,
-        "training/mdm/2298m_tp2_pp2.sh",
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SLURM_JOB_ID="7",
-        SLURM_CPUS_ON_NODE="96",
-        SLURM_SUBMIT_DIR=str(REPO),
-        GPUS_PER_NODE="8",
-        **cores,
-    )
-    launcher, program, _ = split_command(words)
-    options = "--nproc-per-node 8 --nnodes 3 --node-rank 1 --master-addr n0 --master-port 29500"
-    assert (Path(launcher[1]).name, program) == ("_torchrun.py", "pretrain_mdm.py")
-    assert " ".join(launcher[2:]) == options
-    given = (tmp_path / "srun.txt").read_text().split()
-    assert f"--cpus-per-task={expected}" in given  # srun does not inherit it
-
-
-def test_slurm_log_goes_where_a_folder_is() -> None:
-    """SLURM makes no folder for --output, and a job whose log cannot be opened ends without a word."""
-    (output,) = [line for line in MULTI_NODE.read_text().splitlines() if line.startswith("#SBATCH --output=")]
-    assert "/" not in output
-
-
-def test_hostfile_starts_deepspeed(tmp_path: Path) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("# two nodes\nn0 slots=8\n\nn1 slots=8  # the second")
-    words = dry_run(MULTI_NODE, "training/ar/140m_100M.sh", HOSTFILE=str(hosts))
-    launcher, program, flags = split_command(words)
-    assert (Path(launcher[0]).name, launcher[-1], program) == ("deepspeed", str(hosts), "pretrain_gpt.py")
-    assert "--bf16" in flags  # the machine that submits may have no GPU
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "HOSTFILE={hosts}; it names a file; check the name"),
-        ("", "{hosts} names no host; a line is: host slots=8; fill it in"),
-        ("n0 slots=8\nn1 slot=8\n", "{hosts}, line 2: n1 slot=8; a line is: host slots=8; mend the line"),
-        ("n0\n", "{hosts}, line 1: n0; a line is: host slots=8; mend the line"),
-        ("n0 slots=0\n", "{hosts}, line 1: n0 slots=0; a host has at least one slot; mend or remove the line"),
-        ("n0 slots=8\nn0 slots=8\n", "{hosts}, line 2: n0 again; a host has one line; remove one of them"),
-    ],
-)
-def test_a_wrong_hostfile_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
-    """DeepSpeed would train on one node without a word."""
-    hosts = tmp_path / "hosts"
-    if text is not None:
-        hosts.write_text(text)
-    with pytest.raises(AssertionError, match=re.escape(message.format(hosts=hosts))):
-        dry_run(MULTI_NODE, "training/ar/140m_100M.sh", HOSTFILE=str(hosts))
-
-
 @pytest.mark.parametrize(
     "script",
-    sorted({*EXAMPLES.rglob("*.sh")} - {EXAMPLES / "common.sh", EXAMPLES / "quickstart/text.sh"}),
+    sorted({*EXAMPLES.rglob("*.sh")} - {EXAMPLES / name for name in ("common.sh", "cluster.sh", "quickstart/text.sh")}),
     ids=lambda path: path.stem,
 )
 def test_help_says_what_the_script_does_and_starts_nothing(script: Path, tmp_path: Path) -> None:
@@ -285,11 +251,6 @@ def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Pa
         dry_run(EXAMPLES / "quickstart/laptop.sh", TEXT="/nowhere")
 
 
-def test_multi_node_needs_slurm_or_a_hostfile() -> None:
-    with pytest.raises(AssertionError, match="neither a SLURM job nor HOSTFILE"):
-        dry_run(MULTI_NODE, "training/ar/140m_100M.sh")
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
 def test_shellcheck(script: Path) -> None:
     beside_python = Path(sys.executable).with_name("shellcheck")
@@ -304,7 +265,7 @@ def test_shellcheck(script: Path) -> None:
 def test_scripts_are_short_and_harmless() -> None:
     for script in EXAMPLES.rglob("*.sh"):
         text = script.read_text()
-        limit = 200 if script.name == "common.sh" else 25
+        limit = {"common.sh": 200, "cluster.sh": 125, "multi_node.sh": 35}.get(script.name, 25)
         assert len(text.splitlines()) <= limit, f"{script} is longer than {limit} lines"
         assert "/dev/shm" not in text
         assert "NCCL_IB_DISABLE" not in text

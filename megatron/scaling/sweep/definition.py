@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -76,6 +77,16 @@ class Sweep:
     path: Path = field(default=Path())
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 24:00:00 is a time, not the number 86400 to the base of 60 (sbatch would take it for minutes)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d+(:\d+)+(\.\d*)?$")), *others]
+    for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep file.
 
@@ -83,7 +94,7 @@ def load_sweep(path: Path) -> Sweep:
         UserError: not YAML, an unknown or missing key, or a value that no run can have.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
             f"{path} cannot be read as YAML ({error})", "a sweep is one YAML file", "see docs/scaling.md"
@@ -102,7 +113,7 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(
             f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
-    hours(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
+    dollars(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
     launcher = data.get("launcher") or ["python"]
     return Sweep(
         name=str(data.get("name", path.stem)),
@@ -225,6 +236,14 @@ def hours(flops: float, price: Mapping[str, Any]) -> float | None:
     require(mfu <= 1, f"price names mfu {mfu:g}", "it is a share of the peak", "give 0.4, say")
     speed = peak * mfu * positive(price.get("devices", 1), "devices")
     return flops / speed / 3600
+
+
+def dollars(flops: float, price: Mapping[str, Any]) -> float | None:
+    """What these FLOPs cost at ``dollars`` an hour and device; None where the sweep names no device or no price of it."""
+    needed = hours(flops, price)
+    if needed is None or price.get("dollars") is None:
+        return None
+    return needed * positive(price.get("devices", 1), "devices") * positive(price["dollars"], "dollars")
 
 
 def unmatched(runs: Sequence[SweepRun]) -> list[str]:

@@ -13,7 +13,7 @@ from megatron.objectives import OBJECTIVES
 
 GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
 _KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm", "exclude"}
-_PRICE = {"device", "devices", "mfu", "peak_tflops"}
+_PRICE = {"device", "devices", "dollars", "mfu", "peak_tflops"}
 _SEE = "see docs/scaling.md"
 
 
@@ -125,6 +125,10 @@ def _is_price(value: Any) -> bool:
     return _are_flags(value) and value.keys() <= _PRICE and not any(isinstance(part, list) for part in value.values())
 
 
+def _are_options(value: Any) -> bool:
+    return _are_flags(value) and not any(isinstance(part, list) or "\n" in str(part) for part in value.values())
+
+
 def _by_objective(value: Any) -> bool:
     return isinstance(value, Mapping) and _are_objectives(list(value)) and all(map(_are_flags, value.values()))
 
@@ -151,6 +155,6 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "objectives": (f"a mapping of flags for each objective, {_OBJECTIVE}", _by_objective),
     "launcher": ("a command line, or a list of its words", lambda value: bool(value) and all(map(_is_text, listed(value)))),
     "price": (f"a mapping of {', '.join(sorted(_PRICE))}", _is_price),
-    "slurm": ("a mapping of options of sbatch to values", _are_flags),
+    "slurm": ("a mapping of options of sbatch to single values", _are_options),
     "exclude": (f"a list of mappings of {', '.join(GRID)} to values", _are_rules),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Run a sweep: locally, several runs at once, or as SLURM jobs. Killing it at any time loses at most unsaved steps."""
+"""Run a sweep here, several runs at once (slurm.py: as jobs). Killing it at any time loses at most unsaved steps."""
 
 from __future__ import annotations
 
@@ -232,30 +232,3 @@ def _cut(source: str, prefix: str, tokens: int) -> None:
         raise Failure(
             f"no subset of {tokens} tokens could be cut ({reason})", "runs need their data", "mend that and start again"
         )
-
-
-def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
-    """Write an array job, one task a run, and return the script's path. Submitting it again continues what is missing.
-
-    Every task calls ``tools/sweep.py FILE run --only NAME``, so locks, skipping and continuing work as they do locally
-    (on a file system whose locks reach all nodes).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = folder / "runs.txt"
-    names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
-    # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.
-    options = {"job-name": sweep.name, "output": str(folder.resolve() / "%x-%a.txt"), "array": f"0-{len(runs) - 1}"}
-    options |= {str(key).replace("_", "-"): value for key, value in sweep.slurm.items()}
-    if "max-running" in options:
-        options["array"] += f"%{options.pop('max-running')}"
-    lines = ["#!/usr/bin/env bash", *[f"#SBATCH --{key}={value}" for key, value in options.items()]]
-    lines += [
-        "set -euo pipefail",
-        f"cd {shlex.quote(str(Path.cwd()))}",
-        f'name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})"',
-        f"exec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'tools/sweep.py'))} "
-        f'{shlex.quote(str(sweep.path.resolve()))} run --only "$name"',
-    ]
-    script = folder / "sweep.slurm"
-    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return script

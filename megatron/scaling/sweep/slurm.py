@@ -1,0 +1,45 @@
+"""A sweep as an array job of SLURM, one task a run, each queued again until its run is done."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.scaling.sweep.definition import Sweep, SweepRun
+from megatron.scaling.sweep.runner import ROOT
+
+# The signal comes to the script alone, two to three minutes before the limit; the trainers save on it.
+OPTIONS = {"open-mode": "append", "requeue": True, "signal": "B:USR1@120"}
+
+
+def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
+    """Write the array job and return the script's path. Submitting it again continues what is missing.
+
+    Every task calls ``tools/sweep.py FILE run --only NAME``, so locks, skipping and continuing work as they do locally
+    (on a file system whose locks reach all nodes). Options of the file's ``slurm`` block come before ours; true is an option
+    without a value, false leaves one of ours out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = folder / "runs.txt"
+    names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
+    # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.
+    options = {"job-name": sweep.name, "output": str(folder.resolve() / "%x-%a.txt"), "array": f"0-{len(runs) - 1}"}
+    options |= OPTIONS | {str(key).lstrip("-").replace("_", "-"): value for key, value in sweep.slurm.items()}
+    if "max-running" in options:
+        options["array"] = f"{options['array']}%{options.pop('max-running')}"
+    given = {key: value for key, value in options.items() if value is not None and value is not False}
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+    program = [sys.executable, str(ROOT / "tools/sweep.py"), str(sweep.path.resolve()), "run", "--only"]
+    lines = [
+        "#!/usr/bin/env bash",
+        *(f"#SBATCH {word}" for word in words),
+        f"source {shlex.quote(str(ROOT / 'examples_scaling/common.sh'))}",
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        f'name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})"',
+        f'as_job {shlex.join(program)} "$name"',
+    ]
+    script = folder / "sweep.slurm"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return script
