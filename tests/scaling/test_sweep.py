@@ -300,17 +300,20 @@ def test_a_signal_stops_the_training_processes(tmp_path, number):
 def test_slurm_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_sweep(tmp_path, output="runs", slurm={"partition": "gpu", "gpus-per-node": 8, "max-running": 3})
+    path.write_text(path.read_text() + "  time: 24:00:00\n  exclusive: true\n  requeue: false\n")
     done = subprocess.run([*PROGRAM, path.name, "slurm"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     script = tmp_path / "runs/slurm/sweep.slurm"
     text = script.read_text()
     assert "#SBATCH --array=0-7%3" in text
     assert f"#SBATCH --output={tmp_path}/runs/slurm/%x-%a.txt" in text  # wherever sbatch is called
-    assert "#SBATCH --partition=gpu" in text
+    assert {"#SBATCH --partition=gpu", "#SBATCH --exclusive", "#SBATCH --open-mode=append"} <= set(text.splitlines())
+    assert "#SBATCH --time=24:00:00" in text, "not 86400, which are minutes"
+    assert "#SBATCH --signal=B:USR1@120" in text and "requeue" not in text
     assert not re.search(r"max.running", text)
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     # Task 3 runs the fourth run and no other.
-    task = dict(os.environ, SLURM_ARRAY_TASK_ID="3")
+    task = dict(os.environ, SLURM_ARRAY_TASK_ID="3", SLURM_JOB_ID="7")
     done = subprocess.run(["bash", str(script)], env=task, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [state(run) for run in load_sweep(path).runs].count("finished") == 1

@@ -20,7 +20,7 @@ SWEEP: dict[str, Any] = {
         "unique_tokens": [100, 200], "epochs": {"ar": [1], "mdm": [1, 3]}, "seed": [1],
     },
     "data": {100: "a", 200: "b"}, "flags": {"lr": 0.001}, "objectives": {"mdm": {"num-mc": 4}}, "slurm": {"time": "1:00"},
-    "exclude": [{"objective": "mdm", "epochs": 3}], "price": {"device": "H100", "devices": 2, "mfu": 0.4},
+    "exclude": [{"objective": "mdm", "epochs": 3}], "price": {"device": "H100", "devices": 2, "mfu": 0.4, "dollars": 3},
 }  # fmt: skip
 ODD = [
     "", 0, -1, -0.0, math.nan, math.inf, 10**30, 10**400, "abc", "1e400", 1.5, True, [], {}, [None], [[1]], {"a": 1},
@@ -72,7 +72,8 @@ def test_every_file_is_a_sweep_or_refused_in_three_parts(tmp_path: Path, place: 
         (("exclude",), [{"objective": "adm"}], "exclude has .*; a rule names runs of the grid, and the grid has none such"),
         (("exclude",), [{"objektive": "mdm"}], "exclude is .*; it is a list of mappings of objective, model"),
         (("objectives",), {"adm": {"num-mc": 4}}, "objectives is .*; it is a mapping of flags for each objective"),
-        (("price",), {"mfus": 0.9}, "price is .*; it is a mapping of device, devices, mfu, peak_tflops"),
+        (("price",), {"mfus": 0.9}, "price is .*; it is a mapping of device, devices, dollars, mfu, peak_tflops"),
+        (("slurm", "time"), ["1:00"], "slurm is .*; it is a mapping of options of sbatch to single values"),
         (("price", "mfu"), 40, "price names mfu 40; it is a share of the peak"),
         (("price", "device"), "H1000", "price names device H1000; known are"),
         (("data",), {"source": "x", "folder": "y"}, "data is .*; it is a prefix for every number"),

@@ -56,10 +56,15 @@ def test_a_stop_is_saved_under_every_launcher(
     """Default workers and settings; the signal goes to the script alone, as SLURM or systemd send it."""
     run_dir, begin, job = tmp_path / "run", [str(SCRIPT)], {}
     if launcher == "srun":  # a job of SLURM on one node; srun hands on what it is sent
-        (tmp_path / "srun").write_text('#!/bin/bash\nwhile [[ "$1" == --* ]]; do shift; done; exec "$@"\n')
-        (tmp_path / "srun").chmod(0o755)
+        for name, text in (
+            ("srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"'),
+            ("scontrol", 'echo "scontrol $*"'),
+            ("squeue", 'date -d "+100 minutes" +%FT%T'),
+        ):
+            (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
         begin = [str(REPO / "examples_scaling/training/multi_node.sh"), "training/ar/140m_100M.sh"]
-        job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_ON_NODE": "2", "SLURM_SUBMIT_DIR": str(REPO)}
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1"}
         job["PATH"], launcher = f"{tmp_path}:{os.environ['PATH']}", "python"
     process = start(
         ["bash", *begin, "--num-layers", "1", "--hidden-size", "32", "--num-attention-heads", "2"],
@@ -73,6 +78,9 @@ def test_a_stop_is_saved_under_every_launcher(
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
         assert process.returncode == STOPPED, output
+        if job:
+            output, _, again = output.partition("scontrol requeue 7")
+            assert again == "\njob 7 is queued again\n"
         assert output.rstrip().endswith("stopped; the same command continues")
         assert "Traceback" not in output
         assert (run_dir / (run_dir / "latest").read_text().strip() / "manifest.json").exists()
@@ -151,3 +159,22 @@ def test_torchrun_ends_as_its_processes_ended(status: str, expected: int, tmp_pa
     done = subprocess.run([*command, str(program), status], capture_output=True, text=True, timeout=100)
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_torchrun_passes_usr1_on_and_does_not_end_before_its_processes(tmp_path: Path) -> None:
+    """A time limit of SLURM may send it to every process of a job; torchrun's own default would end it and leave them behind."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: (time.sleep(1), sys.exit(75)))\n"
+        "open(os.environ['RANK'], 'w').write('ready'); time.sleep(60)\n"
+    )
+    command = [sys.executable, str(REPO / "tools/_torchrun.py"), "--standalone", "--nproc-per-node", "2", str(program)]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
+    for rank in "01":
+        end = time.monotonic() + 60
+        while not (tmp_path / rank).exists() and time.monotonic() < end:
+            time.sleep(0.05)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == STOPPED
+    assert left_behind(process.pid) == []

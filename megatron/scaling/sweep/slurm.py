@@ -25,7 +25,11 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     names = folder / "runs.txt"
     names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
     # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.
-    options = {"job-name": sweep.name, "output": str(folder.resolve() / "%x-%a.txt"), "array": f"0-{len(runs) - 1}"}
+    options: dict[str, object] = {
+        "job-name": sweep.name,
+        "output": str(folder.resolve() / "%x-%a.txt"),
+        "array": f"0-{len(runs) - 1}",
+    }
     options |= OPTIONS | {str(key).lstrip("-").replace("_", "-"): value for key, value in sweep.slurm.items()}
     if "max-running" in options:
         options["array"] = f"{options['array']}%{options.pop('max-running')}"
