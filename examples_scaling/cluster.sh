@@ -29,6 +29,9 @@ choose_launcher() {
       MASTER_ADDR="${MASTER_ADDR%%$'\n'*}"   # the first; head would end scontrol, and with it this script
     fi
   fi
+  [[ "$GPUS_PER_NODE $NNODES" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]] || die "GPUS_PER_NODE=$GPUS_PER_NODE NNODES=$NNODES" \
+    "both are whole numbers from 1" "mend or unset them"
+  WORLD=$((GPUS_PER_NODE * NNODES))
   if [ "$LAUNCHER" = auto ]; then
     if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed
     elif [ $((GPUS_PER_NODE * NNODES)) -gt 1 ]; then LAUNCHER=torchrun
@@ -38,7 +41,6 @@ choose_launcher() {
     "only deepspeed reads a host file" "unset one of them"
   [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || [ -n "$HOSTFILE" ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
     "python runs on one node, deepspeed on those of HOSTFILE" "unset LAUNCHER"
-  WORLD=$((GPUS_PER_NODE * NNODES))
   case "$LAUNCHER" in
     python) LAUNCH=("$ENV_PYTHON") WORLD=1 ;;
     torchrun)

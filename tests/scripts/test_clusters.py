@@ -160,16 +160,18 @@ def test_several_hosts_need_pdsh(tmp_path: Path) -> None:
             ["16 processes: tp 1 x pp 1 x dp 16, ZeRO 1, bf16", "dp 16 x 2 acc"],
         ),
         ({"GPUS_PER_NODE": "8", "NNODES": "3"}, [], ["error: ", "24"]),
+        ({"GPUS_PER_NODE": "8x"}, [], ["error: ", "GPUS_PER_NODE=8x NNODES=1; both are whole numbers from 1; mend"]),
         ({}, ["--log-intervall", "3"], ["error: ", "--log-interval"]),
     ],
-    ids=["two-nodes", "wrong-batch", "wrong-flag"],
+    ids=["two-nodes", "wrong-batch", "wrong-number", "wrong-flag"],
 )
 def test_a_dry_run_checks_and_names_the_target(variables: dict[str, str], flags: list[str], said: list[str]) -> None:
     """On a machine without GPUs too: what is given is meant, and is refused now rather than after hours in a queue."""
     done = dry_run_of(EXAMPLES / "training/ar/140m_100M.sh", *flags, **variables)
     assert done.returncode == (2 if "error: " in said else 0), done.stderr
+    assert not done.stderr.startswith("Traceback")
     assert all(text in done.stderr for text in said), done.stderr
-    assert ("--bf16" in done.stdout.split()) == bool(variables)
+    assert ("--bf16" in done.stdout.split()) == (bool(variables) and done.stdout != "")
 
 
 def test_multi_node_needs_slurm_or_a_hostfile() -> None:
