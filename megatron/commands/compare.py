@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron.config.parser import Parser
 
 if TYPE_CHECKING:
     from megatron.runs.run import Run
@@ -15,7 +16,7 @@ MAX_LINES = 12  # a sweep has hundreds of runs; the page of ``megatron report`` 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, examples=("megatron compare runs/ar runs/mdm",))
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories"
     )

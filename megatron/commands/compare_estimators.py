@@ -1,8 +1,4 @@
-"""Measure likelihood estimators on a trained masked diffusion model: cost, error, agreement of rankings.
-
-python tools/compare_estimators.py --load RUN --text validation.jsonl --output figures.json
-python tools/compare_estimators.py --load RUN --valid-data-path PREFIX --num-mc 2 --repeats 200
-"""
+"""Measure likelihood estimators on a trained masked diffusion model: cost, error, agreement of rankings."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError, require
 from megatron.files import replace_file
@@ -29,7 +26,10 @@ def answer_lengths(text: str) -> list[int]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(
+        description=(__doc__ or "").splitlines()[0],
+        examples=("megatron compare-estimators --load runs/mdm --text validation.jsonl",),
+    )
     parser.add_argument("--load", required=True, metavar="RUN")
     parser.add_argument("--load-tag", metavar="TAG")
     data = parser.add_mutually_exclusive_group(required=True)

@@ -10,16 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
+
 if TYPE_CHECKING:
     from megatron.config.schema import Config
     from megatron.convert.hf_folder import ExportOptions
     from megatron.convert.published import PublishedCheckpoint
 
 
+EXAMPLES = (
+    "megatron convert to-hf runs/mdm exported/mdm",
+    "megatron convert from-hf exported/mdm runs/again",
+)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Outputs appear complete or not at all. See docs/converting.md."
+    parser = Parser(
+        description=__doc__,
+        examples=EXAMPLES,
+        epilog="Outputs appear complete or not at all. See docs/converting.md.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     published = commands.add_parser("from-published", help="published (DeepSpeed pipeline) checkpoint -> run directory")

@@ -6,7 +6,6 @@ python tools/check_environment.py --missing [--with eval,test]   only the missin
 
 from __future__ import annotations
 
-import argparse
 import platform
 import re
 import runpy
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron.config.parser import Parser
 from megatron.errors import UserError
 
 DISTRIBUTION = "megatron-mdm"
@@ -115,7 +115,10 @@ def print_namesakes() -> None:
 
 def main() -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Compare installed packages with what this project needs.")
+    parser = Parser(
+        description="Compare installed packages with what this project needs.",
+        examples=("megatron doctor --with eval,test",),
+    )
     parser.add_argument("--with", dest="extras", default="", metavar="NAMES", help="extras too: eval,logging,test")
     parser.add_argument("--missing", action="store_true", help="print only missing requirements, one a line")
     options = parser.parse_args()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.errors import Failure
 from megatron.files import replace_file
 
@@ -21,7 +22,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; no option means the quickstart."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        examples=(
+            "./download.sh --quickstart",
+            "./download.sh --mdm-checkpoint --dry-run",
+        ),
         prog="download.sh" if Path(sys.argv[0]).name == "download.py" else None,
         description="Download from the Hugging Face hub. Interrupted downloads continue; every file is checked against "
         "the hash that the hub lists. HF_ENDPOINT, HF_HOME, HF_TOKEN and proxy variables are honoured.",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import require
 
@@ -19,7 +20,7 @@ POINTS = ("final", "best", "curve")
 
 def main(arguments: list[str] | None = None) -> None:
     """Fit and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, examples=("megatron fit runs/sweep --output fits.json",))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     parser.add_argument("--law", choices=[*LAW_NAMES, "best"], default="best",
                         help="law to fit; best: the one with the lowest cross-validation error (default)")  # fmt: skip

@@ -7,13 +7,14 @@ import json
 import sys
 from typing import Any
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, examples=("megatron data inspect data/train_text_document",))
     parser.add_argument("prefix", nargs="+", help="common part of PREFIX.bin and PREFIX.idx")
     parser.add_argument(
         "--vocab-size",

@@ -1,9 +1,4 @@
-"""Every likelihood of one model or several on the same tokens, and whether one is better than another.
-
-python tools/likelihood.py runs/ar runs/mdm                         bound, exact under samplers, verdict
-python tools/likelihood.py runs/ar runs/mdm --samples 48 --policies confidence,random --tokens-per-step 1,4
-torchrun --nproc-per-node 8 tools/likelihood.py runs/ar runs/mdm --output verdict.json
-"""
+"""Every likelihood of one model or several on the same tokens, and whether one is better than another."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError, require
 
@@ -27,8 +23,12 @@ COUNT = whole(1, 10**9)
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of tools/likelihood.py."""
-    parser = argparse.ArgumentParser(
-        prog="likelihood", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        description=__doc__,
+        examples=(
+            "megatron likelihood runs/ar runs/mdm --output verdict.json",
+            "megatron likelihood runs/ar runs/mdm --samples 48 --policies confidence,random --tokens-per-step 1,4",
+        ),
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run, one tag of it, or export; the first is compared with")

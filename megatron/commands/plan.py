@@ -9,11 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
 from megatron.errors import UserError, require
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.scaling.planner import Choice, Plan
+
+
+EXAMPLES = (
+    "megatron plan --unique-tokens 100M --flops 1e20",
+    "megatron plan --unique-tokens 2B --gpu-hours 500 --device H100",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("--unique-tokens", required=True, metavar="TOKENS", help="tokens of data, such as 100M or 1e8")
     add("--flops", required=True, metavar="FLOPS", help="training compute (6*N*D), such as 1e20")

@@ -3,10 +3,6 @@
 Input is JSON lines and plain text (also .gz, .bz2, .xz, .zst), parquet or a folder saved by the `datasets` library; several
 inputs, folders and patterns are read in order. The output appears complete or not at all. See docs/data.md.
 
-  tools/preprocess_data.py --input c4.jsonl --output-prefix data/c4 --vocab-file vocab.json --merge-file merges.txt \\
-      --append-eod --workers 8                       # GPT-2 BPE, makes data/c4_text_document.bin and .idx
-  tools/preprocess_data.py --input books/ --output-prefix data/books --tokenizer-type ByteTokenizer --append-eod
-
 Malformed rows (no JSON, no such key, no text, no UTF-8) are reported by file and line and counted. By default one is
 too many: the whole input is checked, nothing is written, and the exit status is 2. --max-errors N leaves out up to N,
 --skip-errors any number.
@@ -20,11 +16,20 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary
+
+
+EXAMPLES = (
+    "megatron data preprocess --input c4.jsonl --output-prefix data/c4 \\",
+    "    --vocab-file vocab.json --merge-file merges.txt --append-eod",
+    "megatron data preprocess --input books --output-prefix data/books \\",
+    "    --tokenizer-type ByteTokenizer --append-eod",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,9 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     from megatron.data.tokenizer import KINDS
 
     description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=description, epilog=epilog, examples=EXAMPLES)
     group = parser.add_argument_group("input")
     group.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
     group.add_argument("--root", metavar="DIR", help="folder of relative inputs (default: the working directory)")

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured.")
+    parser = Parser(
+        description=__doc__,
+        epilog="HF_ENDPOINT, HF_HOME and HF_TOKEN are honoured.",
+        examples=("megatron hub push runs/mdm owner/name --dry-run",),
+    )
     add = parser.add_argument
     add("run", help="run directory (the folder of --save)")
     add("repo_id", help="owner/name on the hub")

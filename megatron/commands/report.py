@@ -7,11 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron.commands.compare import comparison
+from megatron.config.parser import Parser
+
+EXAMPLES = (
+    "megatron report runs/ar runs/mdm --output report",
+    "megatron report runs --serve",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write the report and print what it concludes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(
+        description=__doc__,
+        examples=EXAMPLES,
+    )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run directory, or folder holding run directories"
     )

@@ -5,9 +5,9 @@ The two files share no document and no run of 13 words. The same Python version,
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
 
 
@@ -15,9 +15,7 @@ def main() -> None:
     """Write the two files."""
     from megatron.data.prepare.sample_corpus import NGRAM_WORDS, read_documents, split_documents, write_jsonl
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, examples=("megatron data sample --output-dir data/sample",))
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="folder of the two files")
     parser.add_argument(
         "--seed", type=whole(0, 2**63 - 1), default=1234, help="seed of the split and the order (default: 1234)"

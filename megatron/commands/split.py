@@ -1,8 +1,5 @@
 """Split own text into OUT/train.jsonl and OUT/validation.jsonl by document, without leakage.
 
-  tools/split_data.py --input my-notes/ --output-dir data/notes
-  tools/split_data.py --input posts.jsonl.gz --json-keys body --validation-documents 200 --output-dir data/posts
-
 Reads .txt, .md, .rst, .py, .html, .jsonl, also compressed, .parquet, and folders of them. Documents that share half of the
 shorter one's runs of 8 words are kept on one side; exact copies are left out. The same text and seed give the same
 split on every machine. Fewer than 20 documents are cut into passages at ends of paragraphs. See docs/data.md.
@@ -13,16 +10,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
+
+EXAMPLES = (
+    "megatron data split --input my-notes --output-dir data/notes",
+    "megatron data split --input posts.jsonl.gz --json-keys body \\",
+    "    --validation-documents 200 --output-dir data/posts",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     from megatron.data.prepare.readers import FORMATS
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
     add("--output-dir", required=True, type=Path, metavar="DIR", help="folder of the two files")

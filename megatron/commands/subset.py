@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.files import replace_file
 
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Random samples of one seed are nested; documents keep their order."
+    parser = Parser(
+        description=__doc__,
+        examples=("megatron data subset --input data/train --output data/small --documents 100",),
+        epilog="Random samples of one seed are nested; documents keep their order.",
     )
     add = parser.add_argument
     add(
@@ -34,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--random", action="store_true", help="a random sample instead of the first documents")
     add("--seed", type=whole(0, 2**63 - 1), default=1234, help="seed of --random (default: 1234)")
-    add("--json-keys", "--json-key", default="text", metavar="KEY", help="JSONL: key of the text (default: text)")
+    add("--json-keys", default="text", metavar="KEY", help="JSONL: key of the text (default: text)")
     add("--data-path-file", metavar="FILE", help="also write the line for --train-data-path-file here")
     for flag in ("--tokenizer-type", "--vocab-file", "--merge-file", "--tokenizer-model"):
         add(flag, metavar="NAME" if flag == "--tokenizer-type" else "FILE", help="JSONL: tokenizer that counts tokens")

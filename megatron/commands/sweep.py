@@ -8,11 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import require
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.scaling.sweep.definition import Sweep, SweepRun
+
+
+EXAMPLES = (
+    "megatron sweep examples_scaling/sweeps/laptop.yaml list",
+    "megatron sweep examples_scaling/sweeps/laptop.yaml run --jobs 2",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,10 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(
+        description=__doc__,
+        examples=EXAMPLES,
+    )
     add = parser.add_argument
     add("sweep", type=Path, metavar="FILE", help="the sweep's YAML file")
-    add("action", choices=["list", "price", "status", "check", "run", "slurm"],
+    add("action", metavar="ACTION", choices=["list", "price", "status", "check", "run", "slurm"],
         help="list: runs and their commands; price: FLOPs and hours; status: where every run stands; check: what differs "
              "within comparisons; run: everything that is not finished; slurm: write an array job")  # fmt: skip
     add("--only", nargs="+", metavar="NAME", help="these runs, or all whose name contains the text (default: all)")

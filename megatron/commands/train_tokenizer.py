@@ -1,20 +1,23 @@
-"""Train a small byte-level BPE on text and save it as a tokenizer folder for --tokenizer-model.
-
-tools/train_tokenizer.py --input train.jsonl --vocab-size 2048 --output tokenizer/
-"""
+"""Train a small byte-level BPE on text and save it as a tokenizer folder for --tokenizer-model."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.data.prepare.readers import Source
+
+
+EXAMPLES = (
+    "megatron data tokenizer --input train.jsonl --vocab-size 2048 \\",
+    "    --output data/tokenizer",
+)
 
 
 def texts(sources: list[Source], key: str) -> Iterator[str]:
@@ -43,14 +46,13 @@ def main() -> None:
     from megatron.data.prepare.bpe_training import train_bpe
     from megatron.data.prepare.readers import FORMATS, find_sources
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        description=__doc__,
+        examples=EXAMPLES,
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or patterns")
     parser.add_argument("--input-format", choices=FORMATS, help="default: by file name")
-    parser.add_argument(
-        *("--json-keys", "--json-key"), default="text", metavar="KEY", help="key or column of the text (default: text)"
-    )
+    parser.add_argument("--json-keys", default="text", metavar="KEY", help="key or column of the text (default: text)")
     parser.add_argument(
         "--vocab-size", type=whole(1, 1 << 24), default=2048, metavar="TOKENS", help="ids to make (default: 2048)"
     )

@@ -9,34 +9,24 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
 from importlib import import_module
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import Any, ClassVar, Protocol
 
 from megatron.config.option import check_range, default_of, spelling
+from megatron.config.parser import HelpOnTopic, Parser, named
 from megatron.config.schema import SECTIONS, Config
 from megatron.config.validate import validate
 from megatron.errors import UserError, require
 
+EXAMPLES = (
+    "megatron train --objective mdm --model 7M --train-data-path data/train \\",
+    "    --valid-data-path data/valid --train-epochs 4 --save runs/mdm",
+    "megatron train --objective ar --model 140M --bf16 ... --save runs/ar \\",
+    "    --load runs/ar                        the same command continues a run",
+    "torchrun --nproc-per-node 8 pretrain_mdm.py --model 2298M \\",
+    "    --tensor-model-parallel-size 2 ...    several GPUs",
+    "megatron train --help warmup              all flags with a word",
+)
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Exits with status 2 and one message that names the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class _Help(argparse.HelpFormatter):
-    """Wide enough for our flags; a switch is shown without the value that may follow it."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=44, width=120)
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return "" if action.metavar == "" else super()._format_args(action, default_metavar)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return super()._format_action_invocation(action).replace(" ,", ",").rstrip()
 
 
 class HasOptions(Protocol):
@@ -72,21 +62,20 @@ def parse(
         The flags as given; :func:`megatron.training.resolve.resolve` makes a plan of them.
 
     Raises:
-        UserError: a number out of range, a flag that would have no effect, or flags that contradict each other.
-        SystemExit: unknown or malformed flag, or ``--help``.
+        UserError: an unknown or malformed flag, a number out of range, a flag that would have no effect, or flags that
+            contradict each other.
+        SystemExit: ``--help``.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
     for word in words:
-        if word.startswith("--") and word.partition("=")[2] == "--":  # argparse would give an empty list of values
-            parser.error(f"argument {word.partition('=')[0]}: '--' was given; it takes a value; correct it")
+        flag, _, value = word.partition("=")
+        is_empty = word.startswith("--") and value == "--"  # argparse would give an empty list of values
+        require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
     if _is_foreign(parser, words):
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
         (notes if notes is not None else []).extend(lines)
-    namespace, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}; only flags listed by --help are accepted, in full; see --help")
-    values, sections = vars(namespace), {}
+    values, sections = vars(parser.parse_args(words)), {}
     for section, cls in SECTIONS.items():
         sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
     owned = _owned(registry)
@@ -94,6 +83,7 @@ def parse(
     # A launch script of the paper asks for its objective by one of the flags.
     asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
     name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
+    name = named(name, list(registry))
     require(
         name in registry, f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name"
     )
@@ -104,14 +94,12 @@ def parse(
     return config
 
 
-def _needed(
-    registry: Registry, words: Sequence[str], *, default: str, prog: str | None
-) -> tuple[Registry, argparse.ArgumentParser]:
+def _needed(registry: Registry, words: Sequence[str], *, default: str, prog: str | None) -> tuple[Registry, Parser]:
     """The named objective alone, so that no other is imported, and its parser; all where a word is no flag of it, or asks
     for help."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--objective", nargs="?", default=default)
-    name = chooser.parse_known_args(words)[0].objective
+    name = named(chooser.parse_known_args(words)[0].objective or "", list(registry))
     if name in registry:
         own = {name: registry[name]}
         parser = build_parser(own, prog)
@@ -121,7 +109,7 @@ def _needed(
     return registry, build_parser(registry, prog)
 
 
-def _is_foreign(parser: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+def _is_foreign(parser: Parser, words: Sequence[str]) -> bool:
     """Whether a flag, or a choice of one, is not ours, or Megatron's defaults are asked for: a normal run has none."""
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     if "--help" in words or "-h" in words:
@@ -159,17 +147,18 @@ def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[
     return {flag: value for flag, value in given.items() if name in owned[flag][1]}
 
 
-def build_parser(registry: Registry, prog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(registry: Registry, prog: str | None = None, *, examples: Sequence[str] = EXAMPLES) -> Parser:
     """The parser of all training flags, grouped as the schema is."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s [flags]",
-        allow_abbrev=False,
         description="Pretrain a language model: one transformer, a causal or a masked-diffusion objective.",
         epilog="exit status: 0 at the end of the run, 75 stopped before it and saved (the same command continues), "
         "1 the run failed, 2 wrong input, 130 interrupted",
-        formatter_class=_Help,
+        examples=examples,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action=HelpOnTopic, registry=registry)
     for section in fields(Config):
         cls = SECTIONS[section.name]
         is_objective = section.name == "objective"
@@ -243,10 +232,8 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
         return
     arguments: dict[str, Any] = {"dest": item.name, "default": default, "help": help, **many}
     if meta["choices"]:
-        lowered = {choice.lower(): choice for choice in meta["choices"]}
-        arguments["type"] = lambda text: lowered.get(text.lower(), text)
         arguments["choices"] = list(meta["choices"])
-        arguments["metavar"] = "|".join(meta["choices"])
+        arguments["metavar"] = "NAME" if len(meta["choices"]) > 3 else "|".join(meta["choices"])
     else:
         arguments["type"] = base if base is str else _number(base)
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
@@ -260,6 +247,8 @@ def _help_text(meta: Mapping[str, Any], default: Any, *, negative: str, owners: 
         notes = ["default: on"]
     if meta["range"] is not None:
         notes.append(meta["range"].brief())
+    if len(meta["choices"]) > 3:
+        notes.append(f"one of {', '.join(meta['choices'])}")
     if negative:
         notes.append(f"{negative} turns it off")
     whose = f"{', '.join(owners)}: " if owners else ""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from megatron.config.option import idle_options
 from megatron.config.schema import SECTIONS
+from megatron.errors import UserError
 
 TABLE = Path(__file__).with_name("megatron_flags.csv")
 # What decides the model, its schedule and its measurements there and is another default here.
@@ -100,7 +101,7 @@ def translate(
         Our words, and lines to be said at start: what was read as what, what has no effect, which defaults differ.
 
     Raises:
-        SystemExit: words that are not accepted, all of them, each with its counterpart or the reason.
+        UserError: words that are not accepted, all of them, each with its counterpart or the reason.
     """
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     parts = _with_shares([part._replace(flag=_hyphens(part.flag, known)) for part in _split(words)])
@@ -108,7 +109,7 @@ def translate(
     judged = [(part, _rule(part, given)) for part in parts]
     wrong = [line for part, rule in judged if (line := _wrong(part, rule, known)) is not None]
     if wrong:
-        parser.error(_refusal(wrong))
+        raise _refusal(wrong)
     taken = [(part, rule) for part, rule in judged if rule is not None and not _is_switched_off(part, rule)]
     ours = [word for part, rule in judged if rule is None for word in part.words()]
     new, read = _aliased([(part, rule) for part, rule in taken if rule.kind == "alias"], ours, parser, world_size)
@@ -232,11 +233,12 @@ def _unknown(flag: str, known: Mapping[str, Any]) -> str:
     )
 
 
-def _refusal(lines: Sequence[str]) -> str:
+def _refusal(lines: Sequence[str]) -> UserError:
     where = "see --help, and docs/migration.md for Megatron's flags"
     if len(lines) == 1:
-        return f"{lines[0]}; {where}"
-    return "\n  ".join([f"{len(lines)} arguments are not accepted; {where}", *lines])
+        given, _, rule = lines[0].partition("; ")
+        return UserError(given, rule or "it is not accepted", where)
+    return UserError(f"{len(lines)} arguments are not accepted", where, "\n  ".join(["mend or drop them:", *lines]))
 
 
 def _aliased(

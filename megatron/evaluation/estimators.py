@@ -26,6 +26,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from megatron.errors import UserError
+from megatron.evaluation.names import ESTIMATORS
 from megatron.randomness import generator, radical_inverse
 
 MIN_MASK_PROB = 1e-3  # the training loss draws p from [1e-3, 1]; 1/p has infinite variance without the floor
@@ -255,16 +256,6 @@ class RandomOrder:
     def standard_error(self, values: np.ndarray, strata: np.ndarray) -> float:
         """See :class:`Estimator`."""
         return independent_standard_error(values)
-
-
-ESTIMATORS = (
-    "exact-count",
-    "exact-count-antithetic",
-    "bernoulli",
-    "bernoulli-independent",
-    "left-to-right",
-    "random-order",
-)
 
 
 def make_estimator(name: str, *, seed: int = 1234) -> Estimator:

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.errors import UserError, require
-from megatron.generation.policies import KNOWN, POLICIES, first_ranked, known_ranks, sureness
+from megatron.generation.flags import KNOWN, ORDERS, POLICIES
+from megatron.generation.policies import first_ranked, known_ranks, sureness
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms, token_logprobs
 from megatron.inference.logits import LogitsFn
-
-ORDERS = (*POLICIES, "ancestral")
 
 
 @dataclass(frozen=True)

@@ -18,27 +18,25 @@ from collections.abc import Callable
 
 import torch
 
-LEARNED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+_SURENESS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "confidence": lambda logprobs: logprobs.amax(-1),
     "margin": lambda logprobs: -logprobs.exp().topk(2, dim=-1).values.diff(dim=-1).squeeze(-1),
     "entropy": lambda logprobs: (logprobs.exp() * logprobs.clamp(min=-1e30)).sum(-1),
 }
 """How sure a prediction is, from its log-probabilities [n, vocab]: [n]."""
-KNOWN = ("left-to-right", "right-to-left", "random")
-POLICIES = (*LEARNED, *(f"{name}-reversed" for name in LEARNED), *KNOWN)
 
 
 def sureness(policy: str, logits: torch.Tensor) -> torch.Tensor:
     """What a learned policy ranks by, the highest first.
 
     Args:
-        policy: of ``POLICIES``, not of ``KNOWN``.
+        policy: a learned one, perhaps reversed.
         logits: [n, vocab] predictions.
 
     Returns:
         [n] float64.
     """
-    value = LEARNED[policy.removesuffix("-reversed")](logits.double().log_softmax(-1))
+    value = _SURENESS[policy.removesuffix("-reversed")](logits.double().log_softmax(-1))
     return -value if policy.endswith("-reversed") else value
 
 
@@ -46,7 +44,7 @@ def known_ranks(policy: str, uniforms: torch.Tensor) -> torch.Tensor:
     """What an order that is known before ranks by, the highest first.
 
     Args:
-        policy: of ``KNOWN``.
+        policy: of ``KNOWN`` in flags.py.
         uniforms: [batch, seq] numbers of the random order.
 
     Returns:

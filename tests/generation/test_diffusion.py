@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron.generation.diffusion import ORDERS, DiffusionSampler, DiffusionSettings, Step
+from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings, Step
+from megatron.generation.flags import ORDERS
 from megatron.generation.sampling import TokenSampling
 from tests.evaluation import toy
 

@@ -12,7 +12,8 @@ import torch
 from megatron.errors import UserError
 from megatron.generation import diffusion
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
-from megatron.generation.policies import POLICIES, first_ranked
+from megatron.generation.flags import POLICIES
+from megatron.generation.policies import first_ranked
 from megatron.generation.sampling import TokenSampling
 from tests.evaluation import toy
 from tests.generation.test_diffusion import model_with_room

@@ -88,7 +88,7 @@ def test_every_layout_trains_it_alike(pools: Callable[[int], WorkerPool], token_
 
 def test_its_flag_is_in_the_help_and_belongs_to_it_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        make_objective("--help")
+        make_objective("--help", "all")
     text = " ".join(capsys.readouterr().out.split())
     assert "--span-length TOKENS span_mdm: tokens that are masked together" in text
     assert "exact_count_mdm, block_diffusion, span_mdm: draw the diffusion time" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +17,46 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 
 
-def megatron(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The console entry as pip writes it."""
-    program = "import sys; from megatron.commands.console import entry; sys.argv[0] = 'megatron'; entry()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", program, *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+HELPED = """
+import contextlib, io, sys
+from megatron.commands import console
+from megatron.commands.running import status_of
+for verb in console.VERBS:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            status = status_of(lambda: console.main([*verb.split(), "--help"]))
+        except SystemExit as end:
+            status = end.code
+    print(f"== {verb} == {status} {'torch' in sys.modules}")
+    print(out.getvalue())
+"""
 
 
-@pytest.mark.parametrize("verb", list(console.VERBS))
-def test_every_verb_has_help_under_its_own_name(verb: str, tmp_path: Path) -> None:
-    done = megatron(*verb.split(), "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[0].startswith(f"usage: megatron {verb} ")
+def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(tmp_path: Path) -> None:
+    """In one process, which has never loaded torch by the end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    command = [sys.executable, "-c", HELPED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    _, *parts = re.split(r"^== (.*) == (\S+ \S+)\n", done.stdout, flags=re.MULTILINE)
+    pages = {verb: (ending, text) for verb, ending, text in zip(parts[::3], parts[1::3], parts[2::3])}
+    assert list(pages) == list(console.VERBS)
+    for verb, (ending, text) in pages.items():
+        assert ending == "0 False", verb
+        assert text.startswith(f"usage: megatron {verb} "), text[:80]
+        assert max(map(len, text.splitlines())) <= 80, verb
+        shown, _, examples = text.partition("  examples:\n")
+        assert f"    megatron {verb} " in examples or "    ./download.sh " in examples, verb
+        named = set(re.findall(r"(?<= )--[\w-]+", examples)) - {"--nproc-per-node"}
+        of_training = {
+            "--model",
+            "--bf16",
+            "--objective",
+            "--micro-batch-size",
+            "--tensor-model-parallel-size",
+            "--load",
+        }
+        assert not {flag for flag in named - of_training if flag not in shown} - {"--num-mc"}, verb
 
 
 def test_help_fits_a_terminal_and_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config import ModelConfig, build_parser
-from megatron.config.ranges import whole
 from megatron.errors import UserError, require
-from megatron.evaluation.estimators import ESTIMATORS
-from megatron.evaluation.lm_eval.tasks import PAPER_TASKS, parse_task_list, task_loader
+from megatron.evaluation.lm_eval.flags import build_downstream_parser
+from megatron.evaluation.lm_eval.tasks import parse_task_list, task_loader
 from megatron.files import replace_file
-from megatron.generation.policies import POLICIES
 from megatron.objectives import OBJECTIVES
 
 DEFAULT_DRAWS = 128
@@ -30,65 +27,6 @@ MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {
     "seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std", "model",
     "make_vocab_size_divisible_by", "padded_vocab_size",
 }  # fmt: skip
-
-
-def build_downstream_parser() -> argparse.ArgumentParser:
-    """Evaluation flags in front of all training flags (which scripts pass along); absent ones are absent."""
-    parser = build_parser(OBJECTIVES)
-    parser.description = "Evaluate a checkpoint of any layout, or a Hugging Face export, on lm-eval and local tasks."
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    group = parser.add_argument_group("downstream evaluation (see docs/evaluation.md)")
-    add = group.add_argument
-    add("--task_list", default="all", metavar="TASKS", help=f"comma-separated: {', '.join(PAPER_TASKS)}, tasks of lm-eval, "
-        "FILE.jsonl; 'all' is the nine named (default: all)")  # fmt: skip
-    add("--results_path", metavar="FILE", help="write lm-eval's JSON here; finished answers go to FILE.cache/ and are not "
-        "computed again")  # fmt: skip
-    add("--eval_method", choices=("ar", "mc", "exact"), help="ar: chain rule from left to right; mc: Monte-Carlo bound "
-        "(masked diffusion; default there), --num-mc sets its draws; exact: likelihood of the sampler of --policy")  # fmt: skip
-    add(
-        "--policy",
-        choices=POLICIES,
-        help="masked diffusion, --eval_method exact: what is uncovered next (default: confidence)",
-    )
-    add(
-        "--tokens_per_step",
-        type=whole(1, 10**6),
-        metavar="K",
-        help="tokens that --policy uncovers in a pass (default: 1)",
-    )
-    add("--estimator", choices=ESTIMATORS, help="masked diffusion: likelihood estimator instead of --eval_method's")
-    add("--no_adaptive", action="store_true", help="always --num-mc draws, also where the ranking is decided")
-    add(
-        "--only_generate",
-        action="store_true",
-        help="masked diffusion: exact match by greedy decoding only, no likelihoods",
-    )
-    add("--only_mc_nll", action="store_true", help="masked diffusion: likelihoods only, no greedy decoding")
-    add("--eval_fp32", action="store_true", help="run in float32 whatever --bf16 says (default on CPU)")
-    add("--inference", action="store_true", help="accepted for existing scripts: this program never trains")
-    add("--limit", type=_limit, metavar="N", help="items per task (a fraction below 1)")
-    add("--num_fewshot", type=_shots, metavar="N", help="examples in the context; default: the task's own")
-    add("--gen_kwargs", metavar="K=V,...", help="generation: temperature, top_k, top_p, max_gen_toks; masked diffusion also "
-        "order, steps, block_length, guidance")  # fmt: skip
-    add("--log_samples", action="store_true", help="put every item and its scores into the JSON")
-    add("--fetch_only", action="store_true", help="fetch the data sets into the Hugging Face cache and exit")
-    parser._action_groups.insert(2, parser._action_groups.pop())
-    return parser
-
-
-def _limit(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        value = float(text)
-        if 0 < value < 1 or (1 <= value < 1e15 and value == int(value)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of items; give 1 or more, or a fraction below 1")
-
-
-def _shots(text: str) -> int:
-    if text.isdecimal() and len(text) < 7:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of examples; give 0 or more")
 
 
 def run_downstream(argv: Sequence[str] | None = None) -> int:

@@ -9,19 +9,7 @@ from typing import Any
 
 from megatron.errors import Failure, UserError
 from megatron.evaluation.adaptive import Ranking
-
-# The nine tasks of arXiv 2507.15857: our name -> (lm-eval's name, data set on the Hugging Face hub).
-PAPER_TASKS = {
-    "arc_easy": ("arc_easy", "allenai/ai2_arc"),
-    "boolq": ("boolq", "aps/super_glue"),
-    "copa": ("copa", "aps/super_glue"),
-    "hellaswag": ("hellaswag", "Rowan/hellaswag"),
-    "piqa": ("piqa", "baber/piqa"),
-    "race": ("race", "EleutherAI/race"),
-    "winogrande": ("winogrande", "allenai/winogrande"),
-    "sciq": ("sciq", "allenai/sciq"),
-    "lambada": ("lambada_openai", "EleutherAI/lambada_openai"),
-}
+from megatron.evaluation.names import PAPER_TASKS
 
 
 def parse_task_list(names: str) -> list[str]:

@@ -197,10 +197,8 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path: Path, monkeypatch: 
         split([source], tmp_path / "out", SplitOptions(reading=ReadOptions()))
 
 
-@pytest.mark.parametrize("spelling", ["--json-keys", "--json-key"])
-def test_one_spelling_of_the_key_in_all_tools_and_the_old_one(
-    tool: Callable[..., Any], tmp_path: Path, spelling: str
-) -> None:
+def test_one_spelling_of_the_key_in_all_tools(tool: Callable[..., Any], tmp_path: Path) -> None:
+    spelling = "--json-keys"
     source = write_jsonl(tmp_path / "in.jsonl", ["some text"] * 9, key="body").path
     flags = (
         "--input",

@@ -1,0 +1,178 @@
+"""Training speed of a model and layout: the measurement behind ``megatron benchmark``."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megatron.config.schema import Config
+from megatron.config.shape import Shape, padded_size
+from megatron.data.dataset import Pieces
+from megatron.data.loader import build_loader, to_device
+from megatron.model.arithmetic import model_flops_per_token, peak_flops
+from megatron.model.batch import ModelBatch
+from megatron.model.gpt import GPTModel
+from megatron.objectives import Objective, build_objective, parse
+from megatron.parallel.connection import connect
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.launch import Launch
+from megatron.training.deepspeed.engine import Engine
+from megatron.training.optimizer import build_optimizer
+
+VOCAB_SIZE = 50257  # GPT-2
+
+
+class RandomTokens:
+    """An endless data set of uniformly random GPT-2 ids."""
+
+    def __init__(self, seq_length: int) -> None:
+        self.seq_length = seq_length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Sample ``index``: [seq + 1] int64."""
+        return np.random.default_rng(index).integers(0, VOCAB_SIZE, self.seq_length + 1)
+
+    def pieces(self, index: int) -> Pieces:
+        """Every sample is one document."""
+        length = self.seq_length + 1
+        return Pieces(np.full(length, index), np.zeros(length, dtype=np.int64))
+
+
+def benchmark_config(flags: list[str], steps: int) -> Config:
+    """The training configuration of a benchmark: published recipe, no dropout unless asked for."""
+    defaults = ["--attention-dropout", "0", "--hidden-dropout", "0", "--num-workers", "2"]
+    if not any(flag.split("=")[0] in ("--model", "--num-layers") for flag in flags):
+        defaults += ["--model", "7M"]
+    world_size = Launch.from_environment().world_size
+    config = parse([*defaults, *flags, "--train-iters", str(steps)], world_size=world_size)
+    parallel, run = config.parallel, config.run
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)
+    shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or rows)
+    batch = run.global_batch_size or run.micro_batch_size * (world_size // (tp * pp))
+    return replace(
+        config,
+        model=shape.recorded(),
+        objective=replace(config.objective, mask_token_id=VOCAB_SIZE),
+        optimizer=replace(config.optimizer, lr_decay_samples=steps * batch),
+        run=replace(run, global_batch_size=batch, train_samples=steps * batch),
+    )
+
+
+def plain_step(config: Config, objective: Objective) -> Callable[[ModelBatch[torch.Tensor]], None]:
+    """A training step of the same model without this project's loss: all logits, full softmax, mean over the loss."""
+    model = GPTModel(Shape.of(config.model), seed=config.run.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device, torch.bfloat16 if config.run.bf16 else torch.float32)
+    optimizer = build_optimizer(model.parameters(), config.optimizer)
+
+    def step(batch: ModelBatch[torch.Tensor]) -> None:
+        inputs, targets = to_device(batch, device)
+        logits = model.logits(inputs, objective.attention_mask).float()
+        ce = F.cross_entropy(logits.flatten(0, 1), targets.labels.flatten(), reduction="none")
+        loss = (ce * targets.loss_weights.flatten()).sum() / targets.num_tokens.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(action: Callable[[], Any], context: ParallelContext) -> float:
+    """Seconds of one action, the device's work included."""
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> dict[str, Any]:
+    """Time ``steps`` steps after ``warmup`` ones; see the module's docstring."""
+    connection = connect(Launch.from_environment(), timeout_minutes=config.parallel.distributed_timeout_minutes)
+    context = ParallelContext.create(
+        tp_size=config.parallel.tensor_model_parallel_size, pp_size=config.parallel.pipeline_model_parallel_size
+    )
+    objective = build_objective(config)
+    engine = Engine(config, objective, context)
+    assert config.run.global_batch_size
+    loader = build_loader(
+        RandomTokens(config.model.seq_length),
+        objective,
+        context,
+        micro_batch_size=config.run.micro_batch_size,
+        last_sample=(warmup + steps) * config.run.global_batch_size * (2 if compare_plain else 1),
+        num_workers=config.data.num_workers,
+    )
+    plain = plain_step(config, objective) if compare_plain else None
+    times: dict[str, list[float]] = {"engine": [], "plain": []}
+    with loader as batches:
+        for index in range(warmup + steps):
+            consumed = index * config.run.global_batch_size
+            step = partial(engine.train_step, batches, consumed_samples=consumed)
+            times["engine"].append(timed(step, context))
+            if plain is not None:
+                times["plain"].append(timed(partial(plain, next(batches)), context))
+    connection.leave()
+    return report(config, objective, context, {name: values[warmup:] for name, values in times.items() if values})
+
+
+def report(
+    config: Config, objective: Objective, context: ParallelContext, times: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Rates from step times; medians, because single steps of a shared machine vary."""
+    flops = model_flops_per_token(
+        Shape.of(config.model), mask=objective.attention_mask, loss_fraction=objective.loss_fraction
+    )
+    assert config.run.global_batch_size
+    seconds = statistics.median(times["engine"])
+    tokens_per_second = config.run.global_batch_size * config.model.seq_length / seconds
+    per_device = tokens_per_second * flops / context.world_size
+    peak = peak_flops(context.device)
+    result: dict[str, Any] = {
+        "objective": config.objective.objective,
+        "model": config.model.model,
+        "layout": {"tp": context.tp.size, "pp": context.pp.size, "dp": context.dp.size},
+        "precision": "bf16" if config.run.bf16 else "fp32",
+        "sequence": config.model.seq_length,
+        "global_batch": config.run.global_batch_size,
+        "step_seconds": {"median": seconds, "min": min(times["engine"]), "max": max(times["engine"])},
+        "steps": len(times["engine"]),
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": flops,
+        "tflops_per_device": per_device / 1e12,
+        "mfu": None if peak is None else per_device / peak,
+        "peak_memory_gib": _peak_memory_gib(context),
+        "machine": _machine(context),
+    }
+    if "plain" in times:
+        result["plain_step_seconds"] = statistics.median(times["plain"])
+        ratios = [plain / own for plain, own in zip(times["plain"], times["engine"])]
+        result["times_faster_than_plain"] = statistics.median(ratios)
+    return result
+
+
+def _peak_memory_gib(context: ParallelContext) -> float:
+    """GPU memory allocated at most, or on CPU the process's largest resident set."""
+    if context.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _machine(context: ParallelContext) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if context.device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
