@@ -18,7 +18,7 @@ PACKAGE = REPO / "megatron"
 # From the ground up; rooms of one line know nothing of each other.
 ORDER = [
     ["errors"],
-    ["files", "randomness"],
+    ["files", "randomness", "screen"],
     ["statistics"],
     ["config"],
     ["parallel"],

@@ -9,9 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.config.parser import Parser
+from megatron.config.parser import Parser, named
 from megatron.config.ranges import real, whole
+from megatron.config.usage import suggestion
 from megatron.errors import UserError, require
+from megatron.model.arithmetic import PEAK_FLOPS
+from megatron.screen import wrapped
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.scaling.planner import Choice, Plan
@@ -27,19 +30,23 @@ def main(arguments: list[str] | None = None) -> None:
     """Plan and print."""
     options = _parser().parse_args(arguments)
     plan = _plan(options)
-    print(json.dumps(_finite(asdict(plan)), indent=1) if options.json else _text(plan, options))
+    print(json.dumps(_finite(asdict(plan)), indent=1) if options.json else wrapped(_text(plan, options)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("--unique-tokens", required=True, metavar="TOKENS", help="tokens of data, such as 100M or 1e8")
-    add("--flops", required=True, metavar="FLOPS", help="training compute (6*N*D), such as 1e20")
+    compute = parser.add_mutually_exclusive_group(required=True)
+    compute.add_argument("--flops", metavar="FLOPS", help="training compute (6*N*D), such as 1e20")
+    compute.add_argument(
+        "--gpu-hours", metavar="HOURS", help="the same as hours of one --device, times their number, at --mfu"
+    )
     add("--fits", type=Path, metavar="FILE", help="fits of tools/fit_laws.py; default: published coefficients")
     add("--sizes", nargs="+", metavar="SIZE", help="presets or parameter counts to choose from, such as 140M or 2.5e6")
     add("--vocab-size", type=whole(2, 10**9), default=50257, metavar="TOKENS",
         help="no predicted loss above ln of this, which guessing costs (default: %(default)s)")  # fmt: skip
-    add("--device", default="H100", help="for the cost: H100, H200, A100, B200, ... (default: %(default)s)")
+    add("--device", default="H100", metavar="NAME", help=f"one of {', '.join(PEAK_FLOPS)} (default: %(default)s)")
     add("--peak-tflops", type=real(0, 10**9), metavar="TFLOPS", help="peak of one device, instead of --device")
     add(
         "--devices",
@@ -65,17 +72,39 @@ def _plan(options: argparse.Namespace) -> Plan:
     from megatron.scaling.literature import PUBLISHED
     from megatron.scaling.planner import Budget, Model, make_plan
 
-    _peak(options)
     models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
         models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
+    unique = parse_count(options.unique_tokens)
+    given = f"--unique-tokens {options.unique_tokens}"
+    require(
+        unique >= 1e4, given, "a model is trained on 10k tokens or more", "write the number of tokens, such as 100M"
+    )
     budget = Budget(
-        unique_tokens=parse_count(options.unique_tokens),
-        flops=parse_count(options.flops),
+        unique_tokens=unique,
+        flops=_flops(options),
         sizes=_sizes(options.sizes),
         vocab_size=options.vocab_size,
     )
     return make_plan(models, budget)
+
+
+def _flops(options: argparse.Namespace) -> float:
+    """The compute, however it was given; numbers that are another unit's are refused."""
+    from megatron.runs.counts import parse_count
+
+    peak, name = _peak(options)
+    if options.flops is not None:
+        flops = parse_count(options.flops)
+        given, hours = f"--flops {options.flops}", flops / peak / options.mfu / 3600
+        fix = "write FLOPs such as 1e20, or --gpu-hours HOURS"
+        require(flops >= 1e12, given, f"a {name} computes that in {flops / peak:.1g} s", fix)
+        require(hours < 1e12, given, f"a {name} computes that in {hours:.1g} hours", fix)
+        return flops
+    hours = parse_count(options.gpu_hours)
+    given = f"--gpu-hours {options.gpu_hours}"
+    require(hours < 1e10, given, "no cluster has so many hours", "write hours such as 500, or --flops FLOPS")
+    return hours * 3600 * peak * options.mfu
 
 
 def _sizes(names: list[str] | None) -> dict[str, float]:
@@ -84,6 +113,7 @@ def _sizes(names: list[str] | None) -> dict[str, float]:
     from megatron.scaling.planner import preset_sizes
 
     presets = preset_sizes()
+    names = [named(name, presets) for name in names or []]
     if not names:
         return presets
     sizes = {}
@@ -101,26 +131,30 @@ def _sizes(names: list[str] | None) -> dict[str, float]:
 
 def _peak(options: argparse.Namespace) -> tuple[float, str]:
     """(peak in FLOP/s, name) of the device."""
-    from megatron.scaling.planner import DEVICES
-
     if options.peak_tflops is not None:
         given = options.peak_tflops
         return given * 1e12, f"{given:g} TFLOP/s device"
+    device = named(options.device, PEAK_FLOPS)
     require(
-        options.device in DEVICES,
-        f"--device {options.device} was given",
-        f"known are {', '.join(sorted(DEVICES))}",
-        "choose one or give --peak-tflops",
+        device in PEAK_FLOPS,
+        f"--device {options.device}",
+        f"known are {', '.join(sorted(PEAK_FLOPS))}",
+        suggestion(options.device, PEAK_FLOPS) or "choose one or give --peak-tflops",
     )
-    return DEVICES[options.device], options.device
+    return PEAK_FLOPS[device], device
 
 
 def _text(plan: Plan, options: argparse.Namespace) -> str:
     from megatron.runs.counts import format_count
 
+    peak, name = _peak(options)
+    hours = plan.flops / peak / options.mfu / 3600
     lines = [
-        f"{format_count(plan.unique_tokens)} unique tokens, {plan.flops:.3g} FLOPs",
-        f"Train: {plan.recommended.upper()} ({plan.reason})",
+        _answer(plan, options),
+        "",
+        f"Given: {format_count(plan.unique_tokens)} unique tokens; {plan.flops:.3g} FLOPs, {hours:.3g} {name} hours at "
+        f"{options.mfu:.0%} MFU ({peak / 1e12:g} TFLOP/s at most)",
+        f"Why {plan.recommended.upper()}: {plan.reason}",
         f"MDM overtakes AR on this much data at {plan.critical} FLOPs"
         + ("" if math.isfinite(plan.critical.value) else " (not below 1e28)"),
     ]
@@ -140,6 +174,22 @@ def _text(plan: Plan, options: argparse.Namespace) -> str:
     if plan.probability is None:
         lines += ["", "note: The ranges are the error of the published coefficients at the paper's best runs."]
     return "\n".join([*lines, *([] if plan.probability is None else [""]), *[f"note: {note}" for note in plan.notes]])
+
+
+def _answer(plan: Plan, options: argparse.Namespace) -> str:
+    """What to do, in one sentence."""
+    from megatron.runs.counts import format_count
+    from megatron.scaling.planner import device_hours
+
+    peak, name = _peak(options)
+    choice = plan.choices[plan.recommended].advised
+    device_h, wall_h = device_hours(choice.flops, peak_flops=peak, mfu=options.mfu, devices=options.devices)
+    who = f"{plan.recommended.upper()} {choice.size}"
+    lead = f"AR and MDM are too close to call; if one, train {who}" if plan.is_close else f"Train {who}"
+    return (
+        f"{lead} for {choice.epochs:.3g} epochs of your {format_count(plan.unique_tokens)} tokens: {device_h:.3g} {name} "
+        f"hours ({wall_h:.3g} h on {options.devices}), predicted {choice.label} {choice.loss} nats/token."
+    )
 
 
 def _choice_lines(title: str, choice: Choice, options: argparse.Namespace) -> list[str]:

@@ -16,7 +16,7 @@ def parse_count(text: str) -> float:
     Raises:
         UserError: it is none of these, below 1, or larger than anything that there is to count.
     """
-    scale = next((scale for scale, suffix in _COUNTS if text.endswith(suffix)), None)
+    scale = next((scale for scale, suffix in _COUNTS if text.lower().endswith(suffix.lower())), None)
     try:
         value = float(text) if scale is None else float(text[:-1]) * scale
     except ValueError:

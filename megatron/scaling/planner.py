@@ -16,7 +16,6 @@ import numpy as np
 
 from megatron.config.shape import PRESETS
 from megatron.errors import require
-from megatron.model.arithmetic import PEAK_FLOPS
 from megatron.scaling.fit import Fit
 from megatron.scaling.interval import Interval
 from megatron.scaling.laws import Coefficients, Points
@@ -34,9 +33,6 @@ from megatron.scaling.literature import (
 from megatron.scaling.predict import Model, best_epochs, central_losses, critical_compute, losses
 
 Array = np.ndarray
-
-DEVICES = PEAK_FLOPS
-"""Dense bf16 peak of one device in FLOP/s, as in the vendors' data sheets."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Choice:
 @dataclass(frozen=True)
 class Plan:
     """What to train. ``choices``: the lowest predicted loss of each objective. ``probability``: share of bootstrap refits in
-    which MDM is better; None without fits."""
+    which MDM is better; None without fits. ``is_close``: neither can be called the better one."""
 
     unique_tokens: float
     flops: float
@@ -86,6 +82,7 @@ class Plan:
     critical: Interval
     probability: float | None = None
     notes: tuple[str, ...] = field(default=())
+    is_close: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,12 +188,10 @@ def _plan_from_fits(ar: Fit, mdm: Fit, choices: Mapping[str, Choice], budget: Bu
     probability = float(np.mean(samples[1][None, :] < samples[0][:, None]))
     better = "mdm" if choices["mdm"].loss.value < choices["ar"].loss.value else "ar"
     sure = probability if better == "mdm" else 1 - probability
-    reason = f"lower predicted loss, in {sure:.0%} of the bootstrap refits" + (
-        "; too close to call" if sure < 0.9 else ""
-    )
+    reason = f"lower predicted loss, in {sure:.0%} of the bootstrap refits"
     notes = ["AR is an exact NLL and MDM an upper bound: a predicted tie favours MDM."]
     critical = critical_compute(ar, mdm, unique)
-    return Plan(unique, budget.flops, choices, better, reason, critical, probability, tuple(notes))
+    return Plan(unique, budget.flops, choices, better, reason, critical, probability, tuple(notes), sure < 0.9)
 
 
 def _plan_from_line(choices: Mapping[str, Choice], budget: Budget) -> Plan:
@@ -206,7 +201,7 @@ def _plan_from_line(choices: Mapping[str, Choice], budget: Budget) -> Plan:
     ratio = max(flops / threshold, threshold / flops)
     reason = (
         f"the budget is {ratio:.3g} times {'above' if better == 'mdm' else 'below'} the published critical compute of "
-        f"{threshold:.3g} FLOPs for this much data (arXiv 2507.15857)" + ("; too close to call" if ratio < 3 else "")
+        f"{threshold:.3g} FLOPs for this much data (arXiv 2507.15857)"
     )
     notes = [
         "No fit of both objectives was given: published coefficients are used, and the published line decides.",
@@ -218,7 +213,9 @@ def _plan_from_line(choices: Mapping[str, Choice], budget: Budget) -> Plan:
             f"{unique:.3g} unique tokens is outside of the data of that line ({low:.3g} to {high:.3g}): extrapolated."
         )
     # The line is published without an interval.
-    return Plan(unique, flops, choices, better, reason, Interval(threshold, math.nan, math.nan), None, tuple(notes))
+    return Plan(
+        unique, flops, choices, better, reason, Interval(threshold, math.nan, math.nan), None, tuple(notes), ratio < 3
+    )
 
 
 def _cheapest(cost: Array, allowed: Array, tokens: Array) -> tuple[int, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_published_line_decides_without_fits():
     assert plan.probability is None
     assert any("published coefficients" in note for note in plan.notes)
     assert any("do not compare" in note for note in plan.notes)
-    assert "too close to call" in make_plan(PUBLISHED, budget(100e6, 6e19)).reason
+    assert make_plan(PUBLISHED, budget(100e6, 6e19)).is_close and not plan.is_close
 
 
 def test_extrapolating_the_line_is_said():
@@ -240,23 +241,40 @@ def run_plan(*arguments):
 def test_plan_program_without_fits_says_so():
     done = run_plan("--unique-tokens", "100M", "--flops", "1e21")
     assert done.returncode == 0, done.stderr
-    assert "Train: MDM" in done.stdout
+    assert re.match(r"Train MDM \d+M for [\d.]+ epochs of your 100M tokens: \d+ H100 hours", done.stdout)
     assert "published coefficients are used" in done.stdout
     assert "H100 hours" in done.stdout
     assert "cheapest within one standard error" in done.stdout
     assert "lowest predicted loss" in done.stdout
 
 
+def test_gpu_hours_are_the_compute_of_a_device_by_its_peak_and_the_utilisation(capsys):
+    """And the answer comes first, in one sentence, in 80 columns."""
+    plans = []
+    for words in ("--gpu-hours 100 --device h100 --mfu 0.5", f"--flops {100 * 3600 * 989e12 * 0.5}"):
+        assert status_of(lambda words=words: plan_program(["--unique-tokens", "100m", *words.split(), "--json"])) == 0
+        plans.append(json.loads(capsys.readouterr().out)["flops"])
+    assert plans[0] == pytest.approx(plans[1]) == 100 * 3600 * 989e12 * 0.5
+    plan_program(["--unique-tokens", "100M", "--gpu-hours", "40", "--device", "b200"])
+    text = capsys.readouterr().out
+    answer = " ".join(text.partition("\n\n")[0].split())
+    assert re.fullmatch(r"AR and MDM are too close to call; if one, train MDM .* B200 hours .* nats/token\.", answer)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "40 B200 hours at 40% MFU (2250 TFLOP/s at most)" in " ".join(text.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--flops 500", "--flops 500; a H100 computes that in 5e-13 s; write FLOPs such as 1e20, or --gpu-hours HOURS"),
+        ("--unique-tokens 100", "--unique-tokens 100; a model is trained on 10k tokens or more; write the number"),
         ("--sizes huge", "size 'huge' was given; a size is a number of parameters from 1, or a preset; presets: 7M"),
         ("--sizes -5 140M", "size '-5' was given; a size is a number of parameters from 1"),
         ("--flops inf", "'inf' is not a count; a count is a number from 1 to 1e+40"),
         ("--flops nan", "'nan' is not a count"),
         ("--unique-tokens -1", "'-1' is not a count"),
         ("--unique-tokens 1e999", "'1e999' is not a count"),
-        ("--device H1000", "--device H1000 was given; known are A100"),
+        ("--device H1000", "--device H1000; known are A100"),
         ("--sizes 1e-320", "size '1e-320' was given"),
         ("--flops 1e12", "the laws predict no loss below guessing (ln 50257 = 10.82) there"),
         ("--fits /nonexistent", "/nonexistent is not a file of fits"),
