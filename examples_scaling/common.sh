@@ -98,10 +98,19 @@ launch() {
   done
   find_python
   choose_launcher
-  supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}"
-  case "$DRY_RUN $program" in
-    "1 pretrain_"*) if [ -x "$ENV_PYTHON" ]; then "$ENV_PYTHON" "$REPO/tools/_target.py" "$program" "$WORLD" "${flags[@]}"; fi ;;
-  esac
+  if [ "$LAUNCHER" != deepspeed ] || [ "$DRY_RUN" = 1 ]; then
+    supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}" || return
+    case "$DRY_RUN $program" in
+      "1 pretrain_"*) if [ -x "$ENV_PYTHON" ]; then "$ENV_PYTHON" "$REPO/tools/_target.py" "$program" "$WORLD" "${flags[@]}"; fi ;;
+    esac
+    return
+  fi
+  local words status=0   # DeepSpeed goes on talking after an error: ours comes last
+  words="$(mktemp -d)"
+  MEGATRON_LAST_WORDS="$words/words" supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}" || status=$?
+  [ ! -f "$words/words" ] || cat "$words/words" >&2
+  rm -rf "$words"
+  return "$status"
 }
 
 # tool NAME FLAGS...: runs tools/NAME. once FILE NAME FLAGS...: unless FILE, its output, is there; tools write whole files.

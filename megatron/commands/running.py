@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron.errors import Failure, UserError
+from megatron.parallel.launch import complain
 
 # Error numbers of files: the rule, and what to do.
 WRONG_NAMES = {
@@ -104,7 +105,7 @@ def _drop_output() -> None:
 
 
 def _say(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    complain(f"error: {error}")
     return error.exit_status
 
 

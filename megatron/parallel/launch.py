@@ -5,8 +5,12 @@ Importing it imports no torch, so that flags can be checked against the number o
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,6 +84,28 @@ class Launch:
     def meeting_place(self) -> str:
         """``host:port``."""
         return f"{self.master_addr}:{self.master_port}"
+
+
+def complain(error: str, *, is_speaker: bool | None = None) -> None:
+    """Say an error once, and last, whoever started this process.
+
+    Our scripts print what the first process to fail leaves in ``MEGATRON_LAST_WORDS`` when everything has ended. torchrun shows
+    in its summary what it finds in its own file. Otherwise the error is printed here.
+
+    Args:
+        error: the line.
+        is_speaker: whether this process prints; default: the first rank does, the others say the same.
+    """
+    words, summary = os.environ.get("MEGATRON_LAST_WORDS"), os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with suppress(OSError):
+        if summary:
+            Path(summary).write_text(json.dumps({"message": error, "timestamp": int(time.time())}))
+        if words:
+            with suppress(FileExistsError), open(words, "x") as file:
+                file.write(error + "\n")
+            return
+    if os.environ.get("RANK", "0") == "0" if is_speaker is None else is_speaker:
+        print(error, file=sys.stderr, flush=True)
 
 
 def _chain() -> tuple[tuple[int, int], ...]:

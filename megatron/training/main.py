@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
 from megatron.objectives import parse
-from megatron.parallel.launch import Launch
+from megatron.parallel.launch import Launch, complain
 from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run, holds_run
 
@@ -74,8 +73,7 @@ def main(
                 clear_run(plan.run_dir)
             return _run(plan, launch, observer, probe)
     except UserError as error:
-        if launch.is_first_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(f"error: {error}")
         return error.exit_status
 
 
@@ -112,12 +110,14 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
     except BaseException as error:
         failed = connection.peer_failure(error) or error
         if isinstance(failed, UserError):
-            print(f"error: {failed}", file=sys.stderr, flush=True)
+            complain(f"error: {failed}", is_speaker=True)
             status = failed.exit_status
         elif not connection.is_shared:
             raise
         else:
             traceback.print_exception(failed)
+            what = traceback.format_exception_only(failed)[-1].strip()
+            complain(f"error: rank {launch.rank} failed: {what}; its traceback is above", is_speaker=False)
     connection.leave(failed)
     if failed is not None and connection.is_shared:
         end_process(status)

@@ -148,17 +148,40 @@ def test_a_tool_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     assert left_behind(process.pid) == []
 
 
-@pytest.mark.parametrize(("status", "expected"), [("75", 75), ("-9", 137)])
-def test_torchrun_ends_as_its_processes_ended(status: str, expected: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "expected", "said"),
+    [
+        ("75", 75, ""),
+        ("2", 2, "error: a; b; c\n"),
+        ("-9", 137, "was ended by SIGKILL; the system does that when memory"),
+    ],
+)
+def test_torchrun_ends_as_its_processes_ended_with_one_error_at_the_end(
+    status: str, expected: int, said: str, tmp_path: Path
+) -> None:
+    """By hand torchrun has the last word itself: its summary then shows what a process had to say."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, signal, sys\nstatus = int(sys.argv[1])\n"
+        "import os, signal, sys\nfrom megatron.parallel.launch import complain\nstatus = int(sys.argv[1])\n"
+        "complain('error: a; b; c') if status == 2 else None\n"
         "sys.exit(status) if status >= 0 else os.kill(os.getpid(), -status)\n"
     )
-    command = [sys.executable, str(REPO / "tools/_torchrun.py"), "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, str(program), status], capture_output=True, text=True, timeout=100)
-    assert done.returncode == expected, done.stderr
-    assert "Traceback" not in done.stderr
+    tail = ["--standalone", "--nproc-per-node", "2", str(program), status]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    launchers = [[str(REPO / "tools/_torchrun.py")], *([["-m", "torch.distributed.run"]] if status == "2" else [])]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *words, *tail], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for words in launchers
+    ]
+    endings = [(*process.communicate(timeout=100), process.returncode) for process in started]
+    out, errors, code = endings[0]
+    assert (out, code) == ("", expected), errors
+    assert said in errors and errors.count("\n") == (1 if said else 0) and "Traceback" not in errors
+    for _, by_hand, code in endings[1:]:
+        assert code == 1
+        assert by_hand.rstrip("= \n").endswith("traceback : error: a; b; c")
 
 
 def test_torchrun_passes_usr1_on_and_does_not_end_before_its_processes(tmp_path: Path) -> None:
