@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.config.parser import Parser
-from megatron.config.ranges import whole
+from megatron.config.ranges import real, whole
 from megatron.errors import UserError, require
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
@@ -39,9 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--policies", default=POLICIES, metavar="P,P,...", help=f"samplers of masked diffusion (default: {POLICIES})")
     add("--tokens-per-step", default="1", metavar="K,K,...", help="tokens uncovered in a pass (default: 1)")
     add("--block-length", type=COUNT, metavar="TOKENS", help="uncover from left to right in blocks")
-    add("--temperature", type=float, default=1.0, metavar="T", help="1 is the model's own distribution (default: 1)")
+    add(
+        "--temperature",
+        type=real(0, 1e6),
+        default=1.0,
+        metavar="T",
+        help="1 is the model's own distribution (default: 1)",
+    )
     add("--top-k", type=whole(0, 10**9), default=0, metavar="TOKENS", help="0: all (default)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="1: all (default)")
+    add("--top-p", type=real(0, 1), default=1.0, metavar="P", help="1: all (default)")
     add("--num-mc", type=COUNT, default=8, metavar="PAIRS", help="pairs of masks for the bound (default: 8)")
     add("--orders", type=whole(0, 10**6), default=0, metavar="K",
         help="also the bound with K orders inside the logarithm; 0: without (default)")  # fmt: skip

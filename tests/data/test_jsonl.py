@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _tokenizer(path: Path) -> Any:
 READERS: dict[str, Callable[[Path], Any]] = {
     "any.json": lambda path: read_object(path, rule="one object", fix="correct it"),
     "tokenizer_config.json": _tokenizer,
-    "deepspeed.json": read_settings_file,
+    "deepspeed.json": partial(read_settings_file, bf16=False),
     "fits.json": load_fits,
     INDEX: _read_index,
     "config.json": lambda path: read_config(path.parent),

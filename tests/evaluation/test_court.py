@@ -143,7 +143,6 @@ def test_the_best_of_many_is_chosen_and_reported_on_different_documents(base) ->
         (["--tokens-per-step", "0"], "--tokens-per-step 0"),
         (["--policies", "best"], "order 'best'"),
         (["--policies", "ancestral"], "order ancestral"),
-        (["--temperature", "0"], "temperature 0"),
         (["--load-tag", "global_step77"], "global_step77"),
     ],
 )
