@@ -186,10 +186,12 @@ def _first_usable(
             later = [tag for tag in tag_folders(load) if step_of(tag) > step_of(path)]
             skipped = [f"{tag.name} (`{LATEST}` names {path.name})" for tag in later]
         return Selection(path, read_manifest(path), tuple(skipped))
+    there = [tag.name for tag in tag_folders(load)][-4:]
+    others = f" (there: {', '.join(there)})" if there else ""
     require(
         not skipped,
         f"no checkpoint in {load} can be used: {'; '.join(skipped)}",
         "a checkpoint needs its manifest and every file as they were written",
-        "restore them, choose another --load or --load-tag, or convert with tools/convert_checkpoint.py",
+        f"restore them, choose another --load or --load-tag{others}, or convert with tools/convert_checkpoint.py",
     )
     return Selection()

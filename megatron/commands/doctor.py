@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.parser import Parser
+from megatron.config.usage import suggestion
 from megatron.errors import UserError
 
 DISTRIBUTION = "megatron-mdm"
@@ -77,7 +78,11 @@ def extra_names(text: str) -> list[str]:
     names = [name for name in text.replace(",", " ").split() if name]
     for name in names:
         if name not in known:
-            raise UserError(f"--with {name}", f"the choices are {', '.join(known)}", "separate several with commas")
+            raise UserError(
+                f"--with {name}",
+                f"the choices are {', '.join(known)}",
+                suggestion(name, known) or "separate several with commas",
+            )
     return [name for name in dict.fromkeys(names) if name not in ACCELERATORS]
 
 

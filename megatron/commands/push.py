@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
 if TYPE_CHECKING:
     from megatron.hub.upload import UploadPlan
@@ -47,6 +47,9 @@ def plan_of(args: argparse.Namespace) -> UploadPlan:
     from megatron.convert.hf_folder import ExportOptions
     from megatron.hub.upload import UploadPlan
 
+    near = f"write {args.repo_id.strip('/').replace('/', '-')} behind its owner: OWNER/NAME"
+    is_whole = args.repo_id.count("/") == 1 and all(args.repo_id.split("/"))
+    require(is_whole, f"{args.repo_id!r} as repository", "on the hub it is owner/name", near)
     if args.no_export and not args.with_checkpoint:
         raise UserError("--no-export without --with-checkpoint", "an upload holds weights", "add --with-checkpoint")
     export = ExportOptions(

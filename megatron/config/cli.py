@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
@@ -85,7 +85,10 @@ def parse(
     name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
     name = named(name, list(registry))
     require(
-        name in registry, f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", "correct the name"
+        name in registry,
+        f"--objective {name!r}",
+        f"an objective is one of {', '.join(registry)}",
+        _nearest(name, registry),
     )
     options = registry[name].Options(**_own_options(name, given, owned))
     sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
@@ -131,6 +134,10 @@ def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
         for item in fields(cls.Options):
             found.setdefault(item.name, (item, []))[1].append(name)
     return found
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    return import_module("megatron.config.usage").suggestion(name, names) or "correct the name"
 
 
 def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[Field, list[str]]]) -> dict[str, Any]:
@@ -264,7 +271,7 @@ def _truth(text: str) -> bool:
 
 def _number(base: type) -> Callable[[str], Any]:
     """A converter whose message names the kind of number; whole numbers may be written 1e6."""
-    kind = "a whole number" if base is int else "a number"
+    kind, example = ("a whole number", "1000 or 1e3") if base is int else ("a number", "0.0003 or 3e-4")
 
     def convert(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -272,6 +279,6 @@ def _number(base: type) -> Callable[[str], Any]:
         with contextlib.suppress(ValueError):
             if base is int and float(text).is_integer():
                 return int(float(text))
-        raise argparse.ArgumentTypeError(f"{text!r} was given; it takes {kind}; correct it")
+        raise argparse.ArgumentTypeError(f"{text!r} was given; it takes {kind}; write such as {example}")
 
     return convert

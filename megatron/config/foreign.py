@@ -228,8 +228,9 @@ def _wrong(part: Words, rule: Rule | None, known: Mapping[str, Any]) -> str | No
 def _unknown(flag: str, known: Mapping[str, Any]) -> str:
     """A flag of nobody: only a slip of the keyboard is guessed at; what means the same is a matter of the table."""
     near = difflib.get_close_matches(flag, [*known, *(rule.flag for rule in rules())], n=1, cutoff=0.85)
+    near = near or [name for name in known if flag.lstrip("-") in name.lstrip("-").split("-")][:2]
     return f"unknown argument {flag!r}; " + (
-        f"did you mean {near[0]}?" if near else "it is no flag of Megatron's either"
+        f"did you mean {' or '.join(near)}?" if near else "it is no flag of Megatron's either"
     )
 
 

@@ -6,6 +6,7 @@ What only a person who asks or errs needs is in ``usage.py``, which a run does n
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -48,6 +49,9 @@ class Parser(argparse.ArgumentParser):
         parts = {"allow_abbrev": False, "formatter_class": Help, **more}
         super().__init__(epilog="\n\n".join(part for part in (epilog, shown) if part) or None, **parts)
         self.examples = tuple(examples)
+        self._negative_number_matcher = re.compile(
+            r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE
+        )  # 3.10 knows no -1e-4
 
     def format_help(self) -> str:
         """The whole help, under a line of usage that names what is needed."""

@@ -4,6 +4,7 @@ the vocabulary decide together."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import NamedTuple
 
 from megatron.config.schema import ModelConfig
@@ -156,11 +157,12 @@ def _preset(name: str | None) -> dict[str, int]:
     if name is None:
         return {}
     names = {preset.lower(): preset for preset in PRESETS}
+    near = "" if name.lower() in names else import_module("megatron.config.usage").suggestion(name, PRESETS, cutoff=0.5)
     require(
         name.lower() in names,
         f"--model {name!r} is not a preset",
-        f"presets are {', '.join(PRESETS)}",
-        "choose one of them or give --num-layers, --hidden-size and --num-attention-heads",
+        "--help presets lists them: 7M, 14M, ... 16183M",
+        f"{near or 'choose one of them'} or give --num-layers, --hidden-size and --num-attention-heads",
     )
     return PRESETS[names[name.lower()]]._asdict()
 

@@ -36,8 +36,9 @@ TOPICS = {
 
 def suggestion(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
     """``did you mean X?`` of the nearest name; empty where none is near."""
-    near = difflib.get_close_matches(word.lower(), [str(name) for name in names], n=1, cutoff=cutoff)
-    return f"did you mean {near[0]}?" if near else ""
+    plain = {str(name).lower(): str(name) for name in names}
+    near = difflib.get_close_matches(word.lower(), plain, n=1, cutoff=cutoff)
+    return f"did you mean {plain[near[0]]}?" if near else ""
 
 
 def refusal(parser: Parser, message: str) -> UserError:

@@ -128,7 +128,7 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
         world % (tp * pp) == 0,
         f"{world} processes cannot hold tensor-parallel {tp} x pipeline {pp}",
         f"the number of processes must be a multiple of {tp * pp}",
-        f"start {tp * pp} or a multiple (torchrun --nproc_per_node, deepspeed --num_gpus), or lower the sizes",
+        f"start {tp * pp} or a multiple (torchrun --nproc-per-node {tp * pp}), or lower the sizes",
     )
     require(
         zero <= 1 or pp == 1,

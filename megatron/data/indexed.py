@@ -236,7 +236,7 @@ class IndexedDataset:
 
 def _remedy(prefix: str) -> str:
     """What to do about missing data: a similar name that is there, the download, or making it."""
-    folder, name = os.path.split(prefix)
+    folder, name = (prefix, "") if os.path.isdir(prefix) else os.path.split(prefix)
     there = [path.stem for path in sorted(Path(folder).glob("*.idx")) if path.stem != name]
     similar = [other for other in there if other.startswith(name)] or difflib.get_close_matches(name, there, cutoff=0.8)
     if similar:

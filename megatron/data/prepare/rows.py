@@ -27,6 +27,8 @@ def parse_row(raw: Any, unit: str, keys: Sequence[str]) -> list[str] | None:
             return None
         try:
             raw = json.loads(_decoded(raw))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"no JSON ({error}); plain text has --input-format text") from None
         except RecursionError:
             raise ValueError("nested too deeply to be read") from None
         if not isinstance(raw, dict):

@@ -40,6 +40,8 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
     tasks = parse_task_list(arguments.task_list)
     if not tasks:
         raise UserError("--task_list is empty", "an evaluation needs a task", "pass --task_list all or names")
+    has_model = arguments.fetch_only or hasattr(arguments, "load")
+    require(has_model, "no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
     no_likelihoods = "--only_generate computes no likelihoods to rank by or to average"
     refused = dict.fromkeys(("multiple_choice", "loglikelihood_rolling"), no_likelihoods)
     loader = task_loader(tasks, refused if arguments.only_generate else None)
@@ -53,8 +55,6 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
         return 0
-    if not hasattr(arguments, "load"):
-        raise UserError("no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
     from megatron.inference.processes import start_processes
 
     context = start_processes(getattr(arguments, "tensor_model_parallel_size", 1))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron.config.usage import suggestion
 from megatron.errors import Failure, UserError
 from megatron.evaluation.adaptive import Ranking
 from megatron.evaluation.names import PAPER_TASKS
@@ -92,7 +93,7 @@ def task_loader(names: Sequence[str], refused: Mapping[str, str] | None = None) 
                 raise UserError(
                     f"task {name!r} is not known",
                     f"a task is one of {', '.join(PAPER_TASKS)}, any task of lm-eval, or a .jsonl file",
-                    "correct --task_list",
+                    suggestion(name, PAPER_TASKS) or "correct --task_list",
                 )
             try:
                 return super().load([spec])

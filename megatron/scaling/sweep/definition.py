@@ -97,7 +97,9 @@ def load_sweep(path: Path) -> Sweep:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(
-            f"{path} cannot be read as YAML ({error})", "a sweep is one YAML file", "see docs/scaling.md"
+            f"{path} cannot be read as YAML ({' '.join(str(error).split())})",
+            "a sweep is one YAML file",
+            "see docs/scaling.md",
         ) from None
     check_form(path, data)
     flags = _dashed(data.get("flags") or {})
