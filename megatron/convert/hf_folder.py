@@ -31,6 +31,7 @@ from megatron.convert.huggingface import (
     trim_rows,
     write_weights,
 )
+from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_folder
 from megatron.inference.model import load_tensors
@@ -103,6 +104,8 @@ def export_folder(
             config.data, folder, mask_id=mask_id, length=config.model.seq_length, source=options.tokenizer
         )
         eod = end_of_document(folder) if has_tokenizer else None
+        if eod is None and has_tokenizer and options.tokenizer is None:  # copied byte for byte, without a word about it
+            eod = build_tokenizer(config.data).eod_id
         if eod is None and config.data.tokenizer_type == "GPT2BPETokenizer" and config.data.vocab_size:
             eod = config.data.vocab_size - 1  # <|endoftext|> is the last token of GPT-2's vocabulary
         fields = huggingface_config(config, family=family, vocab_rows=rows, dtype=dtype, eod_id=eod)

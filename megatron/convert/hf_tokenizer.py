@@ -92,6 +92,9 @@ def write_tokenizer(
         return False
     if mask_id is not None:
         _add_mask(tokenizer, mask_id)
+    if source is None and tokenizer.eos_token is None:  # a bare tokenizer.json does not say which token it is
+        eod = build_tokenizer(data).eod_id
+        tokenizer.eos_token = None if eod is None else tokenizer.convert_ids_to_tokens(eod)
     if tokenizer.model_max_length > 10**9:
         tokenizer.model_max_length = length
     tokenizer.save_pretrained(str(folder))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +120,56 @@ def test_the_tokenizer_class_is_one_that_transformers_4_and_5_know(
     fields = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(fields.get("extra_special_tokens", {}), list)  # transformers 4 wants a dict
+
+
+def test_a_bare_tokenizer_file_gets_the_end_of_document_that_training_knows(
+    tmp_path: Path, gpt2_files: DataConfig
+) -> None:
+    """``tokenizer.json`` does not say which of its tokens that is; without it, generation never ends."""
+    export_folder(replace(make_config("ar"), data=gpt2_files), random_tensors(make_config("ar").model), tmp_path / "hf")
+    for name in ("file.json", "folder/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "hf/tokenizer.json", tmp_path / name)
+        model = tmp_path / name if name == "file.json" else (tmp_path / name).parent
+        data = DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(model), vocab_size=300)
+        out = tmp_path / f"out-{model.name}"
+        export_folder(replace(make_config("ar"), data=data), random_tensors(make_config("ar").model), out)
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] == 299
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 299
+        if name == "file.json":  # a folder is copied byte for byte
+            assert transformers.AutoTokenizer.from_pretrained(out).eos_token_id == 299
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_transformers_4_reads_the_tokenizer_and_the_causal_model(
+    tmp_path: Path, gpt2_files: DataConfig, objective: str
+) -> None:
+    """TRANSFORMERS_4: a Python that has it."""
+    python = os.environ.get("TRANSFORMERS_4")
+    if not python:
+        pytest.skip("TRANSFORMERS_4 names no Python with transformers 4")
+    config = replace(make_config(objective), data=gpt2_files)
+    tensors = random_tensors(config.model)
+    export_folder(config, tensors, tmp_path / "hf")
+    code = """import json, sys, torch, transformers as t
+tokenizer = t.AutoTokenizer.from_pretrained(sys.argv[1])
+found = {"version": t.__version__, "ids": tokenizer(sys.argv[2])["input_ids"], "eos": tokenizer.eos_token_id}
+found["masked"] = tokenizer("and <|mask|>.")["input_ids"] if tokenizer.mask_token else None
+if tokenizer.mask_token is None:
+    model = t.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    found["logits"] = model(torch.arange(6)[None]).logits.sum((0, 1))[:5].tolist()
+print(json.dumps(found))"""
+    text = " größer  the and\n\nfoo\t日本 "
+    done = subprocess.run([python, "-c", code, str(tmp_path / "hf"), text], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (found["version"][:2], found["ids"], found["eos"]) == ("4.", ours(text)["input_ids"], 299)
+    if objective == "mdm":
+        assert found["masked"] == ours("and <|mask|>.")["input_ids"]
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert found["logits"] == pytest.approx(model(torch.arange(6)[None]).logits.sum((0, 1))[:5].tolist(), abs=1e-4)
 
 
 def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
