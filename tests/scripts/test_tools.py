@@ -57,6 +57,7 @@ WRONG = {
     "fit_laws": ["absent"],
     "generate": ["--load", "absent"],
     "inspect_data": ["absent"],
+    "likelihood": ["absent"],
     "make_sample_corpus": ["--output-dir", "out", "--validation-fraction", "7"],
     "make_subset": ["--input", "absent", "--output", "out", "--documents", "3"],
     "plan": ["--unique-tokens", "1e8", "--flops", "1e20", "--mfu", "7"],
