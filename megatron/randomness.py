@@ -19,9 +19,6 @@ SCHEME = 2
 # The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
 VALIDATION_SEED = 1234
 EVAL_SEED = 20_250_715
-# How a validation draws masks, recorded with a run like the scheme: a run without a record has the second. The names are
-# those of the same estimators of a request (megatron/evaluation/estimators.py).
-EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 
 
 class Purpose(IntEnum):

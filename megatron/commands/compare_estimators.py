@@ -10,7 +10,6 @@ from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError, require
 from megatron.files import replace_file
-from megatron.statistics import mean_loss
 
 COUNT = whole(1, 10**9)
 
@@ -55,10 +54,11 @@ def _arguments() -> argparse.Namespace:
 
 def validations(arguments: argparse.Namespace) -> None:
     """Print what the noise of a validation costs, by estimator."""
+    from megatron.config.schema import BERNOULLI, EXACT_COUNT
     from megatron.data.dataset import build_dataset
     from megatron.evaluation.validation_noise import repeat_validation
     from megatron.inference.model import load_model
-    from megatron.randomness import BERNOULLI, EXACT_COUNT
+    from megatron.statistics import mean_loss
 
     require(arguments.repeats > 1, "--repeats 1", "a variance needs two seeds", "repeat more often")
     loaded = load_model(arguments.load, tag=arguments.load_tag)

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         examples=(
             "megatron likelihood runs/ar runs/mdm --output verdict.json",
-            "megatron likelihood runs/ar runs/mdm --samples 48 --policies confidence,random --tokens-per-step 1,4",
+            "megatron likelihood runs/ar runs/mdm --samples 48 --tokens-per-step 1,4",
         ),
     )
     add = parser.add_argument

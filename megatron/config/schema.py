@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
-from megatron.randomness import BERNOULLI, EXACT_COUNT
 
+# How a validation draws masks, recorded with a run: one without a record has the second. The names are
+# those of the same estimators of a request (megatron/evaluation/estimators.py).
+EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.loader import as_tensors, to_device
 from megatron.inference.model import InferenceModel
 from megatron.model.batch import Samples
 from megatron.objectives.mdm import MaskedDiffusion
-from megatron.randomness import EVAL_SEED, EXACT_COUNT
+from megatron.randomness import EVAL_SEED
 from megatron.runs.sums import reach
 from megatron.statistics import ValidationSums, mean_loss
 

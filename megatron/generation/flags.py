@@ -52,7 +52,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens with this probability")
     add("--seed", type=int, default=1234, help="the same seed gives the same text (default: 1234)")
     add = parser.add_argument_group("masked diffusion").add_argument
-    add("--order", choices=ORDERS, default="confidence", help="what to uncover next (default: confidence)")
+    add("--order", choices=ORDERS, default="confidence", metavar="NAME", help="what to uncover next: "
+        f"{', '.join(ORDERS)} (default: confidence)")  # fmt: skip
     add("--steps", type=int, metavar="STEPS", help="forward passes in all; default: one per token")
     add("--tokens-per-step", type=int, metavar="TOKENS", help="uncover so many in every pass, instead of --steps")
     add("--block-length", type=int, metavar="TOKENS", help="uncover from left to right in blocks; default: one block")

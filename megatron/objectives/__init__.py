@@ -7,10 +7,10 @@ from dataclasses import fields
 from importlib import import_module
 
 from megatron import config
-from megatron.config.schema import Config
+from megatron.config.schema import EXACT_COUNT, Config
 from megatron.errors import UserError
 from megatron.objectives.base import Objective, Setting
-from megatron.randomness import EXACT_COUNT, SCHEME
+from megatron.randomness import SCHEME
 
 
 class Registry(Mapping[str, type[Objective]]):

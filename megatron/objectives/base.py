@@ -11,10 +11,11 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron.config.schema import EXACT_COUNT
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
-from megatron.randomness import EXACT_COUNT, SCHEME
+from megatron.randomness import SCHEME
 
 # What a loss may be called. The mean over noise of a bound is an upper bound on the negative log-likelihood.
 EXACT = "NLL (exact)"
@@ -64,7 +65,7 @@ class Setting(NamedTuple):
         seq_length: tokens per sample.
         mask_token_id: id that replaces a masked token; None where the objective masks none.
         scheme: of the noise, :data:`megatron.randomness.SCHEME`.
-        valid_estimator: how a bound is estimated in validation, ``EXACT_COUNT`` or ``BERNOULLI`` of the same module.
+        valid_estimator: how a bound is estimated in validation, ``EXACT_COUNT`` or ``BERNOULLI`` of config.schema.
     """
 
     seed: int

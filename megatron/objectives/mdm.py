@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron import randomness as noise
 from megatron.config.option import POSITIVE, PROBABILITY, Range, option
+from megatron.config.schema import EXACT_COUNT
 from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask, Full, WithinSegments
@@ -115,7 +116,7 @@ class MaskedDiffusion:
     low_noise_ratio: float = 1.0
     random_length_ratio: float = 0.0
     scheme: int = noise.SCHEME
-    valid_estimator: str = noise.EXACT_COUNT
+    valid_estimator: str = EXACT_COUNT
     is_evaluation: bool = False
     draw: int = 0
     num_draws: int = 1
@@ -240,7 +241,7 @@ class MaskedDiffusion:
     @property
     def has_exact_counts(self) -> bool:
         """Whether the number of masked tokens is drawn, not a coin for each of them."""
-        return self.is_evaluation and self.valid_estimator == noise.EXACT_COUNT
+        return self.is_evaluation and self.valid_estimator == EXACT_COUNT
 
     def span(self, seq_length: int) -> int:
         """Neighbouring tokens that share one time."""

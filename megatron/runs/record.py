@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
+from megatron.config.schema import BERNOULLI
 from megatron.errors import Failure
 from megatron.files import replace_file, written_whole
 from megatron.objectives.base import EXACT
-from megatron.randomness import BERNOULLI
 
 FORMAT = 1
 METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import Config, RunConfig
+from megatron.config.schema import BERNOULLI, EXACT_COUNT, Config, RunConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
@@ -29,7 +29,7 @@ from megatron.errors import require
 from megatron.objectives import build_objective, needs_mask_token
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
-from megatron.randomness import BERNOULLI, EXACT_COUNT, SCHEME, named_seed
+from megatron.randomness import SCHEME, named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary

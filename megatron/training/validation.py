@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
 from megatron.model.batch import Samples
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
-from megatron.randomness import EXACT_COUNT, VALIDATION_SEED
+from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import ValidRow
 from megatron.statistics import ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine

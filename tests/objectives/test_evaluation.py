@@ -12,6 +12,7 @@ import torch
 from objective_helpers import MASK_ID, SEQ, any_order_log_likelihoods, make_objective, make_tokens, prepare, tiny_model
 
 from megatron import randomness as noise
+from megatron.config.schema import BERNOULLI, EXACT_COUNT
 from megatron.model.mask import Full
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
@@ -138,7 +139,7 @@ def losses_of_noise(estimator: str, seeds: int) -> list[ValidationSums]:
 
 def test_its_variance_is_a_fifth_of_that_of_coins_at_most():
     """At equal passes, of one sample and of a whole validation; both hold the same mean. docs/metrics.md has real models."""
-    coins, counts = (losses_of_noise(name, 120) for name in (noise.BERNOULLI, noise.EXACT_COUNT))
+    coins, counts = (losses_of_noise(name, 120) for name in (BERNOULLI, EXACT_COUNT))
     samples = [np.stack([sums.loss for sums in each]).var(axis=0, ddof=1).mean() for each in (coins, counts)]
     whole = [np.array([mean_loss(sums).value for sums in each]) for each in (coins, counts)]
     assert samples[0] > 5 * samples[1]

@@ -1,7 +1,7 @@
 """A seeded storm of command lines, made from the options themselves: each gives a plan or is refused in words.
 
 Everything up to the plan runs, in this process: parser, rules, data, tokenizer, checkpoint, run directory. Outcomes:
-*plan*, *refused* (UserError), *usage* (SystemExit 2), *traceback* (any other exception) and *nonsense* (a plan although a
+*plan*, *refused* (UserError), *help* (asked for), *traceback* (any other exception) and *nonsense* (a plan although a
 number was out of its range, or a plan that contradicts itself). The last two must not happen. ``STORM=1`` makes it 15 times
 as long.
 """
@@ -182,7 +182,8 @@ def outcome(line: Line) -> tuple[str, str]:
         words = error.given and error.rule and error.fix
         return ("refused", "") if words else ("traceback", "an error without three parts")
     except SystemExit as error:
-        return ("usage", "") if error.code == 2 else ("traceback", f"status {error.code}")
+        is_help = error.code in (0, None) and not {"-h", "--help"}.isdisjoint(line.words)
+        return ("help", "") if is_help else ("traceback", f"status {error.code}")
     except BaseException:
         return "traceback", traceback.format_exc()[-1500:]
     wrong = [*line.outside, *contradictions(plan)]
@@ -218,7 +219,7 @@ def test_every_command_line_is_a_plan_or_refused_in_words(folder: Path) -> None:
             faults.append(f"{what}: {' '.join(map(ascii, line.words))} ({line.world_size} processes)\n{details}")
     print(f"{LINES} command lines: {dict(sorted(counts.items()))}")
     assert not faults, "\n\n".join([str(dict(counts)), *faults[:15]])
-    assert all(counts[what] > LINES // 50 for what in ("plan", "refused", "usage")), counts
+    assert all(counts[what] > LINES // 50 for what in ("plan", "refused")), counts
 
 
 def test_a_number_out_of_range_is_seen_by_the_oracle() -> None:
