@@ -77,7 +77,7 @@ def write_checkpoint(
         raise Failure(
             f"checkpoint {tag} could not be written ({failure})",
             "saving needs a writable folder with room for 12 bytes per parameter",
-            "free space or change --save; earlier checkpoints are complete and untouched",
+            "free space, change --save, or raise ulimit -n; earlier checkpoints are complete and untouched",
         )
     return tag
 
