@@ -53,7 +53,9 @@ GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
 source "$REPO/examples_scaling/cluster.sh"
 
 find_python() {
-  if [ "$DRY_RUN" = 1 ]; then ENV_PYTHON="$(bash "$REPO/install.sh" --print-python 2>/dev/null || echo "$REPO/.venv/bin/python")"
+  CHECKS_FLAGS="$DRY_RUN"   # a dry run needs no environment: without one it shows where it would be, and checks nothing
+  if [ "$DRY_RUN" = 1 ]; then
+    ENV_PYTHON="$(bash "$REPO/install.sh" --print-python 2>/dev/null)" || { ENV_PYTHON="$REPO/.venv/bin/python"; CHECKS_FLAGS=0; }
   else ENV_PYTHON="$(bash "$REPO/install.sh" --print-python)" || exit 1; fi
   BIN="$(dirname "$ENV_PYTHON")"
 }
@@ -100,8 +102,8 @@ launch() {
   choose_launcher
   if [ "$LAUNCHER" != deepspeed ] || [ "$DRY_RUN" = 1 ]; then
     supervise "${LAUNCH[@]}" "$REPO/$program" "${flags[@]}" || return
-    case "$DRY_RUN $program" in
-      "1 pretrain_"*) if [ -x "$ENV_PYTHON" ]; then "$ENV_PYTHON" "$REPO/tools/_target.py" "$program" "$WORLD" "${flags[@]}"; fi ;;
+    case "$CHECKS_FLAGS $program" in
+      "1 pretrain_"*) "$ENV_PYTHON" "$REPO/tools/_target.py" "$program" "$WORLD" "${flags[@]}" ;;
     esac
     return
   fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,11 @@ import pytest
 
 # Several processes share the cores, and one thread keeps sums in one order. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup, or in the background of a script, Ctrl-C and a closed terminal are ignored, which programs that are started would
+# inherit: a handler is not inherited. It does here what was done before.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 if TYPE_CHECKING:
     from layouts.jobs import Run

@@ -58,12 +58,13 @@ def validations(arguments: argparse.Namespace) -> None:
     from megatron.data.dataset import build_dataset
     from megatron.evaluation.validation_noise import repeat_validation
     from megatron.inference.model import load_model
+    from megatron.randomness import VALIDATION_SEED
     from megatron.statistics import mean_loss
 
     require(arguments.repeats > 1, "--repeats 1", "a variance needs two seeds", "repeat more often")
     loaded = load_model(arguments.load, tag=arguments.load_tag)
     dataset = build_dataset(
-        [arguments.valid_data_path], num_samples=None, seq_length=loaded.max_length, seed=1234, name="valid"
+        [arguments.valid_data_path], num_samples=None, seq_length=loaded.max_length, seed=VALIDATION_SEED, name="valid"
     )
     print(
         f"{'estimator':<24} {'sd of a sample':>14} {'sd of the whole':>16} {'printed ±':>10}  ±1.96 and ±t hold the mean"

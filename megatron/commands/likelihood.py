@@ -113,6 +113,7 @@ def samplers(options: argparse.Namespace) -> list[Any]:
 
 def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, InferenceModel]:
     """The models by the names that the table gives them."""
+    from megatron.data.identity import tokenizer_fingerprint
     from megatron.inference.model import load_model
 
     paths = list(dict.fromkeys(options.runs))
@@ -121,12 +122,19 @@ def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, 
     for path, name in zip(paths, names):
         model = load_model(path, tag=options.load_tag or _best(path), context=context)
         models[name if names.count(name) == 1 else str(path)] = model
-    sizes = {name: (model.max_length, model.config.data.vocab_size) for name, model in models.items()}
+    lengths = {name: model.max_length for name, model in models.items()}
     require(
-        len(set(sizes.values())) == 1,
-        ", ".join(f"{name} has samples of {length} tokens of {rows}" for name, (length, rows) in sizes.items()),
+        len(set(lengths.values())) == 1,
+        ", ".join(f"{name} has samples of {length} tokens" for name, length in lengths.items()),
+        "likelihoods are compared on the same samples",
+        "name models of one sequence length",
+    )
+    makers = {name: tokenizer_fingerprint(model.tokenizer) for name, model in models.items() if model.tokenizer}
+    require(
+        len(set(makers.values())) <= 1,
+        f"{', '.join(makers)} have different tokenizers",
         "likelihoods are compared on the same tokens",
-        "name models of one tokenizer and one sequence length",
+        "name models of one tokenizer",
     )
     return models
 
@@ -143,6 +151,7 @@ def _best(path: Path) -> str | None:
 
 def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> Samples:
     from megatron.data.dataset import build_dataset
+    from megatron.data.identity import check_vocabulary, tokenizer_fingerprint
     from megatron.evaluation.court import Samples
     from megatron.randomness import VALIDATION_SEED
 
@@ -154,6 +163,10 @@ def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> 
             "likelihoods are of text that no model has seen",
             "pass --valid-data-path PREFIX",
         )
+    for model in models.values():
+        maker = tokenizer_fingerprint(model.tokenizer) if model.tokenizer else None
+        rows = (model.config.model.padded_vocab_size or 0) - len(model.unused_ids)
+        check_vocabulary(paths, vocab_size=rows, fingerprint=maker)
     dataset = build_dataset(
         paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name="valid",
         cache_path=options.data_cache_path,

@@ -239,7 +239,8 @@ def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, 
     own = range(context.dp.rank, len(samples.tokens), context.dp.size)
     found: list[list[tuple[int, int, int, float]]] = []
     for indices in _chunks(own, chunk):
-        keys = {index: cache.key(witness.name, index, samples.tokens[index].tolist()) for index in indices}
+        rows = {index: (samples.tokens[index].tolist(), samples.documents[index].tolist()) for index in indices}
+        keys = {index: cache.key(witness.name, index, *rows[index]) for index in indices}
         missing = [index for index in indices if cache.get(keys[index]) is None]
         for index, losses in zip(missing, witness.losses(samples.requests(missing)) if missing else []):
             cache.put(keys[index], _by_document(index, samples.documents[index, 1:], losses))

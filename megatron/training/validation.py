@@ -111,7 +111,8 @@ class Validator:
         with build_loader(dataset, objective, context, **share, num_workers=workers, packing=self._packing) as batches:
             while indices := [i for micro_batch in islice(ids, MICRO_BATCHES_PER_PASS) for i in micro_batch]:
                 losses = self.engine.eval_step(batches, num_micro_batches=len(indices) // layout.micro_batch_size)
-                if context.tp.rank == 0 and losses.numel():
+                # All of a pass may lie past the end, where another rank has the last samples.
+                if context.tp.rank == 0 and losses.numel() and indices[0] < dataset.num_samples:
                     entries.append(self._sums(np.array(indices), losses.double().numpy(), objective))
                 if stop is not None and stop.poll() is not None:
                     return False

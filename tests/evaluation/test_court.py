@@ -158,3 +158,14 @@ def test_runs_without_validation_data_or_with_other_tokens_are_refused(runs, tmp
     tiny.make_run(tmp_path / "short", other)
     with pytest.raises(UserError, match="short has samples of 16"):
         main([str(runs / "ar"), str(tmp_path / "short"), "--valid-data-path", str(runs / "valid")])
+    # As many ids that mean something else, and ids that nobody has.
+    tokenizer = tiny.build_tokenizer_file(tmp_path / "tokenizer", VOCAB + 20)
+    text = (tokenizer / "tokenizer.json").read_text(encoding="utf-8")
+    other = tiny.config_for("mdm", tokenizer, vocab_size=VOCAB, seq_length=SEQ)
+    tiny.make_run(tmp_path / "foreign", other)
+    assert text != (runs / "tokenizer/tokenizer.json").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="ar, foreign have different tokenizers"):
+        main([str(runs / "ar"), str(tmp_path / "foreign"), "--valid-data-path", str(runs / "valid")])
+    many = tiny.write_samples(tmp_path / "many", vocab_size=VOCAB + 200, seq_length=SEQ, count=3)
+    with pytest.raises(UserError, match="many"):
+        main([str(runs / "ar"), "--valid-data-path", many])

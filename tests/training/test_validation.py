@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from layouts import jobs
 from layouts.pool import WorkerPool
+
+from megatron.data.prepare.writer import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,20 @@ def test_the_whole_set_in_any_layout(validate: Callable, size: int, layout: dict
     assert expected["num_samples"] % 4 != 0
     for name in ("nll", "nll_se"):
         assert record[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_a_rank_whose_last_pass_holds_no_sample_of_the_set(
+    validate: Callable, token_files: Path, tmp_path: Path
+) -> None:
+    """17 samples on two ranks: the second one's ninth micro-batch, a pass of its own, lies past the end."""
+    with IndexedDatasetWriter(tmp_path / "few", np.dtype(np.uint16)) as writer:
+        writer.add_documents(np.arange(17 * 32 + 1) % 499, np.array([50] * 10 + [45]))
+        writer.close(None)
+    expected, record = (
+        validate(size, eval_iters="full", micro_batch_size=1, valid_data_path=tmp_path / "few") for size in (1, 2)
+    )
+    assert record["num_samples"] == expected["num_samples"] == 17
+    assert record["nll"] == pytest.approx(expected["nll"], abs=1e-6)
 
 
 def test_the_estimator_is_chosen_and_recorded(validate: Callable, trained: Path) -> None:
