@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import RawValue
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import RawArray, RawValue
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -27,6 +29,10 @@ LOST = re.compile(
 )
 
 
+# Seconds until a process that has not begun is taken for stuck, and replaced. They are forked, and a fork may catch a lock
+# that no thread of the child will give back: Python 3.11 was seen to wait for that of its thread states, which gloo's
+# threads take to let go of the tensors of a finished collective (docs/reliability.md).
+PATIENCE = (15.0, 60.0, 300.0)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what a job is stopped by
 
 
@@ -40,20 +46,30 @@ class Workers:
     """
 
     def __init__(self) -> None:
-        self._released, self._trainer = RawValue("b", 0), os.getpid()
+        self._released, self._begun, self._trainer = RawValue("b", 0), RawArray("b", 0), os.getpid()
         atexit.register(self.release)  # before multiprocessing's own exit handler, which was registered earlier
+
+    def expect(self, number: int) -> None:
+        """So many are about to start, and are not to be ended."""
+        self._released.value, self._begun = 0, RawArray("b", number)
+
+    @property
+    def have_begun(self) -> bool:
+        """Whether all that were expected have set themselves up."""
+        return all(self._begun)
 
     def release(self) -> None:
         """From now on SIGTERM ends the workers."""
         self._released.value = 1
 
-    def __call__(self, _worker: int) -> None:
+    def __call__(self, worker: int) -> None:
         """Set up a worker (``worker_init_fn``)."""
         for number in STOPS:
             signal.signal(number, self._on_terminate if number == signal.SIGTERM else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         # A batch that cannot be handed over would be dropped by the queue, and the trainer would wait for it.
         Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
+        self._begun[worker] = 1
 
     def _on_terminate(self, _number: int, _frame: FrameType | None) -> None:
         if self._released.value or os.getppid() != self._trainer:
@@ -97,15 +113,45 @@ class Batches:
             workers: what its processes were set up with.
 
         Raises:
-            Failure: there is no room for them.
+            Failure: there is no room for them, or none begins.
         """
         self._workers = workers
+        for seconds in PATIENCE:
+            self._source = self._start(loader)
+            if self._have_begun(seconds):
+                return
+            for process in self._processes:
+                with suppress(RuntimeError):  # torch tells of a killed one
+                    process.kill()
+                    process.join()
+            self._end_processes()
+        raise Failure(
+            f"a loader process did not begin within {PATIENCE[-1]:.0f} s, after {len(PATIENCE) - 1} that did not either",
+            "its processes are copies of the trainer",
+            "lower --num-workers (0 needs none), or see what holds up the machine",
+        )
+
+    def _start(self, loader: DataLoader) -> Iterator[ModelBatch[torch.Tensor]]:
+        self._workers.expect(loader.num_workers)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which its processes inherit
         try:
             with _losses_named():
-                self._source = iter(loader)
+                return iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _have_begun(self, seconds: float) -> bool:
+        """Wait for that; one that died meanwhile is left for :meth:`__next__` to name."""
+        deadline = time.monotonic() + seconds
+        while not self._workers.have_begun and all(process.is_alive() for process in self._processes):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
+
+    @property
+    def _processes(self) -> list[BaseProcess]:
+        return getattr(self._source, "_workers", [])
 
     def __iter__(self) -> Iterator[ModelBatch[torch.Tensor]]:
         return self
@@ -140,7 +186,7 @@ class Batches:
         if shut_down is None:
             return
         shut_down()  # they leave by themselves within milliseconds; one that hangs is sent SIGTERM after 5 s
-        for process in self._source._workers:  # type: ignore[attr-defined]
+        for process in self._processes:
             if process.is_alive():
                 process.kill()
                 process.join()

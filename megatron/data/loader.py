@@ -118,6 +118,16 @@ def micro_batches(
         yield list(range(first, first + micro_batch_size))
 
 
+class _Stream:
+    """:func:`micro_batches` that can be asked for again."""
+
+    def __init__(self, **share: int) -> None:
+        self._share = share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return micro_batches(**self._share)
+
+
 class _MicroBatches(Dataset):
     """Micro-batches by the stream indices of their samples, prepared by the objective."""
 
@@ -179,7 +189,7 @@ def build_loader(
     workers = Workers()
     loader = DataLoader(
         _MicroBatches(dataset, objective, packing, last_sample=last_sample),
-        sampler=micro_batches(
+        sampler=_Stream(
             first_sample=first_sample,
             last_sample=last_sample,
             micro_batch_size=micro_batch_size,

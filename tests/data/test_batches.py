@@ -53,6 +53,33 @@ def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str,
         assert [len(batch) for batch in batches] == [2, 2, 2, 2]
 
 
+class Stuck(Workers):
+    """The first processes never begin, as one whose fork caught a lock."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        super().__init__()
+        self._folder, self._number = folder, number
+
+    def __call__(self, worker: int) -> None:
+        (self._folder / str(os.getpid())).touch()
+        if len(list(self._folder.iterdir())) <= self._number:
+            time.sleep(3600)
+        super().__call__(worker)
+
+
+def test_processes_that_do_not_begin_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.data.batches.PATIENCE", (0.5, 20.0))
+    workers = Stuck(tmp_path, 1)
+    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=1, worker_init_fn=workers), workers) as batches:
+        assert torch.cat(list(batches)).tolist() == list(range(8))
+    stuck, second = sorted(int(path.name) for path in tmp_path.iterdir())
+    assert not Path(f"/proc/{stuck}").exists() and not Path(f"/proc/{second}").exists()
+    monkeypatch.setattr("megatron.data.batches.PATIENCE", (0.1, 0.2))
+    never = Stuck(tmp_path, 100)
+    with pytest.raises(Failure, match="did not begin"):
+        Batches(DataLoader(Numbers(), num_workers=1, worker_init_fn=never), never)
+
+
 def cut(_index: int) -> torch.Tensor:
     """An error of the dataset that is worded as that of a connection."""
     raise ConnectionResetError(104, "Connection reset by peer")
