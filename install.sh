@@ -10,7 +10,7 @@
 #
 # Environment variables:
 #   PYTHON            interpreter that makes .venv (default: the first of python3, python3.13 ... python3.10 that fits)
-#   TORCH_VERSION     torch release to install (default 2.13.0; 2.11 to 2.13 work)
+#   TORCH_VERSION     torch release to install (default 2.13.0; 2.11 to 2.14 work)
 #   TORCH_INDEX_URL   extra package index with the torch build you want, for another CUDA, ROCm or a mirror.
 #                     Default: none with an NVIDIA GPU or on macOS; else PyTorch's public index of CPU builds,
 #                     asked only when pip's own configuration offers no CPU build.

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
-    "torch>=2.11,<2.14",
+    "torch>=2.11,<2.15",
     "deepspeed==0.19.8",  # the engine adapter relies on details of this version
     "transformers>=5",
     "datasets>=4",
@@ -61,6 +61,9 @@ if __name__ == "__main__":
         version=version(),
         description="Pretraining and comparison of causal and masked-diffusion language models",
         license="Apache-2.0",
+        # Said, it makes ``pip install -e`` add this folder to the path; else it installs an import hook, which comes too late
+        # where megatron-core, a package of the same name without an __init__, is installed.
+        package_dir={"": "."},
         packages=find_packages(include=["megatron", "megatron.*"]),
         package_data={"megatron": ["**/*.json", "**/*.csv", "**/*.yaml", "**/*.html", "**/*.jsonl"]},
         python_requires=">=3.10,<3.14",

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from megatron.hub import catalogue
     from megatron.hub.download import RemoteFile
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+# Data lies beside the scripts that read it; of an installed package, where it is asked for.
+IS_CHECKOUT = (ROOT / "download.sh").is_file()
+DATA_DIR = ROOT / "data" if IS_CHECKOUT else Path("data")
+CONVERT = "python tools/convert_checkpoint.py" if IS_CHECKOUT else "megatron convert"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpt2", action="store_true", help="vocab.json and merges.txt of GPT-2")
     add(
         "--data-dir",
-        default=os.environ.get("DATA_DIR") or str(REPOSITORY / "data"),
+        default=os.environ.get("DATA_DIR") or str(DATA_DIR),
         metavar="DIR",
-        help="where it goes (default: $DATA_DIR, or data in the repository)",
+        help="where it goes (default: $DATA_DIR, or data in the repository; here where there is none)",
     )
     add("--dry-run", action="store_true", help="say what would be fetched and how large it is, and stop")
     return parser.parse_args(argv)
@@ -95,7 +99,7 @@ def next_steps(root: Path, items: list[catalogue.Item], places: list[str]) -> No
     for tag in sorted({str(Path(place).parent.parent) for place in places if "/layer_" in place}):
         objective = "mdm" if "mdm" in tag else "ar"
         print(
-            f"convert: python tools/convert_checkpoint.py from-published {root / tag} runs/{Path(tag).name} "
+            f"convert: {CONVERT} from-published {root / tag} runs/{Path(tag).name} "
             f"--objective {objective} --vocab-file {root}/gpt2/vocab.json --merge-file {root}/gpt2/merges.txt"
         )
 

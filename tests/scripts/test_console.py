@@ -17,6 +17,24 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("[!_]*.py"))
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package and nothing else of the checkout: what ``pip install .`` puts on the path."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(folder / "work")]
+    command += ["build_py", "--build-lib", str(folder / "lib")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
+    return folder / "lib"
+
+
+def megatron(*words: str, cwd: Path, package: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The console entry as pip writes it."""
+    program = "import sys; from megatron.commands.console import entry; sys.argv[0] = 'megatron'; entry()"
+    environment = {**os.environ, "PYTHONPATH": str(package), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", program, *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=100)
+
+
 HELPED = """
 import contextlib, io, sys
 from megatron.commands import console
@@ -32,9 +50,11 @@ for verb in console.VERBS:
 """
 
 
-def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(tmp_path: Path) -> None:
-    """In one process, which has never loaded torch by the end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(
+    installed: Path, tmp_path: Path
+) -> None:
+    """Of the installed package, in one process, which has never loaded torch by the end."""
+    environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "80"}
     command = [sys.executable, "-c", HELPED]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -57,6 +77,49 @@ def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(tmp
             "--load",
         }
         assert not {flag for flag in named - of_training if flag not in shown} - {"--num-mc"}, verb
+
+
+def test_an_installed_package_holds_every_file_that_is_no_code(installed: Path) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "megatron"], cwd=ROOT, capture_output=True, text=True, timeout=20
+    ).stdout
+    missing = [name for name in tracked.split() if not (installed / name).is_file() and (ROOT / name).is_file()]
+    assert not missing
+
+
+SWEEP = """
+name: two
+output: runs
+grid:
+  objective: [ar, mdm]
+  model: {tiny: {num-layers: 1, hidden-size: 32, num-attention-heads: 2}}
+  unique_tokens: [2000]
+  epochs: [1]
+data: {2000: train}
+vocab_size: 257
+flags: {seq-length: 32, micro-batch-size: 4}
+launcher: LAUNCHER
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words"),
+    [("python", "-m megatron train"), ("torchrun --standalone", "-m megatron.commands.torchrun --standalone -m megatron train"),
+     ("deepspeed", "--module megatron train")],
+)  # fmt: skip
+def test_a_sweep_of_the_installed_package_starts_its_modules(
+    launcher: str, words: str, installed: Path, tmp_path: Path
+) -> None:
+    """There is no tools/ and no pretrain_*.py beside it."""
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("LAUNCHER", launcher))
+    done = megatron("sweep", "sweep.yaml", "list", cwd=tmp_path, package=installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f" {words} --objective ") == 2, done.stdout
+    assert ".py" not in done.stdout
+    if launcher == "python":
+        done = megatron("sweep", "sweep.yaml", "slurm", cwd=tmp_path, package=installed)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "use the checkout" in done.stderr
 
 
 def test_help_fits_a_terminal_and_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -53,7 +54,7 @@ def fake(tmp_path: Path) -> dict[str, str]:
     """Keywords for run_install: an environment without packages and a machine without nvidia-smi's answer."""
     write_program(tmp_path / "env/bin/python", FAKE_PYTHON)
     write_program(tmp_path / "path/nvidia-smi", "#!/bin/sh\nexit 9\n")
-    (tmp_path / "state").write_text("torch>=2.11,<2.14\nnumpy>=1.26\n")
+    (tmp_path / "state").write_text("torch>=2.11,<2.15\nnumpy>=1.26\n")
     return {
         "VIRTUAL_ENV": str(tmp_path / "env"),
         "FAKE_STATE": str(tmp_path / "state"),
@@ -172,3 +173,48 @@ def test_accelerators_never_break_anything(has_gpu: bool, tmp_path: Path) -> Non
     for name, distribution in {"apex": "apex", "flash-attn": "flash-attn", "liger": "liger-kernel"}.items():
         if not list(metadata.distributions(name=distribution)):
             assert f"{name}: not installed ({reason}), falling back to " in result.stdout
+
+
+def test_a_package_of_our_name_is_said(tmp_path: Path) -> None:
+    """megatron-core has a package called megatron too: which of the two is imported is no guess."""
+    (tmp_path / "megatron_core-0.16.1.dist-info").mkdir()
+    (tmp_path / "megatron_core-0.16.1.dist-info/METADATA").write_text("Name: megatron-core\nVersion: 0.16.1\n")
+    (tmp_path / "megatron/core").mkdir(parents=True)  # without an __init__, as theirs
+    command = [sys.executable, str(REPO / "tools/check_environment.py")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert f"megatron-core 0.16.1 is installed and has a package called megatron too; ours is {REPO}" in done.stdout
+
+
+DOCKERFILE = REPO / "docs/docker/Dockerfile"
+
+
+def test_the_image_installs_from_the_files_that_it_copies_first(tmp_path: Path) -> None:
+    """Its step of packages, in a folder of just these files; here everything is installed already."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    before, step, _ = text.partition("RUN if [")
+    for line in [line for line in before.splitlines() if line.startswith("COPY")]:
+        *sources, target = line.split()[1:]
+        for source in sources:
+            place = tmp_path / target
+            if (REPO / source).is_dir():
+                shutil.copytree(REPO / source, place)
+            else:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPO / source, place)
+    run = "if [" + text.partition(step)[2].splitlines()[0]
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "CUDA": "0", "PYTHONPATH": ""}
+    done = subprocess.run(["sh", "-c", run], cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "everything needed is installed" in done.stdout
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "pip $*"\n')
+    (tmp_path / "pip").chmod(0o755)
+    environment |= {"CUDA": "1", "PATH": f"{tmp_path}:{environment['PATH']}"}
+    done = subprocess.run(["sh", "-c", run], cwd=tmp_path, capture_output=True, text=True, timeout=100, env=environment)
+    assert re.search(r"^pip install torch==2\.\d+\.\d+$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_the_image_builds_for_each_python_and_argument_that_it_names() -> None:
+    text = DOCKERFILE.read_text()
+    assert re.search(r"^FROM python:3\.1[0-3]-", text, re.MULTILINE)
+    assert set(re.findall(r"--build-arg (\w+)=", text)) == set(re.findall(r"^ARG (\w+)=", text, re.MULTILINE))

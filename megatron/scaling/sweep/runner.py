@@ -195,11 +195,21 @@ def command_line(sweep: Sweep, run: SweepRun) -> list[str]:
     # Those of this environment, on PATH or not, also behind srun. Our torchrun ends with the status of its processes.
     found = {
         "python": [sys.executable],
-        "torchrun": [sys.executable, str(ROOT / "tools/_torchrun.py")],
+        "torchrun": [sys.executable, *_program("tools/_torchrun.py", "megatron.commands.torchrun")],
         "deepspeed": [str(Path(sys.executable).with_name("deepspeed"))],
     }
     words = [part for word in sweep.launcher for part in found.get(word, [os.path.expandvars(word)])]
-    return [*words, str(ROOT / run.program), *run.arguments()]
+    objective = "mdm" if run.program == "pretrain_mdm.py" else "ar"
+    program = _program(run.program, "megatron", "train", "--objective", objective)
+    if "deepspeed" in sweep.launcher:
+        program = [{"-m": "--module"}.get(word, word) for word in program]
+    return [*words, *program, *run.arguments()]
+
+
+def _program(script: str, *module: str) -> list[str]:
+    """What stands after the interpreter to start a program: its script, or its module where there is no checkout."""
+    path = ROOT / script
+    return [str(path)] if path.is_file() else ["-m", *module]
 
 
 def make_subsets(sweep: Sweep, runs: Sequence[SweepRun], say: Callable[[str], None] = print) -> None:
@@ -223,10 +233,9 @@ def make_subsets(sweep: Sweep, runs: Sequence[SweepRun], say: Callable[[str], No
 
 
 def _cut(source: str, prefix: str, tokens: int) -> None:
-    tool = [sys.executable, str(ROOT / "tools/make_subset.py")]
-    done = subprocess.run(
-        [*tool, "--input", source, "--output", prefix, "--tokens", str(tokens)], capture_output=True, text=True
-    )
+    tool = [sys.executable, *_program("tools/make_subset.py", "megatron", "data", "subset")]
+    words = [*tool, "--input", source, "--output", prefix, "--tokens", str(tokens)]
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().removeprefix("error: ")
         raise Failure(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.errors import require
 from megatron.scaling.sweep.definition import Sweep, SweepRun
 from megatron.scaling.sweep.runner import ROOT
 
@@ -20,7 +21,13 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     Every task calls ``tools/sweep.py FILE run --only NAME``, so locks, skipping and continuing work as they do locally
     (on a file system whose locks reach all nodes). Options of the file's ``slurm`` block come before ours; true is an option
     without a value, false leaves one of ours out.
+
+    Raises:
+        UserError: there is no checkout.
     """
+    common = ROOT / "examples_scaling/common.sh"
+    given = "a SLURM job from an installed package"
+    require(common.is_file(), given, "its script is one of examples_scaling", "use the checkout: python tools/sweep.py")
     folder.mkdir(parents=True, exist_ok=True)
     names = folder / "runs.txt"
     names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
@@ -33,13 +40,13 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     options |= OPTIONS | {str(key).lstrip("-").replace("_", "-"): value for key, value in sweep.slurm.items()}
     if "max-running" in options:
         options["array"] = f"{options['array']}%{options.pop('max-running')}"
-    given = {key: value for key, value in options.items() if value is not None and value is not False}
-    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+    chosen = {key: value for key, value in options.items() if value is not None and value is not False}
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in chosen.items()]
     program = [sys.executable, str(ROOT / "tools/sweep.py"), str(sweep.path.resolve()), "run", "--only"]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {word}" for word in words),
-        f"source {shlex.quote(str(ROOT / 'examples_scaling/common.sh'))}",
+        f"source {shlex.quote(str(common))}",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f'name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})"',
         f'as_job {shlex.join(program)} "$name"',
