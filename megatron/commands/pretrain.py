@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from megatron.training.plan import Plan
 
 
-def main(objective: str = "ar", argv: Sequence[str] | None = None) -> int:
+def main(objective: str = "ar", argv: Sequence[str] | None = None, *, raise_errors: bool = False) -> int:
     """Run the program with ``objective`` as its default; returns the exit status (see :func:`megatron.training.main.main`)."""
     try:
         from megatron.training.main import main as train
 
-        return train(objective, argv, probe=answer_gap)
+        return train(objective, argv, probe=answer_gap, raise_errors=raise_errors)
     except ModuleNotFoundError as error:
         return missing_package(error)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import Failure, UserError, require
 from megatron.evaluation.scorer import Request
 from megatron.runs.record import read_records
@@ -26,6 +27,38 @@ def encode_pair(encode: Callable[[str], list[int]], context: str, continuation: 
     if len(whole) <= len(first):
         return first, encode(continuation)
     return first, whole[len(first) :]
+
+
+def end_of_document(tokenizer: Tokenizer) -> int:
+    """The token after which a text without context is scored.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.eod_id is None:
+        raise UserError(
+            f"tokenizer {tokenizer.name} has no end-of-document token",
+            "a text without context is scored after it",
+            "use the tokenizer of the training data",
+        )
+    return tokenizer.eod_id
+
+
+def encode_request(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and its continuation, both with at least one token.
+
+    Raises:
+        UserError: one of them has none.
+    """
+    if context:
+        first, target = encode_pair(tokenizer.encode, context, continuation)
+    else:
+        first, target, end = [], tokenizer.encode(continuation), end_of_document(tokenizer)
+        own_start = len(target) > 1 and target[0] == end
+        first, target = (target[:1], target[1:]) if own_start else ([end], target)
+    require(first, f"context {context!r} is blank", "a blank text has no token to start from", "leave it empty")
+    require(target, f"continuation {continuation!r} is empty", "a likelihood needs a token", "drop the item")
+    return first, target
 
 
 def windows(context: Sequence[int], target: Sequence[int], *, row_length: int, key: str = "") -> list[Request]:

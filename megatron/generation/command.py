@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.data.jsonl import read_lines
 from megatron.errors import UserError, require
@@ -20,8 +21,25 @@ from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
 from megatron.runs.counts import format_count
 
+if TYPE_CHECKING:
+    from megatron.inference.model import InferenceModel
+
 # Counts that a flag takes, both ends included; sampling and diffusion settings check their own.
 COUNTS = {"max_new_tokens": (1, 10**9), "num_samples": (1, 10**6), "batch_size": (1, 10**9)}
+# Flags that say something about the text, and so are options from Python too.
+_FOR_TEXT = {
+    *COUNTS,
+    "infix",
+    "stop",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "order",
+    "steps",
+    "block_length",
+    "guidance",
+}
 
 
 def run_generate(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +60,8 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     loaded = load_model(
         arguments.load, tag=arguments.load_tag, dtype=arguments.dtype, tokenizer_options=tokenizer or None
     )
-    generate = _masked if loaded.is_masked else _causal
     recorder = StepRecorder()
-    completions, shown = generate(loaded, prompts, arguments, recorder)
+    completions, shown = _generate(loaded, prompts, arguments, recorder)
     if arguments.animate:
         _write_animation(loaded, recorder, arguments)
     for index, (prompt, completion, text) in enumerate(zip(prompts, completions, shown)):
@@ -56,6 +73,35 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     if arguments.animate:
         print(f"animation: {arguments.animate}", file=sys.stderr)
     return 0
+
+
+def complete(loaded: InferenceModel, prompts: Sequence[str], options: Mapping[str, Any]) -> list[Completion]:
+    """Complete every prompt as the program does, without showing steps.
+
+    Args:
+        loaded: model with a tokenizer.
+        prompts: texts; an empty one starts a document.
+        options: flags by their names, underscores for hyphens; the defaults are those of the program.
+
+    Raises:
+        UserError: an unknown option, a number out of range, or a prompt that does not fit.
+    """
+    arguments = build_generate_parser().parse_args(["--load", loaded.source, "--no-show-steps"])
+    if unknown := sorted(options.keys() - _FOR_TEXT):
+        near = difflib.get_close_matches(unknown[0], _FOR_TEXT, n=1)
+        fix = f"did you mean {near[0]}?" if near else "see megatron generate --help"
+        raise UserError(f"option {unknown[0]!r}", f"the options are {', '.join(sorted(_FOR_TEXT))}", fix)
+    vars(arguments).update(options)
+    _check_numbers(arguments)
+    every = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    return _generate(loaded, every, arguments, StepRecorder())[0]
+
+
+def _generate(
+    loaded: InferenceModel, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
+) -> tuple[list[Completion], list[str]]:
+    """Completions, and the texts that people are shown."""
+    return (_masked if loaded.is_masked else _causal)(loaded, prompts, arguments, recorder)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

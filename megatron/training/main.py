@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def main(
-    objective: str, argv: Sequence[str] | None = None, *, observer: Observer | None = None, probe: Probe | None = None
+    objective: str,
+    argv: Sequence[str] | None = None,
+    *,
+    observer: Observer | None = None,
+    probe: Probe | None = None,
+    raise_errors: bool = False,
 ) -> int:
     """Run a training program.
 
@@ -31,6 +36,7 @@ def main(
         argv: arguments; default: those of the process.
         observer: watches the run.
         probe: what ``--gap-task`` measures with every validation.
+        raise_errors: raise what a single process would print, for callers from Python.
 
     Returns:
         Exit status: 0 at the end of the run, 75 stopped before it, 1 the run failed, 2 wrong input, 130 interrupted.
@@ -63,16 +69,15 @@ def main(
             if is_writer and not is_early:
                 _take(plan.run_dir, exits)
                 # Another process may have begun, and ended, while this one read its data.
-                require(
-                    flags.run.overwrite or not holds_run(plan.run_dir),
-                    f"another process began a run in {plan.run_dir} meanwhile",
-                    "a run directory belongs to one run",
-                    "start again",
-                )
+                is_free = flags.run.overwrite or not holds_run(plan.run_dir)
+                given = f"another process began a run in {plan.run_dir} meanwhile"
+                require(is_free, given, "a run directory belongs to one run", "start again")
             if is_writer and flags.run.overwrite:
                 clear_run(plan.run_dir)
             return _run(plan, launch, observer, probe)
     except UserError as error:
+        if raise_errors:
+            raise
         complain(f"error: {error}")
         return error.exit_status
 
@@ -109,7 +114,7 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
         status, failed = 130, error  # before the first step, or Ctrl-C twice: nothing is saved
     except BaseException as error:
         failed = connection.peer_failure(error) or error
-        if isinstance(failed, UserError):
+        if isinstance(failed, UserError) and launch.world_size > 1:
             complain(f"error: {failed}", is_speaker=True)
             status = failed.exit_status
         elif not connection.is_shared:

@@ -21,6 +21,7 @@ from megatron.evaluation.lm_eval.command import run_downstream
 from megatron.evaluation.lm_eval.groups import stream_names
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import attend, task_loader
+from megatron.evaluation.requests import encode_request
 from megatron.inference.model import load_model
 from tests.evaluation import tiny
 
@@ -173,7 +174,7 @@ def test_greedy_flags_of_answers_are_right(models) -> None:
     for length in (1, 2, 3):  # one that is encoded as it was decoded
         filled = lm.sampler.fill([[*context, *[lm.loaded.mask_id] * length]], settings=DiffusionSettings())[0]
         text = lm.tokenizer.decode(filled[len(context) :])
-        if lm._encode("Return the path of", text) == (context, filled[len(context) :]):
+        if encode_request(lm.tokenizer, "Return the path of", text) == (context, filled[len(context) :]):
             answer = text
     assert answer is not None
     choices = [" the file", answer, " a list of"]

@@ -15,10 +15,10 @@ from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
 from megatron.config.shape import Shape
-from megatron.errors import UserError, require
+from megatron.errors import UserError
 from megatron.evaluation.lm_eval.generation import GeneratingLM
 from megatron.evaluation.lm_eval.groups import REFUSED, Group, Refusals, place_of
-from megatron.evaluation.requests import ResultCache, encode_pair, whole_number
+from megatron.evaluation.requests import ResultCache, encode_request, end_of_document, whole_number
 from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
 from megatron.inference.model import InferenceModel, load_model
@@ -107,13 +107,7 @@ class MegatronLM(GeneratingLM):
     @property
     def eot_token_id(self) -> int:
         """End of document, also the context of texts that have none."""
-        if self.tokenizer.eod_id is None:
-            raise UserError(
-                f"tokenizer {self.tokenizer.name} has no end-of-document token",
-                "a text without context is scored after it",
-                "use the tokenizer of the training data",
-            )
-        return self.tokenizer.eod_id
+        return end_of_document(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -133,7 +127,7 @@ class MegatronLM(GeneratingLM):
         for index, instance in enumerate(requests):
             place = place_of(instance)
             try:
-                tokens = self._encode(*instance.args[:2])
+                tokens = encode_request(self.tokenizer, *instance.args[:2])
             except UserError as error:
                 self.refusals.add(instance, error)
                 results[index] = (REFUSED, False)
@@ -174,22 +168,6 @@ class MegatronLM(GeneratingLM):
             groups.append(group)
         results = self._run_groups("loglikelihood", groups, disable_tqdm=True)
         return [results[index] for index in range(len(requests))]
-
-    def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and its continuation, both with at least one token.
-
-        Raises:
-            UserError: one of them has none.
-        """
-        if context:
-            first, target = encode_pair(self.tok_encode, context, continuation)
-        else:
-            first, target = [], self.tok_encode(continuation)
-            own_start = len(target) > 1 and target[0] == self.eot_token_id
-            first, target = (target[:1], target[1:]) if own_start else ([self.eot_token_id], target)
-        require(first, f"context {context!r} is blank", "a blank text has no token to start from", "leave it empty")
-        require(target, f"continuation {continuation!r} is empty", "a likelihood needs a token", "drop the item")
-        return first, target
 
     def _run_groups(self, kind: str, groups: list[Group], *, disable_tqdm: bool) -> dict[int, tuple[float, bool]]:
         """Results by request index: from the cache, or scored in chunks that go to the cache at once."""

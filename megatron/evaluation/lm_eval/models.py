@@ -16,6 +16,7 @@ from megatron.errors import UserError, require
 from megatron.evaluation.adaptive import Question, RaceSettings, Ranking, race, raced
 from megatron.evaluation.estimators import LeftToRight, make_estimator
 from megatron.evaluation.exact import PolicyScorer
+from megatron.evaluation.likelihood import MAX_DRAWS, add_up
 from megatron.evaluation.lm_eval.base import MegatronLM
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number, windows
@@ -23,8 +24,6 @@ from megatron.evaluation.scorer import CausalScorer, Estimate, MaskedScorer, Req
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion, continue_causal, continue_masked
-
-MAX_DRAWS = 10**6
 
 
 @register_model("megatron_ar")
@@ -257,22 +256,6 @@ def _number(options: dict[str, Any], name: str, kind: Callable[[Any], Any], defa
         return default if value is None else kind(value)
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{name} {value!r}", "it is a number", "correct --gen_kwargs") from None
-
-
-def add_up(pieces: Sequence[Estimate]) -> Estimate:
-    """The sum over the windows of one text; their errors are independent."""
-    if len(pieces) == 1:
-        return pieces[0]
-    first = pieces[0]
-    return Estimate(
-        value=sum(piece.value for piece in pieces),
-        standard_error=sum(piece.standard_error**2 for piece in pieces) ** 0.5,
-        kind=first.kind,
-        estimator=first.estimator,
-        num_passes=sum(piece.num_passes for piece in pieces),
-        num_draws=first.num_draws,
-        is_greedy=None if first.is_greedy is None else all(piece.is_greedy for piece in pieces),
-    )
 
 
 def not_computed() -> Estimate:

@@ -1,0 +1,145 @@
+"""``import megatron``: its names, its errors and its page. README's example runs with the other documented commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation.tiny import build_tokenizer_file, config_for, make_run
+
+import megatron
+from megatron import api
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process_group() -> Iterator[None]:
+    """One that trains keeps it to its end; the tests after these start without."""
+    yield
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_the_page_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_api", REPO / "docs/make_api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (REPO / "docs/api.md").read_text(encoding="utf-8") == module.page(), "python docs/make_api.py"
+
+
+def test_the_names_are_few_and_all_there() -> None:
+    assert len(megatron.__all__) <= 8
+    functions = {
+        name for name, value in vars(api).items() if inspect.isfunction(value) and value.__module__ == "megatron.api"
+    }
+    assert {name for name in functions if not name.startswith("_")} | {"UserError"} - {"require"} == set(
+        megatron.__all__
+    )
+    assert set(megatron.__all__) <= set(dir(megatron))
+    assert megatron.train is api.train
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        megatron.trian  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"modle": "7M", "save": "x"}, "unknown argument '--modle'"),
+        ({"model": "7M", "lr": "fast", "save": "x"}, "'fast' was given; it takes a number"),
+        ({"model": "7M", "train_iters": 1, "lr": -1, "save": "x"}, "--lr is -1"),
+        ({"model": "7M", "train_iters": 1}, "flags without save"),
+        (["--model", "7M", "--train-iters", "1", "--save", "x"], "no training data"),
+        ("--model 7M --train-iters 1 --save 'a b' --zero-stage 7", "--zero-stage is 7"),
+        ({"model": "7M", "help": True}, "--help"),
+        ({"model": "7M", "train_iters": 1, "train_data_path": "absent", "save": "x"}, "absent"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_raised_not_printed(
+    flags: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(megatron.UserError) as error:
+        megatron.train(flags)
+    assert message in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_training_is_for_the_main_thread() -> None:
+    """Signals, which stop and save a run, reach no other one."""
+    with ThreadPoolExecutor(1) as other, pytest.raises(megatron.UserError, match="main thread"):
+        other.submit(megatron.train, {"model": "7M", "train_iters": 1, "save": "x"}).result()
+
+
+def test_a_mapping_is_the_command_line_of_its_names() -> None:
+    flags = {
+        "model": "7M",
+        "bf16": True,
+        "use-checkpoint": None,
+        "train_data_path": [0.5, Path("a"), 0.5, "b"],
+        "swiglu": False,
+    }
+    words = "--model 7M --bf16 --train-data-path 0.5 a 0.5 b --swiglu False"
+    assert api._words(flags) == words.split()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = build_tokenizer_file(folder / "tokenizer")
+    return {
+        name: megatron.load_model(make_run(folder / name, config_for(name, tokenizer, vocab_size=600)))
+        for name in ("ar", "mdm")
+    }
+
+
+@pytest.mark.parametrize("name", ["ar", "mdm"])
+def test_a_model_is_asked(name: str, models: dict[str, Any]) -> None:
+    import torch
+
+    model = models[name]
+    ids = torch.tensor([model.tokenizer.encode("Return the name")])
+    logits = model.logits(ids)
+    assert logits.shape == (1, ids.shape[1], 640)
+    found = megatron.log_likelihood(model, " the name", context="Return", num_draws=4)
+    assert found.kind == ("exact" if name == "ar" else "bound")
+    if name == "ar":  # the chain rule, by hand
+        first = ids.shape[1] - len(model.tokenizer.encode(" the name"))
+        logp = logits[0].double().log_softmax(-1)
+        expected = sum(float(logp[at - 1, ids[0, at]].detach()) for at in range(first, ids.shape[1]))
+        assert found.value == pytest.approx(expected, abs=1e-4)
+    long = megatron.log_likelihood(model, "Return the name of the file. " * 40, num_draws=2)
+    assert long.value < found.value
+    one = megatron.generate(model, "Return", max_new_tokens=3, temperature=1.0, seed=5)
+    assert one == megatron.generate(model, ["Return"], max_new_tokens=3, temperature=1.0, seed=5)
+    assert len(megatron.generate(model, ["a", "b"], max_new_tokens=2, num_samples=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 3}, "did you mean max_new_tokens?"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"infix": "x"}, "--infix"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str, models: dict[str, Any]) -> None:
+    with pytest.raises(megatron.UserError, match=message):
+        megatron.generate(models["ar"], "Return", **options)
+
+
+def test_what_cannot_be_scored_is_refused(models: dict[str, Any]) -> None:
+    with pytest.raises(megatron.UserError, match="continuation '' is empty"):
+        megatron.log_likelihood(models["mdm"], "")
+    with pytest.raises(megatron.UserError, match="num_draws 0"):
+        megatron.log_likelihood(models["mdm"], "x", num_draws=0)
