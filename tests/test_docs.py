@@ -1,12 +1,9 @@
-"""What README and docs name exists: files, flags, tests, links, imports; and what they quote is what is there."""
+"""What README and docs name exists: files, flags, tests, links; and what they quote is what is there."""
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -116,27 +113,6 @@ def anchors_of(page: Path) -> set[str]:
     """Names of headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def blocks() -> Iterator[tuple[str, str]]:
-    for page in PAGES:
-        for number, code in enumerate(re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL), 1):
-            yield f"{page.name}:{number}", code
-
-
-def test_python_blocks_import_what_exists() -> None:
-    """Names too; in one process, because it costs an import of torch."""
-    imports = []
-    for where, code in blocks():
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                imports.append(f"{ast.unparse(node)}  # {where}")
-    assert any("megatron.checkpoint" in line for line in imports)
-    lines = [line for line in imports if "__future__" not in line]
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)], cwd=REPO, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def test_the_worked_example_is_quoted_as_it_is() -> None:

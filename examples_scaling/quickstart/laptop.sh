@@ -4,7 +4,7 @@
 # TEXT=file-or-folder takes your own text (8 kB or more of .txt .md .rst .py .html .jsonl .parquet; .gz .zst) into runs/laptop-NAME;
 # DOCUMENTS=N trains on the first N only. SPLIT_FLAGS go to tools/split_data.py, for example SPLIT_FLAGS="--json-keys body".
 : "${TEXT:=}" "${RUN_NAME:=laptop${TEXT:+-$(basename -- "$TEXT" | tr -c 'A-Za-z0-9._\n-' _)}}" "${DOCUMENTS=$([ -n "$TEXT" ] || echo 24)}"
-: "${VOCAB_SIZE:=500}" "${LAYERS:=3}" "${HIDDEN:=96}" "${HEADS:=3}" "${TRAIN_SAMPLES:=20000}" "${SPLIT_FLAGS:=}"
+: "${VOCAB_SIZE:=500}" "${LAYERS:=3}" "${HIDDEN:=96}" "${HEADS:=3}" "${TRAIN_SAMPLES:=20000}" "${SPLIT_FLAGS:=}" "${GPUS_PER_NODE:=1}"
 : "${SEQ_LENGTH:=128}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=8}" "${LR:=3e-3}" "${MIN_LR:=3e-4}" "${NUM_MC:=2}" "${PROMPT:=The}"
 : "${EVAL_INTERVAL:=100}" "${EVAL_ITERS:=full}" "${SAVE_INTERVAL:=500}" "${KEEP_LAST:=1}" "${LOG_INTERVAL:=50}"
 # shellcheck source=../common.sh

@@ -50,9 +50,7 @@ for verb in console.VERBS:
 """
 
 
-def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(installed: Path, tmp_path: Path) -> None:
     """Of the installed package, in one process, which has never loaded torch by the end."""
     environment = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "80"}
     command = [sys.executable, "-c", HELPED]

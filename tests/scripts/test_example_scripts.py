@@ -233,6 +233,14 @@ def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_laptop_takes_one_gpu_of_many(tmp_path: Path) -> None:
+    """Its batch is for one process; eight would each want a part of it."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo GPU $n; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    words = dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert not [word for word in words if "torchrun" in word]
+
+
 def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Path) -> None:
     (tmp_path / "Meine Bücher").mkdir()
     flags = {"TEXT": str(tmp_path / "Meine Bücher"), "SPLIT_FLAGS": "--json-keys body"}
