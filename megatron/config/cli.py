@@ -6,15 +6,16 @@ import argparse
 import contextlib
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
 from importlib import import_module
+from os.path import expanduser
 from typing import Any, ClassVar, Protocol
 
 from megatron.config.option import check_range, default_of, spelling
 from megatron.config.parser import HelpOnTopic, Parser, named
 from megatron.config.schema import SECTIONS, Config
-from megatron.config.validate import validate
+from megatron.config.validate import PATHS, validate
 from megatron.errors import UserError, require
 
 EXAMPLES = (
@@ -26,7 +27,21 @@ EXAMPLES = (
     "    --tensor-model-parallel-size 2 ...    several GPUs",
     "megatron train --help warmup              all flags with a word",
 )
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# Flags that are no settings of a run.
+# fmt: off
+APART: dict[str, dict[str, Any]] = {
+    "--config": {"action": "append", "metavar": "FILE", "help": "YAML or JSON of settings, named as the flags; run.json of "
+        "a run repeats it; of several files a later one wins, and flags win over all"},
+    "--dump-config": {"nargs": "?", "const": "-", "metavar": "FILE",
+        "help": "print every setting as YAML, with where it comes from (or write it to FILE), and do not train"},
+    "--use-checkpoint-args": {"action": "store_true",
+        "help": "shape, tokenizer and sequence length of the checkpoint of --load (with --skip-train its objective too)"},
+    "--megatron-defaults": {"action": "store_true",
+        "help": "Megatron's defaults (LayerNorm, GELU, learned positions, biases, linear decay, intervals), not ours"},
+}
+# fmt: on
+LAYERED = ("--config", "--use-checkpoint-args")  # what brings settings from elsewhere
 
 
 class HasOptions(Protocol):
@@ -47,6 +62,8 @@ def parse(
     prog: str | None = None,
     world_size: int = 1,
     notes: list[str] | None = None,
+    origins: dict[str, str] | None = None,
+    recorded: Callable[[str, str | None], Mapping[str, Any]] | None = None,
 ) -> Config:
     """Parse and check a command line. Imports no torch.
 
@@ -56,17 +73,23 @@ def parse(
         objective: objective when ``--objective`` is absent.
         prog: program name for messages.
         world_size: processes that the launcher started.
-        notes: receives what is to be said at start of a command line of Megatron's.
+        notes: receives what is to be said at start: of a command line of Megatron's, of a run that is repeated.
+        origins: receives where each setting that was given comes from, by field: "flag", a file, a checkpoint.
+        recorded: gives what the checkpoint of a folder and a tag records, for ``--use-checkpoint-args``.
 
     Returns:
         The flags as given; :func:`megatron.training.resolve.resolve` makes a plan of them.
 
     Raises:
-        UserError: an unknown or malformed flag, a number out of range, a flag that would have no effect, or flags that
-            contradict each other.
+        UserError: an unknown or malformed flag, a number out of range, a flag that would have no effect, flags that
+            contradict each other, or a file that is none.
         SystemExit: ``--help``.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    notes, origins = [] if notes is None else notes, {} if origins is None else origins
+    if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+        told = {"prog": prog, "recorded": recorded, "origins": origins, "notes": notes}
+        words = import_module("megatron.config.layers").expand(words, registry, **told)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
     for word in words:
         flag, _, value = word.partition("=")
@@ -74,22 +97,18 @@ def parse(
         require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
     if _is_foreign(parser, words):
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
-        (notes if notes is not None else []).extend(lines)
+        notes += lines
     values, sections = vars(parser.parse_args(words)), {}
+    origins |= dict.fromkeys(_given(parser, words), "flag") | origins
     for section, cls in SECTIONS.items():
         sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
-    owned = _owned(registry)
+    owned = owned_options(registry)
     given = {name: values[name] for name in owned if values[name] is not None}
     # A launch script of the paper asks for its objective by one of the flags.
     asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
     name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
     name = named(name, list(registry))
-    require(
-        name in registry,
-        f"--objective {name!r}",
-        f"an objective is one of {', '.join(registry)}",
-        _nearest(name, registry),
-    )
+    _check_name(name, registry)
     options = registry[name].Options(**_own_options(name, given, owned))
     sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
     config = Config(**sections)
@@ -112,6 +131,11 @@ def _needed(registry: Registry, words: Sequence[str], *, default: str, prog: str
     return registry, build_parser(registry, prog)
 
 
+def _given(parser: Parser, words: Sequence[str]) -> list[str]:
+    flags = {word.partition("=")[0] for word in words}
+    return [action.dest for action in parser._actions if flags & set(action.option_strings)]
+
+
 def _is_foreign(parser: Parser, words: Sequence[str]) -> bool:
     """Whether a flag, or a choice of one, is not ours, or Megatron's defaults are asked for: a normal run has none."""
     known = {flag: action for action in parser._actions for flag in action.option_strings}
@@ -127,7 +151,7 @@ def _is_foreign(parser: Parser, words: Sequence[str]) -> bool:
     return False
 
 
-def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
+def owned_options(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
     """The flags of all objectives by field name, each with the objectives that have it."""
     found: dict[str, tuple[Field, list[str]]] = {}
     for name, cls in registry.items():
@@ -136,8 +160,10 @@ def _owned(registry: Registry) -> dict[str, tuple[Field, list[str]]]:
     return found
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    return import_module("megatron.config.usage").suggestion(name, names) or "correct the name"
+def _check_name(name: str, registry: Registry) -> None:
+    if name not in registry:
+        fix = import_module("megatron.config.usage").suggestion(name, registry) or "correct the name"
+        raise UserError(f"--objective {name!r}", f"an objective is one of {', '.join(registry)}", fix)
 
 
 def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[Field, list[str]]]) -> dict[str, Any]:
@@ -176,14 +202,11 @@ def build_parser(registry: Registry, prog: str | None = None, *, examples: Seque
             if item.metadata:
                 _add_flag(group, item, hints[item.name])
         if is_objective:
-            for name, (item, owners) in _owned(registry).items():
+            for name, (item, owners) in owned_options(registry).items():
                 hint = typing.get_type_hints(registry[owners[0]].Options)[name]
                 _add_flag(group, item, hint, owners=owners)
-    group.add_argument(
-        "--megatron-defaults",
-        action="store_true",
-        help="Megatron's defaults (LayerNorm, GELU, learned positions, biases, linear decay, intervals), not ours",
-    )
+    for flag, arguments in APART.items():
+        group.add_argument(flag, **arguments)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # launchers
     return parser
 
@@ -193,6 +216,11 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     values = asdict(config)
     values["objective"].update(values["objective"].pop("options"))
     return values
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """The value of every field by name, those of the objective's options too."""
+    return {name: value for section in config_to_dict(config).values() for name, value in section.items()}
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -232,7 +260,7 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
     default = None if owners else default
     if base is bool:  # a value may follow: `--flag True`
         group.add_argument(
-            *spellings, dest=item.name, default=default, nargs="?", const=True, type=_truth, metavar="", help=help
+            *spellings, dest=item.name, default=default, nargs="?", const=True, type=truth, metavar="", help=help
         )
         if has_negative:
             group.add_argument(negative, dest=item.name, action="store_false", default=default, help=argparse.SUPPRESS)
@@ -242,7 +270,8 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
         arguments["choices"] = list(meta["choices"])
         arguments["metavar"] = "NAME" if len(meta["choices"]) > 3 else "|".join(meta["choices"])
     else:
-        arguments["type"] = base if base is str else _number(base)
+        is_place = meta["unit"] in PATHS  # a shell expands ~ in some spellings only
+        arguments["type"] = _number(base) if base is not str else expanduser if is_place else str
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
     group.add_argument(*spellings, **arguments)
 
@@ -262,7 +291,7 @@ def _help_text(meta: Mapping[str, Any], default: Any, *, negative: str, owners: 
     return (whose + meta["help"] + f" ({'; '.join(notes)})" * bool(notes)).replace("%", "%%")
 
 
-def _truth(text: str) -> bool:
+def truth(text: str) -> bool:
     """``True`` or ``False`` after a flag that needs no value, as published scripts write it."""
     if text.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{text!r} follows a switch; it takes no value, or True or False; drop it")

@@ -104,7 +104,7 @@ def translate(
         UserError: words that are not accepted, all of them, each with its counterpart or the reason.
     """
     known = {flag: action for action in parser._actions for flag in action.option_strings}
-    parts = _with_shares([part._replace(flag=_hyphens(part.flag, known)) for part in _split(words)])
+    parts = _with_shares([part._replace(flag=_hyphens(part.flag, known)) for part in split(words)])
     given = {part.flag: " ".join(part.values) for part in parts}
     judged = [(part, _rule(part, given)) for part in parts]
     wrong = [line for part, rule in judged if (line := _wrong(part, rule, known)) is not None]
@@ -133,7 +133,7 @@ def _without_idle(
     values = vars(parser.parse_known_args(list(words))[0])
     items = [(item, values[item.name]) for cls in SECTIONS.values() for item in fields(cls) if item.metadata]
     reasons = {item.name: reason for item, reason in idle_options(items) if not item.metadata["published"]}
-    parts = [(part, known[part.flag].dest if part.flag in known else "") for part in _split(words)]
+    parts = [(part, known[part.flag].dest if part.flag in known else "") for part in split(words)]
     kept = [word for part, name in parts if name not in reasons for word in part.words()]
     return kept, [(part.flag, f"it {reasons[name]}") for part, name in parts if name in reasons]
 
@@ -142,8 +142,8 @@ def _listed(head: str, lines: Sequence[str]) -> str:
     return "\n  ".join([head, *lines])
 
 
-def _split(words: Sequence[str]) -> Iterator[Words]:
-    """Each flag with the words up to the next one; words before the first have the flag ""."""
+def split(words: Sequence[str]) -> Iterator[Words]:
+    """Yield each flag with the words up to the next one; words before the first have the flag ""."""
     part = Words("", [], [])
     for word in words:
         if word.startswith("-") and not word[1:2].isdecimal() and word[1:2] not in ("", "."):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
+from megatron.randomness import SCHEME
 
 # How a validation draws masks, recorded with a run: one without a record has the second. The names are
 # those of the same estimators of a request (megatron/evaluation/estimators.py).
@@ -20,6 +21,7 @@ EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
 DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
+UNRECORDED = {"run": {"valid_estimator": BERNOULLI}}  # what the first version had no choice of
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,9 @@ class RunConfig:
     train_epochs: float | None = option(None, "length of training, instead of --train-samples", unit="EPOCHS",
         range=ABOVE_ZERO, affects="length")
     seed: int = option(1234, "seed of weights, data order, dropout and mask noise", range=SEED, affects="results")
+    noise_scheme: int | None = option(None,
+        "version of the noise, to repeat an older run; default: the newest, or that of the checkpoint", unit="VERSION",
+        range=Range(at_least=1, at_most=SCHEME))
     bf16: bool = option(False, "bfloat16 weights with an fp32 master copy; default: fp32", affects="results")
     save: str | None = option(None,
         "run directory: run.json, metrics.jsonl and checkpoints; default: runs/..., no checkpoints", unit="DIR")

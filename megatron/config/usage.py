@@ -18,7 +18,7 @@ from megatron.errors import UserError
 
 # The flags that nearly every run passes: those of plain --help.
 COMMON = (
-    "--objective", "--model", "--train-data-path", "--valid-data-path", "--tokenizer-model", "--seq-length",
+    "--config", "--objective", "--model", "--train-data-path", "--valid-data-path", "--tokenizer-model", "--seq-length",
     "--micro-batch-size", "--global-batch-size", "--train-samples", "--train-epochs", "--lr", "--bf16", "--save",
     "--load", "--save-interval", "--eval-interval",
 )  # fmt: skip

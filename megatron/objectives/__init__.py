@@ -48,7 +48,7 @@ OBJECTIVES = Registry(
 )
 
 
-def parse(argv: Sequence[str] | None = None, **arguments: str | int | list[str] | None) -> Config:
+def parse(argv: Sequence[str] | None = None, **arguments: object) -> Config:
     """:func:`megatron.config.parse` with the objectives that are there."""
     return config.parse(argv, OBJECTIVES, **arguments)  # type: ignore[arg-type]
 

@@ -82,6 +82,7 @@ class RunRecord:
         noise_scheme: of masks, times and orders (``megatron/randomness.py``).
         data, tokenizer: fingerprints: what the data are, wherever they lie.
         attempts: every start of the program on this run.
+        origins: where the settings come from that were not left at their defaults, by field.
     """
 
     objective: str
@@ -104,6 +105,7 @@ class RunRecord:
     data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, run_dir: Path) -> None:

@@ -216,6 +216,7 @@ class RunFolder:
             data=plan.sources.fingerprints,
             tokenizer=plan.vocabulary.tokenizer,
             attempts=[attempt],
+            origins=dict(plan.origins),
         )
 
 

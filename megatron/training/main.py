@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron.config.cli import LAYERED
 from megatron.errors import UserError, require
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch, complain
@@ -16,6 +19,7 @@ from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run, holds_run
 
 if TYPE_CHECKING:
+    from megatron.config.schema import Config
     from megatron.training.plan import Plan
     from megatron.training.step import Observer
     from megatron.training.validation import Probe
@@ -45,10 +49,11 @@ def main(
     launch = Launch()
     try:
         launch = Launch.from_environment()
-        notes: list[str] = []
-        flags = parse(argv, objective=objective, world_size=launch.world_size, notes=notes)
-        for note in notes if launch.is_first_rank else []:
-            print(note, flush=True)
+        words = sys.argv[1:] if argv is None else list(argv)
+        if any(word.partition("=")[0] == "--dump-config" for word in words):
+            return import_module("megatron.training.configuration").dump(objective, words, launch)
+        origins: dict[str, str] = {}
+        flags = _flags(objective, words, launch, origins)
         require(
             flags.run.gap_task is None or probe is not None,
             "--gap-task in a program that measures none",
@@ -65,7 +70,9 @@ def main(
             from megatron.training.resolve import resolve
 
             run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
-            plan = resolve(flags, launch, run_name=run_name)
+            plan = resolve(flags, launch, run_name=run_name, origins=origins)
+            if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+                import_module("megatron.training.configuration").check_contents(plan)
             if is_writer and not is_early:
                 _take(plan.run_dir, exits)
                 # Another process may have begun, and ended, while this one read its data.
@@ -80,6 +87,20 @@ def main(
             raise
         complain(f"error: {error}")
         return error.exit_status
+
+
+def _flags(objective: str, words: Sequence[str], launch: Launch, origins: dict[str, str]) -> Config:
+    """The flags; says what they mean where that is not plain, and fills ``origins``."""
+
+    def recorded(load: str, tag: str | None) -> dict[str, Any]:
+        return import_module("megatron.training.configuration").recorded(load, tag)
+
+    notes: list[str] = []
+    told = {"world_size": launch.world_size, "notes": notes, "origins": origins, "recorded": recorded}
+    flags = parse(words, objective=objective, **told)
+    for note in notes if launch.is_first_rank else []:
+        print(note, flush=True)
+    return flags
 
 
 def _take(run_dir: Path, exits: ExitStack) -> None:

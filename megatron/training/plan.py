@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config import values_of
 from megatron.config.schema import Config
-from megatron.config.shape import Shape
+from megatron.config.shape import Preset, Shape
 from megatron.objectives import Objective
+
+WORKED_OUT = "worked out"  # origin of what data, checkpoint and other settings decide
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ class Plan:
         shape, layout, schedule, seeds, objective, start, sources, vocabulary: its parts.
         run_dir: where it writes.
         notes: flags without effect, and what else a person should read once.
+        origins: where each setting that is not left at its default comes from, by field.
     """
 
     settings: Config
@@ -138,3 +143,25 @@ class Plan:
     vocabulary: Vocabulary
     run_dir: Path
     notes: tuple[str, ...]
+    origins: Mapping[str, str]
+
+
+def origins_of(flags: Config, settings: Config, *, given: Mapping[str, str]) -> dict[str, str]:
+    """Where each setting that is not left at its default comes from, by field.
+
+    Args:
+        flags: as given.
+        settings: what they became.
+        given: where those that were given come from.
+    """
+    before, now, default, found = values_of(flags), values_of(settings), values_of(Config()), {}
+    default = before | default | {"objective": now["objective"]}  # objectives have options, programs an objective
+    preset = f"preset {settings.model.model}" if settings.model.model else ""
+    for name, value in now.items():
+        if name in given:
+            found[name] = given[name]
+        elif before[name] != default[name]:
+            found[name] = "--megatron-defaults"
+        elif value != before[name]:
+            found[name] = preset if preset and name in Preset._fields else WORKED_OUT
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron.config import values_of
 from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
+from megatron.objectives import OBJECTIVES
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
+from megatron.training.plan import WORKED_OUT, Plan
 
 
 class MetricsLog:
@@ -188,6 +192,22 @@ class Screen:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def given_settings(plan: Plan) -> Iterator[str]:
+    """Yield lines of 80 columns about the settings that were chosen and are not defaults: by whom, and what they are."""
+    values, options = values_of(plan.settings), OBJECTIVES[str(plan.settings.objective.objective)].Options()
+    default = values_of(Config()) | asdict(options)
+    for source in sorted({*plan.origins.values()} - {WORKED_OUT}):
+        names = [name for name, origin in plan.origins.items() if origin == source]
+        shown = [f"{name} {_short(values[name])}" for name in names if values[name] != default.get(name)]
+        if shown:
+            yield textwrap.fill(f"{source}: {', '.join(shown)}", width=80, subsequent_indent="  ")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else f"…{text[-39:]}"
 
 
 def say(text: str, write: Callable[[str], object] = print) -> bool:

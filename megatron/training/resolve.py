@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
@@ -10,7 +11,7 @@ from typing import Any
 
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import BERNOULLI, EXACT_COUNT, Config, RunConfig
+from megatron.config.schema import EXACT_COUNT, UNRECORDED, Config, RunConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
@@ -32,7 +33,7 @@ from megatron.parallel.launch import Launch
 from megatron.randomness import SCHEME, named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
-from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary
+from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
@@ -42,51 +43,54 @@ ARCHITECTURE = (
     *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
-UNRECORDED = {"run": {"valid_estimator": BERNOULLI}}  # what there was no choice of
 
 
-def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
+def resolve(
+    flags: Config,
+    launch: Launch,
+    *,
+    run_name: str,
+    origins: Mapping[str, str] | None = None,
+    is_rehearsal: bool = False,
+) -> Plan:
     """Decide everything that is still open; check data, checkpoint and run directory.
 
     Args:
         flags: from :func:`megatron.config.parse`.
         launch: this process.
         run_name: folder under ``runs/`` for a run without ``--save``.
+        origins: where each flag that was given comes from.
+        is_rehearsal: nothing is written, so the run directory may hold one.
 
     Raises:
         UserError: what was given, the rule, the fix.
     """
-    if flags.parallel.deepspeed_config is not None:
-        read_settings_file(Path(flags.parallel.deepspeed_config), bf16=flags.run.bf16)
+    if (path := flags.parallel.deepspeed_config) is not None:
+        read_settings_file(Path(path), bf16=flags.run.bf16)
     sources = _sources(flags, launch)
     vocabulary = _vocabulary(flags, sources, launch)
-    selection = _selection(flags)
-    manifest = selection.manifest
-    saved = manifest["config"] if manifest else {"model": {}, "objective": {}}
+    manifest = (selection := _selection(flags)).manifest
+    saved = manifest.get("config", {"model": {}, "objective": {}})
     shape = _shape(flags, vocabulary.size, saved["model"])
     _check_objective(flags, saved["objective"].get("objective"))
     mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
     is_continued = bool(manifest) and not flags.run.finetune
     before = manifest if is_continued else {}
-    if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
-        check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
-    batch = layout.global_batch_size
+    _check_apart(flags, sources, is_continued=is_continued)
     schedule = _schedule(flags, layout, sources.unique_tokens, before)
-    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank)
+    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank and not is_rehearsal)
     seeds = _seeds(flags, before)
+    length, decay, warmup = schedule.train_samples, schedule.decay_samples, schedule.warmup_samples
     settings = replace(
         flags,
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(),
         objective=replace(flags.objective, mask_token_id=mask_id),
-        optimizer=replace(
-            flags.optimizer, lr_decay_samples=schedule.decay_samples, lr_warmup_samples=schedule.warmup_samples
-        ),
-        run=replace(_with_estimator(flags, before), global_batch_size=batch, train_samples=schedule.train_samples),
+        optimizer=replace(flags.optimizer, lr_decay_samples=decay, lr_warmup_samples=warmup),
+        run=replace(_with_estimator(flags, before), global_batch_size=layout.global_batch_size, train_samples=length),
     )
-    # Masks, times and orders may follow another seed than weights and data order: --no-load-rng.
-    noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))
+    noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))  # another one after --no-load-rng
     objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
     if is_exact(objective.for_eval()):
         notes += ["--num-mc (an exact likelihood has one draw)"] * (flags.run.num_mc > 1)
@@ -99,9 +103,13 @@ def resolve(flags: Config, launch: Launch, *, run_name: str) -> Plan:
         with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
         changed=_agreed_changes(settings, sources, before),
     )
-    return Plan(
-        settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, notes=tuple(notes)
-    )
+    parts = (settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, tuple(notes))
+    return Plan(*parts, origins_of(flags, settings, given=origins or {}))
+
+
+def _check_apart(flags: Config, sources: Sources, *, is_continued: bool) -> None:
+    if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
+        check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
 
 
 def _sources(flags: Config, launch: Launch) -> Sources:
@@ -210,7 +218,7 @@ def _shape(flags: Config, vocab_size: int, saved: dict[str, Any]) -> Shape:
         f"--load {flags.run.load} is a checkpoint of another architecture: "
         + ", ".join(f"{name} {saved[name]} (here {getattr(shape, name)})" for name in differing),
         "both must be equal",
-        "pass the checkpoint's model flags or another --load",
+        "pass --use-checkpoint-args or the checkpoint's model flags, or another --load",
     )
     return shape
 
@@ -295,7 +303,8 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     noise = manifest.get("noise_seed", seed)
     if manifest and flags.run.no_load_rng:
         noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
-    return Seeds(seed, noise, manifest.get("noise_scheme", 1) if manifest else SCHEME)
+    scheme = manifest.get("noise_scheme", 1) if manifest else flags.run.noise_scheme or SCHEME
+    return Seeds(seed, noise, scheme)
 
 
 def _with_estimator(flags: Config, manifest: dict[str, Any]) -> RunConfig:
@@ -340,13 +349,7 @@ def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]
     """Settings that differ from those at the checkpoint; what changes results only where it was asked for."""
     if not manifest or settings.run.skip_train:
         return {}
-    changed = changed_settings(manifest["config"], settings)
-    for name, affects in (("train", "results"), ("valid", "validation")):
-        parts = manifest.get("data", {}).get(name, []), sources.fingerprints[name]
-        keys = ["idx_sha256", *(["bin_sample"] if all("bin_sample" in part for part in chain(*parts)) else [])]
-        before, now = ([_content(part, keys) for part in each] for each in parts)
-        if before and now and before != now:  # by content: where the files lie does not matter
-            changed[f"data.{name}"] = (before, now, affects)
+    changed = changed_settings(manifest["config"], settings) | changed_data(manifest, sources)
     refused = [f"{name} {before} → {now}" for name, (before, now, affects) in changed.items() if affects == "results"]
     require(
         settings.run.change_settings or not refused,
@@ -354,6 +357,18 @@ def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]
         "a run keeps the settings that make its numbers what they are",
         "pass the run's own, or --change-settings, which records the step from which the new ones hold",
     )
+    return changed
+
+
+def changed_data(record: Mapping[str, Any], sources: Sources) -> dict[str, tuple[Any, Any, str]]:
+    """Data that are not those of a record or a manifest, by content, as :func:`changed_settings` says it."""
+    changed: dict[str, tuple[Any, Any, str]] = {}
+    for name, affects in (("train", "results"), ("valid", "validation")):
+        parts = record.get("data", {}).get(name, []), sources.fingerprints[name]
+        keys = ["idx_sha256", *(["bin_sample"] if all("bin_sample" in part for part in chain(*parts)) else [])]
+        before, now = ([_content(part, keys) for part in each] for each in parts)
+        if before and now and before != now:  # by content: where the files lie does not matter
+            changed[f"data.{name}"] = (before, now, affects)
     return changed
 
 

@@ -19,7 +19,7 @@ from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
 from megatron.training.progress import Interval, Progress, Throughput
-from megatron.training.reporting import Screen, say
+from megatron.training.reporting import Screen, given_settings, say
 from megatron.training.step import Observer
 from megatron.training.stop import StopRequest
 from megatron.training.validation import Probe, Validator
@@ -223,6 +223,8 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
         f"{zero_note}, {precision} | global batch {layout.global_batch_size} = micro {layout.micro_batch_size} x dp "
         f"{layout.dp_size} x {layout.num_micro_batches} accumulated | run directory {plan.run_dir}"
     )
+    for line in given_settings(plan):
+        screen.print(line)
     if start.warning is not None:
         screen.print(start.warning)
     for name, (before, now, _) in start.changed.items():

@@ -194,6 +194,12 @@ def test_a_place_without_a_name_is_refused(item: dataclasses.Field) -> None:
         parse([*BASE, *needed, spelling(item), ""])
 
 
+def test_a_home_is_a_home_in_every_spelling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse([*BASE, "--save=~/runs", "--train-data-path", "0.5", "~/a", "0.5", "b~"])
+    assert config.run.save == "/home/me/runs" and config.data.train_data_path == ["0.5", "/home/me/a", "0.5", "b~"]
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [

@@ -65,7 +65,7 @@ def test_suggestions_go_by_meaning_not_by_spelling() -> None:
     assert "nccl (CUDA) and gloo (CPU)" in text and "--swiglu-backend" not in text
 
 
-@pytest.mark.parametrize("name", ["--rampup-batch-size", "--fp8-hybrid", "--qk-layernorm", "--use-checkpoint-args"])
+@pytest.mark.parametrize("name", ["--rampup-batch-size", "--fp8-hybrid", "--qk-layernorm"])
 def test_what_is_not_built_is_refused_with_the_reason(name: str) -> None:
     values = ["32", "32", "1000"] if name == "--rampup-batch-size" else []
     (line,) = refused(name, *values)

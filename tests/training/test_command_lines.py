@@ -2,7 +2,8 @@
 
 Everything up to the plan runs, in this process: parser, rules, data, tokenizer, checkpoint, run directory. Outcomes:
 *plan*, *refused* (UserError), *help* (asked for), *traceback* (any other exception) and *nonsense* (a plan although a
-number was out of its range, or a plan that contradicts itself). The last two must not happen. ``STORM=1`` makes it 15 times
+number was out of its range, a plan that contradicts itself, or one that is another one when it comes back from
+``--dump-config`` or run.json). The last two must not happen. ``STORM=1`` makes it 15 times
 as long.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import random
@@ -24,16 +26,20 @@ import numpy as np
 import pytest
 from checkpoint.saved import save
 
+from megatron.config import config_to_dict, values_of
 from megatron.config.cli import build_parser
-from megatron.config.option import spelling
+from megatron.config.option import idle_options, spelling
+from megatron.config.recorded import ONE_FOLDER
 from megatron.config.schema import Config
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 from megatron.parallel.launch import Launch
+from megatron.training.configuration import document, recorded
 from megatron.training.plan import Plan
 from megatron.training.resolve import resolve
 
+CONFIG_SHARE = 1.0 if os.environ.get("STORM") == "1" else 0.3  # of the plans, read again from files
 LINES = 30_000 if os.environ.get("STORM") == "1" else 2_000
 BASE = {
     "--train-data-path": "data", "--tokenizer-type": "NullTokenizer", "--vocab-size": "500", "--num-layers": "2",
@@ -172,21 +178,80 @@ def contradictions(plan: Plan) -> list[str]:
     return [rule for rule, holds in rules.items() if not holds]
 
 
+def start(words: list[str], world_size: int) -> tuple[Config, Plan]:
+    """Flags and plan of a start."""
+    launch = Launch(0, world_size, 0, "127.0.0.1", 1) if world_size > 1 else Launch()
+    origins: dict[str, str] = {}
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        flags = parse(words, objective="mdm", world_size=world_size, origins=origins, recorded=recorded)
+        return flags, resolve(flags, launch, run_name="new", origins=origins)
+
+
+# What a run leaves behind where a repetition has another place, or begins from nothing.
+PLACES = ("save", "load", "load_tag", *ONE_FOLDER)
+
+
+def lost(flags: Config, plan: Plan, line: Line) -> list[str]:
+    """What a plan loses on its way through ``--dump-config`` or run.json, and back by ``--config``."""
+    chance = random.Random(repr(line))
+    if chance.random() > CONFIG_SHARE:
+        return []
+    path, wrong = Path("again/run.json"), []
+    path.parent.mkdir(exist_ok=True)
+    Path("dump.yaml").write_text("\n".join(document(flags, plan)))
+    again = start(["--config", "dump.yaml"], line.world_size)[1]
+    wrong += [f"--dump-config loses {name}: {values}" for name, values in differing(plan, again).items()]
+    if plan.start.tag is None and not plan.settings.run.skip_train:
+        record = {
+            "objective": "mdm", "config": config_to_dict(plan.settings), "noise_scheme": plan.seeds.scheme,
+            "unique_tokens": plan.sources.unique_tokens, "tokenizer": plan.vocabulary.tokenizer,
+        }  # fmt: skip
+        path.write_text(json.dumps(record))
+        elsewhere = [] if plan.settings.run.save is None else ["--save", "elsewhere"]
+        again = start(["--config", str(path), *elsewhere], line.world_size)[1]
+        found = differing(plan, again, without=(*PLACES, *(idle for idle, _ in idle_options(given_items(plan)))))
+        wrong += [f"run.json loses {name}: {values}" for name, values in found.items()]
+        path.unlink()
+    return wrong
+
+
+def given_items(plan: Plan) -> list[tuple[Any, Any]]:
+    sections = [getattr(plan.settings, section.name) for section in fields(Config)]
+    return [(item, getattr(part, item.name)) for part in sections for item in fields(part) if item.metadata]
+
+
+def differing(plan: Plan, again: Plan, without: tuple[Any, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Settings and parts of two plans that differ."""
+    passed = {getattr(item, "name", item) for item in without}
+    before, after = values_of(plan.settings), values_of(again.settings)
+    found = {
+        name: (before[name], after.get(name)) for name in before.keys() - passed if before[name] != after.get(name)
+    }
+    parts = (
+        "layout",
+        "schedule",
+        "seeds",
+        "objective",
+        "vocabulary",
+        *(() if without else ("shape", "start", "run_dir")),
+    )
+    pairs = {name: (getattr(plan, name), getattr(again, name)) for name in parts}
+    return found | {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
 def outcome(line: Line) -> tuple[str, str]:
     """What a start makes of the line, and the details of what must not happen."""
-    launch = Launch(0, line.world_size, 0, "127.0.0.1", 1) if line.world_size > 1 else Launch()
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            plan = resolve(parse(line.words, objective="mdm", world_size=line.world_size), launch, run_name="new")
+        flags, plan = start(line.words, line.world_size)
     except UserError as error:
         words = error.given and error.rule and error.fix
         return ("refused", "") if words else ("traceback", "an error without three parts")
     except SystemExit as error:
-        is_help = error.code in (0, None) and not {"-h", "--help"}.isdisjoint(line.words)
+        is_help = error.code in (0, None) and any(word.partition("=")[0] in ("-h", "--help") for word in line.words)
         return ("help", "") if is_help else ("traceback", f"status {error.code}")
     except BaseException:
         return "traceback", traceback.format_exc()[-1500:]
-    wrong = [*line.outside, *contradictions(plan)]
+    wrong = [*line.outside, *contradictions(plan), *lost(flags, plan, line)]
     return ("nonsense", "; ".join(wrong)) if wrong else ("plan", "")
 
 
