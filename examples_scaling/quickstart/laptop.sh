@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/text.sh"
 export OMP_WAIT_POLICY=PASSIVE   # threads that wait must not hold a core that another program wants
 [ -z "$TEXT" ] || [ -e "$TEXT" ] || die "TEXT=$TEXT does not exist" "it is a file or a folder of text" "check the name"
-echo "Training and evaluation take 7 to 10 minutes on 2 CPU cores; the first run also installs packages (3 minutes or more)."
+printf '%s\n' "Training and evaluation take 7 to 10 minutes on 2 CPU cores; the first run also" "installs packages (3 minutes or more)."
 NEXT_STEPS="" supervise bash "$REPO/install.sh" ${INSTALL_FLAGS:+"$INSTALL_FLAGS"}
 prepare_text "$RUN_DIR/text-$VOCAB_SIZE"
 for objective in ar mdm; do

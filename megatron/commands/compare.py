@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser
+from megatron.screen import wrapped
 
 if TYPE_CHECKING:
     from megatron.runs.run import Run
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     from megatron.runs.reading import find_runs
 
-    print("\n".join(comparison(find_runs(options.runs))))
+    print(wrapped("\n".join(comparison(find_runs(options.runs)))))
 
 
 def comparison(runs: list[Run]) -> list[str]:

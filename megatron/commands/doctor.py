@@ -17,13 +17,14 @@ from typing import Any
 from megatron.config.parser import Parser
 from megatron.config.usage import suggestion
 from megatron.errors import UserError
+from megatron.screen import wrapped
 
 DISTRIBUTION = "megatron-mdm"
 ROOT = Path(__file__).resolve().parents[2]
 # Optional accelerators: distribution names, and what runs in their place.
 ACCELERATORS = {
     "apex": (("apex",), "torch's fused AdamW"),
-    "flash-attn": (("flash-attn",), "torch's scaled_dot_product_attention"),
+    "flash-attn": (("flash-attn",), "torch's own attention (SDPA)"),
     "liger": (("liger-kernel",), "PyTorch's SwiGLU"),
 }
 
@@ -104,7 +105,7 @@ def print_table(groups: dict[str, list[str]]) -> None:
     print("optional accelerators:")
     for name, (distributions, fallback) in ACCELERATORS.items():
         version = next(filter(None, map(installed_version, distributions)), None)
-        print(f"  {name:<16} {version or '-':<14} {'ok' if version else f'not installed, falling back to {fallback}'}")
+        print(f"  {name:<16} {version or '-':<14} {'ok' if version else f'absent: {fallback}'}")
 
 
 def print_namesakes() -> None:
@@ -113,8 +114,10 @@ def print_namesakes() -> None:
         version = installed_version(name)
         if version is not None:
             print(
-                f"note: {name} {version} is installed and has a package called megatron too; ours is {ROOT / 'megatron'}. "
-                f"Programs of this checkout use ours; to import ours elsewhere: pip uninstall {name}, or another environment"
+                wrapped(
+                    f"note: {name} {version} is installed and has a package called megatron too; ours is {ROOT / 'megatron'}. "
+                    f"Programs of this checkout use ours; to import ours elsewhere: pip uninstall {name}, or another environment"
+                )
             )
 
 

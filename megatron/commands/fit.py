@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import require
+from megatron.screen import wrapped
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.scaling.fit import Fit
@@ -44,7 +45,7 @@ def _fit_all(options: argparse.Namespace) -> None:
     require(fits, "no run with a likelihood was given", "a law is fitted to validation losses", "name finished runs")
     if options.output:
         save_fits(fits, options.output)
-        print(f"fits: {options.output}")
+        _print(f"fits: {options.output}")
 
 
 def _fit_one(data: Observations, options: argparse.Namespace) -> Fit:
@@ -57,21 +58,25 @@ def _fit_one(data: Observations, options: argparse.Namespace) -> Fit:
         names = [name for name in names if len(data.losses) >= len(LAWS[name].names) + 2] or names[:1]
     fits = [fit_observations(LAWS[name], data, num_bootstrap=options.bootstrap, seed=options.seed) for name in names]
     best = min(fits, key=lambda fit: fit.cross_validation if fit.cross_validation is not None else fit.noise)
-    print(f"{data.objective.upper()}, {data.label}: {best.num_points} losses of {best.num_runs} runs")
+    _print(f"{data.objective.upper()}, {data.label}: {best.num_points} losses of {best.num_runs} runs")
     for text in data.skipped:
-        print(f"  left out: {text}")
+        _print(f"  left out: {text}")
     for fit in fits:
         chosen = " <- chosen" if fit is best and len(fits) > 1 else ""
-        print(f"  {fit.law.name}: residual {fit.noise:.2%}, left-out runs {_percent(fit.cross_validation)}, "
+        _print(f"  {fit.law.name}: residual {fit.noise:.2%}, left-out runs {_percent(fit.cross_validation)}, "
               f"largest left-out runs {_percent(fit.extrapolation)}{chosen}")  # fmt: skip
-    print(f"  {best.law.equation}")
+    _print(f"  {best.law.equation}")
     for name in best.law.names:
-        print(f"    {name:6} {best.interval(name)}")
+        _print(f"    {name:6} {best.interval(name)}")
     if best.undetermined:
-        print(f"  these runs leave {', '.join(best.undetermined)} open: use this law inside of their range only")
+        _print(f"  these runs leave {', '.join(best.undetermined)} open: use this law inside of their range only")
     spans = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in best.ranges.items())
-    print(f"  fitted on {spans}")
+    _print(f"  fitted on {spans}")
     return best
+
+
+def _print(text: str) -> None:
+    print(wrapped(text))
 
 
 def _percent(value: float | None) -> str:

@@ -55,8 +55,8 @@ def show(report: dict[str, Any]) -> None:
         print(f"  bytes per token   {report['text_bytes_per_token']:.4f}")
     most = max((row[2] for row in report["histogram"]), default=1)
     for first, last, count, inside in report["histogram"]:
-        bar = "#" * round(40 * count / most)
-        print(f"  {first:>9,} to {last:>9,}  {count:>12,} documents  {inside:>16,} tokens  {bar}")
+        bar = "#" * round(10 * count / most)
+        print(f"  {first:>9,} to {last:>9,} {count:>9,} documents {inside:>15,} tokens  {bar}")
     for problem in report["problems"]:
         print(f"  DAMAGED: {problem}")
     if not report["problems"]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError
+from megatron.screen import Progress, wrapped
 
 if TYPE_CHECKING:
     from megatron.data.prepare.preprocess import Encoded, PreprocessOptions, Summary
@@ -79,38 +80,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--workers", type=whole(1, 4096), metavar="PROCESSES", help="encoding processes (default: the cores)"
     )
     group.add_argument(
-        "--log-interval", type=whole(1, 10**6), default=10, metavar="SECONDS", help="between progress lines in a log"
+        "--log-interval", type=whole(1, 10**6), default=30, metavar="SECONDS", help="between progress lines in a log"
     )
     return parser.parse_args(argv)
 
 
-class Progress:
-    """A progress bar on a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self, total: int | None, interval_seconds: float) -> None:
-        """Expect ``total`` bytes of input (None: unknown)."""
-        from tqdm import tqdm
-
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not self._terminal)
-        self._started = self._last = time.monotonic()
-        self._interval = interval_seconds
-
-    def __call__(self, encoded: Encoded, summary: Summary) -> None:
-        """Show the state after one more batch."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        documents, tokens = max(summary.documents.values(), default=0), sum(summary.tokens.values())
-        rates = f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s"
-        if self._terminal:
-            self._bar.set_postfix_str(rates, refresh=False)
-            self._bar.update(encoded.bytes_read)
-        elif time.monotonic() - self._last >= self._interval:
-            self._last = time.monotonic()
-            print(f"{documents:,} documents, {tokens:,} tokens, {rates}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+def _rates(summary: Summary, seconds: float) -> str:
+    documents, tokens = max(summary.documents.values(), default=0), sum(summary.tokens.values())
+    return f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s"
 
 
 def encode(args: argparse.Namespace) -> None:
@@ -152,11 +129,13 @@ def encode(args: argparse.Namespace) -> None:
             vocab_size=args.vocab_size,
         )
     )
-    progress = Progress(total_bytes(sources), args.log_interval)
-    try:
-        summary = preprocess(sources, tokenizer, options, progress=progress)
-    finally:
-        progress.close()
+    with Progress("encoding", total_bytes(sources), unit="B", interval_seconds=args.log_interval) as progress:
+
+        def show(encoded: Encoded, summary: Summary) -> None:
+            seconds = max(time.monotonic() - progress.started, 1e-9)
+            progress.update(encoded.bytes_read, _rates(summary, seconds))
+
+        summary = preprocess(sources, tokenizer, options, progress=show)
     report(options, summary, tokenizer.name)
 
 
@@ -168,10 +147,8 @@ def report(options: PreprocessOptions, summary: Summary, tokenizer: str) -> None
         print(f"left out {summary.malformed:,} malformed rows", file=sys.stderr)
     for key in options.keys:
         documents, tokens, size = summary.documents[key], summary.tokens[key], summary.text_bytes[key]
-        print(
-            f"{options.prefix(key)}: {documents:,} documents, {tokens:,} tokens ({tokenizer}), {size:,} bytes of text, "
-            f"{size / tokens:.2f} bytes per token"
-        )
+        line = f"{documents:,} documents, {tokens:,} tokens ({tokenizer}), {size:,} bytes of text"
+        print(wrapped(f"{options.prefix(key)}: {line}, {size / tokens:.2f} bytes per token"))
     if summary.empty:
         print(f"{summary.empty:,} empty documents were left out")
     seconds = max(summary.seconds, 1e-9)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron.commands.compare import comparison
 from megatron.config.parser import Parser
+from megatron.screen import wrapped
 
 EXAMPLES = (
     "megatron report runs/ar runs/mdm --output report",
@@ -60,7 +61,7 @@ def _report(options: argparse.Namespace) -> None:
         return write_report(find_runs(options.runs), options.output, options.title, fits=fits)
 
     page = write()
-    print("\n".join([*comparison(find_runs(options.runs)), "", f"report: {page}"]), flush=True)
+    print(wrapped("\n".join([*comparison(find_runs(options.runs)), "", f"report: {page}"])), flush=True)
     if options.serve is not None:
         _serve(options, write)
 

@@ -28,6 +28,7 @@ from megatron.errors import UserError
 from megatron.files import read_object
 from megatron.objectives import evaluation_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
+from megatron.screen import Progress
 
 CLASSES = {"ar": "LlamaForCausalLM", "mdm": "EuroBertForMaskedLM"}
 MODEL_TYPES = {"LlamaForCausalLM": "llama", "EuroBertForMaskedLM": "eurobert"}
@@ -146,7 +147,8 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size
     """Write safetensors, in several files with an index above ``max_shard_size``. Returns the bytes of the tensors."""
     pattern = SINGLE.replace(".safetensors", "{suffix}.safetensors")
     plan = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
+    parts = plan.filename_to_tensors
+    for file, names in Progress("writing", len(parts), unit="files").over(parts.items()):
         part = {name: tensors[name].contiguous() for name in names}
         save_tensors(folder / file, part, metadata={"format": "pt"})
     if plan.is_sharded:
@@ -168,7 +170,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         places = _read_index(folder / INDEX)
         files = sorted(set(places.values()))
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in Progress("reading", len(files), unit="files").over(files):
         path = folder / file
         if Path(file).name != file or not path.is_file():
             raise UserError(

@@ -23,6 +23,7 @@ from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveCon
 from megatron.convert.published_layers import FIRST_RANK, join_layers, list_files
 from megatron.convert.unpickle import load_pickled
 from megatron.errors import UserError, require
+from megatron.screen import Progress
 
 GPT2_VOCAB_SIZE = 50257
 POSITIONS = "position_embeddings.weight"
@@ -104,7 +105,8 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
             "check that this is a Megatron-DeepSpeed checkpoint",
         )
     _check_args(args, tp_size, folder)
-    layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in files.items()}
+    reading = Progress("reading", len(files), unit="layers").over(files.items())
+    layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in reading}
     model = _model_config(args, layers, folder)
     num_tensors = sum(len(ranks[0]) for ranks in layers.values())
     specs = model_tensors(model, num_tensors=num_tensors, source=str(folder))

@@ -24,6 +24,7 @@ from megatron.errors import UserError
 from megatron.files import replace_folder
 from megatron.model.arithmetic import parameters_for_compute, training_flops
 from megatron.objectives import evaluation_objective
+from megatron.screen import Progress
 
 ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 
@@ -51,7 +52,8 @@ def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[
     if found.warning:
         print(found.warning, file=sys.stderr, flush=True)
     reader = open_whole_model(found.tag)
-    return reader.config, {name: reader.tensor(name) for name in reader.specs}, found.tag
+    names = Progress("reading", len(reader.specs), unit="tensors").over(reader.specs)
+    return reader.config, {name: reader.tensor(name) for name in names}, found.tag
 
 
 def origin_of(folder: Path) -> Path | None:

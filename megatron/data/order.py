@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.errors import UserError
+from megatron.screen import Progress
 
 _CHUNK = 1 << 22  # documents per step of the boundary search: bounds its memory
 
@@ -95,7 +96,8 @@ def build_sample_starts(sizes: np.ndarray, document_order: np.ndarray, plan: Ord
     """
     starts = np.zeros((plan.total_samples + 1, 2), dtype=np.int64)
     row, tokens_before = 1, 0  # row 0 is the start of the stream, also when the first document is empty
-    for begin in range(0, len(document_order), _CHUNK):
+    progress = Progress("building the data order", len(document_order), unit="documents")
+    for begin in progress.over(range(0, len(document_order), _CHUNK), each=_CHUNK):
         ends = tokens_before + np.cumsum(sizes[document_order[begin : begin + _CHUNK]], dtype=np.int64)
         # The rows k that lie in this chunk: k * seq_length < ends[-1].
         stop = min(plan.total_samples + 1, -(-int(ends[-1]) // plan.seq_length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
@@ -19,7 +20,7 @@ class UncoverDisplay:
     Args:
         tokenizer: turns tokens into text.
         mask_id: shown as ``_``.
-        stream: where to draw; colours and redrawing only on a terminal.
+        stream: where to draw; colours (unless NO_COLOR is set) and redrawing only on a terminal.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, mask_id: int, stream: TextIO | None = None) -> None:
@@ -27,6 +28,7 @@ class UncoverDisplay:
         self.mask_id = mask_id
         self.stream = stream or sys.stdout
         self.is_terminal = self.stream.isatty()
+        self.is_coloured = self.is_terminal and not os.environ.get("NO_COLOR")
         self._lines = 0
 
     def __call__(self, step: Step) -> None:
@@ -39,7 +41,7 @@ class UncoverDisplay:
             return
         if self._lines:
             self.stream.write(f"\x1b[{self._lines}F\x1b[J")  # back to the first line of the last drawing
-        shown = f"{DIM}[{label}]{RESET} {text}\n"
+        shown = f"{DIM}[{label}]{RESET} {text}\n" if self.is_coloured else f"[{label}] {text}\n"
         self.stream.write(shown)
         self.stream.flush()
         self._lines = self._height(shown)
@@ -53,7 +55,7 @@ class UncoverDisplay:
         def flush() -> None:
             if run:
                 text = self.tokenizer.decode(run)
-                parts.append(f"{NEW}{text}{RESET}" if run_is_new and self.is_terminal else text)
+                parts.append(f"{NEW}{text}{RESET}" if run_is_new and self.is_coloured else text)
                 run.clear()
 
         for position, (token, is_new) in enumerate(zip(tokens.tolist(), uncovered.tolist())):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,14 +18,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    build_hf_headers,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from megatron.errors import Failure
+from megatron.screen import Progress
 
 STATE_FOLDER = ".download"
 ATTEMPTS = 6  # transport errors in a row, without a new byte, before giving up
@@ -193,8 +201,35 @@ def _request(file: RemoteFile, partial: Path, endpoint: str | None) -> None:
     headers = build_hf_headers()
     if urlparse(metadata.location).netloc != urlparse(url).netloc:
         headers.pop("authorization", None)  # a content server is given no token
-    with partial.open("ab") as opened:
-        http_get(metadata.location, opened, resume_size=opened.tell(), headers=headers, expected_size=file.size)
+    with _Counting(io.FileIO(partial, "ab")) as opened, _without_bars():
+        start = opened.tell()
+        opened.progress = Progress(file.path, file.size, unit="B", start=start)
+        with opened.progress:
+            http_get(metadata.location, opened, resume_size=start, headers=headers, expected_size=file.size)
+
+
+class _Counting(io.BufferedWriter):
+    """A file that shows how much of it has arrived."""
+
+    progress: Progress | None = None
+
+    def write(self, data: Any) -> int:
+        """Write and count."""
+        if self.progress is not None:
+            self.progress.update(len(data))
+        return super().write(data)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """The hub's library draws bars of its own, also into logs."""
+    was_off = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_off:
+            enable_progress_bars()
 
 
 def _fetch_large(file: RemoteFile, partial: Path, endpoint: str | None) -> None:

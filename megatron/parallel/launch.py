@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
+from megatron.screen import wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ def complain(error: str, *, is_speaker: bool | None = None) -> None:
                 file.write(error + "\n")
             return
     if os.environ.get("RANK", "0") == "0" if is_speaker is None else is_speaker:
-        print(error, file=sys.stderr, flush=True)
+        print(wrapped(error) if sys.stderr.isatty() else error, file=sys.stderr, flush=True)
 
 
 def _chain() -> tuple[tuple[int, int], ...]:

@@ -19,6 +19,7 @@ from megatron.errors import Failure
 from megatron.files import replace_file
 from megatron.objectives import OBJECTIVES
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
+from megatron.screen import Progress, fitted, format_seconds, wrapped
 from megatron.training.plan import WORKED_OUT, Plan
 
 
@@ -148,11 +149,7 @@ class Screen:
     def __init__(self, *, total_steps: int, first_step: int, enabled: bool) -> None:
         self.enabled, self.total_steps = enabled, total_steps
         self.started, self.first_step = time.monotonic(), first_step
-        self._bar = None
-        if enabled and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+        self._bar = Progress("training", total_steps, unit="steps", start=first_step, enabled=enabled).bar
 
     def step(self) -> None:
         """One more step is done."""
@@ -162,20 +159,29 @@ class Screen:
     def train_line(self, row: TrainRow) -> None:
         """Print the progress line of one log interval."""
         eta = (time.monotonic() - self.started) / max(1, row.step - self.first_step) * (self.total_steps - row.step)
-        mfu = "" if row.mfu is None else f" | MFU {row.mfu:.1%}"
-        skipped = f" | skipped {row.skipped_steps}" if row.skipped_steps else ""
+        mfu = "" if row.mfu is None else f"MFU {row.mfu:.1%}"
         self.print(
-            f"step {row.step:>{len(str(self.total_steps))}}/{self.total_steps} | epoch {row.epoch:.2f} | "
-            f"loss {row.loss:.4f} | lr {row.lr:.2e} | grad norm {row.grad_norm:.3f} | "
-            f"{row.tokens_per_second:,.0f} tokens/s{mfu}{skipped} | {format_seconds(eta)} left"
+            fitted(
+                [
+                    (0, f"step {row.step:>{len(str(self.total_steps))}}/{self.total_steps}"),
+                    (1, f"epoch {row.epoch:.2f}"),
+                    (0, f"loss {row.loss:.4f}"),
+                    (4, f"lr {row.lr:.2e}"),
+                    (2, f"norm {row.grad_norm:.3f}"),
+                    (3 if mfu else 1, f"{row.tokens_per_second:,.0f} tok/s"),
+                    (1, mfu),
+                    (0, f"skipped {row.skipped_steps}" if row.skipped_steps else ""),
+                    (0, f"{format_seconds(eta)} left"),
+                ]
+            )
         )
 
     def valid_line(self, row: ValidRow) -> None:
         """Print the result of one validation; a bound never goes without its name and its error."""
-        bits = "" if row.bits_per_byte is None else f" | {row.bits_per_byte:.4f} bits/byte"
-        best = " (best)" if row.best else ""
-        perplexity = "" if row.ppl is None else f" | perplexity {row.ppl:.2f}"
-        self.print(f"validation at step {row.step}: {measured(row)}{perplexity}{bits}{best}")
+        bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f} bits/byte"
+        perplexity = "" if row.ppl is None else f"perplexity {row.ppl:.2f}"
+        head = f"validation at step {row.step}: {measured(row)}"
+        self.print(fitted([(0, head), (2, perplexity), (1, bits)], " (best)" if row.best else ""))
         if row.gap is not None:
             self.print(
                 f"likelihood gap of right to wrong answers ({row.gap_label}): {row.gap:.4f} ± {row.gap_se:.4f} "
@@ -186,7 +192,7 @@ class Screen:
         """A line for a person, on the first rank."""
         if not self.enabled:
             return
-        self.enabled = say(text, print if self._bar is None else partial(self._bar.write, file=sys.stdout))
+        self.enabled = say(wrapped(text), print if self._bar is None else partial(self._bar.write, file=sys.stdout))
 
     def close(self) -> None:
         """Remove the bar."""
@@ -226,13 +232,3 @@ def measured(row: ValidRow) -> str:
     """What a validation is, its value and error: ``NLL (exact) 4.6512 ± 0.0621 nats/token``."""
     error = "" if row.nll_se is None else f" ± {row.nll_se:.4f}"
     return f"{kind_of(row.label, row.num_mc, row.estimator)} {row.nll:.4f}{error} nats/token"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 45 s, 12:05 min, 3:20 h."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}:{seconds % 60:02d} min"
-    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"

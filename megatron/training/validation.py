@@ -20,6 +20,7 @@ from megatron.model.batch import Samples
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import ValidRow
+from megatron.screen import Progress
 from megatron.statistics import ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
@@ -80,11 +81,13 @@ class Validator:
         evaluated, run = self.objective.for_eval(), self.plan.settings.run
         draws, estimator = (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
         entries: list[tuple[np.ndarray, ...]] = []
-        for draw in range(draws):
-            view = self.objective.for_eval(draw, draws)
-            with self.engine.evaluating(view):
-                if not self._one_draw(view, entries, stop):
-                    return None
+        total, is_speaker = draws * self._dataset.num_samples, self.engine.context.is_first_rank
+        with Progress("validation", total, unit="samples", enabled=is_speaker) as progress:
+            for draw in range(draws):
+                view = self.objective.for_eval(draw, draws)
+                with self.engine.evaluating(view):
+                    if not self._one_draw(view, entries, stop, progress):
+                        return None
         gathered = [entry for part in self.engine.context.gather_objects(entries) for entry in part]
         columns = [np.concatenate(column) for column in zip(*gathered)]
         sums = ValidationSums.collect(*columns, draws=draws if estimator else 0)
@@ -102,7 +105,9 @@ class Validator:
         }
         return fields | ({} if self._probe is None else self._probe()), sums
 
-    def _one_draw(self, objective: Objective, entries: list[tuple[np.ndarray, ...]], stop: StopRequest | None) -> bool:
+    def _one_draw(
+        self, objective: Objective, entries: list[tuple[np.ndarray, ...]], stop: StopRequest | None, progress: Progress
+    ) -> bool:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
         context, dataset, layout = self.engine.context, self._dataset, self.plan.layout
         share = {"micro_batch_size": layout.micro_batch_size, "first_sample": 0, "last_sample": dataset.num_samples}
@@ -114,6 +119,7 @@ class Validator:
                 # All of a pass may lie past the end, where another rank has the last samples.
                 if context.tp.rank == 0 and losses.numel() and indices[0] < dataset.num_samples:
                     entries.append(self._sums(np.array(indices), losses.double().numpy(), objective))
+                progress.update(len(indices) * context.dp.size)
                 if stop is not None and stop.poll() is not None:
                     return False
         return True

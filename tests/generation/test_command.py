@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import json
 
 import pytest
@@ -71,7 +72,9 @@ def test_steps_are_shown(runs, capsys) -> None:
     assert lines[0].count("_") >= 4
 
 
-def test_display_redraws_on_a_terminal() -> None:
+def test_display_redraws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -83,6 +86,11 @@ def test_display_redraws_on_a_terminal() -> None:
     display(Step(1, torch.tensor([[0, 1, 2]]), torch.tensor([[False, True, False]])))
     assert "\x1b[1F\x1b[J" in stream.getvalue()
     assert stream.getvalue().endswith("a\x1b[1;32mb\x1b[0mc\n")
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = UncoverDisplay(Letters(), mask_id=99, stream=(stream := Terminal()))
+    for token in (99, 1):
+        plain(Step(0, torch.tensor([[0, token, 2]]), torch.tensor([[False, token == 1, False]])))
+    assert re.fullmatch(r"\[step 1, 1 masked\] a_c\n\x1b\[1F\x1b\[J\[step 1, 0 masked\] abc\n", stream.getvalue())
 
 
 def test_stop_strings_cut_the_text(runs, capsys) -> None:

@@ -18,7 +18,8 @@ from layouts.pool import Process, WorkerPool
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
 from megatron.runs.record import TrainRow, ValidRow
-from megatron.training.reporting import MetricsLog, Screen, format_seconds
+from megatron.screen import format_seconds
+from megatron.training.reporting import MetricsLog, Screen
 
 NUMBER = (int, float)
 RUN_JSON: dict[str, Any] = {
@@ -150,11 +151,24 @@ def test_progress_lines_read_well(capsys: pytest.CaptureFixture) -> None:
     screen.train_line(train_row(step=1000, mfu=0.512, skipped_steps=3))
     Screen(total_steps=1000, first_step=0, enabled=False).train_line(train_row())
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith(
-        "step   50/1000 | epoch 1.23 | loss 3.2199 | lr 1.50e-04 | grad norm 0.457 | 12,346 tokens/s | "
-    )
+    assert first.startswith("step   50/1000 | epoch 1.23 | loss 3.2199 | lr 1.50e-04 | norm 0.457 | 12,346 tok/s | ")
     assert first.endswith(" left") and "MFU" not in first and "skipped" not in first
     assert "step 1000/1000" in last and "| MFU 51.2% | skipped 3 | 0 s left" in last
+
+
+def test_on_80_columns_the_least_important_numbers_are_left_out(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    screen = Screen(total_steps=200_000, first_step=0, enabled=True)
+    screen.train_line(train_row())
+    screen.train_line(train_row(step=150_000, mfu=0.512, epoch=312.4, skipped_steps=3, tokens_per_second=1.25e6))
+    screen.print("a sentence " * 12)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert " | norm 0.457 | 12,346 tok/s | " in lines[0] and "lr" not in lines[0]
+    assert lines[1].startswith("step 150000/200000 | epoch 312.40 | loss 3.2199 | ") and "MFU 51.2%" in lines[1]
+    assert lines[-1].startswith("  ")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from tqdm import tqdm
 
 from megatron.config.shape import Shape
 from megatron.errors import UserError
@@ -23,6 +22,7 @@ from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
 from megatron.inference.model import InferenceModel, load_model
 from megatron.model.arithmetic import total_parameters
+from megatron.screen import Progress
 
 LOAD_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
 DEFAULT_BATCH_SIZE = 32
@@ -182,17 +182,16 @@ class MegatronLM(GeneratingLM):
                 self._accept(group, [Estimate(**entry) for entry in stored], results)
         # Longest first: an estimate of the time left errs on the long side, and memory runs out at once or never.
         waiting.sort(key=lambda pair: -pair[1].longest)
-        progress = tqdm(
-            total=len(groups), initial=len(groups) - len(waiting), desc=f"{kind} ({self.describe()})", unit="question",
-            disable=disable_tqdm or self.context.rank != 0,
-        )  # fmt: skip
-        for start in range(0, len(waiting), self.chunk_groups):
-            chunk = waiting[start : start + self.chunk_groups]
-            for (name, group), estimates in zip(chunk, self.score_groups([group for _, group in chunk])):
-                self._accept(group, estimates, results)
-                self.cache.put(name, [estimate.__dict__ for estimate in estimates])
-            progress.update(len(chunk))
-        progress.close()
+        with Progress(
+            f"{kind} ({self.describe()})", len(groups), unit="questions", start=len(groups) - len(waiting),
+            enabled=not disable_tqdm and self.context.rank == 0,
+        ) as progress:  # fmt: skip
+            for start in range(0, len(waiting), self.chunk_groups):
+                chunk = waiting[start : start + self.chunk_groups]
+                for (name, group), estimates in zip(chunk, self.score_groups([group for _, group in chunk])):
+                    self._accept(group, estimates, results)
+                    self.cache.put(name, [estimate.__dict__ for estimate in estimates])
+                progress.update(len(chunk))
         return results
 
     chunk_groups = 64

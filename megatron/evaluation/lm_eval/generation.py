@@ -10,13 +10,13 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from tqdm import tqdm
 
 from megatron.errors import UserError, require
 from megatron.evaluation.lm_eval.groups import Refusals, stream_names, stream_number
 from megatron.evaluation.requests import ResultCache, whole_number
 from megatron.generation.text import Completion
 from megatron.parallel.context import ParallelContext
+from megatron.screen import Progress
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class GeneratingLM(TemplateLM):
                 batches.setdefault(generation.how, []).append(generation)
             else:
                 results[index] = stored
-        progress = tqdm(
-            total=len(requests), initial=len(results), desc="generate_until",
-            disable=disable_tqdm or self.context.rank != 0,
+        progress = Progress(
+            "generate_until", len(requests), unit="texts", start=len(results),
+            enabled=not disable_tqdm and self.context.rank == 0,
         )  # fmt: skip
         for (settings, until, new), waiting in batches.items():
             waiting.sort(key=lambda generation: -len(generation.tokens))

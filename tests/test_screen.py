@@ -1,0 +1,71 @@
+"""Lines fit the screen, and whoever waits is told how long."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from megatron import screen
+from megatron.screen import Progress, fitted, wrapped
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_a_line_every_interval_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now)
+    with Progress("encoding", 100_000_000, unit="B") as progress:
+        for _ in range(4):
+            now += 12
+            progress.update(10_000_000, "5 documents/s")
+    with Progress("quick", 3, unit="files") as quick:
+        quick.update(3)
+    assert list(Progress("quiet", 9, enabled=False).over("abc")) == ["a", "b", "c"]
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", "encoding: 30%, 30.0 MB of 100.0 MB, 1:24 min left; 5 documents/s\n")
+    unknown = Progress("reading", unit="rows", interval_seconds=0)
+    now += 90
+    unknown.update(7)
+    assert capsys.readouterr().err == "reading: 7 rows in 1:30 min\n"
+
+
+def test_what_was_done_before_does_not_count_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now)
+    progress = Progress("likelihoods", 100, unit="questions", start=50)
+    now = 10.0
+    progress.update(10)
+    assert progress.line() == "likelihoods: 60%, 60 questions of 100 questions, 40 s left"
+
+
+def test_a_terminal_gets_one_line_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("reading", 3) as progress:
+        assert progress.bar is not None
+        progress.bar.delay = 0
+        for _ in range(3):
+            progress.update()
+            progress.bar.refresh()
+    drawn = terminal.getvalue()
+    assert "reading" in drawn and "\n" not in drawn
+    assert not drawn.rpartition("\r")[0].rpartition("\r")[2].strip()
+
+
+def test_lines_break_between_words_on_a_screen_and_stay_whole_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "error: " + "word " * 40 + "\n  " + "inner " * 20
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
+    assert wrapped(text) == text and fitted([(0, "a" * 90), (1, "b")]) == "a" * 90 + " | b"
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = wrapped(text).split("\n")
+    assert max(map(len, lines)) <= 80 and " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert lines[-1].startswith("    inner")
+    assert fitted([(0, "a" * 40), (2, "b" * 20), (1, "c" * 30)], " (best)") == "a" * 40 + " | " + "c" * 30 + " (best)"
