@@ -160,8 +160,8 @@ def test_on_80_columns_the_least_important_numbers_are_left_out(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    Screen(total_steps=1000, first_step=0, enabled=True).train_line(train_row())
     screen = Screen(total_steps=200_000, first_step=0, enabled=True)
-    screen.train_line(train_row())
     screen.train_line(train_row(step=150_000, mfu=0.512, epoch=312.4, skipped_steps=3, tokens_per_second=1.25e6))
     screen.print("a sentence " * 12)
     lines = capsys.readouterr().out.splitlines()
