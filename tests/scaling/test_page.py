@@ -46,7 +46,7 @@ def runs(tmp_path_factory):
             "train": [{"prefix": "/home/me/data/books", "weight": 1.0, "tokens": 100_000, "idx_sha256": "feed" * 16}]
         }
         record(folder / name, attempts=[attempt], data=data, tokenizer={"vocab_size": 500, "fingerprint": None})
-        lines = [{"prompt": "Return <i>", "sample": 0, "text": f" the {name} & more", "tokens": [1]}]
+        lines = [{"prompt": "Return <i>", "sample": 0, "text": f" the {name} & more\n \n\n\nend", "tokens": [1]}]
         (folder / name / "samples.jsonl").write_text("\n".join([*map(json.dumps, lines), "torn {"]))
     return folder
 
@@ -83,7 +83,7 @@ def test_the_page_is_whole_and_asks_for_nothing(page) -> None:
     assert all(attributes.get("alt") is not None for tag, attributes in tags.tags if tag == "img")
     assert all(attributes.get("scope") for tag, attributes in tags.tags if tag == "th")
     for tag, attributes in tags.tags:
-        if attributes.get("class") == "wide":
+        if attributes.get("class") == "wide" or tag == "blockquote":
             assert attributes["tabindex"] == "0", f"{tag}: a keyboard can scroll it"
             assert attributes["aria-label"]
 
@@ -134,7 +134,8 @@ def test_settings_data_commit_command_lines_and_samples_are_in_the_page(page, ru
     assert "/home/me" not in text, "a data set is known by its contents, not by its place"
     assert flat_settings(load_run(runs / "mdm"))["optimizer.lr"] == "0.001"
     assert "run.save" not in flat_settings(load_run(runs / "mdm"))
-    assert read_samples(runs / "mdm") == [("Return <i>", " the mdm & more")]
+    assert read_samples(runs / "mdm") == [("Return <i>", " the mdm & more\n \n\n\nend")]
+    assert "<b>Return &lt;i&gt;</b> the mdm &amp; more\n\nend</blockquote>" in text, "blank lines are one"
 
 
 def test_samples_keep_separators_within_strings(tmp_path) -> None:

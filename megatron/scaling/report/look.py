@@ -23,7 +23,7 @@ figure { margin: 1.6rem 0; }
 .legend img { height: 1rem; vertical-align: -.2rem; margin-right: .45rem; }
 figcaption { max-width: 52rem; }
 .wide { overflow-x: auto; margin: .6rem 0 1.2rem; }
-.wide:focus-visible, summary:focus-visible { outline: 2px solid #0a5cad; outline-offset: 2px; }
+.wide:focus-visible, blockquote:focus-visible, summary:focus-visible { outline: 2px solid #0a5cad; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid #1d1d1f; padding: .3rem .7rem .3rem 0; }
@@ -35,6 +35,7 @@ summary { cursor: pointer; }
 .settings { columns: 20rem; font-size: .8rem; padding: 0; list-style: none; }
 code, pre { font: .8rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f7; padding: .6rem .8rem; border-radius: .4rem; }
+blockquote { max-height: 20rem; overflow: auto; }
 blockquote { margin: .5rem 0; padding: .5rem .8rem; background: #f5f5f7; border-radius: .4rem; white-space: pre-wrap;
              font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .sample { min-width: 0; }
@@ -45,7 +46,7 @@ blockquote { margin: .5rem 0; padding: .5rem .8rem; background: #f5f5f7; border-
   .panels { grid-template-columns: 1fr 1fr; }
   figure, .wide, tr, blockquote, section > p { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
-  .wide { overflow: visible; }
+  .wide, blockquote { overflow: visible; max-height: none; }
   details::details-content { content-visibility: visible; block-size: auto; }  /* closed ones are printed too */
   table { font-size: 6.5pt; }
   th:first-child { position: static; white-space: normal; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ def samples_html(runs: Sequence[Run]) -> str:
     columns = [
         f'<div class="sample"><h3>{html.escape(run.title)}: {html.escape(run.name)}</h3>'
         + "".join(
-            f"<blockquote><b>{html.escape(prompt)}</b>{html.escape(text)}</blockquote>"
+            f'<blockquote tabindex="0" aria-label="sample of {html.escape(run.name)}">'
+            f"<b>{html.escape(prompt)}</b>{html.escape(_squeezed(text))}</blockquote>"
             for prompt, text in samples[:MAX_SAMPLES]
         )
         + "</div>"
@@ -38,8 +40,14 @@ def samples_html(runs: Sequence[Run]) -> str:
     ]
     if not columns:
         return ""
-    note = "<p>Prompts are bold. A few samples show what a model writes, not how good it is.</p>"
+    note = "<p>Prompts are bold. A few samples show what a model writes, not how good it is; "
+    note += "several blank lines are shown as one.</p>"
     return section("Samples", f'{note}<div class="panels">{"".join(columns)}</div>')
+
+
+def _squeezed(text: str) -> str:
+    """A model that has learned little writes pages of blank lines."""
+    return re.sub(r"\n\s*\n\s*\n", "\n\n", text)
 
 
 def read_samples(folder: Path) -> list[tuple[str, str]]:

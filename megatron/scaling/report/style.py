@@ -106,7 +106,11 @@ def log_axis(panel: Axes, label: str) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = panel.get_xlim()
     if high / low < 100:
-        ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high]
+        for leading in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 8)):
+            ticks = [digit * 10.0**power for power in range(-1, 4) for digit in leading]
+            ticks = [tick for tick in ticks if low <= tick <= high]
+            if len(ticks) > 2:
+                break
         panel.set_xticks(ticks)
         panel.xaxis.set_minor_formatter(NullFormatter())
 
