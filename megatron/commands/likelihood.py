@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
 from megatron.errors import UserError, require
+from megatron.screen import Progress
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.evaluation.court import Court, Finding, Samples, Verdict
@@ -176,8 +177,6 @@ def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> 
 
 def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples, settings: list[Any],
               context: ParallelContext) -> Court:  # fmt: skip
-    from tqdm import tqdm
-
     from megatron.evaluation.court import Court, hear, witnesses
     from megatron.evaluation.requests import ResultCache
 
@@ -188,8 +187,8 @@ def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], sa
     for name, model, witness in plan:
         cache = ResultCache(folder, fingerprint=model.identity, rank=context.rank, write=context.tp.rank == 0)
         total = len(range(context.dp.rank, len(samples.tokens), context.dp.size))
-        with tqdm(total=total, desc=f"{name}: {witness.name}", unit="sample", leave=False, delay=5,
-                  disable=not context.is_first_rank) as bar:  # fmt: skip
+        title, is_speaker = f"{name}: {witness.name}", context.is_first_rank
+        with Progress(title, total, unit="samples", enabled=is_speaker) as bar:
             court.findings.append(
                 hear(
                     witness,
