@@ -12,10 +12,6 @@ from enum import IntEnum
 
 import numpy as np
 
-# Scheme of the training noise, recorded with a run: a run keeps the one that it began with. A run without a record has 1.
-#   1: stratified times in the order of the samples.
-#   2: stratified times in antithetic pairs and radical-inverse order, so that every micro-batch covers the range of t.
-SCHEME = 2
 # The order of validation samples does not follow --seed: runs with different seeds are judged on the same samples.
 VALIDATION_SEED = 1234
 EVAL_SEED = 20_250_715
@@ -72,7 +68,7 @@ def radical_inverse(indices: np.ndarray) -> np.ndarray:
 
 
 def diffusion_times(
-    seed: int, sample_ids: np.ndarray, *, global_batch_size: int, stratified: bool = True, scheme: int = SCHEME
+    seed: int, sample_ids: np.ndarray, *, global_batch_size: int, scheme: int, stratified: bool = True
 ) -> np.ndarray:
     """Diffusion times t in [0, 1) of training samples, fp64 [batch].
 
@@ -83,8 +79,8 @@ def diffusion_times(
         seed: seed of the noise.
         sample_ids: [batch] indices in the training stream.
         global_batch_size: samples in a step, B.
+        scheme: order of the strata among the samples of a step, see :data:`megatron.config.schema.NOISE_SCHEME`.
         stratified: False draws every t independently.
-        scheme: order of the strata among the samples of a step, see :data:`SCHEME`.
     """
     if not stratified:
         return np.array([generator(seed, Purpose.TIMES, int(i)).random() for i in sample_ids])

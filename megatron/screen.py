@@ -14,8 +14,9 @@ INTERVAL_SECONDS = 30.0
 
 
 def columns() -> int:
-    """Columns that ``COLUMNS`` or the terminal has; 0 where there is neither, as in a log."""
-    return shutil.get_terminal_size((0, 24)).columns
+    """Columns of the terminal that the output goes to (``COLUMNS`` wins); 0 for a log, whose lines stay whole."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if is_terminal else 0
 
 
 def wrapped(text: str) -> str:

@@ -61,10 +61,9 @@ def test_a_terminal_gets_one_line_that_is_gone_at_the_end(monkeypatch: pytest.Mo
 
 def test_lines_break_between_words_on_a_screen_and_stay_whole_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "error: " + "word " * 40 + "\n  " + "inner " * 20
-    monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
-    assert wrapped(text) == text and fitted([(0, "a" * 90), (1, "b")]) == "a" * 90 + " | b"
     monkeypatch.setenv("COLUMNS", "80")
+    assert wrapped(text) == text and fitted([(0, "a" * 90), (1, "b")]) == "a" * 90 + " | b"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     lines = wrapped(text).split("\n")
     assert max(map(len, lines)) <= 80 and " ".join(" ".join(lines).split()) == " ".join(text.split())
     assert lines[-1].startswith("    inner")

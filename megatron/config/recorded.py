@@ -14,10 +14,9 @@ from typing import Any
 
 from megatron.config.cli import Registry, config_from_dict
 from megatron.config.option import default_of, idle_options, spelling
-from megatron.config.schema import EXACT_COUNT, UNRECORDED, Config, ModelConfig
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, Config, ModelConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.errors import UserError, require
-from megatron.randomness import SCHEME
 
 # Sizes that may follow from the others; those that follow from most of them first.
 SIZES = (
@@ -58,7 +57,7 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
             save=None if run.save is None else str(path.parent),
             load=None if is_resumable else run.load,
             load_tag=None if is_resumable else run.load_tag or (Path(tag).name if tag else None),
-            noise_scheme=run.noise_scheme if scheme == SCHEME else scheme,
+            noise_scheme=run.noise_scheme if scheme == NOISE_SCHEME else scheme,
         )
         lines = [f"{path}: not taken over: {', '.join(f'{_flag(name)} {value}' for name, value in left)}"] * bool(left)
         for attempt in attempts:

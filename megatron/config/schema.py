@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
 
 from megatron.config.option import SIZE, TOKENS, Range, option  # isort: skip
-from megatron.randomness import SCHEME
 
 # How a validation draws masks, recorded with a run: one without a record has the second. The names are
 # those of the same estimators of a request (megatron/evaluation/estimators.py).
 EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
+# Scheme of the training noise, recorded with a run: a run keeps the one that it began with. A run without a record has 1.
+#   1: stratified times in the order of the samples.
+#   2: stratified times in antithetic pairs and radical-inverse order, so that every micro-batch covers the range of t.
+NOISE_SCHEME = 2
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
@@ -205,7 +208,7 @@ class RunConfig:
     seed: int = option(1234, "seed of weights, data order, dropout and mask noise", range=SEED, affects="results")
     noise_scheme: int | None = option(None,
         "version of the noise, to repeat an older run; default: the newest, or that of the checkpoint", unit="VERSION",
-        range=Range(at_least=1, at_most=SCHEME))
+        range=Range(at_least=1, at_most=NOISE_SCHEME))
     bf16: bool = option(False, "bfloat16 weights with an fp32 master copy; default: fp32", affects="results")
     save: str | None = option(None,
         "run directory: run.json, metrics.jsonl and checkpoints; default: runs/..., no checkpoints", unit="DIR")

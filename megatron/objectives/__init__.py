@@ -7,10 +7,9 @@ from dataclasses import fields
 from importlib import import_module
 
 from megatron import config
-from megatron.config.schema import EXACT_COUNT, Config
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, Config
 from megatron.errors import UserError
 from megatron.objectives.base import Objective, Setting
-from megatron.randomness import SCHEME
 
 
 class Registry(Mapping[str, type[Objective]]):
@@ -53,7 +52,7 @@ def parse(argv: Sequence[str] | None = None, **arguments: object) -> Config:
     return config.parse(argv, OBJECTIVES, **arguments)  # type: ignore[arg-type]
 
 
-def build_objective(settings: Config, *, scheme: int = SCHEME) -> Objective:
+def build_objective(settings: Config, *, scheme: int = NOISE_SCHEME) -> Objective:
     """The objective of a run.
 
     Args:

@@ -11,11 +11,10 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from megatron.config.schema import EXACT_COUNT
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
-from megatron.randomness import SCHEME
 
 # What a loss may be called. The mean over noise of a bound is an upper bound on the negative log-likelihood.
 EXACT = "NLL (exact)"
@@ -64,7 +63,7 @@ class Setting(NamedTuple):
         global_batch_size: samples in a step, for stratified times.
         seq_length: tokens per sample.
         mask_token_id: id that replaces a masked token; None where the objective masks none.
-        scheme: of the noise, :data:`megatron.randomness.SCHEME`.
+        scheme: of the noise, :data:`megatron.config.schema.NOISE_SCHEME`.
         valid_estimator: how a bound is estimated in validation, ``EXACT_COUNT`` or ``BERNOULLI`` of config.schema.
     """
 
@@ -72,7 +71,7 @@ class Setting(NamedTuple):
     global_batch_size: int
     seq_length: int
     mask_token_id: int | None = None
-    scheme: int = SCHEME
+    scheme: int = NOISE_SCHEME
     valid_estimator: str = EXACT_COUNT
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron import randomness as noise
 from megatron.config.option import POSITIVE, PROBABILITY, Range, option
-from megatron.config.schema import EXACT_COUNT
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask, Full, WithinSegments
@@ -99,7 +99,7 @@ class MaskedDiffusion:
         random_length_ratio: probability that a sequence is cut at a uniformly random length (1 % in arXiv 2502.09992,
             §2.2). Both parts are kept, as two sequences that see nothing of each other and begin at position 0: no
             padding, no token lost.
-        scheme: order of stratified times, :data:`megatron.randomness.SCHEME`.
+        scheme: order of stratified times, :data:`megatron.config.schema.NOISE_SCHEME`.
         valid_estimator: how evaluation masks: as training does, or in complementary pairs of exact counts.
         is_evaluation: take times that depend on nothing but sample and draw.
         draw: index of this draw of the noise (evaluation may average several).
@@ -115,7 +115,7 @@ class MaskedDiffusion:
     low_noise_samples: int = 0
     low_noise_ratio: float = 1.0
     random_length_ratio: float = 0.0
-    scheme: int = noise.SCHEME
+    scheme: int = NOISE_SCHEME
     valid_estimator: str = EXACT_COUNT
     is_evaluation: bool = False
     draw: int = 0

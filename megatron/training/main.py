@@ -67,12 +67,7 @@ def main(
             is_early = is_writer and flags.run.save is not None and Path(flags.run.save).is_dir()
             if is_early:
                 _take(Path(str(flags.run.save)), exits)
-            from megatron.training.resolve import resolve
-
-            run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
-            plan = resolve(flags, launch, run_name=run_name, origins=origins)
-            if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
-                import_module("megatron.training.configuration").check_contents(plan)
+            plan = _plan(flags, launch, words, origins)
             if is_writer and not is_early:
                 _take(plan.run_dir, exits)
                 # Another process may have begun, and ended, while this one read its data.
@@ -101,6 +96,16 @@ def _flags(objective: str, words: Sequence[str], launch: Launch, origins: dict[s
     for note in notes if launch.is_first_rank else []:
         print(note, flush=True)
     return flags
+
+
+def _plan(flags: Config, launch: Launch, words: Sequence[str], origins: dict[str, str]) -> Plan:
+    from megatron.training.resolve import resolve
+
+    run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
+    plan = resolve(flags, launch, run_name=run_name, origins=origins)
+    if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+        import_module("megatron.training.configuration").check_contents(plan)
+    return plan
 
 
 def _take(run_dir: Path, exits: ExitStack) -> None:

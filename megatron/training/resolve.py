@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import EXACT_COUNT, UNRECORDED, Config, RunConfig
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, Config, RunConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
@@ -30,7 +30,7 @@ from megatron.errors import require
 from megatron.objectives import build_objective, needs_mask_token
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
-from megatron.randomness import SCHEME, named_seed
+from megatron.randomness import named_seed
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
@@ -303,7 +303,7 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     noise = manifest.get("noise_seed", seed)
     if manifest and flags.run.no_load_rng:
         noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
-    scheme = manifest.get("noise_scheme", 1) if manifest else flags.run.noise_scheme or SCHEME
+    scheme = manifest.get("noise_scheme", 1) if manifest else flags.run.noise_scheme or NOISE_SCHEME
     return Seeds(seed, noise, scheme)
 
 

@@ -54,7 +54,7 @@ def test_each_block_has_its_own_time_and_weight():
     t = objective.token_times(np.arange(3), SEQ).reshape(3, 4, 8)
     assert (t == t[:, :, :1]).all()  # one time in a block
     assert np.allclose(np.diff(np.sort(t[:, :, 0], axis=1), axis=1), 1 / 4)  # spread over the blocks of a sample
-    assert np.allclose(t[:, 0, 0], noise.diffusion_times(1234, np.arange(3), global_batch_size=8))
+    assert np.allclose(t[:, 0, 0], noise.diffusion_times(1234, np.arange(3), global_batch_size=8, scheme=2))
     batch = prepare(objective, make_tokens(3), torch.arange(3))
     p = torch.from_numpy((1 - 1e-3) * t.reshape(3, SEQ) + 1e-3).float()
     noised = batch.inputs.input_ids[:, :SEQ]

@@ -34,7 +34,7 @@ def test_inputs_labels_and_weights():
     is_masked = batch.inputs.input_ids == MASK_ID
     assert torch.equal(batch.targets.labels, tokens[:, :-1])  # label and input are the same tokens, not shifted
     assert torch.equal(batch.inputs.input_ids[~is_masked], batch.targets.labels[~is_masked])
-    t = noise.diffusion_times(1234, np.arange(8), global_batch_size=8)
+    t = noise.diffusion_times(1234, np.arange(8), global_batch_size=8, scheme=2)
     p = torch.from_numpy((1 - 1e-3) * t + 1e-3).float().unsqueeze(-1)
     torch.testing.assert_close(batch.targets.loss_weights, is_masked / p)
     assert batch.targets.num_tokens.sum() == 8 * SEQ and batch.inputs.position_ids is None

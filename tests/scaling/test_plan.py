@@ -251,6 +251,7 @@ def test_plan_program_without_fits_says_so():
 def test_gpu_hours_are_the_compute_of_a_device_by_its_peak_and_the_utilisation(capsys, monkeypatch):
     """And the answer comes first, in one sentence, in 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     plans = []
     for words in ("--gpu-hours 100 --device h100 --mfu 0.5", f"--flops {100 * 3600 * 989e12 * 0.5}"):
         assert status_of(lambda words=words: plan_program(["--unique-tokens", "100m", *words.split(), "--json"])) == 0

@@ -150,9 +150,15 @@ def from_program(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if as_program(command)], ids=str)
-def test_a_program_takes_the_flags_that_a_page_names(command: Command) -> None:
+def test_a_program_takes_the_flags_that_a_page_names(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A line of text may leave out what it is not about; whatever it has must be taken."""
     words = as_program(command)
+    if "--config" in words:
+        monkeypatch.chdir(tmp_path)
+        write_settings(tmp_path)
+        (tmp_path / "runs").symlink_to(REPO / "tests/golden/run_v1")
     if words[1] in PROGRAMS:  # what every run needs, and lines leave out
         words += [] if "--model" in words else ["--model", "7M"]
         words += [] if {"--train-epochs", "--train-iters"} & {*words} else ["--train-samples", "8"]
@@ -199,6 +205,13 @@ for name in ("ar", "mdm"):
 BEFORE = [TOKENS.split(), ["python-block", TWO_RUNS]]  # two runs in one process
 
 
+def write_settings(folder: Path) -> None:
+    """Configuration files of the reader's."""
+    data = "".join(f"{side}-data-path: data/stdlib/{side}_text_document\n" for side in ("train", "valid"))
+    (folder / "base.yaml").write_text(f"{data}model: 7M\nseq-length: 256\nlr: 1e-3\nmicro-batch-size: 8\n")
+    (folder / "large.yaml").write_text("model: 14M\n")
+
+
 def furnish(house: Path) -> None:
     """Programs, and what the reader has: own text, published files, tokens, runs."""
     for name in ("tools", "examples_scaling", "tests", "install.sh", "download.sh", "setup.py", *PROGRAMS):
@@ -217,6 +230,7 @@ def furnish(house: Path) -> None:
     words = [f"word{number} " * 30 + f"and {number * 7919 % 1000} things." for number in range(400)]
     for number, text in enumerate(words[:40]):
         (house / f"my-notes/{number}.md").write_text(text)
+    write_settings(house)
     (house / "hosts.txt").write_text("n0 slots=8\nn1 slots=8\n")
     lines = {key: "".join(json.dumps({key: text}) + "\n" for text in words) for key in ("text", "body")}
     (house / "data/c4_100m/c4_100m.jsonl").write_text(lines["text"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -160,6 +161,7 @@ def test_on_80_columns_the_least_important_numbers_are_left_out(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     Screen(total_steps=1000, first_step=0, enabled=True).train_line(train_row())
     screen = Screen(total_steps=200_000, first_step=0, enabled=True)
     screen.train_line(train_row(step=150_000, mfu=0.512, epoch=312.4, tokens_per_second=1.25e6))
