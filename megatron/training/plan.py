@@ -158,10 +158,10 @@ def origins_of(flags: Config, settings: Config, *, given: Mapping[str, str]) -> 
     default = before | default | {"objective": now["objective"]}  # objectives have options, programs an objective
     preset = f"preset {settings.model.model}" if settings.model.model else ""
     for name, value in now.items():
-        if name in given:
+        if value != before[name] and before[name] == default[name]:  # a file may give what a flag's absence means
+            found[name] = preset if preset and name in Preset._fields else WORKED_OUT
+        elif name in given:
             found[name] = given[name]
         elif before[name] != default[name]:
             found[name] = "--megatron-defaults"
-        elif value != before[name]:
-            found[name] = preset if preset and name in Preset._fields else WORKED_OUT
     return found

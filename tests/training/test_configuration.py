@@ -84,6 +84,8 @@ def test_a_run_is_repeated_from_its_record_bit_for_bit(
         "eval_interval": 2,
         "num_mc": 2,
         "ar_ratio": 0.5,
+        "lr_warmup_samples": None,
+        "lr_warmup_fraction": 0.1,
     }
     words = jobs.flags(data, run, load=run, valid_data_path=data / "valid", save_best=True, **changes)
     assert pools(1).run(jobs.train, "mdm", words)[0].status == 0
@@ -98,6 +100,7 @@ def test_a_run_is_repeated_from_its_record_bit_for_bit(
     assert pools(1).run(jobs.train, "ar", [*config, "--save", str(again), "--wandb-group", "x"])[0].status == 0
     assert curve(again) == curve(run) and len(curve(run)) == 6
     assert not any("worked out" in line for line in pools(1).output(0).splitlines())
+    assert json.loads((again / "run.json").read_text())["origins"]["lr_warmup_samples"] == "worked out"
     # A repetition in the folder of the run is refused by the rule that stands there already; so are other data.
     assert pools(1).run(jobs.train, "mdm", config)[0].status == 2
     assert f"--save {run} holds a run already; a run directory belongs to one run; pass --load" in pools(1).output(0)
