@@ -24,7 +24,8 @@ NOISE_SCHEME = 2
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
 DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
-UNRECORDED = {"run": {"valid_estimator": BERNOULLI}}  # what the first version had no choice of
+# What earlier versions had no choice of.
+UNRECORDED = {"run": {"valid_estimator": BERNOULLI}, "objective": {"loss_weighting": "elbo"}}
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask, Full, WithinSegments
 from megatron.objectives.base import BOUND, NO_BOUND, Decoding, MaskedDecoding, Setting, first_tokens
 from megatron.objectives.schedules import (
+    BOUND_WEIGHTING,
     SCHEDULES,
+    WEIGHTINGS,
     Linear,
     Schedule,
-    bound_weight,
     build_schedule,
     mask_probability,
     mean_mask_probability,
@@ -64,6 +65,8 @@ class MaskedDiffusionOptions(ScheduleOptions):
     """Flags of masked diffusion."""
 
     # fmt: off
+    loss_weighting: str = option(BOUND_WEIGHTING, "weight of a masked token: that of the likelihood bound, or the same at all "
+        "times; validation keeps the bound's", choices=tuple(WEIGHTINGS))
     ar_ratio: float = option(0.0, "probability that a sequence masks its last tokens instead of random ones", unit="P",
         range=PROBABILITY)
     low_noise_start: bool = option(False, "scale the diffusion time down in the first iterations")
@@ -84,8 +87,8 @@ class MaskedDiffusion:
     upper bound on the negative log-likelihood per token (arXiv 2502.09992, equation 3; the floor on p keeps the weights
     finite). Other schedules give another p(t) and weight; see ``schedules.py``.
 
-    With ``ar_ratio`` or in the low-noise iterations the positions or the times are not those of the bound, and the
-    training loss is none.
+    With ``ar_ratio`` or in the low-noise iterations the positions or the times are not those of the bound, and with flat
+    weights the weights are not: the training loss is none.
 
     Attributes:
         mask_token_id: id that replaces a masked token.
@@ -93,6 +96,7 @@ class MaskedDiffusion:
         seed: seed of the noise.
         stratified: spread t over the global batch instead of independent draws.
         schedule: mask probability as a function of t.
+        weighting: weight of a masked token, one of ``WEIGHTINGS`` of ``schedules.py``.
         ar_ratio: probability that a sequence masks its last m tokens instead of m random ones.
         low_noise_samples: training samples for which t is scaled.
         low_noise_ratio: that scale.
@@ -111,6 +115,7 @@ class MaskedDiffusion:
     seed: int
     stratified: bool = True
     schedule: Schedule = Linear()
+    weighting: str = BOUND_WEIGHTING
     ar_ratio: float = 0.0
     low_noise_samples: int = 0
     low_noise_ratio: float = 1.0
@@ -138,6 +143,7 @@ class MaskedDiffusion:
         low_noise_iters = (options.low_noise_iter or 1000) if options.low_noise_start else 0
         return replace(
             built,
+            weighting=options.loss_weighting,
             ar_ratio=options.ar_ratio,
             low_noise_samples=low_noise_iters * setting.global_batch_size,
             low_noise_ratio=options.low_noise_ratio or 0.5,
@@ -174,7 +180,8 @@ class MaskedDiffusion:
     @property
     def label(self) -> str:
         """What the loss may be called."""
-        return NO_BOUND if self.ar_ratio > 0 or self.low_noise_samples > 0 else BOUND
+        is_bound = self.weighting == BOUND_WEIGHTING and self.ar_ratio == 0 and self.low_noise_samples == 0
+        return BOUND if is_bound else NO_BOUND
 
     @property
     def loss_fraction(self) -> float:
@@ -204,7 +211,7 @@ class MaskedDiffusion:
 
     def masked_weight(self, t: np.ndarray) -> np.ndarray:
         """Weight of a masked token at time t, fp64."""
-        return bound_weight(self.schedule, t)
+        return WEIGHTINGS[self.weighting](self.schedule, t)
 
     def token_times(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
         """Diffusion time of each token, fp64, broadcastable to [batch, seq]: one for the sequence."""

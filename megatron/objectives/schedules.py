@@ -121,3 +121,17 @@ def bound_weight(schedule: Schedule, t: np.ndarray) -> np.ndarray:
 def mean_mask_probability(schedule: Schedule) -> float:
     """∫₀¹ p(t) dt: the expected share of tokens in the loss."""
     return (1 - MIN_MASK_PROB) * schedule.mean_share + MIN_MASK_PROB
+
+
+def flat_weight(schedule: Schedule, t: np.ndarray) -> np.ndarray:
+    """The same weight 1 / E[p] for every masked token, fp64 (Chang et al., arXiv 2202.04200; arXiv 2602.15014).
+
+    The divisor is the expected number of masked tokens, not the drawn one: a loss must not depend on how a step is split
+    into micro-batches.
+    """
+    return np.full_like(t, 1 / mean_mask_probability(schedule))
+
+
+BOUND_WEIGHTING = "elbo"
+WEIGHTINGS: dict[str, Callable[..., np.ndarray]] = {BOUND_WEIGHTING: bound_weight, "flat": flat_weight}
+"""Weights of a masked token at time t; each token weighs 1 in expectation. A loss by any but the first is no bound."""
