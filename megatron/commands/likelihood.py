@@ -221,8 +221,21 @@ def report(court: Court, samples: Samples) -> str:
                      f"{own.seconds:.1f}"))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += ["", *(_sentence(verdict) for verdict in court.verdicts())]
+    lines += ["", *_near_ties(court), *(_sentence(verdict) for verdict in court.verdicts())]
     return "\n".join(lines).rstrip()
+
+
+def _near_ties(court: Court) -> list[str]:
+    """Where rounding may choose another order, and so another value."""
+    from megatron.generation.policies import NEAR_TIE
+
+    rows = [
+        f"  {own.model}, {own.witness}: {own.near_ties:,} of {own.sums.tokens.sum():,} tokens"
+        for own in court.findings
+        if own.near_ties
+    ]
+    why = f"chosen by a margin below {NEAR_TIE:g}, which another batch size or layout may turn:"
+    return [why, *rows, ""] if rows else []
 
 
 def _sentence(verdict: Verdict) -> str:
@@ -234,6 +247,7 @@ def _sentence(verdict: Verdict) -> str:
 
 
 def _as_json(court: Court, samples: Samples) -> dict[str, Any]:
+    from megatron.generation.policies import NEAR_TIE
     from megatron.runs.sums import reach
 
     def finding(own: Finding) -> dict[str, Any]:
@@ -247,6 +261,8 @@ def _as_json(court: Court, samples: Samples) -> dict[str, Any]:
             "reach_95": reach(value),
             "documents": value.num_documents,
             "passes": own.passes,
+            "near_ties": own.near_ties,
+            "tokens": int(own.sums.tokens.sum()),
             "seconds": own.seconds,
         }
 
@@ -266,6 +282,7 @@ def _as_json(court: Court, samples: Samples) -> dict[str, Any]:
     return {
         "samples": len(samples.tokens),
         "seq_length": samples.tokens.shape[1],
+        "near_tie_below": NEAR_TIE,
         "findings": [finding(own) for own in court.findings],
         "verdicts": verdicts,
     }

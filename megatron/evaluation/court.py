@@ -20,7 +20,7 @@ import torch
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.identity import selection_half
 from megatron.evaluation.estimators import MaskedBound
-from megatron.evaluation.exact import PolicyScorer, log_mean_exp
+from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
 from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
@@ -32,6 +32,8 @@ from megatron.runs.sums import difference, halves, reach
 from megatron.statistics import Estimate, ValidationSums, mean_loss
 
 EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
+ENTRY = "sample, document, tokens, loss, near ties"  # what is kept of a sample
+Entry = tuple[int, int, int, float, int]
 
 
 class Samples(NamedTuple):
@@ -76,8 +78,8 @@ class Witness(Protocol):
     kind: str
     draws: int
 
-    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """−log p of each target token, [target] nats a request; of a bound, what the token adds to it."""
+    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
+        """Token by token, one a request; of a bound, what the token adds to it."""
         ...
 
     def passes(self, num_tokens: int) -> int:
@@ -95,9 +97,9 @@ class ChainRule:
             logits_fn, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
         )
 
-    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
-        return [-own for own in self._scorer.token_logprobs(requests)]
+        return _without_choice(self._scorer.token_logprobs(requests))
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
@@ -116,11 +118,11 @@ class Bound:
             logits_fn, mask_id=loaded.mask_id, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
         )
 
-    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
         tallies = [self._scorer.tally(request, self._estimator, num_draws=self.draws) for request in requests]
         self._scorer.extend(tallies, num_draws=self.draws)
-        return [-tally.token_values for tally in tallies]
+        return _without_choice([tally.token_values for tally in tallies])
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
@@ -139,9 +141,9 @@ class UnderPolicy:
         self._scorer = PolicyScorer(sampler, settings, max_length=loaded.max_length, batch_size=batch_size)
         self.name = self._scorer.name
 
-    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
-        return [-own for own in self._scorer.token_logprobs(requests)]
+        return self._scorer.token_scores(requests)
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
@@ -166,20 +168,26 @@ class Mixture:
             for number in range(orders)
         ]
 
-    def losses(self, requests: Sequence[Request]) -> list[np.ndarray]:
+    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`. Tokens share the value by the orders' weights, and evenly what the logarithm adds."""
-        by_order = np.stack([np.stack(order.losses(requests)) for order in self._orders])  # [orders, requests, target]
-        logprobs = -by_order.sum(-1).T  # [requests, orders]
+        found = [[own.logprobs for own in order.scores(requests)] for order in self._orders]
+        by_order = np.stack([np.stack(own) for own in found])  # [orders, requests, target]
+        logprobs = by_order.sum(-1).T  # [requests, orders]
         value = log_mean_exp(logprobs)
         weights = np.exp(logprobs - logprobs.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         shares = np.einsum("ro,ort->rt", weights, by_order)
-        rest = -value - shares.sum(-1)
-        return list(shares + rest[:, None] / shares.shape[-1])
+        rest = value - shares.sum(-1)
+        return _without_choice(list(shares + rest[:, None] / shares.shape[-1]))
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
         return sum(order.passes(num_tokens) for order in self._orders)
+
+
+def _without_choice(logprobs: Sequence[np.ndarray]) -> list[TokenScores]:
+    """Scores in an order that the model does not choose."""
+    return [TokenScores(own, np.zeros(len(own), dtype=bool)) for own in logprobs]
 
 
 def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, pairs: int, orders: int,
@@ -216,6 +224,7 @@ class Finding:
         kind: EXACT, BOUND or MIXTURE.
         passes: forward passes a sample.
         sums: losses by sample and document.
+        near_ties: tokens that were chosen so narrowly that rounding may choose others (``NEAR_TIE`` of generation/policies.py).
         seconds: spent in this call; what was known before costs nothing.
     """
 
@@ -224,6 +233,7 @@ class Finding:
     kind: str
     passes: int
     sums: ValidationSums
+    near_ties: int = 0
     seconds: float = 0.0
 
     @property
@@ -237,21 +247,21 @@ def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, 
     """Score all samples by one witness, spread over data-parallel ranks; what the cache holds is not scored again."""
     began = time.monotonic()
     own = range(context.dp.rank, len(samples.tokens), context.dp.size)
-    found: list[list[tuple[int, int, int, float]]] = []
+    found: list[list[Entry]] = []
     for indices in _chunks(own, chunk):
         rows = {index: (samples.tokens[index].tolist(), samples.documents[index].tolist()) for index in indices}
-        keys = {index: cache.key(witness.name, index, *rows[index]) for index in indices}
+        keys = {index: cache.key(witness.name, ENTRY, index, *rows[index]) for index in indices}
         missing = [index for index in indices if cache.get(keys[index]) is None]
-        for index, losses in zip(missing, witness.losses(samples.requests(missing)) if missing else []):
-            cache.put(keys[index], _by_document(index, samples.documents[index, 1:], losses))
+        for index, scores in zip(missing, witness.scores(samples.requests(missing)) if missing else []):
+            cache.put(keys[index], _by_document(index, samples.documents[index, 1:], scores))
         found += [cache.get(keys[index]) for index in indices]
         on_samples(len(indices))
     entries = [entry for part in context.gather_objects(found) for rows in part for entry in rows]
-    sample, document, tokens, loss = (np.array(column) for column in zip(*entries))
+    sample, document, tokens, loss, near_ties = (np.array(column) for column in zip(*entries))
     sums = ValidationSums.collect(sample, document, tokens, loss, draws=witness.draws)
     return Finding(
         model, witness.name, witness.kind, witness.passes(samples.tokens.shape[1] - 1),
-        sums.with_halves(samples.in_selection), time.monotonic() - began,
+        sums.with_halves(samples.in_selection), int(near_ties.sum()), time.monotonic() - began,
     )  # fmt: skip
 
 
@@ -260,11 +270,12 @@ def _chunks(indices: range, size: int) -> Iterator[list[int]]:
         yield list(indices[start : start + size])
 
 
-def _by_document(index: int, documents: np.ndarray, losses: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """(sample, document, tokens, loss) of every document in a sample."""
+def _by_document(index: int, documents: np.ndarray, scores: TokenScores) -> list[Entry]:
+    """An entry for every document in a sample."""
+    parts = ((document, documents == document) for document in np.unique(documents))
     return [
-        (index, int(document), int((documents == document).sum()), float(losses[documents == document].sum()))
-        for document in np.unique(documents)
+        (index, int(document), int(own.sum()), -float(scores.logprobs[own].sum()), int(scores.near_ties[own].sum()))
+        for document, own in parts
     ]
 
 

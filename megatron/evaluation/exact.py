@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,19 @@ from megatron.errors import require
 from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
 from megatron.randomness import generator
+
+
+class TokenScores(NamedTuple):
+    """One target under a sampler.
+
+    Attributes:
+        logprobs: log p of each token when it is uncovered, float64 [target].
+        near_ties: bool [target], which were chosen so narrowly that another batch size or layout may choose otherwise
+            (``NEAR_TIE`` of generation/policies.py). Where there are none, scores agree to 1e-5.
+    """
+
+    logprobs: np.ndarray
+    near_ties: np.ndarray
 
 
 class PolicyScorer:
@@ -72,12 +86,12 @@ class PolicyScorer:
         """The exact log-likelihood of every target."""
         passes = [self.settings.num_passes(len(request.target)) for request in requests]
         return [
-            Estimate(float(own.sum()), 0.0, self.kind, self.name, count)
-            for own, count in zip(self.token_logprobs(requests), passes)
+            Estimate(float(own.logprobs.sum()), 0.0, self.kind, self.name, count)
+            for own, count in zip(self.token_scores(requests), passes)
         ]
 
-    def token_logprobs(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """log p of each target token when it is uncovered, float64 [target] a request."""
+    def token_scores(self, requests: Sequence[Request]) -> list[TokenScores]:
+        """Token by token, one a request."""
         for request in requests:
             require(
                 0 < len(request.target) <= self.max_length,
@@ -88,7 +102,7 @@ class PolicyScorer:
         cut = [cut_context(request, self.max_length) for request in requests]
         sizes = [(len(one.context), len(one.target)) for one in cut]
         order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
-        results: dict[int, np.ndarray] = {}
+        results: dict[int, TokenScores] = {}
         for start, stop in equal_runs([sizes[index] for index in order], limit=self._rows(sizes)):
             indices = order[start:stop]
             context = sizes[indices[0]][0]
@@ -96,7 +110,8 @@ class PolicyScorer:
             masked = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool, device=self.sampler.device)
             masked[:, context:] = True
             found = self.sampler.log_likelihoods(rows, masked, settings=self.settings)
-            results.update(zip(indices, found[:, context:].cpu().numpy()))
+            columns = (part[:, context:].cpu().numpy() for part in found)
+            results.update(zip(indices, map(TokenScores, *columns)))
             self.on_pass(len(rows))
         return [results[index] for index in range(len(requests))]
 

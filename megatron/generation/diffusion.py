@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from megatron.errors import UserError, require
 from megatron.generation.flags import KNOWN, ORDERS, POLICIES
-from megatron.generation.policies import first_ranked, known_ranks, sureness
+from megatron.generation.policies import first_ranked, known_ranks, near_ties, sureness
 from megatron.generation.sampling import TokenSampling, draw_tokens, row_uniforms, token_logprobs
 from megatron.inference.logits import LogitsFn
 
@@ -102,6 +103,19 @@ class Step:
     uncovered: torch.Tensor
 
 
+class LogLikelihoods(NamedTuple):
+    """What a sampler says of given tokens.
+
+    Attributes:
+        values: [batch, seq] float64 log p of each token when it is uncovered, nats; 0 where it is given, −inf where top-k or
+            top-p would never draw it.
+        near_ties: [batch, seq] bool, which were uncovered by a choice that rounding may turn (:func:`near_ties`).
+    """
+
+    values: torch.Tensor
+    near_ties: torch.Tensor
+
+
 StopFn = Callable[[int, list[int]], bool]
 RevealFn = Callable[
     [torch.Tensor, torch.Tensor], torch.Tensor
@@ -170,7 +184,8 @@ class DiffusionSampler:
         masked: torch.Tensor,
         *,
         settings: DiffusionSettings,
-    ) -> torch.Tensor:
+        on_step: Callable[[Step], None] | None = None,
+    ) -> LogLikelihoods:
         """log p of every masked token when the sampler uncovers it: its own walk, with true tokens instead of drawn ones.
 
         Their sum is the exact log-likelihood of a row under this sampler (see ``policies.py``).
@@ -179,9 +194,7 @@ class DiffusionSampler:
             rows: token ids of equal lengths, whole.
             masked: [batch, seq] bool, which tokens are not given; as many in every row.
             settings: a policy, and how tokens are drawn; temperature 1 is the model's own distribution.
-
-        Returns:
-            [batch, seq] float64 in nats, 0 where a token is given; −inf where top-k or top-p would never draw it.
+            on_step: called after every step.
 
         Raises:
             UserError: the sampler has no distribution that could be computed.
@@ -195,8 +208,9 @@ class DiffusionSampler:
             result[uncovered] = token_logprobs(logits, truth[uncovered], settings.sampling)
             return truth[uncovered]
 
-        self._uncover(_Walk(tokens, ~masked, settings, [0] * len(rows), []), reveal)
-        return result
+        walk = _Walk(tokens, ~masked, settings, [0] * len(rows), [])
+        self._uncover(walk, reveal, on_step=on_step)
+        return LogLikelihoods(result, walk.near_ties)
 
     def _rows(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         lengths = {len(row) for row in rows}
@@ -253,6 +267,7 @@ class DiffusionSampler:
             ranks = torch.zeros(candidates.shape, dtype=torch.float64, device=self.device)
             ranks[candidates] = sureness(order, logits)
             uncovered = first_ranked(ranks, candidates, counts)
+            walk.near_ties |= near_ties(ranks, candidates, uncovered)
             logits = logits[uncovered[candidates]]
         if bool(uncovered.any()):
             logits = self._logits(walk, uncovered) if logits is None else logits
@@ -270,7 +285,7 @@ class DiffusionSampler:
 
 
 class _Walk:
-    """One batch on its way: ``tokens`` [batch, seq] change in place, ``given`` [batch, seq] never do."""
+    """One batch on its way: ``tokens`` and ``near_ties`` [batch, seq] change in place, ``given`` [batch, seq] never does."""
 
     def __init__(
         self,
@@ -281,6 +296,7 @@ class _Walk:
         streams: list[torch.Generator],
     ) -> None:
         self.tokens, self.given, self.settings, self.streams = tokens, given, settings, streams
+        self.near_ties = torch.zeros_like(given)
         numbers = numbers if settings.order_number is None else [settings.order_number] * len(numbers)
         orders = settings.sampling.generators(numbers, tokens.device, purpose="order")
         self.uniforms = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in orders])

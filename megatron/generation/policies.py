@@ -10,6 +10,10 @@ fills ``A_k`` in one pass (arXiv 2603.01367). ``diffusion.py`` draws with these 
 * ``entropy``: the lowest entropy of the prediction;
 * ``-reversed``: these the other way round, the least sure position first;
 * ``left-to-right``, ``right-to-left``, ``random``: an order that is known before; the random one is a function of seed and row.
+
+Ranks of a learned policy are computed, so they carry rounding errors that differ between batch sizes and layouts, and two
+candidates may change places: the row then takes another path, to another likelihood. Such choices are counted
+(:func:`near_ties`), because no score can promise what they decide.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+NEAR_TIE = 2e-5
+"""Ranks (nats; for ``margin`` probability) this close may change places: layouts move a log-probability by up to 1e-5 each in
+fp32."""
 
 _SURENESS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "confidence": lambda logprobs: logprobs.amax(-1),
@@ -69,3 +77,14 @@ def first_ranked(ranks: torch.Tensor, candidates: torch.Tensor, counts: torch.Te
     place = candidates.gather(-1, ordered).cumsum(-1)
     taken = candidates.gather(-1, ordered) & (place <= counts[:, None])
     return torch.zeros_like(candidates).scatter(-1, ordered, taken)
+
+
+def near_ties(ranks: torch.Tensor, candidates: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """Those taken while a candidate that was left lies within ``NEAR_TIE``: bool [batch, seq].
+
+    Args:
+        ranks: [batch, seq] of a learned policy.
+        candidates, taken: [batch, seq] bool, see :func:`first_ranked`.
+    """
+    left = ranks.masked_fill(~candidates | taken, -torch.inf).amax(-1, keepdim=True)
+    return taken & (ranks - left <= NEAR_TIE)

@@ -49,6 +49,8 @@ def test_every_likelihood_of_both_models_on_the_same_tokens(runs, capsys) -> Non
     kinds = [own["kind"] for own in found["findings"]]
     assert kinds == [EXACT, BOUND, MIXTURE, EXACT, EXACT]
     assert [own["passes"] for own in found["findings"]] == [1, 4, 69, 23, 23]
+    assert [own["near_ties"] for own in found["findings"][:4]] == [0] * 4, "their order is not the model's choice"
+    assert {own["tokens"] for own in found["findings"]} == {found["samples"] * (SEQ - 1)}
     count = found["samples"]
     assert count == len(dataset) >= 6
     rows = [dataset[index][:SEQ].tolist() for index in range(count)]
@@ -84,6 +86,23 @@ def test_finished_samples_are_not_scored_again(runs, monkeypatch) -> None:
     for one, own in zip(first["findings"], second["findings"]):
         assert one["nll"] == own["nll"]
     assert first["verdicts"] == second["verdicts"]
+
+
+def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys) -> None:
+    """With a limit so wide that most choices are narrow; also of samples that were scored before."""
+    monkeypatch.setattr("megatron.generation.policies.NEAR_TIE", 0.05)
+    flags = ("--policies", "left-to-right,confidence", "--num-mc", "1")
+    for _ in range(2):
+        found = judge(runs, *flags, output="narrow.json")
+        assert found["near_tie_below"] == 0.05
+        *known, chosen = found["findings"]
+        assert [own["near_ties"] for own in known] == [0, 0, 0]
+        assert chosen["tokens"] // 2 < chosen["near_ties"] < chosen["tokens"]
+        line = f"  mdm, confidence, 1 token a pass: {chosen['near_ties']} of {chosen['tokens']} tokens"
+        assert (
+            f"chosen by a margin below 0.05, which another batch size or layout may turn:\n{line}\n"
+            in capsys.readouterr().out
+        )
 
 
 class NotCalled:

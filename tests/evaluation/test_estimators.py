@@ -19,6 +19,8 @@ from megatron.evaluation.estimators import (
     stratified_standard_error,
 )
 from megatron.evaluation.scorer import MaskedScorer, Request
+from megatron.testing.checks import check_sums_to_one
+from megatron.testing.oracles import all_masks, all_texts, bound_nll, chain_rule, conditionals, mixture_nll
 from tests.evaluation import toy
 
 CONTEXT, TARGET = (3,), (1, 4, 0, 2, 2)
@@ -33,6 +35,10 @@ def scorer_of(model: toy.ToyMaskedModel, **options) -> MaskedScorer:
     return MaskedScorer(model, mask_id=model.mask_id, max_length=6, batch_size=64, **options)
 
 
+def table_of(model, target=TARGET) -> np.ndarray:
+    return conditionals(model, target, model.mask_id, context=CONTEXT)
+
+
 def values(model, estimator, *, num_draws: int, target=TARGET) -> np.ndarray:
     scorer = scorer_of(model)
     tally = scorer.tally(Request(CONTEXT, target, "question"), estimator, num_draws=1)
@@ -43,7 +49,7 @@ def values(model, estimator, *, num_draws: int, target=TARGET) -> np.ndarray:
 
 def test_enumerated_bound_is_the_mean_over_all_orders(model) -> None:
     for length in range(1, 6):
-        truth = toy.all_orders(model, CONTEXT, TARGET[:length])
+        truth = -bound_nll(table_of(model, TARGET[:length]))
         (estimate,) = scorer_of(model).score([Request(CONTEXT, TARGET[:length])], EnumeratedBound(), num_draws=1)
         assert estimate.value == pytest.approx(truth, abs=1e-5)
         assert (estimate.standard_error, estimate.num_passes, estimate.kind) == (0.0, 2**length - 1, "bound")
@@ -51,18 +57,19 @@ def test_enumerated_bound_is_the_mean_over_all_orders(model) -> None:
 
 def test_left_to_right_is_the_chain_rule(model) -> None:
     (estimate,) = scorer_of(model).score([Request(CONTEXT, TARGET)], LeftToRight(), num_draws=7)
-    assert estimate.value == pytest.approx(toy.chain_rule(model, CONTEXT, TARGET, range(5)), abs=1e-5)
+    assert estimate.value == pytest.approx(chain_rule(table_of(model), range(5)), abs=1e-5)
     assert (estimate.kind, estimate.standard_error, estimate.num_passes) == ("exact", 0.0, 5)
 
 
 def test_left_to_right_is_a_distribution(model) -> None:
     """Exact likelihoods of all 5^3 targets add up to one; a bound's exponentials cannot exceed one."""
-    targets = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
-    requests = [Request(CONTEXT, target) for target in targets]
-    exact = scorer_of(model).score(requests, LeftToRight(), num_draws=1)
-    bound = scorer_of(model).score(requests, EnumeratedBound(), num_draws=1)
-    assert sum(math.exp(e.value) for e in exact) == pytest.approx(1.0, abs=1e-5)
-    assert sum(math.exp(e.value) for e in bound) < 1.0
+
+    def score(texts, estimator) -> list[float]:
+        requests = [Request(CONTEXT, text) for text in texts]
+        return [found.value for found in scorer_of(model).score(requests, estimator, num_draws=1)]
+
+    check_sums_to_one(lambda texts: score(texts, LeftToRight()), vocab_size=5, length=3, tolerance=1e-5)
+    assert sum(map(math.exp, score(all_texts(5, 3), EnumeratedBound()))) < 1.0
 
 
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "left-to-right"])
@@ -71,15 +78,17 @@ def test_bounds_agree_with_the_truth(model, name, length) -> None:
     target, estimator = TARGET[:length], make_estimator(name, seed=5)
     sample = values(model, estimator, num_draws=4096, target=target)
     strata = estimator.draws(length, key="question", start=0, count=4096).strata
-    truth = toy.all_orders(model, CONTEXT, target)
+    table = table_of(model, target)
+    truth = -bound_nll(table)
+    assert truth <= -mixture_nll(table)
     if name.startswith("bernoulli"):
-        full = toy.bernoulli_truth(model, CONTEXT, target, MIN_MASK_PROB)
+        full = -bound_nll(table, floor=MIN_MASK_PROB)
         assert full == pytest.approx(truth, rel=2e-3)  # bias of the floor
         assert abs(sample.mean() - full) < 3 * sample.std(ddof=1) / math.sqrt(len(sample))
         # Weights up to 1000 make that a weak test: once more over masks with p > 0.05, whose mean is known as well.
         if name == "bernoulli":
             sample, strata = sample[strata > 0.05], strata[strata > 0.05]
-            truth = toy.bernoulli_truth(model, CONTEXT, target, (1 - MIN_MASK_PROB) * 0.05 + MIN_MASK_PROB)
+            truth = -bound_nll(table, floor=(1 - MIN_MASK_PROB) * 0.05 + MIN_MASK_PROB)
         else:
             return
     # The plain sd is an upper bound for stratified draws and cannot hide a bias behind a wrong stratified error.
@@ -111,10 +120,7 @@ _logprobs: dict[bytes, np.ndarray] = {}
 def values_from_cache(model, draws) -> np.ndarray:
     """Eq. (1) with the 31 masks of a 5-token target looked up: a reference that shares no code with the scorer."""
     if not _logprobs:
-        for mask in EnumeratedBound().draws(5, key="", start=0, count=1).masks[0]:
-            masked = set(np.flatnonzero(mask))
-            row = [toy.masked_logprob(model, CONTEXT, TARGET, masked, i) if mask[i] else 0.0 for i in range(5)]
-            _logprobs[mask.tobytes()] = np.array(row)
+        _logprobs.update(zip((mask.tobytes() for mask in all_masks(5).numpy()), table_of(model)))
     zeros = np.zeros(5)
     return np.array(
         [

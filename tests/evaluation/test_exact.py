@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from megatron.evaluation.estimators import LeftToRight
 from megatron.evaluation.exact import PolicyScorer, ceiling, log_mean_exp
 from megatron.evaluation.scorer import MaskedScorer, Request
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.generation.flags import POLICIES
 from megatron.generation.sampling import TokenSampling
+from megatron.testing.checks import check_scores_stand_alone
+from megatron.testing.oracles import bound_nll, by_order, conditionals, mixture_nll
 from tests.evaluation import toy
 from tests.generation.test_diffusion import model_with_room
 
@@ -51,12 +55,30 @@ def test_left_to_right_is_the_chain_rule(model) -> None:
     assert found[0].standard_error == 0
 
 
-@pytest.mark.parametrize("order", ["confidence", "entropy-reversed", "random"])
+@pytest.mark.parametrize("order", POLICIES)
 def test_scores_depend_on_nothing_but_the_request(model, order) -> None:
-    expected = [one.value for one in scorer_of(model, order=order).score(REQUESTS)]
-    shuffled = [3, 0, 4, 2, 1]
-    found = scorer_of(model, order=order, batch_size=2).score([REQUESTS[index] for index in shuffled])
-    assert [one.value for one in found] == pytest.approx([expected[index] for index in shuffled], abs=1e-5)
+    """Given the same order: no choice here is so narrow that rounding could turn it."""
+    requests = {(*request.context, *request.target): request for request in REQUESTS}
+    assert not any(own.near_ties.any() for own in scorer_of(model, order=order).token_scores(REQUESTS))
+
+    def score(texts, batch_size: int) -> list[float]:
+        found = scorer_of(model, order=order, batch_size=batch_size).score([requests[text] for text in texts])
+        return [one.value for one in found]
+
+    check_scores_stand_alone(
+        {f"{size} rows": partial(score, batch_size=size) for size in (1, 2, 32)}, list(requests), tolerance=1e-5
+    )
+
+
+def test_narrow_choices_are_counted_by_token(model) -> None:
+    """A model whose predictions rounding alone tells apart: every choice but the last is one."""
+
+    def flat(input_ids, *, positions=None):
+        return model(input_ids, positions=positions) * 1e-7
+
+    found = scorer_of(flat, order="entropy").token_scores([Request((0, 1), (2, 3, 4, 0))])[0]
+    assert found.near_ties.sum() == 3
+    assert found.logprobs == pytest.approx(np.full(4, -math.log(VOCAB)), abs=1e-5)
 
 
 def test_passes_are_counted_and_named(model) -> None:
@@ -73,9 +95,10 @@ def test_bounds_of_the_mixture_are_in_their_order(model) -> None:
     """bound ≤ two-order bound ≤ three-order bound ≤ log p ≤ tangent, in enumerated expectation."""
     target = (1, 3, 0, 2)
     request = Request((2, 4), target)
-    orders = list(itertools.permutations(range(len(target))))
-    logprobs = np.array([toy.chain_rule(model, request.context, target, order) for order in orders])
+    table = conditionals(model, target, VOCAB, context=request.context)
+    logprobs = by_order(table)
     truth = float(log_mean_exp(logprobs))
+    assert truth == pytest.approx(-mixture_nll(table), abs=1e-12)
     pairs, triples = (np.array(list(itertools.product(logprobs, repeat=count))) for count in (2, 3))
     bounds = [logprobs.mean(), log_mean_exp(pairs).mean(), log_mean_exp(triples).mean(), truth]
     assert bounds == sorted(bounds)
@@ -83,15 +106,14 @@ def test_bounds_of_the_mixture_are_in_their_order(model) -> None:
     for log_reference in (truth - 0.5, truth, truth + 0.3):
         assert ceiling(logprobs, log_reference).value >= truth - 1e-12
     assert ceiling(logprobs, truth).value == pytest.approx(truth, abs=1e-12)
-    assert toy.all_orders(model, request.context, target) == pytest.approx(bounds[0], abs=1e-9)
+    assert -bound_nll(table) == pytest.approx(bounds[0], abs=1e-9), "the mean over orders is the ideal bound"
 
 
 def test_the_mean_over_random_orders_is_the_bound_and_brackets_hold(model) -> None:
     """Orders of the scorer itself: their mean is the bound; of 200 brackets from 8 + 8 orders few miss the truth."""
     target = (1, 3, 0, 2)
     request = Request((2, 4), target)
-    orders = list(itertools.permutations(range(len(target))))
-    enumerated = np.array([toy.chain_rule(model, request.context, target, order) for order in orders])
+    enumerated = by_order(conditionals(model, target, VOCAB, context=request.context))
     found = np.array(
         [scorer_of(model, order="random", order_number=number).score([request])[0].value for number in range(320)]
     )

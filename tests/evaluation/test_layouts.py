@@ -122,10 +122,31 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"
     judged = [folder / "ar", folder / "mdm", "--valid-data-path", folder / "valid", "--num-mc", 2]
-    assert main([*map(str, judged), "--output", str(folder / "court.json"), *COURT]) == 0
-    alone, *others = (json.loads((folder / f"court{name}.json").read_text()) for name in ("", "-tp1", "-tp2"))
+    for rows, name in ((32, ""), (2, "-rows2")):
+        output = ["--output", str(folder / f"court{name}.json"), "--batch-size", str(rows)]
+        assert main([*map(str, judged), *output, *COURT]) == 0
+    layouts = ("", "-rows2", "-tp1", "-tp2")
+    alone, *others = (json.loads((folder / f"court{name}.json").read_text()) for name in layouts)
     for found in others:
         assert len(found["findings"]) == 6
         for one, own in zip(alone["findings"], found["findings"]):
             assert own["nll"] == pytest.approx(one["nll"], abs=1e-5), own["estimator"]
             assert own["standard_error"] == pytest.approx(one["standard_error"], abs=1e-5)
+    # Sample by sample: in nats a token, where no choice was so narrow that rounding may have turned it.
+    alone, *others = (sample_scores(folder / f"court{name}.json.cache") for name in layouts)
+    for found in others:
+        assert found.keys() == alone.keys()
+        for key, own in found.items():
+            near = sum(entry[4] for entry in (*own, *alone[key]))
+            for entry, expected in zip(own, alone[key]):
+                assert near or entry[3] / entry[2] == pytest.approx(expected[3] / expected[2], abs=1e-5)
+    narrow = [sum(entry[4] for entry in entries) > 0 for entries in alone.values()]
+    assert sum(narrow) < len(narrow) // 6, "of one estimator, and not all of its samples"
+
+
+def sample_scores(cache: Path) -> dict[str, list]:
+    """Of every sample and estimator: (sample, document, tokens, loss, near ties) of its documents."""
+    files = [file.read_text().splitlines() for file in sorted(cache.glob("*.jsonl"))]
+    records = [json.loads(line) for lines in files for line in lines]
+    assert len({record["key"] for record in records}) == len(records), "nothing is scored twice"
+    return {record["key"]: record["value"] for record in records}

@@ -1,9 +1,6 @@
-"""Tiny models that can be enumerated, and likelihoods worked out by hand on them."""
+"""Tiny models that can be enumerated (megatron.testing.oracles does)."""
 
 from __future__ import annotations
-
-import itertools
-import math
 
 import torch
 from torch import nn
@@ -43,42 +40,3 @@ class ToyCausalModel(nn.Module):
         counts = torch.arange(1, input_ids.shape[1] + 1)[None, :, None]
         logits = torch.tanh(self.embedding[input_ids].cumsum(1) / counts) @ self.head
         return logits if positions is None else logits[positions]
-
-
-def masked_logprob(model, context, target, masked, index) -> float:
-    """log p(target[index] | everything not in ``masked``), one plain forward pass."""
-    row = [*context, *(model.mask_id if i in masked else token for i, token in enumerate(target))]
-    logits = model(torch.tensor([row]))[0, len(context) + index]
-    return float(torch.log_softmax(logits.double(), -1)[target[index]])
-
-
-def chain_rule(model, context, target, order) -> float:
-    """Log-likelihood of generating ``target`` in ``order``."""
-    total, masked = 0.0, set(range(len(target)))
-    for index in order:
-        total += masked_logprob(model, context, target, masked, index)
-        masked.discard(index)
-    return total
-
-
-def all_orders(model, context, target) -> float:
-    """Mean of the chain rule over all L! orders: what every bound estimates."""
-    orders = list(itertools.permutations(range(len(target))))
-    return sum(chain_rule(model, context, target, order) for order in orders) / len(orders)
-
-
-def bernoulli_truth(model, context, target, floor: float) -> float:
-    """The Bernoulli bound with p from [floor, 1], integrated exactly: sum over masks of log p times the integral of
-    p^(m-1) (1-p)^(L-m) / (1-floor)."""
-    length, total = len(target), 0.0
-    for mask in itertools.product([False, True], repeat=length):
-        masked = {i for i in range(length) if mask[i]}
-        if not masked:
-            continue
-        m, integral = len(masked), 0.0
-        for power in range(length - m + 1):  # (1-p)^(L-m) expanded
-            exponent = m + power
-            term = math.comb(length - m, power) * (-1) ** power * (1 - floor**exponent) / exponent
-            integral += term
-        total += integral / (1 - floor) * sum(masked_logprob(model, context, target, masked, i) for i in masked)
-    return total

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from megatron.errors import UserError
-from megatron.generation import diffusion
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
 from megatron.generation.flags import POLICIES
-from megatron.generation.policies import first_ranked
+from megatron.generation.policies import NEAR_TIE, first_ranked, near_ties
 from megatron.generation.sampling import TokenSampling
+from megatron.testing.checks import check_order_is_blind, check_sums_to_one
+from megatron.testing.oracles import all_texts, by_order, chain_rule, conditionals
 from tests.evaluation import toy
 from tests.generation.test_diffusion import model_with_room
 
 VOCAB, LENGTH = 5, 4
-TEXTS = list(itertools.product(range(VOCAB), repeat=LENGTH))
+TEXTS = all_texts(VOCAB, LENGTH)
 PLAIN = TokenSampling(temperature=1.0, seed=3)
 
 
@@ -32,13 +34,18 @@ class DoubleModel(toy.ToyMaskedModel):
 
 
 @pytest.fixture(scope="module")
-def sampler() -> DiffusionSampler:
-    return DiffusionSampler(model_with_room(DoubleModel(vocab=VOCAB, length=LENGTH, seed=2)), mask_id=VOCAB)
+def model() -> DoubleModel:
+    return DoubleModel(vocab=VOCAB, length=LENGTH, seed=2)
+
+
+@pytest.fixture(scope="module")
+def sampler(model) -> DiffusionSampler:
+    return DiffusionSampler(model_with_room(model), mask_id=VOCAB)
 
 
 def likelihoods(sampler: DiffusionSampler, settings: DiffusionSettings, texts=TEXTS) -> list[float]:
-    masked = torch.ones(len(texts), LENGTH, dtype=torch.bool)
-    return sampler.log_likelihoods(texts, masked, settings=settings).sum(-1).tolist()
+    masked = torch.ones(len(texts), len(texts[0]), dtype=torch.bool)
+    return sampler.log_likelihoods(texts, masked, settings=settings).values.sum(-1).tolist()
 
 
 WAYS = [
@@ -47,6 +54,8 @@ WAYS = [
     {"tokens_per_step": 3},
     {"tokens_per_step": 4},
     {"block_length": 2},
+    {"tokens_per_step": 2, "block_length": 2},
+    {"tokens_per_step": 3, "block_length": 3},
     {"tokens_per_step": 2, "block_length": 3},
     {"guidance": 0.5},
     {"sampling": TokenSampling(temperature=0.7, top_k=3, seed=3)},
@@ -58,30 +67,49 @@ WAYS = [
 def test_likelihoods_sum_to_one(sampler, order) -> None:
     for way in WAYS:
         settings = DiffusionSettings(order=order, **{"sampling": PLAIN, **way})
-        assert math.fsum(map(math.exp, likelihoods(sampler, settings))) == pytest.approx(1.0, abs=1e-10), way
+        score = partial(likelihoods, sampler, settings)
+        check_sums_to_one(score, vocab_size=VOCAB, length=LENGTH)
 
 
-def test_a_policy_that_peeks_at_values_would_be_caught(sampler, monkeypatch) -> None:
-    """Ranking by the true token's probability gives no distribution; the first choice of ours is the same for all texts."""
+@pytest.mark.parametrize("order", POLICIES)
+def test_a_choice_sees_no_value_that_it_is_about_to_reveal(sampler, order) -> None:
+    for way in WAYS:
+        settings = DiffusionSettings(order=order, **{"sampling": PLAIN, **way})
+
+        def steps(text, settings=settings) -> list[list[int]]:
+            found = []
+            masked = torch.ones(1, LENGTH, dtype=torch.bool)
+            watch = lambda step: found.append(step.uncovered[0].nonzero().flatten().tolist())  # noqa: E731
+            sampler.log_likelihoods([text], masked, settings=settings, on_step=watch)
+            return found
+
+        check_order_is_blind(steps, TEXTS[::7])
+
+
+def test_a_policy_that_peeks_at_values_would_be_caught() -> None:
+    """Ranking by the true token's probability gives no distribution, and another first choice for another text."""
     small = toy.ToyMaskedModel(vocab=3, length=3, seed=5)
+
+    def peeking(texts) -> list[float]:
+        return [by_order(conditionals(small, text, 3)).max() for text in texts]
+
+    with pytest.raises(AssertionError, match=r"27 texts sum to 2\.08\d+, not to 1"):
+        check_sums_to_one(peeking, vocab_size=3, length=3)
     orders = list(itertools.permutations(range(3)))
-    texts = list(itertools.product(range(3), repeat=3))
-    peeking = [max(toy.chain_rule(small, (), text, order) for order in orders) for text in texts]
-    assert math.fsum(map(math.exp, peeking)) > 1.01
-    seen = []
-    original = diffusion.sureness
-    monkeypatch.setattr(diffusion, "sureness", lambda order, logits: seen.append(logits) or original(order, logits))
-    for text in (TEXTS[0], TEXTS[-1]):
-        likelihoods(sampler, DiffusionSettings(order="confidence", sampling=PLAIN), [text])
-    assert torch.equal(seen[0], seen[LENGTH])
+
+    def steps(text) -> list[list[int]]:
+        best = by_order(conditionals(small, text, 3)).argmax()
+        return [[position] for position in orders[best]]
+
+    with pytest.raises(AssertionError, match=r"with nothing uncovered, positions .* the choice sees"):
+        check_order_is_blind(steps, all_texts(3, 3))
 
 
-def test_orders_that_are_known_equal_the_chain_rule(sampler) -> None:
-    model = sampler.logits_fn.__closure__[0].cell_contents
-    for order, places in (("left-to-right", range(LENGTH)), ("right-to-left", reversed(range(LENGTH)))):
+def test_orders_that_are_known_equal_the_chain_rule(model, sampler) -> None:
+    tables = [conditionals(model, text, VOCAB) for text in TEXTS[::50]]
+    for order, places in (("left-to-right", range(LENGTH)), ("right-to-left", range(LENGTH)[::-1])):
         found = likelihoods(sampler, DiffusionSettings(order=order, sampling=PLAIN), TEXTS[::50])
-        places = list(places)
-        assert found == pytest.approx([toy.chain_rule(model, (), text, places) for text in TEXTS[::50]], abs=1e-10)
+        assert found == pytest.approx([chain_rule(table, places) for table in tables], abs=1e-10)
 
 
 @pytest.mark.parametrize("order", POLICIES)
@@ -89,11 +117,10 @@ def test_orders_that_are_known_equal_the_chain_rule(sampler) -> None:
 def test_what_is_drawn_has_the_likelihood_that_is_said(order, way) -> None:
     """20,000 texts of each policy against its own exact distribution, chi-square."""
     network = DiffusionSampler(model_with_room(toy.ToyMaskedModel(vocab=3, length=3, seed=5)), mask_id=3)
-    texts = list(itertools.product(range(3), repeat=3))
+    texts = all_texts(3, 3)
     settings = DiffusionSettings(order=order, sampling=PLAIN, order_number=4, **way)
     number = 20_000
-    masked = torch.ones(len(texts), 3, dtype=torch.bool)
-    exact = network.log_likelihoods(texts, masked, settings=settings).sum(-1).exp().tolist()
+    exact = np.exp(likelihoods(network, settings, texts))
     counts = Counter(map(tuple, network.fill([[3] * 3] * number, settings=settings)))
     chi2 = sum((counts[text] - number * p) ** 2 / (number * p) for text, p in zip(texts, exact))
     assert chi2 < 54, "26 degrees of freedom: p > 0.001"
@@ -104,6 +131,23 @@ def test_of_equal_ranks_the_left_is_taken_and_none_that_may_not() -> None:
     may = torch.tensor([[True, True, False, True, False]])
     assert first_ranked(ranks, may, torch.tensor([1])).tolist() == [[True, False, False, False, False]]
     assert first_ranked(ranks, may, torch.tensor([3])).tolist() == may.tolist()
+
+
+def test_a_narrow_choice_is_counted() -> None:
+    ranks = torch.tensor([[1.0, 1.0 - NEAR_TIE / 2, 0.0, -torch.inf], [1.0, 0.9, 0.9 + 3 * NEAR_TIE, 5.0]])
+    may = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    for count, expected in ((1, [[True, False, False, False], [False] * 4]), (2, [[False] * 4] * 2)):
+        taken = first_ranked(ranks, may, torch.tensor([count, count]))
+        assert near_ties(ranks, may, taken).tolist() == expected
+    assert not near_ties(ranks, may, may).any(), "where all are taken nothing was chosen"
+
+
+def test_equal_predictions_are_near_ties_and_known_orders_have_none() -> None:
+    flat = DiffusionSampler(lambda ids, *, positions: torch.zeros(int(positions.sum()), VOCAB + 1), mask_id=VOCAB)
+    masked = torch.tensor([[False, True, True, True]])
+    for order, expected in (("confidence", [False, True, True, False]), ("left-to-right", [False] * 4)):
+        found = flat.log_likelihoods([(0, 1, 2, 3)], masked, settings=DiffusionSettings(order, sampling=PLAIN))
+        assert found.near_ties.tolist() == [expected], "the last one is no choice"
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import permutations, product
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from megatron.config import Config
 from megatron.config.schema import ModelConfig
@@ -18,6 +16,8 @@ from megatron.model.gpt import GPTModel
 from megatron.model.loss import WeightedCrossEntropy
 from megatron.model.mask import AttentionMask
 from megatron.objectives import Objective, build_objective, parse
+from megatron.objectives.schedules import MIN_MASK_PROB
+from megatron.testing.oracles import bound_nll, conditionals
 
 MASK_ID = 50
 SEQ = 32
@@ -100,45 +100,11 @@ def within_standard_errors(samples: np.ndarray, expected: float, count: float = 
     return abs(samples.mean() - expected) <= count * error + 1e-9
 
 
-def all_masks(length: int) -> torch.Tensor:
-    """Every subset of the positions, bool [2^length, length]."""
-    return torch.tensor(list(product([False, True], repeat=length)))
-
-
-@torch.no_grad()
-def losses_under_all_masks(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> np.ndarray:
-    """Sum of the cross-entropy of the masked tokens under each of :func:`all_masks`, fp64 [2^length]."""
-    masks = all_masks(len(tokens))
-    labels = tokens.expand(masks.shape)
-    logits = model.logits(labels.masked_fill(masks, mask_id))
-    ce = F.cross_entropy(logits.double().transpose(1, 2), labels, reduction="none")
-    return (ce * masks).sum(-1).numpy()
+def conditionals_of(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> np.ndarray:
+    """log p of the masked tokens under every mask: what ``megatron.testing.oracles`` works with."""
+    return conditionals(model.logits, tokens.tolist(), mask_id)
 
 
 def exact_bound(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> float:
-    """The bound by enumeration: over all masks, with the weight of m masked tokens of L integrated over t.
-
-    Σ_masks [∫ p^m (1 − p)^(L−m) / p dt] · Σ_masked ce / L with p = (1 − 1e-3)·t + 1e-3.
-    """
-    length = len(tokens)
-    nodes, quadrature = np.polynomial.legendre.leggauss(20)  # exact for these polynomials of degree below 40
-    p = (1 - 1e-3) * (nodes + 1) / 2 + 1e-3
-    weight = [0.0] + [
-        float((quadrature / 2 * p ** (m - 1) * (1 - p) ** (length - m)).sum()) for m in range(1, length + 1)
-    ]
-    counts = all_masks(length).sum(-1).tolist()
-    return sum(weight[m] * loss for m, loss in zip(counts, losses_under_all_masks(model, tokens, mask_id))) / length
-
-
-@torch.no_grad()
-def any_order_log_likelihoods(model: UnderMask, tokens: torch.Tensor, mask_id: int) -> list[float]:
-    """log-likelihood of ``tokens`` in every order of unmasking, by the chain rule."""
-    found = []
-    for order in permutations(range(len(tokens))):
-        current, total = torch.full_like(tokens, mask_id), 0.0
-        for position in order:
-            log_probabilities = model.logits(current[None])[0, position].log_softmax(-1)
-            total += log_probabilities[tokens[position]].item()
-            current[position] = tokens[position]
-        found.append(total)
-    return found
+    """The bound a token with p = (1 − 1e-3)·t + 1e-3, integrated exactly."""
+    return bound_nll(conditionals_of(model, tokens, mask_id), floor=MIN_MASK_PROB) / len(tokens)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from objective_helpers import (
     MASK_ID,
     SEQ,
-    all_masks,
     assert_same_batch,
     make_objective,
     make_tokens,
@@ -20,6 +19,7 @@ from megatron import randomness as noise
 from megatron.model.mask import BlockDiffusion, Causal, Full
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
+from megatron.testing.oracles import all_masks
 
 TOKENS = torch.tensor([2, 0, 4, 1, 3])
 

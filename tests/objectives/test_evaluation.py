@@ -9,7 +9,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
-from objective_helpers import MASK_ID, SEQ, any_order_log_likelihoods, make_objective, make_tokens, prepare, tiny_model
+from objective_helpers import MASK_ID, SEQ, conditionals_of, make_objective, make_tokens, prepare, tiny_model
 
 from megatron import randomness as noise
 from megatron.config.schema import BERNOULLI, EXACT_COUNT
@@ -17,6 +17,7 @@ from megatron.model.mask import Full
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.statistics import ValidationSums, mean_loss
+from megatron.testing.oracles import by_order
 
 DIFFUSION = [["--objective", "mdm"], ["--objective", "maskgit"], ["--objective", "exact_count_mdm"],
              ["--objective", "block_diffusion", "--block-size", "8"]]  # fmt: skip
@@ -81,13 +82,11 @@ def test_it_is_unbiased_mask_by_mask(monkeypatch, num_draws, block):
 def test_its_expectation_is_the_any_order_likelihood(monkeypatch):
     """The real model, exactly: no floor, no Monte-Carlo error."""
     model, tokens = tiny_model(Full(), vocab=8, seq=4), torch.tensor([2, 0, 4, 1])
-    masks = torch.tensor(list(product([False, True], repeat=4)))
-    labels = tokens.expand(16, 4)
-    log_p = model.logits(labels.masked_fill(masks, 5)).double().log_softmax(-1).gather(2, labels[..., None])[..., 0]
+    log_p = conditionals_of(model, tokens, 5)
     objective = MaskedDiffusion(mask_token_id=5, global_batch_size=8, seed=7)
     weights = enumerated(monkeypatch, objective, 2, spans=1)
-    expected = -np.mean(any_order_log_likelihoods(model, tokens, 5))
-    assert -(weights * log_p.numpy()).sum() == pytest.approx(expected, rel=1e-6)
+    expected = -np.mean(by_order(log_p))
+    assert -(weights * log_p).sum() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("flags", DIFFUSION, ids=lambda flags: flags[1])

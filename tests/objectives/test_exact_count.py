@@ -6,10 +6,8 @@ import torch
 from objective_helpers import (
     MASK_ID,
     SEQ,
-    all_masks,
-    any_order_log_likelihoods,
     assert_same_batch,
-    losses_under_all_masks,
+    conditionals_of,
     make_objective,
     make_tokens,
     prepare,
@@ -19,6 +17,7 @@ from objective_helpers import (
 
 from megatron.model.mask import Full
 from megatron.objectives.exact_count import ExactCountMDM
+from megatron.testing.oracles import all_masks, by_order
 
 
 def test_m_of_l_tokens_are_masked_and_weigh_l_over_m():
@@ -51,9 +50,9 @@ def test_counts_and_positions_are_uniform():
 def test_the_expectation_is_the_any_order_likelihood():
     """Exactly, without the floor of the random-count bound: Σ_m (1/m) · mean over subsets of size m."""
     model, tokens = tiny_model(Full(), vocab=8, seq=4), torch.tensor([2, 0, 4, 1, 3])
-    losses, count = losses_under_all_masks(model, tokens[:4], 5), all_masks(4).sum(-1).numpy()
+    losses, count = -conditionals_of(model, tokens[:4], 5).sum(-1), all_masks(4).sum(-1).numpy()
     expected = sum(losses[count == m].mean() / m for m in range(1, 5)) / 4
-    assert expected == pytest.approx(-np.mean(any_order_log_likelihoods(model, tokens[:4], 5)) / 4, abs=1e-5)
+    assert expected == pytest.approx(-np.mean(by_order(conditionals_of(model, tokens[:4], 5))) / 4, abs=1e-5)
     objective = ExactCountMDM(mask_token_id=5, global_batch_size=8, seed=7)
     batch = prepare(objective, tokens.expand(4000, 5).contiguous(), torch.arange(4000))
     per_step = model.sample_losses(batch).double().numpy().reshape(-1, 8).mean(-1)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from objective_helpers import (
     MASK_ID,
-    all_masks,
     assert_same_batch,
+    conditionals_of,
     exact_bound,
-    losses_under_all_masks,
     make_config,
     make_objective,
     make_tokens,
@@ -22,6 +21,7 @@ from megatron.model.mask import Full
 from megatron.objectives import build_objective
 from megatron.objectives.maskgit import MaskGIT
 from megatron.objectives.schedules import Cosine, Linear, mask_probability, mean_mask_probability
+from megatron.testing.oracles import all_masks
 from megatron.training.resolve import changed_settings
 
 FLAT = ["--loss-weighting", "flat"]
@@ -47,7 +47,7 @@ def test_masks_are_those_of_the_schedule():
 @torch.no_grad()
 def test_the_value_is_its_own_expectation_and_not_the_bound():
     model, tokens = tiny_model(Full(), vocab=8, seq=4), torch.tensor([2, 0, 4, 1, 3])
-    losses, count = losses_under_all_masks(model, tokens[:4], 5), all_masks(4).sum(-1).numpy()
+    losses, count = -conditionals_of(model, tokens[:4], 5).sum(-1), all_masks(4).sum(-1).numpy()
     nodes, quadrature = np.polynomial.legendre.leggauss(40)
     p = mask_probability(Cosine(), (nodes + 1) / 2)[:, None]
     mean_loss = (quadrature / 2 * (p**count * (1 - p) ** (4 - count) * losses).sum(-1)).sum()

@@ -6,8 +6,8 @@ import torch
 from objective_helpers import (
     MASK_ID,
     SEQ,
-    any_order_log_likelihoods,
     assert_same_batch,
+    conditionals_of,
     exact_bound,
     make_objective,
     make_tokens,
@@ -21,6 +21,7 @@ from megatron.errors import UserError
 from megatron.model.mask import Full
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import MIN_MASK_PROB, mask_probability
+from megatron.testing.oracles import by_order
 
 
 def probabilities(objective: MaskedDiffusion, sample_ids: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ def test_the_bound_is_above_the_likelihood_it_bounds():
     """Against the exact any-order likelihood: the mean over orders of the product of conditionals is below the bound."""
     model = tiny_model(Full(), vocab=8, seq=4)
     tokens = torch.tensor([2, 0, 4, 1])
-    log_likelihoods = any_order_log_likelihoods(model, tokens, 5)
+    log_likelihoods = by_order(conditionals_of(model, tokens, 5))
     mean_nll = -np.mean(log_likelihoods) / 4
     # Up to the floor of p, the bound is the mean over orders (arXiv 2406.03736, theorem on any-order models).
     assert exact_bound(model, tokens, 5) == pytest.approx(mean_nll, rel=5e-3)

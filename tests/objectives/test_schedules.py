@@ -7,10 +7,9 @@ import pytest
 import torch
 from objective_helpers import (
     MASK_ID,
-    all_masks,
     assert_same_batch,
+    conditionals_of,
     exact_bound,
-    losses_under_all_masks,
     make_objective,
     make_tokens,
     prepare,
@@ -31,6 +30,7 @@ from megatron.objectives.schedules import (
     mask_probability,
     mean_mask_probability,
 )
+from megatron.testing.oracles import all_masks
 
 SCHEDULES = [Linear(), Cosine(), Polynomial(2.0), Polynomial(3.0)]
 TOKENS = torch.tensor([2, 0, 4, 1, 3])
@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_the_papers():
 def test_the_bound_by_enumeration_does_not_depend_on_the_schedule(schedule):
     """∫ weight(t) · Σ_masks P(mask | p(t)) · loss(mask) dt, with the functions that the objective uses."""
     model = tiny_model(Full(), vocab=8, seq=4)
-    losses = losses_under_all_masks(model, TOKENS[:4], 5)
+    losses = -conditionals_of(model, TOKENS[:4], 5).sum(-1)
     count = all_masks(4).sum(-1).numpy()
     edges = np.concatenate(([0.0], np.geomspace(1e-9, 1, 60)))  # fine where the weights vary: near t = 0
     nodes, weights = np.polynomial.legendre.leggauss(30)

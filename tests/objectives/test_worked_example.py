@@ -18,7 +18,7 @@ from objective_helpers import (
     MASK_ID,
     SEQ,
     assert_same_batch,
-    losses_under_all_masks,
+    conditionals_of,
     make_objective,
     make_tokens,
     prepare,
@@ -126,7 +126,7 @@ def test_tokens_of_a_span_share_their_fate() -> None:
 def test_the_label_is_honest() -> None:
     """The mean over the noise is the mean over offsets and orders of −log p of the model that fills whole spans."""
     model, tokens, length, span = tiny_model(Full(), vocab=8, seq=4), torch.tensor([2, 0, 4, 1, 3]), 4, 2
-    losses = losses_under_all_masks(model, tokens[:length], 5)  # of the masked tokens, by the mask as a binary number
+    losses = -conditionals_of(model, tokens[:length], 5).sum(-1)  # of the masked tokens, by the mask as a binary number
 
     def loss_of(hidden: set[int]) -> float:
         return float(losses[sum(1 << (length - 1 - place) for place in hidden)])

@@ -21,11 +21,11 @@ SAY = "".join(f"{name}() {{ printf '%s\\t' {name} \"$@\"; echo; }}\n" for name i
 
 @dataclass(frozen=True)
 class Command:
-    """One command, or one block of Python.
+    """One command, or the Python of a page, whose blocks follow on each other.
 
     Attributes:
         page: where it stands, and its number there.
-        words: of the command line; of a block of Python: ``python-block`` and the code.
+        words: of the command line; of Python: ``python-block`` and the code.
         variables: ``NAME=VALUE`` before it.
         is_whole: stands in a block, to be run as it is; within a line of text it may be the part that matters there.
     """
@@ -47,11 +47,13 @@ def commands() -> list[Command]:
         name = str(page.relative_to(REPO))
         text = page.read_text(encoding="utf-8")
         lines: list[tuple[str, ...]] = []
+        python: list[str] = []
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if language == "python":
-                lines.append(("python-block", block))
+                python.append(block)
             elif language in ("", "bash") and re.search(rf"^(\w+=\S+ )*({'|'.join(PROGRAMS)}) ", block, re.MULTILINE):
                 lines += _of_block(block)
+        lines += [("python-block", "\n".join(python))] if python else []
         for number, words in enumerate(dict.fromkeys(lines), 1):
             start = next(at for at, word in enumerate(words) if word != "env" and not re.match(r"[A-Z_]+=", word))
             found.append(Command(f"{name}:{number}", words[start:], True, words[1:start]))
