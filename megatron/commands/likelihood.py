@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,10 @@ from megatron.errors import UserError, require
 from megatron.screen import Progress
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
-    from megatron.evaluation.court import Court, Finding, Samples, Verdict
+    from megatron.evaluation.court import Court, Samples
     from megatron.inference.model import InferenceModel
     from megatron.parallel.context import ParallelContext
+    from megatron.runs.likelihoods import Likelihoods
 
 POLICIES = "left-to-right,confidence,entropy,random,confidence-reversed"
 COUNT = whole(1, 10**9)
@@ -80,13 +80,11 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
     samples = _samples(options, models)
     court = _hear_all(options, models, samples, settings, context)
     if context.is_first_rank:
+        found = court.record(samples)
         print("\n".join(f"{name}: {model.source}" for name, model in models.items()))
-        print(report(court, samples))
+        print(report(found))
         if options.output:
-            from megatron.files import replace_file
-
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(options.output, json.dumps(_as_json(court, samples), indent=2))
+            found.save(options.output)
 
 
 def samplers(options: argparse.Namespace) -> list[Any]:
@@ -203,86 +201,29 @@ def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], sa
     return court
 
 
-def report(court: Court, samples: Samples) -> str:
+def report(found: Likelihoods) -> str:
     """The table and the verdicts, for people."""
-    from megatron.runs.sums import reach
-
-    num_samples, length = samples.tokens.shape
     lines = [
-        f"{num_samples} samples of {length} tokens, {court.findings[0].sums.num_documents} documents; tokens 1 to "
-        f"{length - 1} given token 0; nats per token",
+        f"{found.samples} samples of {found.seq_length} tokens, {found.findings[0].documents} documents; tokens 1 to "
+        f"{found.seq_length - 1} given token 0; nats per token",
         "",
     ]
-    header = ("model", "estimator", "what it is", "NLL", "±95%", "passes", "seconds")
-    rows = [header]
-    for own in court.findings:
-        value = own.value
-        rows.append((own.model, own.witness, own.kind, f"{value.value:.4f}", f"{reach(value):.4f}", str(own.passes),
+    rows = [("model", "estimator", "what it is", "NLL", "±95%", "passes", "seconds")]
+    for own in found.findings:
+        rows.append((own.model, own.estimator, own.kind, f"{own.nll:.4f}", f"{own.reach_95:.4f}", str(own.passes),
                      f"{own.seconds:.1f}"))  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += ["", *_near_ties(court), *(_sentence(verdict) for verdict in court.verdicts())]
+    lines += ["", *_near_ties(found), *(f"{own.answer}\n  {own.reason}" for own in found.verdicts)]
     return "\n".join(lines).rstrip()
 
 
-def _near_ties(court: Court) -> list[str]:
+def _near_ties(found: Likelihoods) -> list[str]:
     """Where rounding may choose another order, and so another value."""
-    from megatron.generation.policies import NEAR_TIE
-
     rows = [
-        f"  {own.model}, {own.witness}: {own.near_ties:,} of {own.sums.tokens.sum():,} tokens"
-        for own in court.findings
+        f"  {own.model}, {own.estimator}: {own.near_ties:,} of {own.tokens:,} tokens"
+        for own in found.findings
         if own.near_ties
     ]
-    why = f"chosen by a margin below {NEAR_TIE:g}, which another batch size or layout may turn:"
+    why = f"chosen by a margin below {found.near_tie_below:g}, which another batch size or layout may turn:"
     return [why, *rows, ""] if rows else []
-
-
-def _sentence(verdict: Verdict) -> str:
-    first, second = verdict.first, verdict.second
-    return (
-        f"{second.model} below {first.model}: {verdict.answer}\n  {verdict.gap.value:+.4f} ± {verdict.reach:.4f} "
-        f"({second.witness} against {first.witness}), paired, on {verdict.where}; rests on {verdict.basis}"
-    )
-
-
-def _as_json(court: Court, samples: Samples) -> dict[str, Any]:
-    from megatron.generation.policies import NEAR_TIE
-    from megatron.runs.sums import reach
-
-    def finding(own: Finding) -> dict[str, Any]:
-        value = own.value
-        return {
-            "model": own.model,
-            "estimator": own.witness,
-            "kind": own.kind,
-            "nll": value.value,
-            "standard_error": value.error,
-            "reach_95": reach(value),
-            "documents": value.num_documents,
-            "passes": own.passes,
-            "near_ties": own.near_ties,
-            "tokens": int(own.sums.tokens.sum()),
-            "seconds": own.seconds,
-        }
-
-    verdicts = [
-        {
-            "first": own.first.model,
-            "second": own.second.model,
-            "estimators": [own.first.witness, own.second.witness],
-            "second_below_first": own.answer,
-            "gap": own.gap.value,
-            "reach_95": own.reach,
-            "measured_on": own.where,
-            "rests_on": own.basis,
-        }
-        for own in court.verdicts()
-    ]
-    return {
-        "samples": len(samples.tokens),
-        "seq_length": samples.tokens.shape[1],
-        "near_tie_below": NEAR_TIE,
-        "findings": [finding(own) for own in court.findings],
-        "verdicts": verdicts,
-    }

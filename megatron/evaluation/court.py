@@ -24,14 +24,15 @@ from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
 from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.generation.policies import NEAR_TIE
 from megatron.generation.sampling import TokenSampling
 from megatron.inference.logits import LogitsFn
 from megatron.inference.model import InferenceModel
 from megatron.parallel.context import ParallelContext
+from megatron.runs.likelihoods import BOUND, EXACT, MIXTURE, Likelihoods, Value, VerdictRecord
 from megatron.runs.sums import difference, halves, reach
 from megatron.statistics import Estimate, ValidationSums, mean_loss
 
-EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
 ENTRY = "sample, document, tokens, loss, near ties"  # what is kept of a sample
 Entry = tuple[int, int, int, float, int]
 
@@ -241,6 +242,14 @@ class Finding:
         """Nats per token over all documents."""
         return mean_loss(self.sums)
 
+    def record(self) -> Value:
+        """As it is written."""
+        value = self.value
+        return Value(
+            self.model, self.witness, self.kind, value.value, value.error, reach(value), value.num_documents, self.passes,
+            self.near_ties, int(self.sums.tokens.sum()), self.seconds,
+        )  # fmt: skip
+
 
 def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, context: ParallelContext,
          chunk: int, on_samples: Callable[[int], object] = lambda count: None) -> Finding:  # fmt: skip
@@ -313,6 +322,14 @@ class Verdict:
         kinds = {self.first.kind, self.second.kind}
         return "exact values" if kinds == {EXACT} else "a bound"
 
+    def record(self) -> VerdictRecord:
+        """As it is written."""
+        one, other = self.first, self.second
+        estimators = [one.witness, other.witness]
+        return VerdictRecord(
+            one.model, other.model, estimators, self.answer, self.gap.value, self.reach, self.where, self.basis
+        )
+
 
 @dataclass
 class Court:
@@ -324,6 +341,12 @@ class Court:
         """B against A for every other model B: by its best exact value, and by its bound."""
         models = list(dict.fromkeys(own.model for own in self.findings))
         return [verdict for model in models[1:] for verdict in self._of(models[0], model)]
+
+    def record(self, samples: Samples) -> Likelihoods:
+        """As it is written."""
+        findings, verdicts = [own.record() for own in self.findings], [own.record() for own in self.verdicts()]
+        count, length = samples.tokens.shape
+        return Likelihoods(count, length, findings, verdicts, near_tie_below=NEAR_TIE)
 
     def _of(self, first: str, second: str) -> Iterator[Verdict]:
         for kinds in ((EXACT,), (BOUND, MIXTURE)):

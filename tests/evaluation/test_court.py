@@ -16,6 +16,7 @@ from megatron.evaluation.estimators import LeftToRight, MaskedBound
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.model import load_model
 from megatron.randomness import VALIDATION_SEED
+from megatron.runs.likelihoods import Likelihoods
 from megatron.statistics import ValidationSums
 from tests.evaluation import tiny
 
@@ -36,7 +37,9 @@ def runs(tmp_path_factory):
 def judge(runs, *flags: str, output="out.json") -> dict:
     words = [str(runs / "ar"), str(runs / "mdm"), "--valid-data-path", str(runs / "valid"), *flags]
     assert main([*words, "--output", str(runs / output)]) == 0
-    return json.loads((runs / output).read_text())
+    record = json.loads((runs / output).read_text())
+    assert [vars(own) for own in Likelihoods.load(runs / output).findings] == record["findings"]
+    return record
 
 
 def test_every_likelihood_of_both_models_on_the_same_tokens(runs, capsys) -> None:
@@ -90,7 +93,8 @@ def test_finished_samples_are_not_scored_again(runs, monkeypatch) -> None:
 
 def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys) -> None:
     """With a limit so wide that most choices are narrow; also of samples that were scored before."""
-    monkeypatch.setattr("megatron.generation.policies.NEAR_TIE", 0.05)
+    for module in ("generation.policies", "evaluation.court"):
+        monkeypatch.setattr(f"megatron.{module}.NEAR_TIE", 0.05)
     flags = ("--policies", "left-to-right,confidence", "--num-mc", "1")
     for _ in range(2):
         found = judge(runs, *flags, output="narrow.json")

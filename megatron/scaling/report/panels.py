@@ -24,10 +24,11 @@ SINGLE = (4.2, 3.2)
 
 @dataclass(frozen=True)
 class Panel:
-    """``draw`` fills one set of axes, labels and title included; ``title`` says in words what it shows."""
+    """``draw`` fills one set of axes, labels and title included; ``title`` says in words what it shows; ``height`` in inches."""
 
     title: str
     draw: Callable[[Axes], None]
+    height: float = SINGLE[1]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def compose(chart: Chart) -> Figure:
     """All panels side by side with one legend below, for papers and slides."""
     columns = min(chart.columns, len(chart.panels))
     rows = -(-len(chart.panels) // columns)
-    size = (6.6, 4.3) if len(chart.panels) == 1 else (1.0 + 4.4 * columns, 0.9 + 3.4 * rows)
+    height = max(panel.height for panel in chart.panels)
+    size = (6.6, 1.1 + height) if len(chart.panels) == 1 else (1.0 + 4.4 * columns, 0.9 + (0.2 + height) * rows)
     with plt.rc_context(RC):
         figure, grid = plt.subplots(
             rows, columns, figsize=size, sharey=chart.share_y, squeeze=False, layout="constrained"
@@ -103,7 +105,7 @@ def _named(chart: Chart, axes: Any) -> dict[str, Any]:
 
 def _alone(panel: Panel) -> bytes:
     with plt.rc_context(RC):
-        figure, axes = plt.subplots(figsize=SINGLE, layout="constrained")
+        figure, axes = plt.subplots(figsize=(SINGLE[0], panel.height), layout="constrained")
         panel.draw(axes)
     return _svg(figure)
 

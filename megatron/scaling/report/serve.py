@@ -22,7 +22,9 @@ from megatron.errors import UserError
 ADDRESS = "127.0.0.1"
 LEAST_SECONDS = 5.0
 """Between two looks at the files: drawing takes a core for a second or more, which a run on this machine misses."""
-_WATCHED = re.compile(r"run\.json|metrics\.jsonl|.*/evaluations/[^/]*\.json|downstream.*\.json|samples.*\.jsonl")
+_WATCHED = re.compile(
+    r"run\.json|metrics\.jsonl|.*/evaluations/[^/]*\.json|(downstream|likelihood).*\.json|samples.*\.jsonl"
+)
 
 _SCRIPT = """
 (() => {

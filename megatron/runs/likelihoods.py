@@ -1,0 +1,125 @@
+"""What ``megatron likelihood --output FILE`` wrote: every likelihood of some models on the same tokens, and verdicts.
+
+Typed, written and read here only; the report draws it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron.errors import UserError
+from megatron.files import read_object, replace_file
+
+# What a value says of the negative log-likelihood. A bound of the mixture is one of ancestral sampling in many steps.
+EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
+FLOOR = "lower bound of the mixture"
+
+
+@dataclass(frozen=True)
+class Value:
+    """One model by one estimator, nats per token.
+
+    Attributes:
+        model: its name.
+        estimator: its name, with the sampler where the value is of one.
+        kind: one of ``EXACT``, ``BOUND``, ``MIXTURE``, ``FLOOR``.
+        nll: over all documents.
+        standard_error, reach_95: of ``nll`` over documents; the second is half of its 95 % interval.
+        documents: behind the errors.
+        passes: forward passes a sample.
+        near_ties: tokens that a sampler chose so narrowly that rounding may choose others.
+        tokens: that were scored.
+        seconds: it took in the call that wrote it.
+    """
+
+    model: str
+    estimator: str
+    kind: str
+    nll: float
+    standard_error: float
+    reach_95: float
+    documents: int
+    passes: int
+    near_ties: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class VerdictRecord:
+    """Whether the second model is below the first, nats per token.
+
+    Attributes:
+        first, second: names of the models.
+        estimators: of the first and of the second.
+        second_below_first: ``yes``, ``no`` or ``undecided …``.
+        gap: second minus first, paired.
+        reach_95: half of its 95 % interval.
+        measured_on: which documents.
+        rests_on: ``exact values`` or ``a bound``.
+    """
+
+    first: str
+    second: str
+    estimators: list[str]
+    second_below_first: str
+    gap: float
+    reach_95: float
+    measured_on: str
+    rests_on: str
+
+    @property
+    def answer(self) -> str:
+        """The question and its answer."""
+        return f"{self.second} below {self.first}: {self.second_below_first}"
+
+    @property
+    def reason(self) -> str:
+        """The difference, what was compared, on what, and what the answer rests on."""
+        one, other = self.estimators
+        return (
+            f"{self.gap:+.4f} ± {self.reach_95:.4f} ({other} against {one}), paired, on {self.measured_on}; rests on "
+            f"{self.rests_on}"
+        )
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """One file.
+
+    Attributes:
+        samples, seq_length: what was scored: tokens 1 to seq_length − 1 of each sample, given token 0.
+        findings: every value.
+        verdicts: every model against the first.
+        near_tie_below: what counts as a near tie.
+    """
+
+    samples: int
+    seq_length: int
+    findings: list[Value]
+    verdicts: list[VerdictRecord] = field(default_factory=list)
+    near_tie_below: float = math.nan
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def load(cls, path: Path) -> Likelihoods:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: damaged, or another kind of file.
+        """
+        rule, fix = "it holds what megatron likelihood --output wrote", "delete it or write it again"
+        record = read_object(path, rule=rule, fix=fix)
+        try:
+            findings = [Value(**row) for row in record.pop("findings")]
+            verdicts = [VerdictRecord(**row) for row in record.pop("verdicts")]
+            return cls(**record, findings=findings, verdicts=verdicts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error})", rule, fix) from None
