@@ -75,15 +75,12 @@ def test_likelihoods_sum_to_one(sampler, order) -> None:
 def test_a_choice_sees_no_value_that_it_is_about_to_reveal(sampler, order) -> None:
     for way in WAYS:
         settings = DiffusionSettings(order=order, **{"sampling": PLAIN, **way})
-
-        def steps(text, settings=settings) -> list[list[int]]:
-            found = []
-            masked = torch.ones(1, LENGTH, dtype=torch.bool)
-            watch = lambda step: found.append(step.uncovered[0].nonzero().flatten().tolist())  # noqa: E731
-            sampler.log_likelihoods([text], masked, settings=settings, on_step=watch)
-            return found
-
-        check_order_is_blind(steps, TEXTS[::7])
+        uncovered: list[torch.Tensor] = []
+        watch = lambda step, seen=uncovered: seen.append(step.uncovered.clone())  # noqa: E731
+        masked = torch.ones(len(TEXTS), LENGTH, dtype=torch.bool)
+        sampler.log_likelihoods(TEXTS, masked, settings=settings, on_step=watch)
+        steps = {text: [np.flatnonzero(step[row]).tolist() for step in uncovered] for row, text in enumerate(TEXTS)}
+        check_order_is_blind(steps.__getitem__, TEXTS)
 
 
 def test_a_policy_that_peeks_at_values_would_be_caught() -> None:
@@ -113,12 +110,21 @@ def test_orders_that_are_known_equal_the_chain_rule(model, sampler) -> None:
 
 
 @pytest.mark.parametrize("order", POLICIES)
-@pytest.mark.parametrize("way", [{}, {"tokens_per_step": 2}, {"block_length": 2}], ids=["1", "2", "blocks"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"tokens_per_step": 2},
+        {"block_length": 2},
+        {"guidance": 0.5, "sampling": TokenSampling(temperature=0.7, seed=3)},
+    ],
+    ids=["1", "2", "blocks", "guided"],
+)
 def test_what_is_drawn_has_the_likelihood_that_is_said(order, way) -> None:
     """20,000 texts of each policy against its own exact distribution, chi-square."""
     network = DiffusionSampler(model_with_room(toy.ToyMaskedModel(vocab=3, length=3, seed=5)), mask_id=3)
     texts = all_texts(3, 3)
-    settings = DiffusionSettings(order=order, sampling=PLAIN, order_number=4, **way)
+    settings = DiffusionSettings(order=order, order_number=4, **{"sampling": PLAIN, **way})
     number = 20_000
     exact = np.exp(likelihoods(network, settings, texts))
     counts = Counter(map(tuple, network.fill([[3] * 3] * number, settings=settings)))
