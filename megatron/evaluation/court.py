@@ -19,13 +19,16 @@ import torch
 
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.identity import selection_half
+from megatron.evaluation.blocks import scorer_of
 from megatron.evaluation.estimators import MaskedBound
 from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
 from megatron.evaluation.requests import ResultCache
-from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
-from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.evaluation.scorer import CausalScorer, Request
+from megatron.generation.blocks import sampler_of
+from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.policies import NEAR_TIE
 from megatron.generation.sampling import TokenSampling
+from megatron.inference.blocks import BlockLogitsFn
 from megatron.inference.logits import LogitsFn
 from megatron.inference.model import InferenceModel
 from megatron.parallel.context import ParallelContext
@@ -112,12 +115,10 @@ class Bound:
 
     kind = BOUND
 
-    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
+    def __init__(self, logits_fn: BlockLogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
         self.draws, self._estimator = pairs, MaskedBound(antithetic=True)
         self.name = f"bound, {2 * pairs} passes"
-        self._scorer = MaskedScorer(
-            logits_fn, mask_id=loaded.mask_id, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
-        )
+        self._scorer = scorer_of(loaded, logits_fn, batch_size=batch_size)
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
@@ -135,11 +136,8 @@ class UnderPolicy:
 
     kind, draws = EXACT, 0
 
-    def __init__(
-        self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, settings: DiffusionSettings
-    ) -> None:
-        sampler = DiffusionSampler(logits_fn, mask_id=loaded.mask_id, device=loaded.device)
-        self._scorer = PolicyScorer(sampler, settings, max_length=loaded.max_length, batch_size=batch_size)
+    def __init__(self, loaded: InferenceModel, batch_size: int, *, settings: DiffusionSettings) -> None:
+        self._scorer = PolicyScorer(sampler_of(loaded), settings, max_length=loaded.max_length, batch_size=batch_size)
         self.name = self._scorer.name
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
@@ -148,7 +146,7 @@ class UnderPolicy:
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
-        return self._scorer.settings.num_passes(num_tokens)
+        return self._scorer.num_passes(Request((0,), (0,) * num_tokens))
 
 
 class Mixture:
@@ -156,15 +154,12 @@ class Mixture:
 
     kind = MIXTURE
 
-    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int, *, orders: int) -> None:
+    def __init__(self, loaded: InferenceModel, batch_size: int, *, orders: int) -> None:
         self.draws, self.name = orders, f"{orders} orders in the logarithm"
         sampling = TokenSampling(temperature=1.0)
         self._orders = [
             UnderPolicy(
-                logits_fn,
-                loaded,
-                batch_size,
-                settings=DiffusionSettings("random", sampling=sampling, order_number=number),
+                loaded, batch_size, settings=DiffusionSettings("random", sampling=sampling, order_number=number)
             )
             for number in range(orders)
         ]
@@ -205,14 +200,16 @@ def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, 
     shut = torch.tensor(sorted({*loaded.unused_ids, *([loaded.mask_id] if loaded.is_masked else [])}), dtype=torch.long)
     shut = shut.to(loaded.device)
 
-    def logits(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
-        return loaded.logits(input_ids, positions=positions).float().index_fill(-1, shut, -torch.inf)
+    def logits(
+        input_ids: torch.Tensor, *, positions: torch.Tensor | None = None, clean: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return loaded.logits(input_ids, positions=positions, clean=clean).float().index_fill(-1, shut, -torch.inf)
 
     if not loaded.is_masked:
         return [ChainRule(logits, loaded, batch_size)]
     found: list[Witness] = [Bound(logits, loaded, batch_size, pairs=pairs)]
-    found += [Mixture(logits, loaded, batch_size, orders=orders)] if orders else []
-    return found + [UnderPolicy(logits, loaded, batch_size, settings=own) for own in settings]
+    found += [Mixture(loaded, batch_size, orders=orders)] if orders else []
+    return found + [UnderPolicy(loaded, batch_size, settings=own) for own in settings]
 
 
 @dataclass

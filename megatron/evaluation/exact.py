@@ -61,6 +61,7 @@ class PolicyScorer:
         self, sampler: DiffusionSampler, settings: DiffusionSettings, *, max_length: int, batch_size: int = 32
     ) -> None:
         settings.check_has_likelihood()
+        sampler.check(settings, num_masked=1)
         self.sampler, self.settings = sampler, settings
         self.max_length, self.batch_size = max_length, batch_size
         self.on_pass: Callable[[int], None] = lambda rows: None  # progress: rows finished
@@ -73,7 +74,8 @@ class PolicyScorer:
         tokens = f"{together} token{'s' * (together > 1)} a pass"
         parts = [settings.order, tokens if settings.steps is None else f"{settings.steps} steps"]
         parts += [f"order {settings.order_number}"] if settings.order == "random" and settings.order_number else []
-        parts += [f"blocks of {settings.block_length}"] if settings.block_length else []
+        block = settings.block_length or self.sampler.block_size
+        parts += [f"blocks of {block}"] if block else []
         shown = {
             "temperature": (sampling.temperature, 1.0),
             "top-k": (sampling.top_k, 0),
@@ -84,11 +86,16 @@ class PolicyScorer:
 
     def score(self, requests: Sequence[Request]) -> list[Estimate]:
         """The exact log-likelihood of every target."""
-        passes = [self.settings.num_passes(len(request.target)) for request in requests]
+        passes = [self.num_passes(request) for request in requests]
         return [
             Estimate(float(own.logprobs.sum()), 0.0, self.kind, self.name, count)
             for own, count in zip(self.token_scores(requests), passes)
         ]
+
+    def num_passes(self, request: Request) -> int:
+        """Forward passes for the target of a request."""
+        cut = cut_context(request, self.max_length)
+        return self.sampler.num_passes(self.settings, num_given=len(cut.context), num_masked=len(cut.target))
 
     def token_scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """Token by token, one a request."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.errors import require
+from megatron.evaluation.blocks import scorer_of
 from megatron.evaluation.estimators import make_estimator
 from megatron.evaluation.requests import encode_request, whole_number, windows
-from megatron.evaluation.scorer import CausalScorer, Estimate, MaskedScorer
+from megatron.evaluation.scorer import CausalScorer, Estimate
 from megatron.inference.model import InferenceModel
 
 MAX_DRAWS = 10**6
@@ -37,8 +38,7 @@ def log_likelihood(
     if not loaded.is_masked:
         causal = CausalScorer(loaded.logits, max_length=loaded.max_length, device=loaded.device)
         return add_up(causal.score(requests))
-    masked = MaskedScorer(loaded.logits, mask_id=loaded.mask_id, max_length=loaded.max_length, device=loaded.device)
-    return add_up(masked.score(requests, method, num_draws=num_draws))
+    return add_up(scorer_of(loaded).score(requests, method, num_draws=num_draws))
 
 
 def add_up(pieces: Sequence[Estimate]) -> Estimate:

@@ -157,7 +157,19 @@ class MaskedScorer:
                 "score it in windows (windows() in megatron/evaluation/requests.py does)",
             )
         cut = cut_context(request, self.max_length)
-        return Tally(cut, for_length(estimator, len(request.target), num_draws=num_draws))
+        return Tally(cut, self.estimator_for(cut, estimator, num_draws=num_draws))
+
+    def estimator_for(self, request: Request, estimator: Estimator, *, num_draws: int) -> Estimator:
+        """What estimates this request."""
+        return for_length(estimator, len(request.target), num_draws=num_draws)
+
+    def masked_logits(self, input_ids: torch.Tensor, clean: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits [selected, vocab] of ``input_ids``, the tokens ``clean`` [batch, seq] with some of them masked."""
+        return self.logits_fn(input_ids, positions=positions)
+
+    def open_positions(self, masked: torch.Tensor) -> torch.Tensor:
+        """Which of the ``masked`` tokens [batch, seq] decoding may uncover next."""
+        return masked
 
     def extend(self, tallies: Sequence[Tally], *, num_draws: int) -> None:
         """Run draws until every tally has ``num_draws`` of them (or all that its estimator has)."""
@@ -217,10 +229,9 @@ class MaskedScorer:
         for row, (tally, (mask, scored), _) in enumerate(batch):
             masked[row, len(tally.request.context) :] = mask
             wanted[row, len(tally.request.context) :] = scored
-        labels = torch.from_numpy(tokens[wanted]).to(self.device)
-        input_ids = torch.from_numpy(np.where(masked, self.mask_id, tokens)).to(self.device)
-        logits = self.logits_fn(input_ids, positions=torch.from_numpy(wanted).to(self.device))
-        logprobs = target_logprobs(logits, labels)
+        clean, hidden, positions = (torch.from_numpy(part).to(self.device) for part in (tokens, masked, wanted))
+        logits = self.masked_logits(clean.masked_fill(hidden, self.mask_id), clean, positions)
+        logprobs = target_logprobs(logits, clean[positions])
         rows, columns = wanted.nonzero()
         for row, column, logprob in zip(rows.tolist(), columns.tolist(), logprobs.tolist()):
             tally, _, name = batch[row]
@@ -254,6 +265,7 @@ class MaskedScorer:
         positions = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, state in enumerate(states):
             positions[row, state.start :] = input_ids[row, state.start :] == self.mask_id
+        positions = self.open_positions(positions)
         logits = self.logits_fn(input_ids, positions=positions).float()
         logits[:, self.mask_id] = -torch.inf  # decoding never gives the mask token
         confidence, best = torch.log_softmax(logits, -1).max(-1)

@@ -14,7 +14,8 @@ from megatron.data.jsonl import read_lines
 from megatron.errors import UserError, require
 from megatron.files import replace_file
 from megatron.generation.animation import StepRecorder, animation, pieces_of
-from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings, Step
+from megatron.generation.blocks import sampler_of
+from megatron.generation.diffusion import DiffusionSettings, Step
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.flags import build_generate_parser
 from megatron.generation.sampling import TokenSampling
@@ -214,7 +215,7 @@ def _masked(
     loaded: Any, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
 ) -> tuple[list[Completion], list[str]]:
     tokenizer = loaded.require_tokenizer()
-    sampler = DiffusionSampler(loaded.logits, mask_id=loaded.mask_id, forbidden=loaded.unused_ids, device=loaded.device)
+    sampler = sampler_of(loaded)
     show = arguments.show_steps
     if show is None:
         show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json

@@ -67,7 +67,7 @@ class DiffusionSettings:
     def num_passes(self, num_masked: int) -> int:
         """Forward passes that fill ``num_masked`` tokens."""
         size = self.block_length or max(num_masked, 1)
-        return sum(_split_steps(self, [min(size, num_masked - start) for start in range(0, num_masked, size)]))
+        return sum(split_steps(self, [min(size, num_masked - start) for start in range(0, num_masked, size)]))
 
     def check_has_likelihood(self) -> None:
         """Check that what is drawn has a likelihood that can be computed.
@@ -85,10 +85,17 @@ class DiffusionSettings:
         Raises:
             UserError: fewer steps than blocks.
         """
-        blocks = -(-num_masked // (self.block_length or max(num_masked, 1)))
+        self.check_blocks(-(-num_masked // (self.block_length or max(num_masked, 1))))
+
+    def check_blocks(self, number: int) -> None:
+        """Check that so many blocks can be uncovered in these steps.
+
+        Raises:
+            UserError: fewer steps than blocks.
+        """
         require(
-            self.steps is None or self.steps >= blocks,
-            f"{self.steps} steps for {blocks} blocks",
+            self.steps is None or self.steps >= number,
+            f"{self.steps} steps for {number} blocks",
             "every block needs at least one step",
             "raise --steps or --block-length",
         )
@@ -136,9 +143,22 @@ class DiffusionSampler:
         self, logits_fn: LogitsFn, *, mask_id: int, forbidden: Sequence[int] = (), device: torch.device | str = "cpu"
     ) -> None:
         self.logits_fn = logits_fn
+        self.block_size: int | None = None  # of a model that is made of blocks
         self.mask_id = mask_id
         self.forbidden = torch.tensor(sorted({mask_id, *forbidden}), device=device)
         self.device = torch.device(device)
+
+    def num_passes(self, settings: DiffusionSettings, *, num_given: int, num_masked: int) -> int:
+        """Forward passes that give the likelihood of ``num_masked`` tokens behind ``num_given`` ones."""
+        return settings.num_passes(num_masked)
+
+    def check(self, settings: DiffusionSettings, *, num_masked: int) -> None:
+        """Check that up to ``num_masked`` tokens can be uncovered so, wherever they stand.
+
+        Raises:
+            UserError: fewer steps than blocks, or settings that the model cannot follow.
+        """
+        settings.check_steps(num_masked)
 
     @torch.inference_mode()
     def fill(
@@ -173,8 +193,7 @@ class DiffusionSampler:
                 uniforms = torch.cat([row_uniforms(s, n, logits.shape[-1]) for s, n in zip(streams, counts)])
             return draw_tokens(logits, settings.sampling, uniforms)
 
-        walk = _Walk(tokens, tokens != self.mask_id, settings, numbers, streams)
-        self._uncover(walk, draw, stop=stop, on_step=on_step)
+        self._uncover(self.begin(tokens, tokens == self.mask_id, settings, numbers, streams), draw, stop, on_step)
         return tokens.tolist()
 
     @torch.inference_mode()
@@ -208,9 +227,37 @@ class DiffusionSampler:
             result[uncovered] = token_logprobs(logits, truth[uncovered], settings.sampling)
             return truth[uncovered]
 
-        walk = _Walk(tokens, ~masked, settings, [0] * len(rows), [])
+        walk = self.begin(tokens, masked, settings, [0] * len(rows))
         self._uncover(walk, reveal, on_step=on_step)
         return LogLikelihoods(result, walk.near_ties)
+
+    def begin(
+        self,
+        tokens: torch.Tensor,
+        masked: torch.Tensor,
+        settings: DiffusionSettings,
+        numbers: Sequence[int],
+        streams: Sequence[torch.Generator] = (),
+    ) -> Walk:
+        """The start of a batch: ``masked`` [batch, seq] tokens are wanted; ``numbers`` of the random order of each row."""
+        numbers = numbers if settings.order_number is None else [settings.order_number] * len(numbers)
+        orders = settings.sampling.generators(numbers, tokens.device, purpose="order")
+        uniforms = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in orders])
+        return Walk(self.filling(), settings, tokens, ~masked, uniforms, streams)
+
+    def filling(self) -> LogitsFn:
+        """The model, for one batch."""
+        return self.logits_fn
+
+    def blocks(self, masked: torch.Tensor, settings: DiffusionSettings) -> list[torch.Tensor]:
+        """Split the ``masked`` tokens of every row, from left to right, into what is uncovered together: bool [batch, seq]
+        each."""
+        most = int(masked.sum(-1).max())
+        if most == 0:
+            return []
+        size = settings.block_length or most
+        rank = masked.cumsum(-1) - 1
+        return [masked & (rank // size == index) for index in range(-(-most // size))]
 
     def _rows(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         lengths = {len(row) for row in rows}
@@ -222,21 +269,20 @@ class DiffusionSampler:
 
     def _uncover(
         self,
-        walk: _Walk,
+        walk: Walk,
         reveal: RevealFn,
-        *,
         stop: StopFn | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         """Go through blocks and steps; ``reveal`` gives the tokens of what a step uncovers."""
         done = torch.zeros(len(walk.tokens), dtype=torch.bool, device=self.device)
         masked = ~walk.given
-        blocks = _blocks(masked, walk.settings.block_length)
+        blocks = self.blocks(masked, walk.settings)
         index = 0
-        for block, steps in zip(blocks, _split_steps(walk.settings, [int(b.sum(-1).max()) for b in blocks])):
+        for block, steps in zip(blocks, split_steps(walk.settings, [int(b.sum(-1).max()) for b in blocks])):
             for counts in _schedule(block, steps, order=walk.settings.order):
                 candidates = block & masked & ~done[:, None]
-                uncovered = self._step(walk, candidates, counts, reveal)
+                uncovered = self.step(walk, candidates, counts, reveal)
                 masked = masked & ~uncovered
                 if on_step is not None:
                     on_step(Step(index, walk.tokens, uncovered))
@@ -247,8 +293,8 @@ class DiffusionSampler:
             if bool(done.all()):
                 break
 
-    def _step(
-        self, walk: _Walk, candidates: torch.Tensor, counts: torch.Tensor | float, reveal: RevealFn
+    def step(
+        self, walk: Walk, candidates: torch.Tensor, counts: torch.Tensor | float, reveal: RevealFn
     ) -> torch.Tensor:
         """Uncover some candidates in place; returns which, [batch, seq] bool.
 
@@ -274,54 +320,51 @@ class DiffusionSampler:
             walk.tokens[uncovered] = reveal(logits, uncovered)
         return uncovered
 
-    def _logits(self, walk: _Walk, wanted: torch.Tensor) -> torch.Tensor:
+    def _logits(self, walk: Walk, wanted: torch.Tensor) -> torch.Tensor:
         """Logits [wanted, vocab] in fp32 or more, guided, with tokens that cannot be drawn at -inf."""
         tokens, guidance = walk.tokens, walk.settings.guidance
-        logits = _at_least_fp32(self.logits_fn(tokens, positions=wanted))
+        logits = _at_least_fp32(walk.logits_fn(tokens, positions=wanted))
         if guidance != 0.0:
-            without = self.logits_fn(tokens.masked_fill(walk.given, self.mask_id), positions=wanted)
+            without = walk.logits_fn(tokens.masked_fill(walk.given, self.mask_id), positions=wanted)
             logits = _at_least_fp32(without) * -guidance + (1.0 + guidance) * logits
         return logits.index_fill(-1, self.forbidden, -torch.inf)
 
 
-class _Walk:
-    """One batch on its way: ``tokens`` and ``near_ties`` [batch, seq] change in place, ``given`` [batch, seq] never does."""
+@dataclass
+class Walk:
+    """One batch on its way.
 
-    def __init__(
-        self,
-        tokens: torch.Tensor,
-        given: torch.Tensor,
-        settings: DiffusionSettings,
-        numbers: Sequence[int],
-        streams: list[torch.Generator],
-    ) -> None:
-        self.tokens, self.given, self.settings, self.streams = tokens, given, settings, streams
-        self.near_ties = torch.zeros_like(given)
-        numbers = numbers if settings.order_number is None else [settings.order_number] * len(numbers)
-        orders = settings.sampling.generators(numbers, tokens.device, purpose="order")
-        self.uniforms = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in orders])
+    Attributes:
+        logits_fn: the model.
+        settings: how to uncover.
+        tokens: [batch, seq], changed in place.
+        given: [batch, seq] bool, tokens that never change.
+        uniforms: [batch, seq] numbers of the random order.
+        streams: of each row, for coins.
+        near_ties: [batch, seq] bool, changed in place, see :class:`LogLikelihoods`.
+    """
+
+    logits_fn: LogitsFn
+    settings: DiffusionSettings
+    tokens: torch.Tensor
+    given: torch.Tensor
+    uniforms: torch.Tensor
+    streams: Sequence[torch.Generator] = ()
+
+    def __post_init__(self) -> None:
+        self.near_ties = torch.zeros_like(self.given)
 
 
 def _at_least_fp32(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _blocks(masked: torch.Tensor, block_length: int | None) -> list[torch.Tensor]:
-    """Split the masked tokens of every row, from left to right, into blocks: bool [batch, seq] each."""
-    most = int(masked.sum(-1).max())
-    if most == 0:
-        return []
-    size = block_length or most
-    rank = masked.cumsum(-1) - 1
-    return [masked & (rank // size == index) for index in range(-(-most // size))]
-
-
-def _split_steps(settings: DiffusionSettings, sizes: list[int]) -> list[int]:
+def split_steps(settings: DiffusionSettings, sizes: list[int]) -> list[int]:
     """Steps of each block: an equal share, at least 1; no more than the block has tokens, except for ancestral steps,
     which may uncover nothing."""
     if settings.steps is None:
         return [-(-size // (settings.tokens_per_step or 1)) for size in sizes]
-    settings.check_steps(sum(sizes))
+    settings.check_blocks(len(sizes))
     share, rest = divmod(settings.steps, max(len(sizes), 1))
     shares = [share + (index < rest) for index in range(len(sizes))]
     return shares if settings.order == "ancestral" else [min(pair) for pair in zip(shares, sizes)]

@@ -19,9 +19,12 @@ from megatron.config.shape import Shape
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
 from megatron.errors import UserError, require
+from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
+from megatron.inference.logits import LogitsFn
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
+from megatron.model.mask import BlockDiffusion
 from megatron.objectives import Objective, evaluation_objective
 from megatron.objectives.base import BlockDecoding, MaskedDecoding
 from megatron.parallel.context import ParallelContext
@@ -66,8 +69,13 @@ class InferenceModel:
 
     @property
     def is_masked(self) -> bool:
-        """Whether this is masked diffusion (bidirectional) rather than autoregressive."""
-        return isinstance(self.objective.decoding, MaskedDecoding)
+        """Whether this is masked diffusion (of whole sequences or of blocks) rather than autoregressive."""
+        return isinstance(self.objective.decoding, MaskedDecoding | BlockDecoding)
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens of a block, which sees the blocks before it and nothing behind; None: a sequence is no row of blocks."""
+        return self.objective.decoding.block_size if isinstance(self.objective.decoding, BlockDecoding) else None
 
     @property
     def mask_id(self) -> int:
@@ -76,7 +84,7 @@ class InferenceModel:
         Raises:
             UserError: the model is autoregressive.
         """
-        if not isinstance(self.objective.decoding, MaskedDecoding):
+        if not isinstance(self.objective.decoding, MaskedDecoding | BlockDecoding):
             raise UserError(
                 f"{self.source} is a causal model ({self.config.objective.objective})",
                 "only masked diffusion has a mask token",
@@ -90,9 +98,22 @@ class InferenceModel:
         used = self.tokenizer.vocab_size if self.tokenizer is not None else self.config.data.vocab_size
         return [] if used is None else list(range(used, self.config.model.padded_vocab_size or 0))
 
-    def logits(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """The LogitsFn of this model (see ``scorer.py``)."""
+    def logits(
+        self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None, clean: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The LogitsFn of this model; of a model of blocks, its BlockLogitsFn, and ``clean`` is for nothing else."""
+        if self.block_size is not None:
+            return self._blocks(input_ids, positions=positions, clean=clean)
         return self.model.logits(Inputs(input_ids), self.objective.attention_mask, positions=positions)
+
+    def filling(self) -> LogitsFn:
+        """The model for one batch of rows that is filled: of a model of blocks, one that remembers finished blocks."""
+        return self.logits if self.block_size is None else self._blocks.filling()
+
+    @property
+    def _blocks(self) -> BlockModel:
+        assert isinstance(self.objective.attention_mask, BlockDiffusion)
+        return BlockModel(self.model, self.objective.attention_mask, mask_id=self.mask_id)
 
     def decoder(self) -> CachedDecoder:
         """A fresh key/value cache around the model."""
@@ -158,15 +179,6 @@ def load_model(
         source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
     objective = evaluation_objective(config)
-    if isinstance(objective.decoding, BlockDecoding):
-        raise UserError(
-            (
-                f"{source} was trained with objective {config.objective.objective}, which evaluates with "
-                f"{type(objective.attention_mask).__name__} attention"
-            ),
-            "this evaluates causal models and full-sequence masked diffusion",
-            "use pretrain_mdm.py --skip-train for its likelihood, or load another checkpoint",
-        )
     model = GPTModel(Shape.of(config.model), context)
     _load_tensors(model, tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()

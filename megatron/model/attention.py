@@ -65,11 +65,11 @@ class SelfAttention(nn.Module):
             length = shape.seq_length + 1
             self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=shape.rotary_base)
 
-    def visible(self, stream: Stream, mask: AttentionMask) -> Visible:
+    def visible(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> Visible:
         """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph."""
         has_dropout = self.training and self.dropout > 0.0
         use_flex = stream.hidden.is_cuda and not has_dropout and self.head_size >= 16
-        return visible_keys(mask, stream, use_flex=use_flex)
+        return visible_keys(mask, stream, use_flex=use_flex, past=0 if cache is None else cache.length)
 
     def forward(
         self,
@@ -84,7 +84,7 @@ class SelfAttention(nn.Module):
             hidden: normalised input.
             visible: which keys a query sees, from :meth:`visible`.
             position_ids: [batch, seq] when tokens are out of order, else None.
-            cache: keys and values of earlier tokens (causal generation): fill it with a prompt, then add single tokens.
+            cache: keys and values of earlier tokens, which the input continues.
         """
         batch, seq, _ = hidden.shape
         heads = self.query_key_value(hidden).view(batch, seq, self.num_heads + 2 * self.num_groups, self.head_size)

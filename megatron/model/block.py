@@ -99,7 +99,7 @@ class TransformerBlock(nn.Module):
         return stream._replace(hidden=hidden)
 
     def _masked_transform(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> torch.Tensor:
-        visible = self.self_attention.visible(stream, mask)
+        visible = self.self_attention.visible(stream, mask, cache)
         return self.transform(stream.hidden, visible, stream.position_ids, cache)
 
     def transform(

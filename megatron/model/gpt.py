@@ -110,8 +110,9 @@ class GPTModel(nn.Module):
         With ``caches``, one for each block, the inputs continue the tokens that these hold.
         """
         if caches is not None and caches[0].length:
-            assert inputs.input_ids.shape[1] == 1, "tokens that follow a cache are fed one at a time"
-            inputs = inputs._replace(position_ids=torch.full_like(inputs.input_ids, caches[0].length))
+            ids = inputs.input_ids
+            places = caches[0].length + torch.arange(ids.shape[1], device=ids.device)
+            inputs = inputs._replace(position_ids=places.expand(ids.shape))
         stream = self.embedding(inputs)
         for index, layer in enumerate(self.layers):
             stream = layer(stream, mask, None if caches is None else caches[index])

@@ -35,6 +35,17 @@ class RandomKeyDrop:
 
 
 @dataclass(frozen=True)
+class BlockCausal:
+    """A query sees its own block and all earlier ones: finished tokens of block diffusion. Blocks of one token are causal.
+
+    Attributes:
+        size: tokens per block.
+    """
+
+    size: int
+
+
+@dataclass(frozen=True)
 class BlockDiffusion:
     """Block diffusion over the concatenation [noised tokens; clean tokens] (Arriola et al., arXiv 2503.09573, §3.1 and
     appendix B.6): a noised token sees its own noised block and all clean blocks before it, a clean token sees its own
@@ -42,9 +53,16 @@ class BlockDiffusion:
 
     Attributes:
         size: tokens per block.
+        causal: a clean token sees nothing behind itself, not even in its own block.
     """
 
     size: int
+    causal: bool = False
+
+    @property
+    def clean(self) -> BlockCausal:
+        """Who sees whom among clean tokens."""
+        return BlockCausal(1 if self.causal else self.size)
 
 
 @dataclass(frozen=True)
@@ -56,10 +74,10 @@ class WithinSegments:
         kind: who sees whom within a segment.
     """
 
-    kind: Causal | Full | RandomKeyDrop | BlockDiffusion
+    kind: Causal | Full | RandomKeyDrop | BlockCausal | BlockDiffusion
 
 
-AttentionMask = Causal | Full | RandomKeyDrop | BlockDiffusion | WithinSegments
+AttentionMask = Causal | Full | RandomKeyDrop | BlockCausal | BlockDiffusion | WithinSegments
 
 
 def within_segments(mask: AttentionMask) -> WithinSegments:

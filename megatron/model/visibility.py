@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron.model.batch import Stream
-from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, Full, RandomKeyDrop, WithinSegments
+from megatron.model.mask import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full, RandomKeyDrop, WithinSegments
 
 TILE = 128
 # What attention is given: a mask kind that needs no tensor, or the mask itself.
@@ -28,13 +28,14 @@ Visible = Causal | Full | torch.Tensor | BlockMask
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def visible_keys(mask: AttentionMask, stream: Stream, *, use_flex: bool = False) -> Visible:
+def visible_keys(mask: AttentionMask, stream: Stream, *, use_flex: bool = False, past: int = 0) -> Visible:
     """The mask of one batch.
 
     Args:
         mask: kind of mask.
         stream: gives sizes and device, and the sample and segment ids of masks that need them.
         use_flex: make a block mask instead of a dense one.
+        past: tokens in the cache, which the stream continues; the keys are these and its own.
 
     Returns:
         ``Causal`` or ``Full``; or a bool tensor [batch or 1, 1, query, key], True where a query sees a key; or a
@@ -42,10 +43,12 @@ def visible_keys(mask: AttentionMask, stream: Stream, *, use_flex: bool = False)
     """
     if isinstance(mask, WithinSegments) and stream.segment_ids is None:
         mask = mask.kind
-    if isinstance(mask, Causal | Full):
-        return mask
+    if isinstance(mask, Full) or (isinstance(mask, Causal) and (not past or stream.hidden.shape[1] == 1)):
+        return mask  # one new token sees all that are there
     batch, length = stream.hidden.shape[:2]
-    if isinstance(mask, BlockDiffusion):
+    if past:
+        return dense_mask(rule_of(mask, stream), 1, length, stream.hidden.device, past=past)
+    if isinstance(mask, BlockCausal | BlockDiffusion):
         return _static(mask, length, stream.hidden.device, use_flex)
     rule = rule_of(mask, stream)
     if not use_flex:
@@ -60,8 +63,8 @@ def rule_of(mask: AttentionMask, stream: Stream) -> Rule:
         return _segment_rule(mask, stream)
     if isinstance(mask, RandomKeyDrop):
         return _key_drop_rule(mask, stream)
-    if isinstance(mask, BlockDiffusion):
-        return block_diffusion_rule(mask, stream.hidden.shape[1])
+    if isinstance(mask, BlockCausal | BlockDiffusion):
+        return static_rule(mask, stream.hidden.shape[1])
     is_causal = isinstance(mask, Causal)
     return lambda sample, query, key: query >= key if is_causal else (query >= 0) & (key >= 0)
 
@@ -93,24 +96,28 @@ def _key_drop_rule(mask: RandomKeyDrop, stream: Stream) -> Rule:
     return sees
 
 
-def block_diffusion_rule(mask: BlockDiffusion, length: int) -> Rule:
-    """Who sees whom among the ``length`` = 2 · seq tokens [noised; clean]; the same in every sample."""
+def static_rule(mask: BlockCausal | BlockDiffusion, length: int) -> Rule:
+    """Who sees whom; the same in every sample. Of block diffusion, ``length`` = 2 · seq tokens are [noised; clean]."""
+    if isinstance(mask, BlockCausal):
+        return lambda sample, query, key: key // mask.size <= query // mask.size
     seq = length // 2
 
     def sees(sample: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         query_block, key_block = query % seq // mask.size, key % seq // mask.size
         from_noised, to_noised = query < seq, key < seq
         inside = (from_noised == to_noised) & (query_block == key_block)
+        if mask.causal:
+            inside = inside & (from_noised | (key <= query))
         past = ~to_noised & (key_block < query_block)
         return inside | past
 
     return sees
 
 
-def dense_mask(rule: Rule, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """The rule for all pairs, bool [batch, 1, length, length]."""
-    samples, positions = torch.arange(batch, device=device), torch.arange(length, device=device)
-    return rule(samples[:, None, None], positions[:, None], positions).expand(batch, length, length).unsqueeze(1)
+def dense_mask(rule: Rule, batch: int, length: int, device: torch.device, *, past: int = 0) -> torch.Tensor:
+    """The rule for all pairs, bool [batch, 1, length, past + length]; the queries are the last ``length`` of the keys."""
+    samples, keys = torch.arange(batch, device=device), torch.arange(past + length, device=device)
+    return rule(samples[:, None, None], keys[past:, None], keys).expand(batch, length, past + length).unsqueeze(1)
 
 
 def attend_flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -127,9 +134,11 @@ def _compiled_flex():  # type: ignore[no-untyped-def]
 
 
 @lru_cache(maxsize=8)
-def _static(mask: BlockDiffusion, length: int, device: torch.device, use_flex: bool) -> torch.Tensor | BlockMask:
+def _static(
+    mask: BlockCausal | BlockDiffusion, length: int, device: torch.device, use_flex: bool
+) -> torch.Tensor | BlockMask:
     """A mask that is the same for every batch is made once."""
-    rule = block_diffusion_rule(mask, length)
+    rule = static_rule(mask, length)
     if not use_flex:
         return dense_mask(rule, 1, length, device)
     some, every = tile_occupancy(rule, length, device)
@@ -158,7 +167,7 @@ def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _block_diffusion_tiles(mask: BlockDiffusion, length: int, device: torch.device) -> torch.Tensor:
-    some, every = tile_occupancy(block_diffusion_rule(mask, length), length, device)
+    some, every = tile_occupancy(static_rule(mask, length), length, device)
     return (some | every)[None]
 
 

@@ -24,8 +24,8 @@ from megatron.model.mask import (
 from megatron.model.visibility import (
     TILE,
     attend_flex,
-    block_diffusion_rule,
     dense_mask,
+    static_rule,
     tile_occupancy,
     visible_keys,
 )
@@ -157,7 +157,7 @@ def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
 
 
 def test_empty_tiles_of_block_diffusion_are_skipped():
-    some, every = tile_occupancy(block_diffusion_rule(BlockDiffusion(TILE), 8 * TILE), 8 * TILE, torch.device("cpu"))
+    some, every = tile_occupancy(static_rule(BlockDiffusion(TILE), 8 * TILE), 8 * TILE, torch.device("cpu"))
     assert not some.any()
     # Noised: own tile and the clean past, 1 … 4 tiles a row; clean: 1 … 4; of 64.
     assert int(every.sum()) == 10 + 10
@@ -166,7 +166,7 @@ def test_empty_tiles_of_block_diffusion_are_skipped():
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_keys_per_token_count_the_pairs(size):
     """S + B pairs per token of data, over both copies; causal is counted as S/2, not (S + 1)/2, by convention."""
-    pairs = dense_mask(block_diffusion_rule(BlockDiffusion(size), 64), 1, 64, torch.device("cpu")).sum().item()
+    pairs = dense_mask(static_rule(BlockDiffusion(size), 64), 1, 64, torch.device("cpu")).sum().item()
     assert keys_per_token(BlockDiffusion(size), 32) == pairs / 32
     assert positions_per_token(BlockDiffusion(size)) == positions_per_token(WithinSegments(BlockDiffusion(size))) == 2
     assert keys_per_token(Causal(), 32) == 16 and keys_per_token(WithinSegments(Full()), 32) == 32

@@ -14,14 +14,16 @@ from lm_eval.api.registry import register_model
 
 from megatron.errors import UserError, require
 from megatron.evaluation.adaptive import Question, RaceSettings, Ranking, race, raced
+from megatron.evaluation.blocks import scorer_of
 from megatron.evaluation.estimators import LeftToRight, make_estimator
 from megatron.evaluation.exact import PolicyScorer
 from megatron.evaluation.likelihood import MAX_DRAWS, add_up
 from megatron.evaluation.lm_eval.base import MegatronLM
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number, windows
-from megatron.evaluation.scorer import CausalScorer, Estimate, MaskedScorer, Request
-from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
+from megatron.evaluation.scorer import CausalScorer, Estimate, Request
+from megatron.generation.blocks import sampler_of
+from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion, continue_causal, continue_masked
 
@@ -122,13 +124,8 @@ class MegatronMDM(MegatronLM):
             "guidance": guidance,
         }
         super().__init__(load, seed=seed, **options)
-        self.scorer = MaskedScorer(
-            self.loaded.logits, mask_id=self.loaded.mask_id, max_length=self.max_length, batch_size=self.batch_size,
-            device=self.device,
-        )  # fmt: skip
-        self.sampler = DiffusionSampler(
-            self.loaded.logits, mask_id=self.loaded.mask_id, forbidden=self.loaded.unused_ids, device=self.device
-        )
+        self.scorer = scorer_of(self.loaded, max_length=self.max_length, batch_size=self.batch_size)
+        self.sampler = sampler_of(self.loaded)
         self.exact: PolicyScorer | None = None
         if policy is not None:
             settings = DiffusionSettings(
@@ -223,7 +220,7 @@ class MegatronMDM(MegatronLM):
             block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
             sampling=token_sampling(options),
         )  # fmt: skip
-        settings.check_steps(new)
+        self.sampler.check(settings, num_masked=new)
         return settings
 
     def complete(
