@@ -69,8 +69,8 @@ def keys_per_token(mask: AttentionMask, seq_length: int) -> float:
         return keys_per_token(mask.kind, seq_length)
     if isinstance(mask, Causal | RandomKeyDrop):  # dropped keys are computed all the same
         return seq_length / 2
-    if isinstance(mask, BlockDiffusion):  # noised: own block and (S − B)/2 of the past; clean: (S + B)/2
-        return float(seq_length + mask.size)
+    if isinstance(mask, BlockDiffusion):  # noised: own block and (S − B)/2 of the past; clean: (S + own block)/2
+        return seq_length + (mask.size + mask.clean.size) / 2
     return float(seq_length)
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from megatron import randomness as noise
-from megatron.config.option import TOKENS, option
+from megatron.config.option import TOKENS, Range, option
 from megatron.errors import require
 from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.mask import AttentionMask, BlockDiffusion
-from megatron.objectives.base import BOUND, EXACT, BlockDecoding, Decoding, Setting, first_tokens
+from megatron.objectives.base import BOUND, EXACT, NO_BOUND, BlockDecoding, Decoding, Setting, first_tokens
 from megatron.objectives.mdm import MaskedDiffusion, ScheduleOptions
 from megatron.objectives.schedules import Linear
 
@@ -21,7 +21,11 @@ from megatron.objectives.schedules import Linear
 class BlockOptions(ScheduleOptions):
     """Flags of block diffusion."""
 
+    # fmt: off
     block_size: int | None = option(None, "tokens per block", unit="TOKENS", range=TOKENS)
+    block_ar_weight: float = option(0.0, "weight of an added loss: the next token of every clean token, which then sees "
+        "nothing behind itself; 0: none", unit="WEIGHT", range=Range(at_least=0, at_most=1000))
+    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ class BlockMaskedDiffusion(MaskedDiffusion):
     exact left-to-right likelihood: a token is masked or not in the loss, and its expected weight is 1. Evaluation then
     masks every token, which is exact and has no variance (§4.1 there).
 
+    With ``ar_weight`` W > 0 the clean copy is an autoregressive model beside it: causal, and ``W · Σ ce(x_{i+1} | x_≤i) /
+    (batch · seq)`` is added. Evaluation keeps that attention, and its loss is the bound alone; what the added one is
+    worth stands behind the sequence with weight 1, where validation reads it.
+
     Attributes:
         block_size: tokens per block; divides the sequence length.
+        ar_weight: W.
     """
 
     block_size: int = 1
+    ar_weight: float = 0.0
 
     Options: ClassVar[type] = BlockOptions
 
@@ -58,12 +68,12 @@ class BlockMaskedDiffusion(MaskedDiffusion):
             f"pass --block-size N, a divisor of {length}",
         )
         assert size is not None
-        return cls(**cls.noise(options, setting), block_size=size)
+        return cls(**cls.noise(options, setting), block_size=size, ar_weight=options.block_ar_weight)
 
     @property
     def attention_mask(self) -> AttentionMask:
         """Over [noised; clean]."""
-        return BlockDiffusion(self.block_size)
+        return BlockDiffusion(self.block_size, causal=self.ar_weight > 0)
 
     @property
     def decoding(self) -> Decoding:
@@ -72,13 +82,15 @@ class BlockMaskedDiffusion(MaskedDiffusion):
 
     @property
     def label(self) -> str:
-        """What the loss may be called."""
+        """What the loss may be called; a sum of two is neither."""
+        if self.ar_weight > 0 and not self.is_evaluation:
+            return NO_BOUND
         return EXACT if self._masks_all else BOUND
 
     @property
     def loss_fraction(self) -> float:
-        """Expected share of masked tokens."""
-        return 1.0 if self._masks_all else super().loss_fraction
+        """Expected share of masked tokens, and of clean ones that predict the next."""
+        return (1.0 if self._masks_all else super().loss_fraction) + (self.ar_weight > 0)
 
     @property
     def _masks_all(self) -> bool:
@@ -94,17 +106,23 @@ class BlockMaskedDiffusion(MaskedDiffusion):
         positions, segments = first_tokens(samples.position_ids), first_tokens(samples.segment_ids)
         if positions is None:
             positions = np.broadcast_to(np.arange(clean.shape[1]), clean.shape)
-        return build_batch(
-            Inputs(
-                np.concatenate((np.where(is_masked, self.mask_token_id, clean), clean), axis=1),
-                np.tile(positions, 2),
-                samples.ids,
-                None if segments is None else np.tile(segments, 2),
-            ),
-            labels=clean,
-            loss_weights=weights,
-            has_loss=first_tokens(samples.loss_mask),
+        inputs = Inputs(
+            np.concatenate((np.where(is_masked, self.mask_token_id, clean), clean), axis=1),
+            np.tile(positions, 2),
+            samples.ids,
+            None if segments is None else np.tile(segments, 2),
         )
+        has_loss = first_tokens(samples.loss_mask)
+        if self.ar_weight == 0:
+            return build_batch(inputs, labels=clean, loss_weights=weights, has_loss=has_loss)
+        added = np.full_like(weights, 1.0 if self.is_evaluation else self.ar_weight)
+        batch = build_batch(
+            inputs,
+            labels=np.concatenate((clean, samples.tokens[:, 1:]), axis=1),
+            loss_weights=np.concatenate((weights, added), axis=1),
+            has_loss=None if has_loss is None else np.tile(has_loss, 2),
+        )
+        return batch._replace(targets=batch.targets._replace(num_tokens=batch.targets.num_tokens / 2))
 
     def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`MaskedDiffusion.masks_and_weights`."""

@@ -161,6 +161,7 @@ class ValidRow(Position):
         estimator: how a bound was estimated (``--valid-estimator``); "" where the loss is exact.
         data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
+        ar_nll, ar_nll_se: exact NLL of the clean copy as an autoregressive model (``--block-ar-weight``), ± over documents.
     """
 
     nll: float
@@ -180,6 +181,8 @@ class ValidRow(Position):
     gap_se: float | None = None
     gap_accuracy: float | None = None
     gap_label: str | None = None
+    ar_nll: float | None = None
+    ar_nll_se: float | None = None
     kind: str = "valid"
 
 

@@ -182,6 +182,9 @@ class Screen:
         perplexity = "" if row.ppl is None else f"perplexity {row.ppl:.2f}"
         head = f"validation at step {row.step}: {measured(row)}"
         self.print(fitted([(0, head), (2, perplexity), (1, bits)], " (best)" if row.best else ""))
+        if row.ar_nll is not None:
+            error = "" if row.ar_nll_se is None else f" ± {row.ar_nll_se:.4f}"
+            self.print(f"the clean copy as an autoregressive model: NLL (exact) {row.ar_nll:.4f}{error} nats/token")
         if row.gap is not None:
             self.print(
                 f"likelihood gap of right to wrong answers ({row.gap_label}): {row.gap:.4f} ± {row.gap_se:.4f} "

@@ -21,7 +21,7 @@ from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exa
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import ValidRow
 from megatron.screen import Progress
-from megatron.statistics import ValidationSums, mean_loss
+from megatron.statistics import Estimate, ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan
@@ -33,6 +33,8 @@ MICRO_BATCHES_PER_PASS = 8
 # Something else that is measured with every validation (``--gap-task``): it prepares itself on a built engine, and what it
 # returns is called each time and gives fields of the row.
 Probe = Callable[[Plan, Engine], Callable[[], dict[str, Any]]]
+# Columns of ValidationSums by micro-batches: of the objective's own loss, and of one that its training adds.
+Entries = tuple[list[tuple[np.ndarray, ...]], list[tuple[np.ndarray, ...]]]
 
 
 class Validator:
@@ -80,7 +82,7 @@ class Validator:
         """
         evaluated, run = self.objective.for_eval(), self.plan.settings.run
         draws, estimator = (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
-        entries: list[tuple[np.ndarray, ...]] = []
+        entries: Entries = [], []
         total, is_speaker = draws * self._dataset.num_samples, self.engine.context.is_first_rank
         with Progress("validation", total, unit="samples", enabled=is_speaker) as progress:
             for draw in range(draws):
@@ -88,9 +90,9 @@ class Validator:
                 with self.engine.evaluating(view):
                     if not self._one_draw(view, entries, stop, progress):
                         return None
-        gathered = [entry for part in self.engine.context.gather_objects(entries) for entry in part]
-        columns = [np.concatenate(column) for column in zip(*gathered)]
-        sums = ValidationSums.collect(*columns, draws=draws if estimator else 0)
+        gathered = self.engine.context.gather_objects(entries)
+        own, added = ([entry for part in gathered for entry in part[kind]] for kind in (0, 1))
+        sums = _collect(own, draws=draws if estimator else 0)
         estimate, label = mean_loss(sums), evaluated.label
         fields = {
             "nll": estimate.value,
@@ -102,14 +104,13 @@ class Validator:
             "num_documents": sums.num_documents,
             "data": self._data,
             **likelihood_fields(estimate.value, label=label, bytes_per_token=self._dataset.text_bytes_per_token),
+            **(added_fields(mean_loss(_collect(added, draws=0))) if added else {}),
         }
         return fields | ({} if self._probe is None else self._probe()), sums
 
-    def _one_draw(
-        self, objective: Objective, entries: list[tuple[np.ndarray, ...]], stop: StopRequest | None, progress: Progress
-    ) -> bool:
+    def _one_draw(self, objective: Objective, entries: Entries, stop: StopRequest | None, progress: Progress) -> bool:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
-        context, dataset, layout = self.engine.context, self._dataset, self.plan.layout
+        context, dataset, layout, seq = self.engine.context, self._dataset, self.plan.layout, self.plan.shape.seq_length
         share = {"micro_batch_size": layout.micro_batch_size, "first_sample": 0, "last_sample": dataset.num_samples}
         ids = micro_batches(**share, dp_rank=context.dp.rank, dp_size=context.dp.size)
         workers = self.plan.settings.data.num_workers
@@ -118,26 +119,29 @@ class Validator:
                 losses = self.engine.eval_step(batches, num_micro_batches=len(indices) // layout.micro_batch_size)
                 # All of a pass may lie past the end, where another rank has the last samples.
                 if context.tp.rank == 0 and losses.numel() and indices[0] < dataset.num_samples:
-                    entries.append(self._sums(np.array(indices), losses.double().numpy(), objective))
+                    where, values = np.array(indices), losses.double().numpy()
+                    entries[0].append(self._sums(where, values[:, :seq], objective))
+                    if values[:, seq:].any():
+                        entries[1].append(self._sums(where, values[:, seq:], None))
                 progress.update(len(indices) * context.dp.size)
                 if stop is not None and stop.poll() is not None:
                     return False
         return True
 
-    def _sums(self, indices: np.ndarray, losses: np.ndarray, objective: Objective) -> tuple[np.ndarray, ...]:
+    def _sums(self, indices: np.ndarray, losses: np.ndarray, objective: Objective | None) -> tuple[np.ndarray, ...]:
         """Entries of :class:`ValidationSums` from the losses of tokens.
 
         Args:
             indices: [rows] samples; those past the end fill up the last round and are dropped.
             losses: [rows, seq] what each label adds.
-            objective: tells which token of the sample a label is.
+            objective: tells which token of the sample a label is; None: the next one, as in all that is added.
         """
         kept = indices < self._dataset.num_samples
-        first_label = int(isinstance(objective.decoding, CausalDecoding))
+        first_label = int(objective is None or isinstance(objective.decoding, CausalDecoding))
         seq_length = losses.shape[1]
         documents = np.stack([self._dataset.pieces(index).documents for index in indices[kept].tolist()])
         weights = np.ones((len(documents), seq_length))
-        if self.plan.settings.run.valid_estimator == EXACT_COUNT and not is_exact(objective):
+        if objective and self.plan.settings.run.valid_estimator == EXACT_COUNT and not is_exact(objective):
             weights = objective.prepare(Samples(documents, indices[kept])).targets.loss_weights[:, :seq_length]
         documents = documents[:, first_label : first_label + seq_length]
         if self._packing.eod_id is not None:
@@ -168,6 +172,16 @@ def _open(plan: Plan, screen: Screen) -> GPTDataset | BlendedDataset:
     if wanted > there:
         screen.print(f"validation: all {there} samples, each once (--eval-iters asks for {wanted})")
     return everything if wanted >= there else build_dataset(plan.sources.valid, num_samples=wanted, **options)
+
+
+def _collect(entries: list[tuple[np.ndarray, ...]], *, draws: int) -> ValidationSums:
+    return ValidationSums.collect(*(np.concatenate(column) for column in zip(*entries)), draws=draws)
+
+
+def added_fields(estimate: Estimate) -> dict[str, float | None]:
+    """What an added autoregressive loss is worth: exact NLL of the next token, nats, with its error over documents."""
+    error = estimate.error if math.isfinite(estimate.error) else None
+    return {"ar_nll": estimate.value, "ar_nll_se": error}
 
 
 def likelihood_fields(nll: float, *, label: str, bytes_per_token: float | None) -> dict[str, float | None]:

@@ -52,9 +52,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact_count": ("exact_count_mdm", {}),
     "block_diffusion": ("block_diffusion", {"block_size": 8}),
     "one_token_blocks": ("block_diffusion", {"block_size": 1}),
+    "blocks_with_ar": ("block_diffusion", {"block_size": 8, "block_ar_weight": 0.5}),
     "packed_ar": ("ar", PACKED),
     "packed_permuted_ar": ("ar", {"num_order_list": 4, "use_order_list": True, **PACKED}),
     "packed_random_length": ("mdm", {"random_length_ratio": 0.2, **PACKED}),
+    "packed_blocks_with_ar": ("block_diffusion", {"block_size": 8, "block_ar_weight": 0.5, **PACKED}),
     "packed_blocks": ("block_diffusion", {"block_size": 8, **PACKED}),
 }
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
@@ -78,7 +80,8 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
         check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=TOLERANCE)
         assert list(run.valid) == list(reference.valid) == [5, 10]
         for step, record in run.valid.items():
-            for name in ("nll", "nll_se"):
+            assert ("ar_nll" in record) == ("block_ar_weight" in changes)
+            for name in {"nll", "nll_se", "ar_nll", "ar_nll_se"} & record.keys():
                 assert record[name] == pytest.approx(reference.valid[step][name], abs=TOLERANCE, rel=0)
         return reference, run
 

@@ -97,8 +97,8 @@ class Engine:
         return result
 
     def eval_step(self, data: Iterator[ModelBatch[torch.Tensor]], *, num_micro_batches: int) -> torch.Tensor:
-        """Loss of each token of the next micro-batches, [num_micro_batches · micro_batch, seq] fp32 on the CPU: what the
-        token adds to the loss of its sample, 0 where it is not in the loss.
+        """Loss of each token of the next micro-batches, [num_micro_batches · micro_batch, width] fp32 on the CPU: what the
+        token adds to the loss of its sample, 0 where it is not in the loss. Tokens past seq_length are copies.
 
         Meaningful on the last pipeline stage and the same on its tensor-parallel ranks; other stages return an empty
         tensor. Call inside :meth:`evaluating`.
@@ -116,8 +116,7 @@ class Engine:
         else:
             with torch.no_grad():
                 losses = [self._forward(next(data)) for _ in range(num_micro_batches)]
-        # Inputs past seq_length are copies without a loss.
-        return torch.cat(losses)[:, : self.shape.seq_length].cpu() if losses else torch.empty(0)
+        return torch.cat(losses).cpu() if losses else torch.empty(0)
 
     @contextmanager
     def evaluating(self, objective: Objective) -> Iterator[None]:
