@@ -107,6 +107,7 @@ def main() -> None:
     from megatron.inference.model import load_model
 
     loaded = load_model(arguments.load, tag=arguments.load_tag)
+    loaded.require_whole_sequences()
     tokenizer = loaded.require_tokenizer()
     documents = [tokenizer.encode(text) for text in read_texts(Path(arguments.text))]
     if arguments.variance_tokens is not None:

@@ -91,8 +91,9 @@ def repeat_validation(
         batch_size: samples per forward pass.
 
     Raises:
-        UserError: the model is causal.
+        UserError: the model is causal, or one of blocks.
     """
+    loaded.require_whole_sequences()
     plain = MaskedDiffusion(loaded.mask_id, global_batch_size=1, seed=0, valid_estimator=estimator)
     ids = np.arange(dataset.num_samples)
     tokens = np.stack([dataset[index] for index in ids.tolist()])

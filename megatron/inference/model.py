@@ -92,6 +92,20 @@ class InferenceModel:
             )
         return self.objective.decoding.mask_token_id
 
+    def require_whole_sequences(self) -> None:
+        """Check that masked diffusion is of whole sequences.
+
+        Raises:
+            UserError: a causal model, or a model of blocks.
+        """
+        require(
+            self.block_size is None,
+            f"{self.source} is a model of blocks ({self.config.objective.objective})",
+            "this measures masked diffusion of whole sequences",
+            "load another checkpoint; megatron likelihood and megatron eval score models of blocks",
+        )
+        _ = self.mask_id
+
     @property
     def unused_ids(self) -> list[int]:
         """Rows of the padded vocabulary that are no token of the tokenizer (the mask token among them)."""

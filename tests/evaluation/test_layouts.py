@@ -20,13 +20,12 @@ from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.writer import write_checkpoint
 from megatron.commands.likelihood import main
 from megatron.config.shape import Shape
-from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.model.gpt import GPTModel
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from tests.evaluation import tiny
-from tests.evaluation.worker import COURT
+from tests.evaluation.worker import COURT, MODELS
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -53,8 +52,9 @@ def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
 def setup(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("layouts")
     tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", 400)
-    for name in ("ar", "mdm"):
-        config = tiny.config_for(name, tokenizer, vocab_size=400, seq_length=64)
+    for name, _, _ in MODELS:
+        objective, options = ("block_diffusion", {"block_size": 8}) if name == "blocks" else (name, {})
+        config = tiny.config_for(objective, tokenizer, vocab_size=400, seq_length=64, **options)
         tiny.make_run(folder / name, config, scale=3.0)
         save_in_layout(folder / f"{name}-tp2", config, tp_size=2, pieces=3)
     tasks = [
@@ -67,7 +67,7 @@ def setup(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 def reference(run: Path, tasks: list[str]) -> dict:
-    cls, options = (MegatronAR, {}) if run.name.startswith("ar") else (MegatronMDM, {"num_mc": 8})
+    cls, options = next((cls, options) for name, cls, options in MODELS if run.name.removesuffix("-tp2") == name)
     results = simple_evaluate(
         cls(load=str(run), **options), tasks=tasks, task_manager=task_loader(tasks), log_samples=True, bootstrap_iters=0
     )
@@ -89,7 +89,7 @@ def assert_equal_scores(one: dict, other: dict) -> None:
 
 def test_the_saving_layout_changes_nothing(setup) -> None:
     folder, tasks = setup
-    for name in ("ar", "mdm"):
+    for name, _, _ in MODELS:
         assert reference(folder / name, tasks) == reference(folder / f"{name}-tp2", tasks), "equal to the last bit"
 
 
@@ -113,7 +113,7 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    for name in ("ar", "mdm"):
+    for name, _, _ in MODELS:
         single = reference(folder / name, tasks)
         for tp_size in (1, 2):
             written = json.loads((folder / f"{name}-tp{tp_size}.json").read_text())
@@ -121,14 +121,14 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
             assert written["answers"] == {"halves": 28, "words": 5}
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"
-    judged = [folder / "ar", folder / "mdm", "--valid-data-path", folder / "valid", "--num-mc", 2]
+    judged = [*(folder / name for name, _, _ in MODELS), "--valid-data-path", folder / "valid", "--num-mc", 2]
     for rows, name in ((32, ""), (2, "-rows2")):
         output = ["--output", str(folder / f"court{name}.json"), "--batch-size", str(rows)]
         assert main([*map(str, judged), *output, *COURT]) == 0
     layouts = ("", "-rows2", "-tp1", "-tp2")
     alone, *others = (json.loads((folder / f"court{name}.json").read_text()) for name in layouts)
     for found in others:
-        assert len(found["findings"]) == 6
+        assert len(found["findings"]) == 11
         for one, own in zip(alone["findings"], found["findings"]):
             assert own["nll"] == pytest.approx(one["nll"], abs=1e-5), own["estimator"]
             assert own["standard_error"] == pytest.approx(one["standard_error"], abs=1e-5)

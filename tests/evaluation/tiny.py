@@ -18,7 +18,7 @@ from megatron.config import Config
 from megatron.config.shape import Shape
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.model.gpt import GPTModel
-from megatron.objectives import parse
+from megatron.objectives import needs_mask_token, parse
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",
@@ -71,7 +71,7 @@ def config_for(objective: str, tokenizer: Path, *, vocab_size: int, seq_length: 
         flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     config = parse([*flags, "--train-samples", "8"], objective=objective)
     padded = -(-(vocab_size + 1) // 128) * 128
-    mask_id = vocab_size if objective == "mdm" else None
+    mask_id = vocab_size if needs_mask_token(objective) else None
     return dataclasses.replace(
         config,
         model=Shape.from_flags(config.model, padded_vocab_size=padded).recorded(),

@@ -14,6 +14,11 @@ from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.inference.model import load_model
 from megatron.parallel.context import ParallelContext
 
+MODELS = (
+    ("ar", MegatronAR, {}),
+    ("mdm", MegatronMDM, {"num_mc": 8}),
+    ("blocks", MegatronMDM, {"num_mc": 8}),
+)
 COURT = ["--policies", "left-to-right,confidence,random", "--tokens-per-step", "4", "--orders", "2"]
 
 
@@ -21,7 +26,7 @@ def main(folder: str, tasks: list[str]) -> None:
     dist.init_process_group("gloo")
     for tp_size in (1, 2):
         context = ParallelContext.create(tp_size=tp_size)
-        for name, cls, options in (("ar", MegatronAR, {}), ("mdm", MegatronMDM, {"num_mc": 8})):
+        for name, cls, options in MODELS:
             lm = cls(
                 model=load_model(f"{folder}/{name}", context=context),
                 cache_dir=f"{folder}/cache-{name}-{tp_size}",
@@ -40,8 +45,14 @@ def main(folder: str, tasks: list[str]) -> None:
                     json.dump(
                         {"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file
                     )
-        judged = [f"{folder}/ar", f"{folder}/mdm", "--valid-data-path", f"{folder}/valid", "--num-mc", "2", "--output"]
-        options = build_parser().parse_args([*judged, f"{folder}/court-tp{tp_size}.json", *COURT])
+        judged = [
+            *(f"{folder}/{name}" for name, _, _ in MODELS),
+            "--valid-data-path",
+            f"{folder}/valid",
+            "--num-mc",
+            "2",
+        ]
+        options = build_parser().parse_args([*judged, "--output", f"{folder}/court-tp{tp_size}.json", *COURT])
         judge(options, samplers(options), context)
     dist.barrier()
     dist.destroy_process_group()

@@ -186,7 +186,7 @@ def test_a_pass_costs_the_positions_of_its_own_block() -> None:
 
 
 def test_cached_blocks_cost_a_third_of_uncached_ones() -> None:
-    """16 blocks of 16 tokens, one token a pass, 4 rows, 4 layers of width 256, in fp32: the two ways in turns, the median ratio.
+    """16 blocks of 16 tokens, two tokens a pass, 4 rows, 4 layers of width 256, in fp32: the two ways in turns, processor seconds.
 
     Uncached passes run what a block needs to see and no more: all tokens up to its end, once, under a block-causal mask.
     ``python -m pytest -s`` prints the figure of docs/benchmarks.md.
@@ -205,15 +205,15 @@ def test_cached_blocks_cost_a_third_of_uncached_ones() -> None:
     rows = [[row, *([511] * (size * number - 1))] for row in range(4)]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     texts = {}
-    for _ in range(3):
+    for _ in range(2):
         for name, sampler in ways.items():
-            began = time.perf_counter()
-            texts[name] = sampler.fill(rows, settings=DiffusionSettings())
-            seconds[name].append(time.perf_counter() - began)
+            began = time.process_time()  # of this process alone, whatever else the machine does
+            texts[name] = sampler.fill(rows, settings=DiffusionSettings(tokens_per_step=2))
+            seconds[name].append(time.process_time() - began)
     assert texts["cached"] == texts["uncached"]
-    ratios = sorted(one / other for one, other in zip(seconds["cached"], seconds["uncached"]))
-    print(f"\ncached {seconds['cached']}, uncached {seconds['uncached']} seconds; ratios {ratios}")
-    assert ratios[1] <= 0.35
+    ratio = sum(seconds["cached"]) / sum(seconds["uncached"])
+    print(f"\ncached {seconds['cached']}, uncached {seconds['uncached']} processor seconds; ratio {ratio:.3f}")
+    assert ratio <= 0.35
 
 
 def test_blocks_stop_early() -> None:

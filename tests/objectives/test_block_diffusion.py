@@ -16,7 +16,9 @@ from objective_helpers import (
 )
 
 from megatron import randomness as noise
+from megatron.errors import UserError
 from megatron.model.mask import BlockDiffusion, Causal, Full
+from megatron.objectives.ar import Autoregressive
 from megatron.objectives.block_diffusion import BlockMaskedDiffusion
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.testing.oracles import all_masks
@@ -169,3 +171,58 @@ def test_evaluation_is_free_of_training_flags():
 def test_wrong_block_sizes_are_refused(flags):
     with pytest.raises(ValueError, match="--block-size"):
         make_objective("--objective", "block_diffusion", *flags)
+
+
+def test_an_added_loss_is_autoregression_on_the_clean_half():
+    """The clean half is a causal model of its own: its losses are those of ``ar`` with the same weights, W times."""
+    tokens, ids = make_tokens(4, vocab=40), torch.arange(4)
+    objective = make_objective("--objective", "block_diffusion", "--block-size", "8", "--block-ar-weight", "0.25")
+    assert objective.attention_mask == BlockDiffusion(8, causal=True)
+    assert objective.label == "not a likelihood bound" and objective.loss_fraction == 1.5
+    assert (objective.for_eval().label, objective.for_eval().loss_fraction) == ("NLL bound", 1.5)
+    model, causal = (tiny_model(mask, vocab=64, seq=SEQ) for mask in (objective.attention_mask, Causal()))
+    batch, plain = (
+        prepare(objective, tokens, ids),
+        prepare(make_objective("--objective", "block_diffusion", "--block-size", "8"), tokens, ids),
+    )
+    ar = prepare(Autoregressive(), tokens, ids)
+    assert torch.equal(batch.inputs.input_ids, plain.inputs.input_ids)
+    assert torch.equal(batch.targets.loss_weights[:, :SEQ], plain.targets.loss_weights[:, :SEQ])
+    assert torch.equal(batch.targets.num_tokens, plain.targets.num_tokens)
+    with torch.no_grad():
+        losses, alone = model.token_losses(batch), causal.token_losses(ar)
+        torch.testing.assert_close(losses[:, SEQ:], 0.25 * alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(losses[:, :SEQ], model.token_losses(plain)[:, :SEQ], rtol=1e-4, atol=1e-5)
+        total = losses[:, :SEQ].sum() / (4 * SEQ) + 0.25 * causal.loss(ar)
+        torch.testing.assert_close(model.loss(batch), total, rtol=1e-5, atol=1e-5)
+        evaluated = model.token_losses(prepare(objective.for_eval(), tokens, ids))
+        torch.testing.assert_close(evaluated[:, SEQ:], alone, rtol=1e-4, atol=1e-5)  # with weight 1
+
+
+def test_the_added_loss_keeps_to_tokens_that_have_one():
+    tokens, ids = make_tokens(2), torch.arange(2)
+    has_loss = torch.rand(2, SEQ + 1, generator=torch.Generator().manual_seed(1)) < 0.6
+    batch = prepare(make(8, ar_weight=2.0), tokens, ids, loss_mask=has_loss.numpy())
+    assert torch.equal(batch.targets.loss_weights[:, SEQ:], 2.0 * has_loss[:, :SEQ])
+    assert torch.equal(batch.targets.num_tokens, has_loss[:, :SEQ].sum(1).float())
+
+
+@torch.no_grad()
+def test_a_causal_clean_half_sees_nothing_behind_itself():
+    model = tiny_model(BlockDiffusion(8, causal=True), vocab=64, seq=SEQ)
+    ids, positions = make_tokens(1)[:, :SEQ].repeat(1, 2), torch.arange(SEQ).repeat(2)[None]
+    before = model.logits(ids, position_ids=positions)[0]
+    changed = ids.clone()
+    changed[0, SEQ + 10] = (changed[0, SEQ + 10] + 1) % 50
+    moved = (model.logits(changed, position_ids=positions)[0] - before).abs().amax(-1) > 1e-6
+    assert moved.tolist() == [place >= 16 for place in range(SEQ)] + [place >= 10 for place in range(SEQ)]
+
+
+@pytest.mark.parametrize("weight", ["-0.1", "nan", "inf", "1001", "much"])
+def test_wrong_weights_of_the_added_loss_are_refused(weight, capsys):
+    flags = ["--objective", "block_diffusion", "--block-size", "8", "--block-ar-weight", weight]
+    with pytest.raises((UserError, SystemExit)) as caught:
+        make_objective(*flags)
+    assert "--block-ar-weight" in str(caught.value) + capsys.readouterr().err
+    with pytest.raises((UserError, SystemExit)):
+        make_objective("--objective", "mdm", "--block-ar-weight", "1")  # of another objective
