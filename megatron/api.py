@@ -81,7 +81,8 @@ def load_model(path: str | Path, *, tag: str | None = None, dtype: str = "float3
 
     Returns:
         The model. ``logits(input_ids)`` maps [batch, seq] int64 to [batch, seq, vocab]; row i of a causal model is about token
-        i + 1, of a masked one about token i, given all others that are not ``mask_id``.
+        i + 1, of a masked one about token i, given all others that are not ``mask_id`` (of a model of blocks: those of its own
+        block and the ones before).
 
     Raises:
         UserError: nothing to load there, or damaged.

@@ -115,7 +115,8 @@ class InferenceModel:
     def logits(
         self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None, clean: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The LogitsFn of this model; of a model of blocks, its BlockLogitsFn, and ``clean`` is for nothing else."""
+        """Logits of all positions, or of some (a ``LogitsFn``); of a model of blocks, of each block given those before it of
+        ``clean``, or of ``input_ids`` themselves (a ``BlockLogitsFn``)."""
         if self.block_size is not None:
             return self._blocks(input_ids, positions=positions, clean=clean)
         return self.model.logits(Inputs(input_ids), self.objective.attention_mask, positions=positions)

@@ -186,7 +186,7 @@ def test_a_pass_costs_the_positions_of_its_own_block() -> None:
 
 
 def test_cached_blocks_cost_a_third_of_uncached_ones() -> None:
-    """16 blocks of 16 tokens, two tokens a pass, 4 rows, 4 layers of width 256, in fp32: the two ways in turns, processor seconds.
+    """16 blocks of 16 tokens, two tokens a pass, 4 rows, 4 layers of width 256, fp32: processor seconds, in turns.
 
     Uncached passes run what a block needs to see and no more: all tokens up to its end, once, under a block-causal mask.
     ``python -m pytest -s`` prints the figure of docs/benchmarks.md.
