@@ -20,7 +20,7 @@ import torch
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.identity import selection_half
 from megatron.evaluation.blocks import scorer_of
-from megatron.evaluation.estimators import MaskedBound
+from megatron.evaluation.estimators import Estimator, MaskedBound
 from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
 from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, Request
@@ -111,24 +111,31 @@ class ChainRule:
 
 
 class Bound:
-    """The bound of masked diffusion by exact counts, stratified, in antithetic pairs."""
-
-    kind = BOUND
+    """The bound of masked diffusion by exact counts, stratified, in antithetic pairs; blocks of one token have no other order,
+    and are exact."""
 
     def __init__(self, logits_fn: BlockLogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
-        self.draws, self._estimator = pairs, MaskedBound(antithetic=True)
-        self.name = f"bound, {2 * pairs} passes"
+        self._pairs, self._estimator = pairs, MaskedBound(antithetic=True)
         self._scorer = scorer_of(loaded, logits_fn, batch_size=batch_size)
+        is_exact = self._estimator_for(loaded.max_length - 1).kind == "exact"
+        self.kind, self.draws = (EXACT, 0) if is_exact else (BOUND, pairs)
+        self.name = "chain rule" if is_exact else f"bound, {self.passes(loaded.max_length - 1)} passes"
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
-        tallies = [self._scorer.tally(request, self._estimator, num_draws=self.draws) for request in requests]
-        self._scorer.extend(tallies, num_draws=self.draws)
+        tallies = [self._scorer.tally(request, self._estimator, num_draws=self._pairs) for request in requests]
+        self._scorer.extend(tallies, num_draws=self._pairs)
         return _without_choice([tally.token_values for tally in tallies])
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
-        return 2 * self.draws
+        estimator = self._estimator_for(num_tokens)
+        draws = estimator.max_draws(num_tokens) or self._pairs
+        return draws * estimator.draws(num_tokens, key="", start=0, count=1).masks.shape[1]
+
+    def _estimator_for(self, num_tokens: int) -> Estimator:
+        whole = Request((0,), (0,) * num_tokens)
+        return self._scorer.estimator_for(whole, self._estimator, num_draws=self._pairs)
 
 
 class UnderPolicy:

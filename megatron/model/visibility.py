@@ -159,14 +159,14 @@ def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
         low, high = ids.amin(dim=-1), ids.amax(dim=-1)
         overlaps = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
         return overlaps & _possible_tiles(mask.kind, stream)
-    if isinstance(mask, BlockDiffusion):
-        return _block_diffusion_tiles(mask, length, device)
+    if isinstance(mask, BlockCausal | BlockDiffusion):
+        return _static_tiles(mask, length, device)
     tiles = torch.ones(1, num_tiles, num_tiles, dtype=torch.bool, device=device)
     return tiles if isinstance(mask, Full) else tiles.tril()
 
 
 @lru_cache(maxsize=8)
-def _block_diffusion_tiles(mask: BlockDiffusion, length: int, device: torch.device) -> torch.Tensor:
+def _static_tiles(mask: BlockCausal | BlockDiffusion, length: int, device: torch.device) -> torch.Tensor:
     some, every = tile_occupancy(static_rule(mask, length), length, device)
     return (some | every)[None]
 

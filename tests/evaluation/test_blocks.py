@@ -204,7 +204,9 @@ def test_every_likelihood_of_the_court(folder, capsys) -> None:
     found = {(own["model"], own["estimator"]): own for own in json.loads((folder / "out.json").read_text())["findings"]}
     assert {own["passes"] for (model, name), own in found.items() if "confidence" in name} == {8, 1}
     one = {own["nll"] for (model, name), own in found.items() if model == "ones"}
-    assert max(one) - min(one) < 1e-5, "one order: bound, mixture and all policies are one number"
+    assert max(one) - min(one) < 1e-5, "one order: chain rule, mixture and all policies are one number"
+    assert [found["ones", "chain rule"][name] for name in ("kind", "passes")] == ["exact", 1]
+    assert [found["causal", "bound, 4 passes"][name] for name in ("kind", "passes")] == ["upper bound", 4]
     assert found["blocks", "confidence, 1 token a pass, blocks of 8"]["kind"] == "exact"
     with pytest.raises(UserError, match="block_length 4; the model has blocks of 8 tokens"):
         main([*words, *flags, "--block-length", "4"])

@@ -83,8 +83,12 @@ def test_every_likelihood_of_both_models_on_the_same_tokens(runs, capsys) -> Non
 
 def test_finished_samples_are_not_scored_again(runs, monkeypatch) -> None:
     first = judge(runs, "--policies", "random", output="again.json")
-    for scorer in ("CausalScorer", "scorer_of", "PolicyScorer"):
-        monkeypatch.setattr(f"megatron.evaluation.court.{scorer}", NotCalled)
+    for name in (
+        "scorer.CausalScorer.token_logprobs",
+        "scorer.MaskedScorer.extend",
+        "exact.PolicyScorer.token_scores",
+    ):
+        monkeypatch.setattr(f"megatron.evaluation.{name}", not_called)
     second = judge(runs, "--policies", "random", output="again.json")
     for one, own in zip(first["findings"], second["findings"]):
         assert one["nll"] == own["nll"]
@@ -109,16 +113,8 @@ def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys)
         )
 
 
-class NotCalled:
-    """Has settings and a name, and scores nothing."""
-
-    def __init__(self, *arguments, **options) -> None:
-        pass
-
-    name = "random, 1 token a pass"
-
-    def num_passes(self, request: Request) -> int:
-        return 23
+def not_called(*arguments, **options) -> None:
+    raise AssertionError("scored again")
 
 
 def finding(model: str, kind: str, losses: np.ndarray, witness: str = "w") -> Finding:
