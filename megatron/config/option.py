@@ -74,6 +74,7 @@ def option(
     no_effect: str = "",
     affects: str = "",
     chooses: bool = False,
+    follows: str = "",
 ) -> Any:
     """Declare a field that is also a flag.
 
@@ -91,11 +92,13 @@ def option(
             people change on purpose (a longer run, another estimator), so they are recorded. "layout", "output": the
             same numbers, elsewhere or faster. "identity": names of things that are compared by their content instead.
         chooses: the flag alone asks for its objective, as the launch scripts of arXiv 2507.15857 do.
+        follows: "vocabulary": the size before padding, where the flag is absent.
         no_effect: why the flag, which launch scripts pass, never has an effect here.
     """
     metadata = {
         "help": help, "flags": flags, "choices": choices, "unit": unit, "range": range, "needs": needs,
         "published": published or bool(no_effect), "no_effect": no_effect, "affects": affects, "chooses": chooses,
+        "follows": follows,
     }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

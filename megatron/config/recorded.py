@@ -86,7 +86,9 @@ def flags_of(record: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     if is_fresh and objective.mask_token_id == size:
         objective = replace(objective, mask_token_id=None)
     cls = registry[str(objective.objective)].Options
-    options = cls(**{item.name: objective.options[item.name] for item in fields(cls) if item.name in objective.options})
+    given = {item: objective.options[item.name] for item in fields(cls) if item.name in objective.options}
+    follows = {item for item, value in given.items() if is_fresh and item.metadata["follows"] and value == size}
+    options = cls(**{item.name: value for item, value in given.items() if item not in follows})
     rows = padded_size(size, multiple=config.model.make_vocab_size_divisible_by, tp_size=_tp(config)) if size else None
     config = _with_open_run(replace(config, objective=objective), unique_tokens=record.get("unique_tokens") or 0)
     model = _with_open_sizes(config.model)

@@ -51,8 +51,9 @@ def attention_family(config: Config) -> str:
     if isinstance(objective.decoding, MaskedDecoding):
         return "mdm"
     raise UserError(
-        f"objective {config.objective.objective} evaluates with {type(objective.attention_mask).__name__} attention",
-        "LlamaForCausalLM is causal and EuroBertForMaskedLM bidirectional",
+        f"objective {config.objective.objective} evaluates with {type(objective.attention_mask).__name__} attention and "
+        f"{type(objective.decoding).__name__}",
+        "LlamaForCausalLM is causal, and EuroBertForMaskedLM fills masks in both directions",
         "keep the model in this repository's format",
     )
 

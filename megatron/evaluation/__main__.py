@@ -2,7 +2,8 @@
 
 from lm_eval.__main__ import cli_evaluate
 
-import megatron.evaluation.lm_eval.models  # noqa: F401 - registers megatron_ar and megatron_mdm
+import megatron.evaluation.lm_eval.models
+import megatron.evaluation.lm_eval.uniform  # noqa: F401 - they register megatron_ar, megatron_mdm and megatron_uniform
 
 if __name__ == "__main__":
     cli_evaluate()

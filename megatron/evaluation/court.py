@@ -24,6 +24,7 @@ from megatron.evaluation.estimators import Estimator, MaskedBound
 from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
 from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, Request
+from megatron.evaluation.uniform import UniformBound
 from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.policies import NEAR_TIE
@@ -212,8 +213,10 @@ def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, 
     ) -> torch.Tensor:
         return loaded.logits(input_ids, positions=positions, clean=clean).float().index_fill(-1, shut, -torch.inf)
 
-    if not loaded.is_masked:
+    if loaded.is_causal:
         return [ChainRule(logits, loaded, batch_size)]
+    if not loaded.is_masked:
+        return [UniformBound(logits, loaded, batch_size, pairs=pairs)]
     found: list[Witness] = [Bound(logits, loaded, batch_size, pairs=pairs)]
     found += [Mixture(loaded, batch_size, orders=orders)] if orders else []
     return found + [UnderPolicy(loaded, batch_size, settings=own) for own in settings]

@@ -9,6 +9,7 @@ from megatron.evaluation.blocks import scorer_of
 from megatron.evaluation.estimators import make_estimator
 from megatron.evaluation.requests import encode_request, whole_number, windows
 from megatron.evaluation.scorer import CausalScorer, Estimate
+from megatron.evaluation.uniform import UniformScorer
 from megatron.inference.model import InferenceModel
 
 MAX_DRAWS = 10**6
@@ -33,11 +34,13 @@ def log_likelihood(
     num_draws = whole_number("num_draws", num_draws)
     require(num_draws <= MAX_DRAWS, f"num_draws {num_draws}", f"at most {MAX_DRAWS} draws", "lower it")
     method = make_estimator(estimator, seed=whole_number("seed", seed, at_least=0))
-    row_length = loaded.max_length + (not loaded.is_masked)  # a causal model is not fed the last token
+    row_length = loaded.max_length + loaded.is_causal  # a causal model is not fed the last token
     requests = windows(*encode_request(loaded.require_tokenizer(), context, text), row_length=row_length)
-    if not loaded.is_masked:
+    if loaded.is_causal:
         causal = CausalScorer(loaded.logits, max_length=loaded.max_length, device=loaded.device)
         return add_up(causal.score(requests))
+    if not loaded.is_masked:
+        return add_up(UniformScorer.of(loaded, seed=seed).score(requests, num_draws=-(-num_draws // 2)))
     return add_up(scorer_of(loaded).score(requests, method, num_draws=num_draws))
 
 

@@ -14,10 +14,10 @@ from megatron.data.jsonl import read_lines
 from megatron.errors import UserError, require
 from megatron.files import replace_file
 from megatron.generation.animation import StepRecorder, animation, pieces_of
-from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings, Step
 from megatron.generation.display import UncoverDisplay
 from megatron.generation.flags import build_generate_parser
+from megatron.generation.samplers import sampler_of
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
 from megatron.runs.counts import format_count
@@ -102,7 +102,7 @@ def _generate(
     loaded: InferenceModel, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
 ) -> tuple[list[Completion], list[str]]:
     """Completions, and the texts that people are shown."""
-    return (_masked if loaded.is_masked else _causal)(loaded, prompts, arguments, recorder)
+    return (_causal if loaded.is_causal else _filled)(loaded, prompts, arguments, recorder)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -138,7 +138,7 @@ def _write_animation(loaded: Any, recorder: StepRecorder, arguments: argparse.Na
     """The file of ``--animate``; its caption says which model drew the text, and how."""
     size = format_count(sum(parameter.numel() for parameter in loaded.model.parameters()))
     steps = len(set(recorder.step_of.values()))
-    how = f"uncovered in {steps} steps, order {arguments.order}" if loaded.is_masked else "written from left to right"
+    how = "written from left to right" if loaded.is_causal else f"uncovered in {steps} steps, order {arguments.order}"
     caption = (
         f"One sample of a model with {size} parameters ({loaded.config.objective.objective}, {Path(loaded.source).name}), "
         f"{how}, temperature {arguments.temperature:g}, seed {arguments.seed}. "
@@ -211,7 +211,7 @@ def _causal(
     return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
 
 
-def _masked(
+def _filled(
     loaded: Any, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
 ) -> tuple[list[Completion], list[str]]:
     tokenizer = loaded.require_tokenizer()
@@ -219,7 +219,7 @@ def _masked(
     show = arguments.show_steps
     if show is None:
         show = sys.stdout.isatty() and len(prompts) == 1 and not arguments.json
-    observers: list[Callable[[Step], None]] = [UncoverDisplay(tokenizer, mask_id=loaded.mask_id)] if show else []
+    observers: list[Callable[[Step], None]] = [UncoverDisplay(tokenizer, mask_id=sampler.mask_id)] if show else []
     observers += [recorder.on_step] if arguments.animate else []
 
     def observe(step: Step) -> None:
@@ -228,7 +228,7 @@ def _masked(
 
     options = {"settings": _settings(arguments), "batch_size": arguments.batch_size, "on_step": observe}
     if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
-        rows = [_row_with_gaps(loaded, prompt, arguments) for prompt in prompts]
+        rows = [_row_with_gaps(loaded, prompt, arguments, mask_id=sampler.mask_id) for prompt in prompts]
         completions = fill_gaps(sampler, tokenizer, rows, stop_strings=arguments.stop, **options)
         return completions, [completion.text for completion in completions]
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
@@ -238,13 +238,13 @@ def _masked(
     return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
 
 
-def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace) -> list[int]:
+def _row_with_gaps(loaded: Any, prompt: str, arguments: argparse.Namespace, *, mask_id: int) -> list[int]:
     """A whole row: the prompt with its gaps, or prompt, new tokens and infix."""
     tokenizer, most = loaded.require_tokenizer(), loaded.max_length
-    row = encode_with_gaps(tokenizer, prompt, mask_id=loaded.mask_id, most=most)
+    row = encode_with_gaps(tokenizer, prompt, mask_id=mask_id, most=most)
     if arguments.infix is not None:
         gap = "" if GAP.search(prompt) else f"[MASK:{arguments.max_new_tokens}]"
-        row += encode_with_gaps(tokenizer, gap + arguments.infix, mask_id=loaded.mask_id, most=most)
+        row += encode_with_gaps(tokenizer, gap + arguments.infix, mask_id=mask_id, most=most)
     if tokenizer.eod_id is not None:
         row = [tokenizer.eod_id, *row]  # a document begins after the end of another one
     if len(row) > loaded.max_length:

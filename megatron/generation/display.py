@@ -19,7 +19,7 @@ class UncoverDisplay:
 
     Args:
         tokenizer: turns tokens into text.
-        mask_id: shown as ``_``.
+        mask_id: shown as ``_``; negative where a model has no mask, and every token may change in a step.
         stream: where to draw; colours (unless NO_COLOR is set) and redrawing only on a terminal.
     """
 
@@ -34,8 +34,8 @@ class UncoverDisplay:
     def __call__(self, step: Step) -> None:
         """Draw one step."""
         text = self.render(step.tokens[0], step.uncovered[0])
-        left = int((step.tokens[0] == self.mask_id).sum())
-        label = f"step {step.index + 1}, {left} masked"
+        left, changed = int((step.tokens[0] == self.mask_id).sum()), int(step.uncovered[0].sum())
+        label = f"step {step.index + 1}, " + (f"{left} masked" if self.mask_id >= 0 else f"{changed} changed")
         if not self.is_terminal:
             print(f"[{label}] {text}", file=self.stream, flush=True)
             return

@@ -37,11 +37,11 @@ def build_generate_parser() -> argparse.ArgumentParser:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="may be repeated; masked diffusion fills [MASK] and [MASK:8] (one and "
+        help="may be repeated; diffusion fills [MASK] and [MASK:8] (one and "
         "eight tokens) in it; without a gap the text is continued",
     )
     add("--prompt-file", metavar="FILE", help="one prompt a line")
-    add("--infix", metavar="TEXT", help="masked diffusion: text that stands behind the generated tokens")
+    add("--infix", metavar="TEXT", help="diffusion: text that stands behind the generated tokens")
     add("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="tokens to add (default: 64)")
     add("--num-samples", type=int, default=1, metavar="COUNT", help="results of every prompt (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end at this string; may be repeated")
@@ -51,18 +51,23 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, metavar="TOKENS", help="draw from the k most likely tokens; 0: from all")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens with this probability")
     add("--seed", type=int, default=1234, help="the same seed gives the same text (default: 1234)")
-    add = parser.add_argument_group("masked diffusion").add_argument
+    add = parser.add_argument_group("diffusion").add_argument
     add("--order", choices=ORDERS, default="confidence", metavar="NAME", help="what to uncover next: "
-        f"{', '.join(ORDERS)} (default: confidence)")  # fmt: skip
+        f"{', '.join(ORDERS)} (default: confidence; uniform-state diffusion above temperature 0: ancestral)")  # fmt: skip
     add("--steps", type=int, metavar="STEPS", help="forward passes in all; default: one per token")
-    add("--tokens-per-step", type=int, metavar="TOKENS", help="uncover so many in every pass, instead of --steps")
-    add("--block-length", type=int, metavar="TOKENS", help="uncover from left to right in blocks; default: one block")
+    add("--tokens-per-step", type=int, metavar="TOKENS", help="so many in every pass, instead of --steps")
+    add(
+        "--block-length",
+        type=int,
+        metavar="TOKENS",
+        help="masked diffusion: uncover from left to right in blocks; default: one block",
+    )
     add(
         "--guidance",
         type=float,
         default=0.0,
         metavar="W",
-        help="classifier-free guidance against the same row without the given tokens; 0: none",
+        help="masked diffusion: classifier-free guidance against the same row without the given tokens; 0: none",
     )
     _add_output_flags(parser)
     return parser

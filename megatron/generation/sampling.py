@@ -72,16 +72,19 @@ def draw_tokens(logits: torch.Tensor, sampling: TokenSampling, uniforms: torch.T
         return logits.argmax(-1)
     assert uniforms is not None
     gumbel = -torch.log(-torch.log(uniforms.double().clamp(1e-300, 1 - 1e-16)))
-    return (_drawn_from(logits, sampling) + gumbel).argmax(-1)
+    return (drawn_from(logits, sampling) + gumbel).argmax(-1)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
     """log p with which :func:`draw_tokens` draws ``tokens`` [n] from ``logits`` [n, vocab]: [n] float64."""
-    return _drawn_from(logits, sampling).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    return drawn_from(logits, sampling).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-def _drawn_from(logits: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
-    """Logits of the distribution that tokens are drawn from, [n, vocab] float64."""
+def drawn_from(logits: torch.Tensor, sampling: TokenSampling) -> torch.Tensor:
+    """Logits of the distribution that tokens are drawn from, [n, vocab] float64; the likeliest token at temperature 0."""
+    if sampling.temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf, dtype=torch.float64).scatter(-1, best, 0.0)
     # The largest logit is 0 first, so that a tiny temperature gives -inf for the others and never inf - inf.
     logits = logits.double() - logits.double().amax(-1, keepdim=True)
     return filter_logits(logits / sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)

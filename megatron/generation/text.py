@@ -10,10 +10,28 @@ from typing import Protocol
 
 from megatron.errors import require
 from megatron.generation.autoregressive import Decoder, generate_autoregressive
-from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings, Step
+from megatron.generation.diffusion import DiffusionSettings, Step, StopFn
 from megatron.generation.sampling import TokenSampling
 
 GAP = re.compile(r"\[MASK(?::(\d+))?\]")
+
+
+class Sampler(Protocol):
+    """What fills rows: ``mask_id`` stands where a token is wanted."""
+
+    mask_id: int
+
+    def fill(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        settings: DiffusionSettings,
+        stop: StopFn | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        sample_numbers: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The rows with tokens there; see :class:`megatron.generation.diffusion.DiffusionSampler`."""
+        ...
 
 
 class TextTokenizer(Protocol):
@@ -126,7 +144,7 @@ def continue_causal(
 
 
 def continue_masked(
-    sampler: DiffusionSampler,
+    sampler: Sampler,
     tokenizer: TextTokenizer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -137,7 +155,7 @@ def continue_masked(
     streams: Sequence[int] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Completion]:
-    """Continue token prompts with a masked diffusion model; rows of equal length share a batch.
+    """Continue token prompts with a diffusion model; rows of equal length share a batch.
 
     ``streams``: sample number of each prompt (its random stream); default 0, 1, 2, ...
     """
@@ -162,7 +180,7 @@ def continue_masked(
 
 
 def fill_gaps(
-    sampler: DiffusionSampler,
+    sampler: Sampler,
     tokenizer: TextTokenizer,
     rows: Sequence[Sequence[int]],
     *,

@@ -26,7 +26,7 @@ from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import BlockDiffusion
 from megatron.objectives import Objective, evaluation_objective
-from megatron.objectives.base import BlockDecoding, MaskedDecoding
+from megatron.objectives.base import BlockDecoding, CausalDecoding, MaskedDecoding
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 
@@ -68,8 +68,13 @@ class InferenceModel:
         return next(self.model.parameters()).device
 
     @property
+    def is_causal(self) -> bool:
+        """Whether this is autoregressive."""
+        return isinstance(self.objective.decoding, CausalDecoding)
+
+    @property
     def is_masked(self) -> bool:
-        """Whether this is masked diffusion (of whole sequences or of blocks) rather than autoregressive."""
+        """Whether this is masked diffusion, of whole sequences or of blocks."""
         return isinstance(self.objective.decoding, MaskedDecoding | BlockDecoding)
 
     @property
@@ -82,11 +87,11 @@ class InferenceModel:
         """Id of the mask token.
 
         Raises:
-            UserError: the model is autoregressive.
+            UserError: the model has none.
         """
         if not isinstance(self.objective.decoding, MaskedDecoding | BlockDecoding):
             raise UserError(
-                f"{self.source} is a causal model ({self.config.objective.objective})",
+                f"{self.source} is {'a causal' if self.is_causal else 'another'} model ({self.config.objective.objective})",
                 "only masked diffusion has a mask token",
                 "use megatron_ar, --eval_method ar, or load another checkpoint",
             )

@@ -59,12 +59,22 @@ class Targets(NamedTuple, Generic[Array]):
         positions: [n] int64, indices into batch·width of the positions with a weight, made on the CPU so that the device is
             not asked how many there are.
         num_tokens: [batch] fp32, tokens of each sample that could be in the loss; their sum divides the loss.
+        noised: [batch, width] int64, what stands in the input for each label, and
+        odds: [batch, width] fp32, V · visible share / noised share of each: of a loss that depends on them; None: not.
     """
 
     labels: Array
     loss_weights: Array
     positions: Array
     num_tokens: Array
+    noised: Array | None = None
+    odds: Array | None = None
+
+    def flat(self) -> Targets[Array]:
+        """What belongs to the positions in the loss, [n] each."""
+        names = ("labels", "loss_weights", "noised", "odds")
+        there = {name: part for name in names if (part := getattr(self, name)) is not None}
+        return self._replace(**{name: part.reshape(-1)[self.positions] for name, part in there.items()})
 
 
 class ModelBatch(NamedTuple, Generic[Array]):

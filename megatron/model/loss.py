@@ -5,6 +5,7 @@ Imports no torch, so that objectives can name their loss; the kernels are import
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -37,34 +38,53 @@ class LossKind(Protocol):
         """What each position adds to the loss of its sample, in nats, fp32 [batch, width]; 0 where there is no loss."""
 
 
-@dataclass(frozen=True)
-class WeightedCrossEntropy:
-    """``Σ loss_weights · ce / Σ num_tokens`` over the positions with a weight."""
+class WeightedLoss(ABC):
+    """``Σ loss_weights · loss / Σ num_tokens`` over the positions with a weight; a kind says what the loss of a row is."""
 
     def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
         """See :class:`LossKind`."""
-        loss, _ = self._cross_entropy(output, targets, context)
+        loss, _ = self._weighted(output, targets, context)
         return loss / targets.num_tokens.sum().clamp(min=1)  # a micro-batch may be without any token in the loss
 
     def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
         """See :class:`LossKind`."""
-        _, ce = self._cross_entropy(output, targets, context)
+        _, own = self._weighted(output, targets, context)
         weights = targets.loss_weights.reshape(-1)
         losses = weights.new_zeros(weights.shape)
-        losses[targets.positions] = ce * weights[targets.positions]
+        losses[targets.positions] = own * weights[targets.positions]
         return losses.view(targets.loss_weights.shape)
 
-    def _cross_entropy(
+    def _weighted(
         self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sum, and the cross-entropy [n] of the positions in the loss."""
+        """Weighted sum, and the unweighted losses [n] of the positions in the loss."""
+        rows = output.hidden.reshape(-1, output.hidden.shape[-1])
+        if targets.positions.numel() < rows.shape[0]:
+            rows = rows.index_select(0, targets.positions)
+        # The rows are the same on every tensor-parallel rank; the head sums the gradients.
+        return self.head_loss(HeadOutput(rows, output.matrix), targets.flat(), context)
+
+    @abstractmethod
+    def head_loss(
+        self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of rows, in chunks: see :func:`megatron.parallel.cross_entropy.linear_loss`.
+
+        Args:
+            output: hidden is [n, hidden], the positions in the loss.
+            targets: theirs, [n].
+            context: this process.
+        """
+
+
+@dataclass(frozen=True)
+class WeightedCrossEntropy(WeightedLoss):
+    """``Σ loss_weights · ce / Σ num_tokens``."""
+
+    def head_loss(
+        self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`WeightedLoss`."""
         from megatron.parallel.cross_entropy import linear_cross_entropy
 
-        labels, weights, positions, _ = targets
-        rows = output.hidden.reshape(-1, output.hidden.shape[-1])
-        if positions.numel() < rows.shape[0]:
-            rows = rows.index_select(0, positions)
-        # The rows are the same on every tensor-parallel rank; linear_cross_entropy sums the gradients.
-        return linear_cross_entropy(
-            rows, output.matrix, labels.reshape(-1)[positions], weights.reshape(-1)[positions], context
-        )
+        return linear_cross_entropy(output.hidden, output.matrix, targets.labels, targets.loss_weights, context)

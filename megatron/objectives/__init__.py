@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 
 from megatron import config
-from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, Config
-from megatron.errors import UserError
+from megatron.config.option import spelling
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, Config, ObjectiveConfig
+from megatron.errors import UserError, require
 from megatron.objectives.base import Objective, Setting
 
 
@@ -43,6 +44,7 @@ OBJECTIVES = Registry(
         "maskgit": "maskgit.MaskGIT",
         "exact_count_mdm": "exact_count.ExactCountMDM",
         "block_diffusion": "block_diffusion.BlockMaskedDiffusion",
+        "uniform_diffusion": "uniform_diffusion.UniformDiffusion",
     }
 )
 
@@ -81,6 +83,26 @@ def build_objective(settings: Config, *, scheme: int = NOISE_SCHEME) -> Objectiv
         valid_estimator=run.valid_estimator or EXACT_COUNT,
     )
     return cls.build(options, setting)
+
+
+def with_vocabulary(flags: ObjectiveConfig, mask_id: int | None, *, size: int, padded: int) -> ObjectiveConfig:
+    """The flags of an objective with what follows from the vocabulary.
+
+    Args:
+        flags: as given.
+        mask_id: row of the mask token.
+        size: tokens before padding.
+        padded: rows of the embedding.
+
+    Raises:
+        UserError: a vocabulary was given that does not hold all tokens, or more than there are rows.
+    """
+    filled = dict(flags.options)
+    for item in (item for item in fields(OBJECTIVES[str(flags.objective)].Options) if item.metadata["follows"]):
+        given = filled[item.name] = size if filled.get(item.name) is None else filled[item.name]
+        shown = f"{spelling(item)} {given} with a vocabulary of {size} tokens and {padded} rows"
+        require(size <= given <= padded, shown, "it holds every token, and each has a row", "leave it out")
+    return replace(flags, mask_token_id=mask_id, options=filled)
 
 
 def evaluation_objective(settings: Config) -> Objective:

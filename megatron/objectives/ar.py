@@ -34,6 +34,10 @@ class Autoregressive:
         """Inputs are the first seq tokens, labels the last seq; see :class:`Objective`."""
         return next_token_batch(samples, samples.tokens[:, :-1])
 
+    def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
+        """All count once."""
+        return np.ones((len(sample_ids), seq_length))
+
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Autoregressive:
         """The same: there is no noise."""
         return self

@@ -51,8 +51,19 @@ class BlockDecoding:
     block_size: int
 
 
+@dataclass(frozen=True)
+class UniformDecoding:
+    """The model tells tokens from noise in a whole sequence: any of its tokens may be wrong.
+
+    Attributes:
+        vocab_size: tokens that noise is drawn from, ids 0 … V − 1.
+    """
+
+    vocab_size: int
+
+
 # What samplers, scorers and exporters ask of an objective.
-Decoding = CausalDecoding | MaskedDecoding | BlockDecoding
+Decoding = CausalDecoding | MaskedDecoding | BlockDecoding | UniformDecoding
 
 
 class Setting(NamedTuple):
@@ -126,6 +137,10 @@ class Objective(Protocol):
 
     def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
         """Make a batch; all noise is a function of (seed, sample id)."""
+        ...
+
+    def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
+        """What each token counts in this draw of the noise, [batch, seq]; 1 in the mean over draws of evaluation."""
         ...
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Objective:

@@ -209,6 +209,10 @@ class MaskedDiffusion:
         is_masked = np.stack([self._mask(sample, p, seq_length) for sample, p in zip(sample_ids.tolist(), mask_prob)])
         return is_masked, is_masked * self.masked_weight(t).astype(np.float32)
 
+    def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
+        """Those of masked tokens, see :class:`Objective`."""
+        return self.masks_and_weights(sample_ids, seq_length)[1]
+
     def masked_weight(self, t: np.ndarray) -> np.ndarray:
         """Weight of a masked token at time t, fp64."""
         return WEIGHTINGS[self.weighting](self.schedule, t)

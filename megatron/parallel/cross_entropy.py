@@ -1,12 +1,14 @@
-"""Cross-entropy of a linear head over a split vocabulary that never holds all logits.
+"""Losses of a linear head over a split vocabulary that never holds all logits.
 
 The head is the largest matrix product of a small model and its fp32 logits the largest tensor. Rows are processed in
 chunks; every chunk makes its logits, its loss and, when training, its gradients at once, so the logits are computed
-once and [rows, vocab] never exists. The gradient of a token's loss with respect to its logits is
-``weight · (softmax − onehot)``, which needs nothing from the backward pass but the scale of the scalar loss.
+once and [rows, vocab] never exists. The gradient of a token's loss with respect to its logits (for cross-entropy
+``weight · (softmax − onehot)``) needs nothing from the backward pass but the scale of the scalar loss.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,10 @@ from megatron.parallel.context import ParallelContext
 # matrix products efficient (measured on CPU: 128 to 512 rows are within the noise, 32 rows cost 50 % more).
 CHUNK_ROWS = {"cpu": 256, "cuda": 4096}
 
+# A kind of row loss: this rank's logits [chunk, vocab / tp] in fp32 or more, which it may overwrite, and which rows they
+# are → losses [chunk], and their derivatives by the logits [chunk, vocab / tp].
+RowLoss = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -25,7 +31,7 @@ def linear_cross_entropy(
     loss_weights: torch.Tensor,
     context: ParallelContext,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted sum of ``−log softmax(hidden · weightᵀ)[label]``.
+    """Weighted sum of ``−log softmax(hidden · weightᵀ)[label]``; see :func:`linear_loss`.
 
     Args:
         hidden: [rows, hidden], the same on every tensor-parallel rank.
@@ -33,29 +39,53 @@ def linear_cross_entropy(
         labels: [rows] int64, ids in the whole vocabulary.
         loss_weights: [rows] fp32, no gradient.
         context: this process.
+    """
+
+    def cross_entropy(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return _softmax_errors(logits, labels[rows], context)
+
+    return linear_loss(hidden, weight, cross_entropy, loss_weights, context)
+
+
+def linear_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    row_loss: RowLoss,
+    loss_weights: torch.Tensor,
+    context: ParallelContext,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of a loss of the logits ``hidden · weightᵀ``.
+
+    Args:
+        hidden: [rows, hidden], the same on every tensor-parallel rank.
+        weight: [vocab / tp, hidden], this rank's rows of the output matrix.
+        row_loss: losses of some rows, and their derivatives by the logits.
+        loss_weights: [rows] fp32, no gradient.
+        context: this process.
 
     Returns:
-        loss: scalar fp32, Σ loss_weights · ce, differentiable in ``hidden`` and ``weight``.
-        ce: [rows] fp32, the unweighted cross-entropy in nats, detached.
+        loss: scalar fp32, Σ loss_weights · loss, differentiable in ``hidden`` and ``weight``.
+        losses: [rows] fp32, unweighted, in nats, detached.
     """
     # Inside an autograd function gradients are always off, so it is told whether any will be asked for.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, context, needs_grad)
+    return _LinearLoss.apply(hidden, weight, row_loss, loss_weights, context, needs_grad)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, context, needs_grad):  # type: ignore[no-untyped-def]
-        ce = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+    def forward(ctx, hidden, weight, row_loss, loss_weights, context, needs_grad):  # type: ignore[no-untyped-def]
+        sums = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(hidden.shape[0], dtype=sums, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=sums) if needs_grad else None
         chunk_rows = CHUNK_ROWS.get(hidden.device.type, 256)
         buffer = hidden.new_empty(min(chunk_rows, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             # One buffer for all chunks: a fresh one would be mapped and cleared by the kernel page by page.
-            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: hidden[rows].shape[0]]).float()
-            ce[rows], errors = _softmax_errors(logits, labels[rows], context)
+            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: hidden[rows].shape[0]]).to(sums)
+            losses[rows], errors = row_loss(logits, rows)
             if grad_hidden is not None and grad_weight is not None:
                 errors = errors.to(hidden.dtype)
                 scale = loss_weights[rows].unsqueeze(-1).to(hidden.dtype)
@@ -66,11 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dist.all_reduce(grad_hidden, group=context.tp.group)
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(ce)
-        return (ce * loss_weights).sum(), ce
+        ctx.mark_non_differentiable(losses)
+        return (losses * loss_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_ce):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_loss, _grad_losses):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.saved_tensors
         # The buffers belong to this call alone, so they are scaled in place.
         grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
@@ -103,8 +133,8 @@ def _softmax_errors(
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total += left · right`` in fp32."""
-    if left.dtype == torch.float32:
+    """``total += left · right`` in the precision of ``total``."""
+    if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:
         total += left @ right

@@ -11,7 +11,7 @@ from megatron.runs.run import Result, Run, Validation
 from megatron.runs.sums import difference, halves, reach
 from megatron.statistics import ValidationSums
 
-FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit"})
+FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit", "uniform_diffusion"})
 """Objectives that score all S tokens of a sample given nothing; the others score S tokens given the one before."""
 
 

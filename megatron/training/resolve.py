@@ -27,7 +27,7 @@ from megatron.data.identity import (
 from megatron.data.indexed import read_meta
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import require
-from megatron.objectives import build_objective, needs_mask_token
+from megatron.objectives import build_objective, needs_mask_token, with_vocabulary
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
@@ -86,7 +86,7 @@ def resolve(
         flags,
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(),
-        objective=replace(flags.objective, mask_token_id=mask_id),
+        objective=with_vocabulary(flags.objective, mask_id, size=vocabulary.size, padded=shape.padded_vocab_size),
         optimizer=replace(flags.optimizer, lr_decay_samples=decay, lr_warmup_samples=warmup),
         run=replace(_with_estimator(flags, before), global_batch_size=layout.global_batch_size, train_samples=length),
     )

@@ -16,7 +16,6 @@ from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
-from megatron.model.batch import Samples
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import ValidRow
@@ -141,8 +140,8 @@ class Validator:
         seq_length = losses.shape[1]
         documents = np.stack([self._dataset.pieces(index).documents for index in indices[kept].tolist()])
         weights = np.ones((len(documents), seq_length))
-        if objective and self.plan.settings.run.valid_estimator == EXACT_COUNT and not is_exact(objective):
-            weights = objective.prepare(Samples(documents, indices[kept])).targets.loss_weights[:, :seq_length]
+        if objective and self.plan.settings.run.valid_estimator == EXACT_COUNT:
+            weights = objective.token_weights(indices[kept], seq_length)
         documents = documents[:, first_label : first_label + seq_length]
         if self._packing.eod_id is not None:
             inputs = np.stack([self._dataset[index] for index in indices[kept].tolist()])[:, :seq_length]

@@ -18,7 +18,7 @@ from megatron.config import Config
 from megatron.config.shape import Shape
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.model.gpt import GPTModel
-from megatron.objectives import needs_mask_token, parse
+from megatron.objectives import needs_mask_token, parse, with_vocabulary
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",
@@ -75,7 +75,7 @@ def config_for(objective: str, tokenizer: Path, *, vocab_size: int, seq_length: 
     return dataclasses.replace(
         config,
         model=Shape.from_flags(config.model, padded_vocab_size=padded).recorded(),
-        objective=dataclasses.replace(config.objective, mask_token_id=mask_id),
+        objective=with_vocabulary(config.objective, mask_id, size=vocab_size, padded=padded),
     )
 
 

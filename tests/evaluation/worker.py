@@ -11,14 +11,16 @@ from lm_eval.evaluator import simple_evaluate
 from megatron.commands.likelihood import build_parser, judge, samplers
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
+from megatron.evaluation.lm_eval.uniform import MegatronUniform
 from megatron.inference.model import load_model
 from megatron.parallel.context import ParallelContext
 
-MODELS = (
-    ("ar", MegatronAR, {}),
-    ("mdm", MegatronMDM, {"num_mc": 8}),
-    ("blocks", MegatronMDM, {"num_mc": 8}),
-)
+MODELS = {
+    "ar": (MegatronAR, {}),
+    "mdm": (MegatronMDM, {"num_mc": 8}),
+    "blocks": (MegatronMDM, {"num_mc": 8}),
+    "uniform_diffusion": (MegatronUniform, {"num_mc": 4}),
+}
 COURT = ["--policies", "left-to-right,confidence,random", "--tokens-per-step", "4", "--orders", "2"]
 
 
@@ -26,7 +28,7 @@ def main(folder: str, tasks: list[str]) -> None:
     dist.init_process_group("gloo")
     for tp_size in (1, 2):
         context = ParallelContext.create(tp_size=tp_size)
-        for name, cls, options in MODELS:
+        for name, (cls, options) in MODELS.items():
             lm = cls(
                 model=load_model(f"{folder}/{name}", context=context),
                 cache_dir=f"{folder}/cache-{name}-{tp_size}",
@@ -46,7 +48,7 @@ def main(folder: str, tasks: list[str]) -> None:
                         {"scores": scores, "answers": {task: entry["answers"] for task, entry in answers.items()}}, file
                     )
         judged = [
-            *(f"{folder}/{name}" for name, _, _ in MODELS),
+            *(f"{folder}/{name}" for name in MODELS),
             "--valid-data-path",
             f"{folder}/valid",
             "--num-mc",

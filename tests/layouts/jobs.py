@@ -151,7 +151,7 @@ def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any
 
         def loss_asked(self, targets: Any) -> None:
             if "tensors" in watch and self.module.training:
-                trace.targets.append(tuple(tensor.clone() for tensor in targets))
+                trace.targets.append(tuple(tensor.clone() for tensor in targets if tensor is not None))
 
         def step_ended(self, result: Any) -> None:
             numbers = result.to_host().read()

@@ -53,6 +53,8 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "block_diffusion": ("block_diffusion", {"block_size": 8}),
     "one_token_blocks": ("block_diffusion", {"block_size": 1}),
     "blocks_with_ar": ("block_diffusion", {"block_size": 8, "block_ar_weight": 0.5}),
+    "uniform_diffusion": ("uniform_diffusion", {}),
+    "packed_uniform": ("uniform_diffusion", PACKED),
     "packed_ar": ("ar", PACKED),
     "packed_permuted_ar": ("ar", {"num_order_list": 4, "use_order_list": True, **PACKED}),
     "packed_random_length": ("mdm", {"random_length_ratio": 0.2, **PACKED}),

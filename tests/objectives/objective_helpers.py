@@ -13,7 +13,7 @@ from megatron.config.shape import Shape
 from megatron.data.loader import as_tensors
 from megatron.model.batch import Inputs, ModelBatch, Samples
 from megatron.model.gpt import GPTModel
-from megatron.model.loss import WeightedCrossEntropy
+from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask
 from megatron.objectives import Objective, build_objective, parse
 from megatron.objectives.schedules import MIN_MASK_PROB
@@ -51,19 +51,19 @@ def prepare(objective: Objective, tokens: torch.Tensor, ids: torch.Tensor, **pac
 class UnderMask:
     """A model under one attention mask."""
 
-    def __init__(self, model: GPTModel, mask: AttentionMask) -> None:
-        self.model, self.mask = model, mask
+    def __init__(self, model: GPTModel, mask: AttentionMask, kind: LossKind | None = None) -> None:
+        self.model, self.mask, self.kind = model, mask, kind or WeightedCrossEntropy()
 
     def logits(self, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         return self.model.logits(Inputs(ids, **inputs), self.mask)
 
     def loss(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
         """[]: of the micro-batch."""
-        return self.model(batch, self.mask, WeightedCrossEntropy())
+        return self.model(batch, self.mask, self.kind)
 
     def token_losses(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
         """[batch, width]: of each token."""
-        return self.model(batch, self.mask, WeightedCrossEntropy(), per_token=True)
+        return self.model(batch, self.mask, self.kind, per_token=True)
 
     def sample_losses(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
         """[batch]: mean of each sample."""

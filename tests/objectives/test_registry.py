@@ -26,6 +26,7 @@ NEEDED = {
     "masked_attention_ar": ["--randmask-ratio", "0.5"],
     "masked_input_ar": ["--input-mask-ratio", "0.5"],
     "block_diffusion": ["--block-size", "4"],
+    "uniform_diffusion": ["--noise-vocab-size", "50"],
 }
 
 
@@ -116,6 +117,7 @@ def test_labels_are_tokens_and_weights_are_not_negative(name):
 def test_a_training_step_gives_gradients_to_all_weights(name):
     objective = make_objective(*flags_of(name))
     model = tiny_model(objective.attention_mask, vocab=64, seq=SEQ)
+    model.kind = objective.loss
     loss = model.loss(prepare(objective, make_tokens(8), torch.arange(8)))
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.model.parameters())

@@ -84,7 +84,6 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
 
 def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
     """The lm-eval model that the flags ask for."""
-    from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
     from megatron.inference.model import load_model
 
     names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
@@ -104,18 +103,50 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         "cache_dir": f"{arguments.results_path}.cache" if arguments.results_path else None,
         "seed": getattr(arguments, "seed", 1234),
     }
-    if not model.is_masked:
-        given = [
-            flag for flag in ("only_generate", "only_mc_nll", "estimator", "no_adaptive") if getattr(arguments, flag)
-        ]
-        given += [f"eval_method {arguments.eval_method}"] * (arguments.eval_method in ("mc", "exact"))
-        if given:
-            raise UserError(
-                f"--{given[0]} with {model.source}, an autoregressive model",
-                "it has one exact likelihood",
-                "drop the flag",
-            )
-        return MegatronAR(**options)
+    if model.is_causal:
+        return _causal_lm(arguments, options)
+    return (_masked_lm if model.is_masked else _uniform_lm)(arguments, options)
+
+
+def _causal_lm(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    from megatron.evaluation.lm_eval.models import MegatronAR
+
+    _refuse(
+        arguments,
+        ("only_generate", "only_mc_nll", "estimator", "no_adaptive"),
+        methods=("mc", "exact"),
+        model=f"{options['model'].source}, an autoregressive model",
+        rule="it has one exact likelihood",
+    )
+    return MegatronAR(**options)
+
+
+def _uniform_lm(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    from megatron.evaluation.lm_eval.uniform import MegatronUniform
+
+    _refuse(
+        arguments,
+        ("only_generate", "estimator", "no_adaptive", "policy", "tokens_per_step"),
+        methods=("ar", "exact"),
+        model=f"{options['model'].source}, a uniform-state diffusion model",
+        rule="it has one bound",
+    )
+    greedy = "never" if arguments.only_mc_nll else "auto"
+    return MegatronUniform(**options, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS), greedy=greedy)
+
+
+def _refuse(
+    arguments: argparse.Namespace, flags: Sequence[str], *, methods: Sequence[str], model: str, rule: str
+) -> None:
+    """Refuse flags of another kind of model."""
+    given = [flag for flag in flags if getattr(arguments, flag)]
+    given += [f"eval_method {arguments.eval_method}"] * (arguments.eval_method in methods)
+    require(not given, f"--{(given or [''])[0]} with {model}", rule, "drop the flag")
+
+
+def _masked_lm(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
+    from megatron.evaluation.lm_eval.models import MegatronMDM
+
     is_exact = arguments.eval_method == "exact"
     for flag in ("policy", "tokens_per_step"):
         require(

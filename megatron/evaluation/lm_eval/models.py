@@ -7,7 +7,7 @@ these two registered.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -27,6 +27,8 @@ from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion, continue_causal, continue_masked
 
+GENERATION = ("order", "steps", "block_length", "guidance")
+
 
 @register_model("megatron_ar")
 class MegatronAR(MegatronLM):
@@ -34,9 +36,12 @@ class MegatronAR(MegatronLM):
 
     def __init__(self, load: str | None = None, **options: Any) -> None:
         super().__init__(load, **options)
-        if self.loaded.is_masked:
+        if not self.loaded.is_causal:
+            name = self.loaded.config.objective.objective
             raise UserError(
-                f"{self.loaded.source} is a masked diffusion model", "megatron_ar runs causal ones", "use megatron_mdm"
+                f"{self.loaded.source} is a diffusion model ({name})",
+                "megatron_ar runs causal ones",
+                "use megatron_mdm" if self.loaded.is_masked else "use megatron_uniform",
             )
         self.scorer = CausalScorer(
             self.loaded.logits, max_length=self.max_length, batch_size=self.batch_size, device=self.device
@@ -214,12 +219,7 @@ class MegatronMDM(MegatronLM):
 
     def generation_settings(self, options: dict[str, Any], *, new: int) -> DiffusionSettings:
         """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
-        own = {name: options.get(name, default) for name, default in self.generation.items()}
-        settings = DiffusionSettings(
-            order=str(own["order"]), steps=_number(own, "steps", int, None),
-            block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
-            sampling=token_sampling(options),
-        )  # fmt: skip
+        settings = generation_settings(options, self.generation)
         self.sampler.check(settings, num_masked=new)
         return settings
 
@@ -231,6 +231,24 @@ class MegatronMDM(MegatronLM):
             self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
             batch_size=self.batch_size, streams=streams,
         )  # fmt: skip
+
+
+def generation_settings(options: dict[str, Any], defaults: Mapping[str, Any]) -> DiffusionSettings:
+    """lm-eval's generation arguments as settings of a diffusion sampler.
+
+    Args:
+        options: the arguments.
+        defaults: order, steps, block_length and guidance where they are silent.
+
+    Raises:
+        UserError: an argument that is no number or out of range.
+    """
+    own = {**defaults, **{name: value for name, value in options.items() if name in GENERATION}}
+    return DiffusionSettings(
+        order=str(own["order"]), steps=_number(own, "steps", int, None),
+        block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
+        sampling=token_sampling(options),
+    )  # fmt: skip
 
 
 def token_sampling(options: dict[str, Any]) -> TokenSampling:

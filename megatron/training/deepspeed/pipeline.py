@@ -117,7 +117,7 @@ def stage_layers(layers: Iterable[Layer], mode: Mode) -> list[Any]:
 
 def pipeline_batches(
     data: Iterator[ModelBatch[torch.Tensor]], mode: Mode, device: torch.device
-) -> Iterator[tuple[Any, Targets]]:
+) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:
     """Micro-batches as DeepSpeed reads them: inputs of the first stage, labels of the last one.
 
     They are moved here, because DeepSpeed's own copies wait for the device.
@@ -128,12 +128,13 @@ def pipeline_batches(
     for batch in data:
         inputs, targets = to_device(batch, device)
         ids, positions, samples, segments = inputs
+        labels = tuple(part for part in targets if part is not None)
         if positions is None and not differs_between_samples(mode.mask):
-            yield (ids,), targets
+            yield (ids,), labels
             continue
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
-        yield Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments), targets
+        yield Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments), labels
 
 
 def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:

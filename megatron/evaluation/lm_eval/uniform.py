@@ -1,0 +1,136 @@
+"""``megatron_uniform``: uniform-state diffusion for lm-eval."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.registry import register_model
+
+from megatron.errors import UserError, require
+from megatron.evaluation.likelihood import MAX_DRAWS, add_up
+from megatron.evaluation.lm_eval.base import MegatronLM
+from megatron.evaluation.lm_eval.groups import Group
+from megatron.evaluation.lm_eval.models import generation_settings
+from megatron.evaluation.requests import whole_number, windows
+from megatron.evaluation.scorer import Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.uniform import UniformScorer
+from megatron.generation.diffusion import DiffusionSettings
+from megatron.generation.samplers import sampler_of
+from megatron.generation.sampling import TokenSampling
+from megatron.generation.text import Completion, continue_masked
+from megatron.generation.uniform import check_settings
+from megatron.objectives.base import UniformDecoding
+
+
+@register_model("megatron_uniform")
+class MegatronUniform(MegatronLM):
+    """A uniform-state diffusion model: bounds with their errors, ancestral and greedy generation.
+
+    Args:
+        load: see :class:`MegatronLM`.
+        num_mc: passes for every answer, in pairs.
+        greedy: whether to say for every answer if greedy decoding gives it: "auto", or "never".
+        seed: of the noise and of generated texts.
+        gen_order, gen_steps: defaults of generation (see ``megatron.generation.uniform``).
+        options: the rest of :class:`MegatronLM`.
+    """
+
+    def __init__(
+        self,
+        load: str | None = None,
+        *,
+        num_mc: int = 128,
+        greedy: str = "auto",
+        seed: int = 1234,
+        gen_order: str = "confidence",
+        gen_steps: int | None = None,
+        **options: Any,
+    ) -> None:
+        self.num_mc = whole_number("num_mc", num_mc)
+        require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
+        self.greedy, self.generation = greedy, {"order": gen_order, "steps": gen_steps}
+        super().__init__(load, seed=seed, **options)
+        decoding = self.loaded.objective.decoding
+        if not isinstance(decoding, UniformDecoding):
+            raise UserError(
+                f"{self.loaded.source} is a model of objective {self.loaded.config.objective.objective}",
+                "megatron_uniform runs those of uniform_diffusion",
+                "use megatron_ar or megatron_mdm",
+            )
+        self.scorer = UniformScorer(
+            self.loaded.logits,
+            vocab_size=decoding.vocab_size,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            device=self.device,
+            seed=self.seed,
+        )
+        self.sampler = sampler_of(self.loaded)
+
+    @property
+    def row_length(self) -> int:
+        """Every token is an input."""
+        return self.max_length
+
+    def fingerprint(self) -> str:
+        """See :class:`MegatronLM`."""
+        how = f"draws={self.num_mc} greedy={self.greedy} generation={self.generation}"
+        return f"uniform {UniformScorer.name} {how} seed={self.seed} length={self.max_length}"
+
+    def describe(self) -> str:
+        """The estimator, for people."""
+        return f"{self.scorer.kind}: {self.scorer.name}, {self.num_mc} passes"
+
+    def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
+        """See :class:`MegatronLM`."""
+        pieces = [own for group in groups for own in self._requests(group)]
+        scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=-(-self.num_mc // 2)))
+        totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
+        return self._with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
+
+    def _requests(self, group: Group) -> list[list[Request]]:
+        """The rows that score each answer of a group: one, or several windows."""
+        return [windows(*pair, row_length=self.row_length, key=group.key) for pair in group.tokens]
+
+    def _with_greedy_flags(self, groups: Sequence[Group], estimates: list[list[Estimate]]) -> list[list[Estimate]]:
+        """The estimates with ``is_greedy``: every window of the answer is what the greedy sampler gives."""
+        if self.greedy != "auto":
+            return estimates
+        pieces = [self._requests(group) if group.needs_greedy else [] for group in groups]
+        flags = iter(self._are_greedy([request for group in pieces for own in group for request in own]))
+        verdicts = [[False not in [next(flags) for _ in own] for own in group] for group in pieces]
+        return [
+            [dataclasses.replace(e, is_greedy=flag) for e, flag in zip(own, given)] if given else own
+            for own, given in zip(estimates, verdicts)
+        ]
+
+    def _are_greedy(self, requests: Sequence[Request]) -> list[bool]:
+        cut = [cut_context(request, self.max_length) for request in requests]
+        sizes = [(len(request.context), len(request.target)) for request in cut]
+        order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
+        found = [False] * len(cut)
+        for start, stop in equal_runs([sizes[index] for index in order], limit=self.batch_size):
+            indices = order[start:stop]
+            rows = [[*cut[i].context, *([self.sampler.mask_id] * len(cut[i].target))] for i in indices]
+            settings = DiffusionSettings(sampling=TokenSampling(seed=self.seed))
+            filled = self.sampler.fill(rows, settings=settings, sample_numbers=[0] * len(rows))
+            for index, tokens in zip(indices, filled):
+                found[index] = tuple(tokens[len(cut[index].context) :]) == cut[index].target
+        return found
+
+    def generation_settings(self, options: dict[str, Any], *, new: int) -> DiffusionSettings:
+        """See :class:`MegatronLM`; ``--gen_kwargs`` order and steps replace the defaults."""
+        settings = generation_settings(options, self.generation)
+        check_settings(settings)
+        return settings
+
+    def complete(
+        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
+    ) -> list[Completion]:
+        """See :class:`MegatronLM`."""
+        return continue_masked(
+            self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
+            batch_size=self.batch_size, streams=streams,
+        )  # fmt: skip
