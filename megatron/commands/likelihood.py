@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=real(0, 1), default=1.0, metavar="P", help="1: all (default)")
     add("--num-mc", type=COUNT, default=8, metavar="PAIRS", help="pairs of masks for the bound (default: 8)")
     add("--orders", type=whole(0, 10**6), default=0, metavar="K",
-        help="also the bound with K orders inside the logarithm; 0: without (default)")  # fmt: skip
+        help="also bounds of the mixture from K random orders, from above and, for blocks of up to 16 tokens and 64 orders or "
+        "more, from below; 0: without (default)")  # fmt: skip
     add("--batch-size", type=COUNT, default=32, metavar="ROWS", help="rows in a pass (default: 32)")
     add("--tensor-model-parallel-size", type=COUNT, default=1, metavar="RANKS", help="ranks that share a model")
     add("--output", type=Path, metavar="FILE", help="write it as JSON; finished samples are kept in FILE.cache")
@@ -175,8 +176,9 @@ def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> 
 
 def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples, settings: list[Any],
               context: ParallelContext) -> Court:  # fmt: skip
-    from megatron.evaluation.court import Court, hear, witnesses
+    from megatron.evaluation.court import Court, hear
     from megatron.evaluation.requests import ResultCache
+    from megatron.evaluation.witnesses import witnesses
 
     court = Court()
     how = {"pairs": options.num_mc, "orders": options.orders, "batch_size": options.batch_size}
@@ -214,8 +216,23 @@ def report(found: Likelihoods) -> str:
                      f"{own.seconds:.1f}"))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += ["", *_near_ties(found), *(f"{own.answer}\n  {own.reason}" for own in found.verdicts)]
+    lines += ["", *_brackets(found), *_near_ties(found), *(f"{own.answer}\n  {own.reason}" for own in found.verdicts)]
     return "\n".join(lines).rstrip()
+
+
+def _brackets(found: Likelihoods) -> list[str]:
+    """Where the mixture over random orders lies, for models of which both bounds are known; each end holds in 97.5 %."""
+    from megatron.runs.likelihoods import FLOOR, MIXTURE
+
+    ends = {(own.model, own.kind): own for own in found.findings if own.kind in (FLOOR, MIXTURE)}
+    lines = []
+    for model, kind in ends:
+        if kind == FLOOR:
+            low, high = ends[model, FLOOR], ends[model, MIXTURE]
+            lines.append(
+                f"{model}, drawn in random orders: {low.nll - low.reach_95:.4f} ≤ NLL ≤ {high.nll + high.reach_95:.4f} (95 %)"
+            )
+    return [*lines, ""] if lines else []
 
 
 def _near_ties(found: Likelihoods) -> list[str]:

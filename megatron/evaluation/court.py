@@ -12,26 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.identity import selection_half
-from megatron.evaluation.blocks import scorer_of
-from megatron.evaluation.estimators import Estimator, MaskedBound
-from megatron.evaluation.exact import PolicyScorer, TokenScores, log_mean_exp
+from megatron.evaluation.exact import TokenScores
 from megatron.evaluation.requests import ResultCache
-from megatron.evaluation.scorer import CausalScorer, Request
-from megatron.evaluation.uniform import UniformBound
-from megatron.generation.blocks import sampler_of
-from megatron.generation.diffusion import DiffusionSettings
+from megatron.evaluation.scorer import Request
+from megatron.evaluation.witnesses import Witness
 from megatron.generation.policies import NEAR_TIE
-from megatron.generation.sampling import TokenSampling
-from megatron.inference.blocks import BlockLogitsFn
-from megatron.inference.logits import LogitsFn
-from megatron.inference.model import InferenceModel
 from megatron.parallel.context import ParallelContext
 from megatron.runs.likelihoods import BOUND, EXACT, MIXTURE, Likelihoods, Value, VerdictRecord
 from megatron.runs.sums import difference, halves, reach
@@ -70,158 +61,6 @@ class Samples(NamedTuple):
         ]
 
 
-class Witness(Protocol):
-    """One way to score a sample.
-
-    Attributes:
-        name: of the estimator.
-        kind: EXACT, BOUND or MIXTURE: what its value says of the NLL.
-        draws: noise draws behind a value; 0 where it is exact.
-    """
-
-    name: str
-    kind: str
-    draws: int
-
-    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """Token by token, one a request; of a bound, what the token adds to it."""
-        ...
-
-    def passes(self, num_tokens: int) -> int:
-        """Forward passes for a target."""
-        ...
-
-
-class ChainRule:
-    """The one exact likelihood of a causal model."""
-
-    name, kind, draws = "chain rule", EXACT, 0
-
-    def __init__(self, logits_fn: LogitsFn, loaded: InferenceModel, batch_size: int) -> None:
-        self._scorer = CausalScorer(
-            logits_fn, max_length=loaded.max_length, batch_size=batch_size, device=loaded.device
-        )
-
-    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """See :class:`Witness`."""
-        return _without_choice(self._scorer.token_logprobs(requests))
-
-    def passes(self, num_tokens: int) -> int:
-        """See :class:`Witness`."""
-        return 1
-
-
-class Bound:
-    """The bound of masked diffusion by exact counts, stratified, in antithetic pairs; blocks of one token have no other order,
-    and are exact."""
-
-    def __init__(self, logits_fn: BlockLogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
-        self._pairs, self._estimator = pairs, MaskedBound(antithetic=True)
-        self._scorer = scorer_of(loaded, logits_fn, batch_size=batch_size)
-        is_exact = self._estimator_for(loaded.max_length - 1).kind == "exact"
-        self.kind, self.draws = (EXACT, 0) if is_exact else (BOUND, pairs)
-        self.name = "chain rule" if is_exact else f"bound, {self.passes(loaded.max_length - 1)} passes"
-
-    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """See :class:`Witness`."""
-        tallies = [self._scorer.tally(request, self._estimator, num_draws=self._pairs) for request in requests]
-        self._scorer.extend(tallies, num_draws=self._pairs)
-        return _without_choice([tally.token_values for tally in tallies])
-
-    def passes(self, num_tokens: int) -> int:
-        """See :class:`Witness`."""
-        estimator = self._estimator_for(num_tokens)
-        draws = estimator.max_draws(num_tokens) or self._pairs
-        return draws * estimator.draws(num_tokens, key="", start=0, count=1).masks.shape[1]
-
-    def _estimator_for(self, num_tokens: int) -> Estimator:
-        whole = Request((0,), (0,) * num_tokens)
-        return self._scorer.estimator_for(whole, self._estimator, num_draws=self._pairs)
-
-
-class UnderPolicy:
-    """The exact likelihood of the sampler that uncovers by a policy."""
-
-    kind, draws = EXACT, 0
-
-    def __init__(self, loaded: InferenceModel, batch_size: int, *, settings: DiffusionSettings) -> None:
-        self._scorer = PolicyScorer(sampler_of(loaded), settings, max_length=loaded.max_length, batch_size=batch_size)
-        self.name = self._scorer.name
-
-    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """See :class:`Witness`."""
-        return self._scorer.token_scores(requests)
-
-    def passes(self, num_tokens: int) -> int:
-        """See :class:`Witness`."""
-        return self._scorer.num_passes(Request((0,), (0,) * num_tokens))
-
-
-class Mixture:
-    """The K-order bound of the mixture over random orders: ``−log (1/K) Σ p_σ``."""
-
-    kind = MIXTURE
-
-    def __init__(self, loaded: InferenceModel, batch_size: int, *, orders: int) -> None:
-        self.draws, self.name = orders, f"{orders} orders in the logarithm"
-        sampling = TokenSampling(temperature=1.0)
-        self._orders = [
-            UnderPolicy(
-                loaded, batch_size, settings=DiffusionSettings("random", sampling=sampling, order_number=number)
-            )
-            for number in range(orders)
-        ]
-
-    def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """See :class:`Witness`. Tokens share the value by the orders' weights, and evenly what the logarithm adds."""
-        found = [[own.logprobs for own in order.scores(requests)] for order in self._orders]
-        by_order = np.stack([np.stack(own) for own in found])  # [orders, requests, target]
-        logprobs = by_order.sum(-1).T  # [requests, orders]
-        value = log_mean_exp(logprobs)
-        weights = np.exp(logprobs - logprobs.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        shares = np.einsum("ro,ort->rt", weights, by_order)
-        rest = value - shares.sum(-1)
-        return _without_choice(list(shares + rest[:, None] / shares.shape[-1]))
-
-    def passes(self, num_tokens: int) -> int:
-        """See :class:`Witness`."""
-        return sum(order.passes(num_tokens) for order in self._orders)
-
-
-def _without_choice(logprobs: Sequence[np.ndarray]) -> list[TokenScores]:
-    """Scores in an order that the model does not choose."""
-    return [TokenScores(own, np.zeros(len(own), dtype=bool)) for own in logprobs]
-
-
-def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, pairs: int, orders: int,
-              batch_size: int) -> list[Witness]:  # fmt: skip
-    """Everything that can be said of a model.
-
-    Args:
-        loaded: the model.
-        settings: samplers of masked diffusion.
-        pairs: antithetic pairs of masks for the bound.
-        orders: of the K-order bound; 0: without it.
-        batch_size: rows per forward pass.
-    """
-    shut = torch.tensor(sorted({*loaded.unused_ids, *([loaded.mask_id] if loaded.is_masked else [])}), dtype=torch.long)
-    shut = shut.to(loaded.device)
-
-    def logits(
-        input_ids: torch.Tensor, *, positions: torch.Tensor | None = None, clean: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return loaded.logits(input_ids, positions=positions, clean=clean).float().index_fill(-1, shut, -torch.inf)
-
-    if loaded.is_causal:
-        return [ChainRule(logits, loaded, batch_size)]
-    if not loaded.is_masked:
-        return [UniformBound(logits, loaded, batch_size, pairs=pairs)]
-    found: list[Witness] = [Bound(logits, loaded, batch_size, pairs=pairs)]
-    found += [Mixture(loaded, batch_size, orders=orders)] if orders else []
-    return found + [UnderPolicy(loaded, batch_size, settings=own) for own in settings]
-
-
 @dataclass
 class Finding:
     """What one witness said.
@@ -229,7 +68,7 @@ class Finding:
     Attributes:
         model: name of the model.
         witness: its estimator's name.
-        kind: EXACT, BOUND or MIXTURE.
+        kind: EXACT, BOUND, MIXTURE or FLOOR.
         passes: forward passes a sample.
         sums: losses by sample and document.
         near_ties: tokens that were chosen so narrowly that rounding may choose others (``NEAR_TIE`` of generation/policies.py).

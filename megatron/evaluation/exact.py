@@ -97,8 +97,8 @@ class PolicyScorer:
         cut = cut_context(request, self.max_length)
         return self.sampler.num_passes(self.settings, num_given=len(cut.context), num_masked=len(cut.target))
 
-    def token_scores(self, requests: Sequence[Request]) -> list[TokenScores]:
-        """Token by token, one a request."""
+    def token_scores(self, requests: Sequence[Request], *, numbers: Sequence[int] | None = None) -> list[TokenScores]:
+        """Token by token, one a request; ``numbers`` of the random order of each, default 0 for all."""
         for request in requests:
             require(
                 0 < len(request.target) <= self.max_length,
@@ -116,7 +116,8 @@ class PolicyScorer:
             rows = [(*cut[index].context, *cut[index].target) for index in indices]
             masked = torch.zeros(len(rows), len(rows[0]), dtype=torch.bool, device=self.sampler.device)
             masked[:, context:] = True
-            found = self.sampler.log_likelihoods(rows, masked, settings=self.settings)
+            own = None if numbers is None else [numbers[index] for index in indices]
+            found = self.sampler.log_likelihoods(rows, masked, settings=self.settings, numbers=own)
             columns = (part[:, context:].cpu().numpy() for part in found)
             results.update(zip(indices, map(TokenScores, *columns)))
             self.on_pass(len(rows))
@@ -134,12 +135,22 @@ def log_mean_exp(values: np.ndarray) -> np.ndarray:
     return np.log(np.exp(values - most).mean(-1)) + most[..., 0]
 
 
+def tangent(logprobs: np.ndarray, log_reference: float) -> float:
+    """The right side of eq. (1), log ψ − 1 + mean p_σ / ψ, nats; its expectation is at least log p.
+
+    Args:
+        logprobs: nats, [orders]; of orders that ``log_reference`` did not see.
+        log_reference: log ψ, such as :func:`log_mean_exp` of other orders.
+    """
+    return log_reference - 1 + float(np.exp(logprobs - log_reference).mean())
+
+
 @dataclass(frozen=True)
 class Ceiling:
     """An upper bound on a log-likelihood, estimated.
 
     Attributes:
-        value: log ψ − 1 + mean p_σ / ψ, nats; its expectation is at least log p.
+        value: of :func:`tangent`.
         limit: one-sided 95 % upper limit of that expectation; NaN for fewer than ``MIN_ORDERS`` orders.
     """
 
@@ -151,19 +162,18 @@ MIN_ORDERS = 32  # below, the limit misses the truth in up to 15 % of the cases 
 
 
 def ceiling(logprobs: np.ndarray, log_reference: float, *, resamples: int = 999) -> Ceiling:
-    """The right side of eq. (1) from the log-likelihoods [orders] under random orders.
+    """:func:`tangent` with its limit.
 
     p_σ / ψ is skewed to the right, where Student's limit is too low (10 to 20 % misses): the limit is a bootstrap-t one
     (Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 12.5).
 
     Args:
-        logprobs: nats; of orders that ``log_reference`` did not see.
-        log_reference: log ψ, such as :func:`log_mean_exp` of other orders.
+        logprobs, log_reference: of :func:`tangent`.
         resamples: of the bootstrap.
     """
     ratios = np.exp(logprobs - log_reference)
     mean, number = float(ratios.mean()), len(ratios)
-    value = log_reference - 1 + mean
+    value = tangent(logprobs, log_reference)
     if number < MIN_ORDERS or not ratios.std() > 0:
         return Ceiling(value, value if number >= MIN_ORDERS else math.nan)
     drawn = ratios[generator(0, "ceiling", number).integers(0, number, (resamples, number))]

@@ -153,7 +153,7 @@ class UniformScorer:
 
 
 class UniformBound:
-    """The same in pairs, as a :class:`megatron.evaluation.court.Witness`."""
+    """The same in pairs, as a :class:`megatron.evaluation.witnesses.Witness`."""
 
     kind = BOUND
 

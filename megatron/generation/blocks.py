@@ -108,12 +108,13 @@ class BlockSampler(DiffusionSampler):
         masked: torch.Tensor,
         *,
         settings: DiffusionSettings,
+        numbers: Sequence[int] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> LogLikelihoods:
         """See :class:`DiffusionSampler`: the same walk, in all blocks at once."""
         settings.check_has_likelihood()
         truth, size = self._rows(rows), self._size
-        begun = self.begin(truth.masked_fill(masked, self.mask_id), masked, settings, [0] * len(rows))
+        begun = self.begin(truth.masked_fill(masked, self.mask_id), masked, settings, numbers or [0] * len(rows))
         whole = F.pad(truth, (0, -truth.shape[1] % size), value=self.mask_id)  # what is behind a row stays masked
 
         def by_block(values: torch.Tensor, fill: int = 0) -> torch.Tensor:

@@ -203,6 +203,7 @@ class DiffusionSampler:
         masked: torch.Tensor,
         *,
         settings: DiffusionSettings,
+        numbers: Sequence[int] | None = None,
         on_step: Callable[[Step], None] | None = None,
     ) -> LogLikelihoods:
         """log p of every masked token when the sampler uncovers it: its own walk, with true tokens instead of drawn ones.
@@ -213,6 +214,7 @@ class DiffusionSampler:
             rows: token ids of equal lengths, whole.
             masked: [batch, seq] bool, which tokens are not given; as many in every row.
             settings: a policy, and how tokens are drawn; temperature 1 is the model's own distribution.
+            numbers: of the random order of each row; default: 0 for all.
             on_step: called after every step.
 
         Raises:
@@ -227,7 +229,7 @@ class DiffusionSampler:
             result[uncovered] = token_logprobs(logits, truth[uncovered], settings.sampling)
             return truth[uncovered]
 
-        walk = self.begin(tokens, masked, settings, [0] * len(rows))
+        walk = self.begin(tokens, masked, settings, numbers or [0] * len(rows))
         self._uncover(walk, reveal, on_step=on_step)
         return LogLikelihoods(result, walk.near_ties)
 

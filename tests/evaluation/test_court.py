@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron.commands.likelihood import main
+from megatron.commands.likelihood import main, report
 from megatron.data.dataset import build_dataset
 from megatron.errors import UserError
 from megatron.evaluation.court import BOUND, EXACT, MIXTURE, Court, Finding
@@ -16,7 +16,7 @@ from megatron.evaluation.estimators import LeftToRight, MaskedBound
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.model import load_model
 from megatron.randomness import VALIDATION_SEED
-from megatron.runs.likelihoods import Likelihoods
+from megatron.runs.likelihoods import FLOOR, Likelihoods, Value
 from megatron.statistics import ValidationSums
 from tests.evaluation import tiny
 
@@ -115,6 +115,16 @@ def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys)
 
 def not_called(*arguments, **options) -> None:
     raise AssertionError("scored again")
+
+
+def test_a_bracket_is_said_where_both_ends_are_known() -> None:
+    ends = [
+        Value("mdm", "64 orders, tangent", FLOOR, 4.11, 0.01, 0.02, 5, 64),
+        Value("mdm", "64 orders in the logarithm", MIXTURE, 4.25, 0.02, 0.05, 5, 64),
+    ]
+    lines = report(Likelihoods(6, SEQ, ends, [], near_tie_below=0)).splitlines()
+    assert lines[-1] == "mdm, drawn in random orders: 4.0900 ≤ NLL ≤ 4.3000 (95 %)"
+    assert "≤" not in report(Likelihoods(6, SEQ, ends[1:], [], near_tie_below=0))
 
 
 def finding(model: str, kind: str, losses: np.ndarray, witness: str = "w") -> Finding:

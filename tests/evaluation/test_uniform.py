@@ -14,7 +14,6 @@ from lm_eval.evaluator import simple_evaluate
 
 from megatron.commands.likelihood import main
 from megatron.errors import UserError
-from megatron.evaluation.court import BOUND, EXACT
 from megatron.evaluation.likelihood import log_likelihood
 from megatron.evaluation.lm_eval.command import run_downstream
 from megatron.evaluation.lm_eval.models import MegatronAR
@@ -24,6 +23,7 @@ from megatron.evaluation.scorer import Request
 from megatron.evaluation.uniform import UniformScorer
 from megatron.generation.command import run_generate
 from megatron.inference.model import load_model
+from megatron.runs.likelihoods import BOUND, EXACT
 from megatron.testing.checks import check_scores_stand_alone
 from tests.evaluation import tiny, toy
 from tests.evaluation.uniform_chain import STATES, VOCAB, exact_bounds
