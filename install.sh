@@ -138,7 +138,7 @@ print(metadata.distribution('megatron-mdm').read_text('direct_url.json') or '')"
 }
 
 next_steps() {
-  [ "$(command -v python)" = "$ENV_PYTHON" ] || echo "To use it in this shell:  source $(dirname "$ENV_PYTHON")/activate"
+  [ "$(command -v python)" = "$ENV_PYTHON" ] || echo "To use it in this shell:  source $(printf %q "$(dirname "$ENV_PYTHON")/activate")"
   echo "Next:  bash examples_scaling/quickstart/laptop.sh   AR and MDM on a small text, a report, about 10 minutes"
   echo "       python -m megatron --help                    every program"
   echo "       bash download.sh --help                      data and checkpoints of the paper"

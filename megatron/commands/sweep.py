@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -77,7 +78,7 @@ def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> in
     from megatron.scaling.sweep.runner import command_line
 
     for run in runs:
-        print(f"{run.name}\n    {' '.join(command_line(sweep, run))}")
+        print(f"{run.name}\n    {shlex.join(command_line(sweep, run))}")
     print(f"{len(runs)} runs")
     return 0
 

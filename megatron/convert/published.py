@@ -66,7 +66,7 @@ def find_published(path: str | Path) -> Path:
             "a DeepSpeed-pipeline checkpoint has one of them",
             "give the folder that contains `latest`, or one global_stepN folder",
         )
-    tag = latest.read_text(encoding="utf-8").strip()
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(r"[\w.\-]+", tag) or not (path / tag).is_dir():
         raise UserError(
             f"{latest} names {tag!r}, and {path} has no such folder",

@@ -106,7 +106,7 @@ def is_present(file: RemoteFile, destination: Path) -> bool:
     status = destination.stat()
     seal = {"digest": file.digest, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     marker = _state(destination) / f"{destination.name}.verified"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == json.dumps(seal):
+    if marker.is_file() and marker.read_text(encoding="utf-8", errors="replace") == json.dumps(seal):
         return True
     if content_digest(destination, is_lfs=file.is_lfs) != file.digest:
         return False

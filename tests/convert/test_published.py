@@ -270,6 +270,9 @@ def test_a_hostile_file_runs_nothing(checkpoint: Path, tmp_path: Path, name: str
 def test_folders(checkpoint: Path, tmp_path: Path) -> None:
     run = checkpoint.parent
     assert find_published(run) == find_published(checkpoint) == checkpoint
+    (run / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"latest names '.*', and .* has no such folder"):
+        find_published(run)
     (run / "latest").write_text("../elsewhere")
     with pytest.raises(ValueError, match=r"'../elsewhere'"):
         find_published(run)

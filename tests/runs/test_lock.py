@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron.errors import UserError
-from megatron.runs.lock import lock_run
+from megatron.runs.lock import _describe, lock_run
 
 
 def hold(run_dir: Path, begun: multiprocessing.Queue, end: multiprocessing.Event) -> None:
@@ -42,6 +42,12 @@ def test_of_many_that_come_at_one_instant_one_is_let_in(tmp_path: Path) -> None:
     _lock, is_held = lock_run(tmp_path / "run")
     assert is_held  # what ended ones wrote is stale
     assert json.loads((tmp_path / "run/lock").read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"{}", b"3"], ids=repr)
+def test_a_holder_that_wrote_nothing_readable_is_another_process(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    assert _describe(tmp_path / "lock") == "another process"
 
 
 def test_a_file_system_without_locks_is_told_from_one_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

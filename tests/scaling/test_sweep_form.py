@@ -86,3 +86,13 @@ def test_every_file_is_a_sweep_or_refused_in_three_parts(tmp_path: Path, place: 
 def test_what_would_be_passed_over_is_refused(tmp_path: Path, place: tuple, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(tmp_path, place, value)
+
+
+@pytest.mark.parametrize("content", [b"\xde\xad", b"name:\tx", b"[" * 3000, b"a: &a [*a]", b""], ids=repr)
+def test_a_file_that_is_no_sweep_is_refused_by_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}"):
+        load_sweep(path)
+    with pytest.raises(UserError, match=r"nowhere.yaml cannot be read as YAML \(No such file or directory\)"):
+        load_sweep(tmp_path / "nowhere.yaml")

@@ -109,9 +109,12 @@ def test_a_sweep_of_the_installed_package_starts_its_modules(
     launcher: str, words: str, installed: Path, tmp_path: Path
 ) -> None:
     """There is no tools/ and no pretrain_*.py beside it."""
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("LAUNCHER", launcher))
+    (tmp_path / "sweep.yaml").write_text(
+        SWEEP.replace("LAUNCHER", launcher).replace("2000: train", "2000: my data/train")
+    )
     done = megatron("sweep", "sweep.yaml", "list", cwd=tmp_path, package=installed)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" --train-data-path 'my data/train' ") == 2  # what is printed runs
     assert done.stdout.count(f" {words} --objective ") == 2, done.stdout
     assert ".py" not in done.stdout
     if launcher == "python":

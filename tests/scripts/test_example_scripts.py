@@ -241,6 +241,15 @@ def test_laptop_takes_one_gpu_of_many(tmp_path: Path) -> None:
     assert not [word for word in words if "torchrun" in word]
 
 
+def test_laptop_dry_run_shows_the_precision_of_the_real_run(tmp_path: Path) -> None:
+    """fp32 on a machine without GPU; another machine is meant where its processes are named."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert "--bf16" not in dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=path)
+    assert "--bf16" in dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=path, GPUS_PER_NODE="1")
+
+
 def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Path) -> None:
     (tmp_path / "Meine Bücher").mkdir()
     flags = {"TEXT": str(tmp_path / "Meine Bücher"), "SPLIT_FLAGS": "--json-keys body"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -104,14 +105,18 @@ def test_own_text_of_nine_kilobytes_to_the_report(tmp_path: Path) -> None:
     text = "\n\n".join(f"Absatz {number}: {number * number} Wörter sind {number % 7} zu viel." for number in range(200))
     (tmp_path / "mein Text/größe.md").write_text(text[:9000], encoding="utf-8")
     small = {"DOCUMENTS": "", "TRAIN_SAMPLES": "16", "EVAL_INTERVAL": "2", "EVAL_ITERS": "full"}
-    process = start(tmp_path / "run", TEXT=str(tmp_path / "mein Text"), **small)
+    run_dir = tmp_path / "mein Lauf"
+    process = start(run_dir, TEXT=str(tmp_path / "mein Text"), PROMPT="Absatz 'zwei'", **small)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert "documents are few: cut" in output
-    assert [record["step"] for record in metrics(tmp_path / "run/mdm", "valid")] == [2, 4]
-    assert (tmp_path / "run/report/report.html").is_file()
+    assert [record["step"] for record in metrics(run_dir / "mdm", "valid")] == [2, 4]
+    assert (run_dir / "report/report.html").is_file()
+    report, generate = (shlex.split(line) for line in output.splitlines()[-3:-1])  # the next commands run as printed
+    assert report == ["megatron", "report", str(run_dir / "ar"), str(run_dir / "mdm"), "--serve"]
+    assert generate[3] == str(run_dir / "mdm") and generate[-1] == "Absatz 'zwei'"
 
     (tmp_path / "mein Text/neu.txt").write_text("more")
-    process = start(tmp_path / "run", TEXT=str(tmp_path / "mein Text"), **small)
+    process = start(run_dir, TEXT=str(tmp_path / "mein Text"), **small)
     assert "text that changed since" in process.communicate(timeout=200)[0]
     assert process.returncode == 2

@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def read_json_lines(path: Path) -> Iterator[bytes]:
                 raise UserError(
                     f"{path} holds one JSON {'array' if line.lstrip()[:1] == b'[' else 'object spread over lines'}",
                     "JSON lines have one object a line",
-                    f"convert it, for example with: jq -c '.[]' {path} > lines.jsonl",
+                    f"convert it, for example with: jq -c '.[]' {shlex.quote(str(path))} > lines.jsonl",
                 )
         yield line
 
@@ -73,9 +74,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         if head.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
         elif head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(
-                f"{path} is UTF-16", "text must be UTF-8", f"convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8.txt"
-            )
+            cure = f"convert it: iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+            raise UserError(f"{path} is UTF-16", "text must be UTF-8", cure)
         yield file
 
 

@@ -95,9 +95,10 @@ def load_sweep(path: Path) -> Sweep:
     """
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"{path} cannot be read as YAML ({' '.join(str(error).split())})",
+            f"{path} cannot be read as YAML ({reason})",
             "a sweep is one YAML file",
             "see docs/scaling.md",
         ) from None

@@ -7,6 +7,7 @@ import codecs
 import gzip
 import json
 import lzma
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,9 +206,11 @@ def test_deep_nesting_is_a_malformed_row_with_file_and_line(tmp_path: Path) -> N
 
 
 def test_utf_16_is_named(tmp_path: Path) -> None:
-    (tmp_path / "in.txt").write_text("text", encoding="utf-16")
-    with pytest.raises(UserError, match=r"in\.txt is UTF-16; text must be UTF-8; convert it"):
-        list(read_batches(Source(tmp_path / "in.txt", "text"), ["text"]))
+    path = tmp_path / "in 'quotes'.txt"
+    path.write_text("text", encoding="utf-16")
+    with pytest.raises(UserError, match=r"in 'quotes'\.txt is UTF-16; text must be UTF-8; convert it") as caught:
+        list(read_batches(Source(path, "text"), ["text"]))
+    assert str(path) in shlex.split(caught.value.fix), "the command runs as printed"
 
 
 def test_a_data_path_file_with_a_byte_order_mark_and_odd_characters(tmp_path: Path) -> None:
