@@ -88,8 +88,8 @@ def parse(
     words = sys.argv[1:] if argv is None else list(argv)
     notes, origins = [] if notes is None else notes, {} if origins is None else origins
     if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
-        told = {"prog": prog, "recorded": recorded, "origins": origins, "notes": notes}
-        words = import_module("megatron.config.layers").expand(words, registry, **told)
+        told = {"prog": prog, "world_size": world_size, "notes": notes, "origins": origins, "recorded": recorded}
+        return import_module("megatron.config.layers").parse(words, registry, objective=objective, **told)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
     for word in words:
         flag, _, value = word.partition("=")

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron.config.cli import Registry, build_parser, owned_options, truth
+from megatron.config import cli
+from megatron.config.cli import LAYERED, Registry, build_parser, owned_options, truth
 from megatron.config.document import Table, flat, read_document
 from megatron.config.foreign import rules, split
 from megatron.config.recorded import flags_of, repeated
-from megatron.config.schema import SECTIONS
+from megatron.config.schema import SECTIONS, Config
 from megatron.config.validate import PATHS
 from megatron.errors import UserError, require
 
@@ -190,6 +192,35 @@ class Layers:
         return [self._setting(name, value, Path(manifest["name"])) for name, value in _words_of(taken)]
 
 
+def parse(
+    words: Sequence[str],
+    registry: Registry,
+    *,
+    recorded: Recorded | None,
+    origins: dict[str, str],
+    notes: list[str],
+    **more: Any,
+) -> Config:
+    """What :func:`megatron.config.cli.parse` does, of a command line with what files and a checkpoint add to it.
+
+    Raises:
+        UserError: as there; where it is about a setting that is not from the command line, it says from where that is.
+    """
+    words = expand(words, registry, prog=more["prog"], recorded=recorded, origins=origins, notes=notes)
+    left = next((word for word in words if word.partition("=")[0].replace("_", "-") in LAYERED), None)
+    require(left is None, f"{left} behind --", "no flag stands there", "drop the --")
+    sources = dict(origins)
+    try:
+        return cli.parse(words, registry, origins=origins, notes=notes, **more)
+    except UserError as error:
+        named = re.findall(r"--[\w-]+|\b[a-z]+(?:_[a-z0-9]+)+\b", str(error))
+        found = dict.fromkeys(sources.get(_key(name), sources.get(name, "")) for name in named)
+        origin = ", ".join(source for source in found if source)
+        if not origin:
+            raise
+        raise type(error)(f"{error.given} ({origin})", error.rule, error.fix) from error
+
+
 def expand(
     words: Sequence[str],
     registry: Registry,
@@ -228,6 +259,7 @@ def expand(
     origins.update(
         {name: part.source for part in settings if part.source != "flag" for name in part.names if part.words}
     )
+    settings = [setting for setting in settings if "use_checkpoint_args" not in setting.names]
     return [word for setting in settings for word in setting.words]
 
 

@@ -43,7 +43,7 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
     """
     require(isinstance(record.get("objective"), str), f"{path} is no record of a run", RULE, "pass its run.json")
     try:
-        sections = {**record["config"], "run": {**UNRECORDED["run"], **record["config"]["run"]}}
+        sections = _sections(record["config"])
         config, attempts = config_from_dict(sections), record.get("attempts") or []
         run = config.run
         is_resumable = run.load is None or (run.save is not None and Path(run.load) == Path(run.save))
@@ -65,11 +65,17 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
                 step = f"; from step {attempt['from_step']} on the run had {now}"
                 lines.append(f"{path}: {name} is {before}, with which the run began{step}")
         return flags_of({**record, "config": {**sections, "run": asdict(run)}}, registry), lines
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error.given}", error.rule, error.fix) from error
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:
         problem = f"{path} is damaged ({type(error).__name__}: {error})"
         raise UserError(problem, RULE, "pass the run.json of another run") from error
+
+
+def _sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    odd = [name for name, section in config.items() if not isinstance(section, Mapping)]
+    require(not odd, f"no settings under {', '.join(odd)}", RULE, "pass the run.json of another run")
+    return {**config, "run": {**UNRECORDED["run"], **config["run"]}}
 
 
 def flags_of(record: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
@@ -85,6 +91,12 @@ def flags_of(record: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     objective = config.objective
     if is_fresh and objective.mask_token_id == size:
         objective = replace(objective, mask_token_id=None)
+    require(
+        objective.objective in registry,
+        f"the objective {objective.objective!r}",
+        f"an objective is one of {', '.join(registry)}",
+        "load it with the version that wrote it",
+    )
     cls = registry[str(objective.objective)].Options
     given = {item: objective.options[item.name] for item in fields(cls) if item.name in objective.options}
     follows = {item for item, value in given.items() if is_fresh and item.metadata["follows"] and value == size}
