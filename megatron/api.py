@@ -46,10 +46,7 @@ def train(flags: Mapping[str, Any] | Sequence[str] | str) -> Run:
     from megatron.parallel.connection import connect
     from megatron.parallel.launch import Launch
 
-    if isinstance(flags, Mapping):
-        words = _words(flags)
-    else:
-        words = shlex.split(flags) if isinstance(flags, str) else [str(word) for word in flags]
+    words = _words(flags)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -119,6 +116,8 @@ def log_likelihood(
     """
     from megatron.evaluation.likelihood import log_likelihood as score
 
+    _check_texts("text", [text])
+    _check_texts("context", [context])
     return score(model, text, context=context, num_draws=num_draws, estimator=estimator, seed=seed)
 
 
@@ -139,7 +138,9 @@ def generate(model: InferenceModel, prompts: str | Sequence[str], **options: Any
     """
     from megatron.generation.command import complete
 
-    return complete(model, [prompts] if isinstance(prompts, str) else list(prompts), options)
+    texts = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str) else [prompts]
+    _check_texts("prompt", texts)
+    return complete(model, texts, options)
 
 
 def load_run(path: str | Path) -> Run:
@@ -161,6 +162,9 @@ def find_runs(*places: str | Path) -> list[Run]:
     """
     from megatron.runs.reading import find_runs as find
 
+    for place in places:
+        given = f"find_runs() in {str(place)[:60]!r}"
+        require(isinstance(place, (str, Path)), given, "a place is a path", "pass several as find_runs(*PATHS)")
     return find(places)
 
 
@@ -169,17 +173,44 @@ def compare(runs: Iterable[Run]) -> list[str]:
 
     Returns:
         Lines: each run with its best validation, what differs in each pair, and what follows.
+
+    Raises:
+        UserError: something that is no run, such as its folder.
     """
     from megatron.commands.compare import comparison
+    from megatron.runs.run import Run
 
-    return comparison(list(runs))
+    every = list(runs) if isinstance(runs, Iterable) else [runs]
+    for run in every:
+        given = f"compare() of {str(run)[:60]!r}"
+        require(isinstance(run, Run), given, "it takes runs", 'write compare(find_runs("FOLDER", ...))')
+    return comparison(every)
 
 
-def _words(flags: Mapping[str, Any]) -> list[str]:
+def _check_texts(name: str, texts: Sequence[Any]) -> None:
+    for text in texts:
+        require(isinstance(text, str), f"{name} {text!r}", "it is text", "pass a str")
+        sound = text.encode(errors="replace").decode() == text
+        require(sound, f"{name} {ascii(text)[:60]}", "lone surrogates are no text", "decode its bytes as UTF-8")
+
+
+def _words(flags: Mapping[str, Any] | Sequence[str] | str) -> list[str]:
     """The command line that says the same."""
     words: list[str] = []
-    for name, value in flags.items():
-        values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
-        if value is not None:
-            words += ["--" + str(name).replace("_", "-"), *map(str, values)]
+    given = f"train() of {str(flags)[:60]!r}"
+    if isinstance(flags, Mapping):
+        for name, value in flags.items():
+            values = value if isinstance(value, (list, tuple)) else [] if value is True else [value]
+            if value is not None:
+                words += ["--" + str(name).replace("_", "-"), *map(str, values)]
+    elif isinstance(flags, str):
+        try:
+            words = shlex.split(flags)
+        except ValueError as error:
+            raise UserError(given, f"a command line is quoted as in a shell ({error})", "close the quotes") from None
+    else:
+        require(isinstance(flags, Iterable), given, "it takes flags by name, or a command line", "see docs/api.md")
+        words = [str(word) for word in flags]
+    odd = next((word for word in words if "\0" in word), None)
+    require(odd is None, f"the word {odd!r}", "no command line holds that character", "remove it")
     return words

@@ -143,3 +143,42 @@ def test_what_cannot_be_scored_is_refused(models: dict[str, Any]) -> None:
         megatron.log_likelihood(models["mdm"], "")
     with pytest.raises(megatron.UserError, match="num_draws 0"):
         megatron.log_likelihood(models["mdm"], "x", num_draws=0)
+
+
+def test_texts_that_are_none_are_refused(models: dict[str, Any]) -> None:
+    for text, message in (
+        (5, "prompt 5; it is text"),
+        (None, "prompt None; it is text"),
+        ("a\ud800", "lone surrogates"),
+    ):
+        with pytest.raises(megatron.UserError, match=message):
+            megatron.generate(models["mdm"], text)  # type: ignore[arg-type]
+        with pytest.raises(megatron.UserError, match=message.replace("prompt", "text")):
+            megatron.log_likelihood(models["ar"], text)  # type: ignore[arg-type]
+        with pytest.raises(megatron.UserError, match=message.replace("prompt", "context")):
+            megatron.log_likelihood(models["ar"], "x", context=text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("runs", ["runs/ar", ["runs/ar", "runs/mdm"], Path("runs/ar"), None, 3], ids=repr)
+def test_paths_are_not_compared_but_the_way_is_named(runs: Any) -> None:
+    with pytest.raises(megatron.UserError, match=r"it takes runs; write compare\(find_runs\("):
+        megatron.compare(runs)
+
+
+def test_a_list_of_places_is_refused_with_the_way_to_pass_it() -> None:
+    with pytest.raises(megatron.UserError, match=r"find_runs\(\*PATHS\)"):
+        megatron.find_runs(["runs/ar", "runs/mdm"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model '7M", "quoted as in a shell"),
+        (None, "it takes flags by name, or a command line"),
+        (5, "it takes flags by name, or a command line"),
+        ({"save": "a\0b", "model": "7M"}, r"no command line holds that character; remove it"),
+    ],
+)
+def test_what_is_no_command_line_is_refused(flags: Any, message: str) -> None:
+    with pytest.raises(megatron.UserError, match=message):
+        megatron.train(flags)

@@ -75,7 +75,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
         models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
-    unique = parse_count(options.unique_tokens)
+    unique = parse_count(options.unique_tokens, "--unique-tokens")
     given = f"--unique-tokens {options.unique_tokens}"
     require(
         unique >= 1e4, given, "a model is trained on 10k tokens or more", "write the number of tokens, such as 100M"
@@ -95,13 +95,13 @@ def _flops(options: argparse.Namespace) -> float:
 
     peak, name = _peak(options)
     if options.flops is not None:
-        flops = parse_count(options.flops)
+        flops = parse_count(options.flops, "--flops")
         given, hours = f"--flops {options.flops}", flops / peak / options.mfu / 3600
         fix = "write FLOPs such as 1e20, or --gpu-hours HOURS"
         require(flops >= 1e12, given, f"a {name} computes that in {flops / peak:.1g} s", fix)
         require(hours < 1e12, given, f"a {name} computes that in {hours:.1g} hours", fix)
         return flops
-    hours = parse_count(options.gpu_hours)
+    hours = parse_count(options.gpu_hours, "--gpu-hours", least=1e-3)
     given = f"--gpu-hours {options.gpu_hours}"
     require(hours < 1e10, given, "no cluster has so many hours", "write hours such as 500, or --flops FLOPS")
     return hours * 3600 * peak * options.mfu
@@ -187,8 +187,8 @@ def _answer(plan: Plan, options: argparse.Namespace) -> str:
     who = f"{plan.recommended.upper()} {choice.size}"
     lead = f"AR and MDM are too close to call; if one, train {who}" if plan.is_close else f"Train {who}"
     return (
-        f"{lead} for {choice.epochs:.3g} epochs of your {format_count(plan.unique_tokens)} tokens: {device_h:.3g} {name} "
-        f"hours ({wall_h:.3g} h on {options.devices}), predicted {choice.label} {choice.loss} nats/token."
+        f"{lead} for {_plain(choice.epochs)} epochs of your {format_count(plan.unique_tokens)} tokens: {_plain(device_h)} {name} "
+        f"hours ({_plain(wall_h)} h on {options.devices}), predicted {choice.label} {choice.loss} nats/token."
     )
 
 
@@ -200,14 +200,19 @@ def _choice_lines(title: str, choice: Choice, options: argparse.Namespace) -> li
     device_h, wall_h = device_hours(choice.flops, peak_flops=peak, mfu=options.mfu, devices=options.devices)
     lines = [
         f"  {title}:",
-        f"    {choice.size} ({format_count(choice.parameters)} parameters), {choice.epochs:.3g} epochs, "
+        f"    {choice.size} ({format_count(choice.parameters)} parameters), {_plain(choice.epochs)} epochs, "
         f"{format_count(choice.tokens)} tokens, {choice.flops:.3g} FLOPs",
-        f"    predicted {choice.loss} nats/token; {device_h:.3g} {name} hours, {wall_h:.3g} h on {options.devices} "
+        f"    predicted {choice.loss} nats/token; {_plain(device_h)} {name} hours, {_plain(wall_h)} h on {options.devices} "
         f"at {options.mfu:.0%} MFU",
     ]
     if choice.optimal_epochs is not None:
-        lines.append(f"    lowest loss of this size at {choice.optimal_epochs:.3g} epochs")
+        lines.append(f"    lowest loss of this size at {_plain(choice.optimal_epochs)} epochs")
     return lines
+
+
+def _plain(value: float) -> str:
+    """Three digits without an exponent where a person counts: 1,040 epochs."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _finite(value: object) -> object:

@@ -10,21 +10,27 @@ MOST = 1e40  # more than all computers of the world compute in its age
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def parse_count(text: str) -> float:
+def parse_count(text: str, flag: str = "", *, least: float = 1) -> float:
     """A count as people write it: "100M", "40k", "1e8", "100000000".
 
+    Args:
+        text: what was written.
+        flag: behind which, for the error.
+        least: below it is none; hours have parts.
+
     Raises:
-        UserError: it is none of these, below 1, or larger than anything that there is to count.
+        UserError: it is none of these, below ``least``, or larger than anything that there is to count.
     """
     scale = next((scale for scale, suffix in _COUNTS if text.lower().endswith(suffix.lower())), None)
     try:
         value = float(text) if scale is None else float(text[:-1]) * scale
     except ValueError:
         value = math.nan
-    if not 1 <= value <= MOST:
+    if not least <= value <= MOST:
         shown = repr(text[:40])
-        rule = f"a count is a number from 1 to {MOST:g}, with k, M, B or T at will"
-        raise UserError(f"{shown} is not a count", rule, "write 100M or 1e8")
+        rule = f"a count is a number from {least:g} to {MOST:g}, with k, M, B or T at will"
+        fix = "write 100M or 1e8" if least == 1 else "write such as 0.5 or 500"
+        raise UserError(f"{flag} {shown} is not a count".lstrip(), rule, fix)
     return value
 
 

@@ -272,9 +272,9 @@ def test_gpu_hours_are_the_compute_of_a_device_by_its_peak_and_the_utilisation(c
         ("--unique-tokens 100", "--unique-tokens 100; a model is trained on 10k tokens or more; write the number"),
         ("--sizes huge", "size 'huge' was given; a size is a number of parameters from 1, or a preset; presets: 7M"),
         ("--sizes -5 140M", "size '-5' was given; a size is a number of parameters from 1"),
-        ("--flops inf", "'inf' is not a count; a count is a number from 1 to 1e+40"),
+        ("--flops inf", "--flops 'inf' is not a count; a count is a number from 1 to 1e+40"),
         ("--flops nan", "'nan' is not a count"),
-        ("--unique-tokens -1", "'-1' is not a count"),
+        ("--unique-tokens -1", "--unique-tokens '-1' is not a count"),
         ("--unique-tokens 1e999", "'1e999' is not a count"),
         ("--device H1000", "--device H1000; known are A100"),
         ("--sizes 1e-320", "size '1e-320' was given"),
@@ -293,6 +293,15 @@ def test_nonsense_is_refused_in_three_parts(flags, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count(";") >= 2
+
+
+def test_hours_have_parts(capsys):
+    plan_program(["--unique-tokens", "1M", "--gpu-hours", "0.5"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "0.5 H100 hours at 40% MFU" in text and re.search(r"for 1,\d\d0 epochs of your 1M tokens", text)
+    assert status_of(lambda: plan_program(["--unique-tokens", "1M", "--gpu-hours", "0"])) == 2
+    message = "--gpu-hours '0' is not a count; a count is a number from 0.001 to 1e+40"
+    assert message in capsys.readouterr().err
 
 
 def test_saved_fits_need_both_objectives(fits, tmp_path):
