@@ -121,6 +121,9 @@ CASES = {
     "sweep sweep.yaml list": "sweep.yaml",
     "sweep sweep.yaml go": "one of list",
     "plan --unique-tokens 100M --flops 1e20 --gpu-hours 3": "drop one of them",
+    "plan --unique-token 100M --flops 1e20": "did you mean --unique-tokens?",
+    "plan --unique-tokens 100M --flop 1e20 --size 7M": "'--flop' (did you mean --flops?), '--size' (did you mean --sizes?)",
+    "data split --input text.jsonl --output-dir sides --json-keys text body": "'body' behind --json-keys; that flag takes",
     "plan --unique-tokens 100MB --flops 1e20": "write 100M or 1e8",
     "plan --unique-tokens 100M --gpu-hours 5 --device H10": "did you mean H100?",
     # in and out

@@ -26,9 +26,8 @@ class Help(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         parts = [part.strip("\n") for part in text.split("\n\n")]
-        return "\n\n".join(
-            part if part.startswith(" ") else "\n".join(self._split_lines(part, width)) for part in parts
-        )
+        filled = [part if part.startswith(" ") else "\n".join(self._split_lines(part, width)) for part in parts]
+        return "\n\n".join(filled)
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return "" if action.metavar == "" else super()._format_args(action, default_metavar)
@@ -49,9 +48,13 @@ class Parser(argparse.ArgumentParser):
         parts = {"allow_abbrev": False, "formatter_class": Help, **more}
         super().__init__(epilog="\n\n".join(part for part in (epilog, shown) if part) or None, **parts)
         self.examples = tuple(examples)
-        self._negative_number_matcher = re.compile(
-            r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE
-        )  # 3.10 knows no -1e-4
+        # 3.10 knows no -1e-4.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does; keeps the words, among which :meth:`error` looks for what was meant."""
+        self.words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self.words, namespace)
 
     def format_help(self) -> str:
         """The whole help, under a line of usage that names what is needed."""

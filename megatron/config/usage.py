@@ -47,9 +47,11 @@ def refusal(parser: Parser, message: str) -> UserError:
     whole = " ".join(parser.examples).replace("\\ ", "").split("megatron ")
     example = f"for example: megatron {' '.join(whole[1].split())}" if len(whole) > 1 else "see --help"
     if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        word = found[1].split()[0].partition("=")[0]
-        rule = "only flags listed by --help are accepted, in full"
-        return UserError(f"unknown argument {word!r}", rule, suggestion(word, flags) or "see --help")
+        left = found[1].split()
+        return _unknown(_foreign(left, flags), flags) if _foreign(left, flags) else _unexpected(parser, left[0])
+    has_commands = any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)  # with their flags
+    if " required" in message and not has_commands and (words := _foreign(parser.words, flags)):
+        return _unknown(words, flags)  # what is missing may be there, misspelled
     if found := re.fullmatch(r"the following arguments are required: (.*)", message):
         return UserError(f"missing: {found[1]}", "the program needs it", example)
     if found := re.fullmatch(r"one of the arguments (.*) is required", message):
@@ -63,6 +65,34 @@ def refusal(parser: Parser, message: str) -> UserError:
         return UserError(f"{name} with {rest.split()[-1]}", "they exclude each other", "drop one of them")
     given, rule, fix = [*rest.split("; ", 2), "", ""][:3]
     return UserError(f"{name}: {given}" if rest else message, rule or "see --help", fix or "correct it")
+
+
+def _foreign(words: Iterable[str], flags: Sequence[str]) -> list[str]:
+    """Words that look like flags, and are none, without their values."""
+    names = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--") and word != "--")
+    return [name for name in names if name not in flags]
+
+
+def _unexpected(parser: Parser, word: str) -> UserError:
+    """The error for a word that no flag takes; most often it is the second one behind a flag that takes one."""
+    before = parser.words[: parser.words.index(word)] if word in parser.words else []
+    last = next((name for name in reversed(before) if name.startswith("-")), "").partition("=")[0]
+    action = next((action for action in parser._actions if last in action.option_strings), None)
+    if action is None or action.nargs is not None:
+        return UserError(
+            f"unknown argument {word!r}", "only flags listed by --help are accepted, in full", "see --help"
+        )
+    return UserError(f"{word!r} behind {last}", "that flag takes one value", "drop it, or quote a value with spaces")
+
+
+def _unknown(words: Sequence[str], flags: Sequence[str]) -> UserError:
+    """The error for all unknown words at once, each with its nearest flag."""
+    rule = "only flags listed by --help are accepted, in full"
+    if len(words) == 1:
+        return UserError(f"unknown argument {words[0]!r}", rule, suggestion(words[0], flags) or "see --help")
+    near = [(word, suggestion(word, flags)) for word in words]
+    shown = ", ".join(f"{word!r}" + f" ({hint})" * bool(hint) for word, hint in near)
+    return UserError(f"unknown arguments {shown}", rule, "see --help")
 
 
 def usage_line(parser: Parser) -> str:
