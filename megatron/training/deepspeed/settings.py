@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.config.schema import Config
-from megatron.errors import UserError
+from megatron.errors import require
 from megatron.files import read_object
 from megatron.parallel.context import ParallelContext
 
@@ -118,17 +118,18 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     given = read_object(path, rule=rule, fix="correct it", parse_constant=_refuse_constant)
     half = given.pop("fp16", None)
     is_half = half != "auto" and not _is_off(half) and not (isinstance(half, dict) and half.get("enabled") == "auto")
-    if is_half and not bf16:
-        raise UserError(f"--deepspeed_config {path} enables fp16", "fp16 runs as bf16 here", "pass --bf16, or --fp16")
+    told = f"--deepspeed_config {path} enables fp16"
+    require(bf16 or not is_half, told, "fp16 runs as bf16 here", "pass --bf16, or --fp16")
     if is_half and _is_off(given.get("bf16")):  # a file of fp16 switches it off
         given.pop("bf16", None)
     known = FREE | {name.partition(".")[0] for name in OWNED}
     given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
     unknown = dict.fromkeys(given.keys() - known, "a setting that is not known here may change what is trained")
-    for name, value in _by_path(given).items():
-        reason = REFUSED.get(name) or unknown.get(name)
-        if reason is not None and not _is_off(value):
-            raise UserError(f"--deepspeed_config {path} has {name!r}", reason, "remove it from the file")
+    reasons, stated = unknown | REFUSED, _by_path(given)
+    wrong = [name for name in stated if name in reasons and not _is_off(stated[name])]
+    rule, named = ", ".join(dict.fromkeys(reasons[name] for name in wrong)), ", ".join(map(repr, wrong))
+    fix = f"remove {'them' if wrong[1:] else 'it'} from the file"
+    require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
     return given
 
 
@@ -144,14 +145,10 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         "bf16.check_grad_overflow": True,
         "zero_optimization.compute_grad_norm": True,
     }
-    for name, flag in OWNED.items():
-        value = stated.get(name)
-        if value is not None and value != expected.get(name):
-            raise UserError(
-                f"--deepspeed_config {path} sets {name} to {value}, the flags to {expected.get(name)}",
-                "they must agree",
-                f"change the file or {flag}",
-            )
+    wrong = [name for name in OWNED if stated.get(name) is not None and stated[name] != expected.get(name)]
+    told = " and ".join(f"{name} to {stated[name]}, the flags to {expected.get(name)}" for name in wrong)
+    fix = f"change the file or {' and '.join(OWNED[name] for name in wrong)}"
+    require(not wrong, f"--deepspeed_config {path} sets {told}", "they must agree", fix)
     merged = dict(settings)
     for key, value in given.items():
         merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value

@@ -99,6 +99,16 @@ def test_throughput_is_not_timed_by_deepspeed() -> None:
         ({"fp16": {"enabled": True}}, [], "enables fp16; fp16 runs as bf16 here; pass --bf16, or --fp16"),
         ({"optimizer": {"type": "Adam"}}, [], "has 'optimizer'; .*--lr.*; remove it"),
         ({"scheduler": {}}, [], "has 'scheduler'; .*--lr-warmup-samples"),
+        (
+            {"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}, "foo": 1},
+            [],
+            "has 'optimizer', 'scheduler', 'foo'; .*--lr-decay-style.*; remove them from the file",
+        ),
+        (
+            {"gradient_clipping": 7.0, "zero_optimization": {"stage": 3}},
+            [],
+            r"gradient_clipping to 7.0, the flags to 1.0 and zero_optimization.stage to 3.*or --clip-grad and --zero-stage",
+        ),
         ({"curriculum_learning": {"enabled": True}}, [], "has 'curriculum_learning'; every sample is seen whole"),
         ({"data_efficiency": {"enabled": True, "seed": 1}}, [], "has 'data_efficiency'; .*; remove it from the file"),
         (
