@@ -130,12 +130,37 @@ def test_a_model_is_asked(name: str, models: dict[str, Any]) -> None:
         ({"max_tokens": 3}, "did you mean max_new_tokens?"),
         ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"infix": "x"}, "--infix"),
+        ({"temperature": "hot"}, "--temperature: .*'hot'"),
+        ({"max_new_tokens": 2.5}, "--max-new-tokens: .*'2.5'"),
+        ({"num_samples": [2, "b"]}, "--num-samples: .*'b'"),
+        ({"stop": "a\ud800"}, "--stop .*text is UTF-8"),
+        ({"tokens_per_step": 2}, "--tokens-per-step with .* a causal model"),
     ],
     ids=str,
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str, models: dict[str, Any]) -> None:
     with pytest.raises(megatron.UserError, match=message):
         megatron.generate(models["ar"], "Return", **options)
+
+
+def test_options_are_flags(models: dict[str, Any]) -> None:
+    from megatron.generation.command import _FOR_TEXT
+    from megatron.generation.flags import build_generate_parser
+
+    every = vars(build_generate_parser().parse_args(["--load", "x"])).keys()
+    others = {"prompt", "prompt_file", "show_steps", "animate", "json", "load", "load_tag", "dtype", "vocab_file",
+              "merge_file", "tokenizer_model", "tokenizer_type"}  # fmt: skip
+    assert every - others == _FOR_TEXT
+    how = {"max_new_tokens": 8, "temperature": 1.0}
+    (whole,) = megatron.generate(models["ar"], "Return", **how)
+    stop = whole.text[3:5]  # one string of two letters, not two strings
+    (cut,) = megatron.generate(models["ar"], "Return", stop=stop, **how)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert megatron.generate(models["ar"], "Return", stop=[stop, "-"], **how)[0].text in (
+        cut.text,
+        cut.text.split("-")[0],
+    )
+    assert megatron.generate(models["mdm"], "Return", tokens_per_step=4, infix="-x", **how)
 
 
 def test_what_cannot_be_scored_is_refused(models: dict[str, Any]) -> None:

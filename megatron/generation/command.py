@@ -38,6 +38,7 @@ _FOR_TEXT = {
     "seed",
     "order",
     "steps",
+    "tokens_per_step",
     "block_length",
     "guidance",
 }
@@ -87,13 +88,19 @@ def complete(loaded: InferenceModel, prompts: Sequence[str], options: Mapping[st
     Raises:
         UserError: an unknown option, a number out of range, or a prompt that does not fit.
     """
-    arguments = build_generate_parser().parse_args(["--load", loaded.source, "--no-show-steps"])
     if unknown := sorted(options.keys() - _FOR_TEXT):
         near = difflib.get_close_matches(unknown[0], _FOR_TEXT, n=1)
         fix = f"did you mean {near[0]}?" if near else "see megatron generate --help"
         raise UserError(f"option {unknown[0]!r}", f"the options are {', '.join(sorted(_FOR_TEXT))}", fix)
-    vars(arguments).update(options)
+    words = [
+        f"--{name.replace('_', '-')}={word}"
+        for name, value in options.items()
+        if value is not None
+        for word in (value if isinstance(value, (list, tuple)) else [value])
+    ]
+    arguments = build_generate_parser().parse_args(["--load", loaded.source, "--no-show-steps", *words])
     _check_numbers(arguments)
+    _check_texts(arguments)
     every = [prompt for prompt in prompts for _ in range(arguments.num_samples)]
     return _generate(loaded, every, arguments, StepRecorder())[0]
 

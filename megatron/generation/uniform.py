@@ -74,13 +74,15 @@ class UniformSampler:
         # A number per position of the row, wanted or not: so a row draws the same beside any other.
         noise = (_uniforms(streams, tokens) * self.vocab_size).long().clamp(max=self.vocab_size - 1)
         tokens = torch.where(wanted, noise, tokens)
+        own = numbers if settings.order_number is None else [settings.order_number] * len(rows)
+        places = _uniforms(settings.sampling.generators(own, self.device, purpose="order"), tokens)
         steps = num_steps(settings, int(wanted.sum(-1).max()))
         for index in range(steps):
             before, visible = tokens, ((index / steps), (index + 1) / steps)
             if is_ancestral:
                 tokens = self._draw(before, wanted, visible, settings, _uniforms(streams, tokens))
             else:
-                tokens = self._settle(before, wanted, visible[1], settings, noise)
+                tokens = self._settle(before, wanted, visible[1], settings, noise, places)
             if on_step is not None:
                 on_step(Step(index, tokens, wanted & ((tokens != before) | (index == 0))))
         return tokens.tolist()
@@ -108,13 +110,13 @@ class UniformSampler:
         visible: float,
         settings: DiffusionSettings,
         noise: torch.Tensor,
+        places: torch.Tensor,
     ) -> torch.Tensor:
-        """One greedy step."""
+        """One greedy step; ``places``: [batch, seq] numbers of the random order."""
         logits = self._logits(tokens, wanted)
-        ranks = (
-            known_ranks(settings.order, torch.zeros(tokens.shape)).to(self.device) if settings.order in KNOWN else None
-        )
-        if ranks is None:
+        if settings.order in KNOWN:
+            ranks = known_ranks(settings.order, places)
+        else:
             ranks = torch.zeros(tokens.shape, dtype=torch.float64, device=self.device)
             ranks[wanted] = sureness(settings.order, logits)
         best = tokens.clone()

@@ -88,6 +88,25 @@ def test_greedy_takes_the_likeliest_tokens_in_the_end() -> None:
     assert not any(step.uncovered[0, 0] for step in steps)
 
 
+def test_a_greedy_random_order_is_random_by_seed_and_row() -> None:
+    def settled(row: int, **options) -> list[bool]:
+        """Which places hold their likeliest token half way, and no noise any more."""
+        seen: list[Step] = []
+        sampler().fill(
+            [[WANTED] * 10], settings=drawn(0.0, steps=2, **options), on_step=seen.append, sample_numbers=[row]
+        )
+        noise: list[Step] = []
+        sampler().fill(
+            [[WANTED] * 10], settings=drawn(0.0, steps=10, **options), on_step=noise.append, sample_numbers=[row]
+        )
+        return (seen[0].tokens != noise[0].tokens)[0].tolist()
+
+    ways = {tuple(settled(row, order="random")) for row in range(4)}
+    assert len(ways) == 4 and any(any(way[5:]) for way in ways)
+    assert not any(settled(0, order="left-to-right")[5:])
+    assert settled(0, order="random", order_number=3) != settled(0, order="random")
+
+
 def test_reverse_probabilities_are_two_factors_that_sum_to_the_forward_ones() -> None:
     """q(z_t | z_s) · q(z_s | x) with p_θ in the place of x; their sum over z_s is q(z_t | x)."""
     random = np.random.default_rng(0)
