@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar, get_origin, get_type_hints
 
 from megatron.errors import UserError
 from megatron.files import read_object, replace_file
@@ -16,6 +17,7 @@ from megatron.files import read_object, replace_file
 # What a value says of the negative log-likelihood. A bound of the mixture is one of ancestral sampling in many steps.
 EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
 FLOOR = "lower bound of the mixture"
+Record = TypeVar("Record", bound="Value | VerdictRecord | Likelihoods")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class VerdictRecord:
 
     Attributes:
         first, second: names of the models.
-        estimators: of the first and of the second.
+        estimators: two, of the first and of the second.
         second_below_first: ``yes``, ``no`` or ``undecided …``.
         gap: second minus first, paired.
         reach_95: half of its 95 % interval.
@@ -118,8 +120,22 @@ class Likelihoods:
         rule, fix = "it holds what megatron likelihood --output wrote", "delete it or write it again"
         record = read_object(path, rule=rule, fix=fix)
         try:
-            findings = [Value(**row) for row in record.pop("findings")]
-            verdicts = [VerdictRecord(**row) for row in record.pop("verdicts")]
-            return cls(**record, findings=findings, verdicts=verdicts)
+            findings = [_checked(Value(**row)) for row in record.pop("findings")]
+            verdicts = [_checked(VerdictRecord(**row)) for row in record.pop("verdicts")]
+            return _checked(cls(**record, findings=findings, verdicts=verdicts))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error})", rule, fix) from None
+
+
+def _checked(own: Record) -> Record:
+    """The record, of which every value has the type that it should; a whole number is a real one, too.
+
+    Raises:
+        TypeError: it has not.
+    """
+    for name, kind in get_type_hints(type(own)).items():
+        value, expected = getattr(own, name), get_origin(kind) or kind
+        is_right = isinstance(value, (int, float) if expected is float else expected) and not isinstance(value, bool)
+        if not is_right or (kind == list[str] and [*map(type, value)] != [str, str]):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+    return own

@@ -45,3 +45,35 @@ def test_another_file_is_named(tmp_path, text) -> None:
     (tmp_path / "likelihood.json").write_text(text)
     with pytest.raises(UserError, match=r"likelihood\.json.* it holds what megatron likelihood --output wrote"):
         Likelihoods.load(tmp_path / "likelihood.json")
+
+
+ODD = {"nll": "4.3", "reach_95": None, "documents": 1.5, "model": 3, "kind": None, "near_ties": True}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_value_of_another_type_is_named(tmp_path, name) -> None:
+    Likelihoods(160, 128, VALUES, [VERDICT]).save(tmp_path / "likelihood.json")
+    record = json.loads((tmp_path / "likelihood.json").read_text())
+    record["findings"][0][name] = ODD[name]
+    (tmp_path / "likelihood.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"{name} is .* it holds what megatron likelihood --output wrote"):
+        Likelihoods.load(tmp_path / "likelihood.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("samples", "many"), ("seq_length", None), ("near_tie_below", [])])
+def test_a_head_of_another_type_is_named(tmp_path, name, value) -> None:
+    (tmp_path / "likelihood.json").write_text(
+        json.dumps({"samples": 1, "seq_length": 2, "findings": [], "verdicts": [], name: value})
+    )
+    with pytest.raises(UserError, match=f"{name} is "):
+        Likelihoods.load(tmp_path / "likelihood.json")
+
+
+@pytest.mark.parametrize(("name", "value"), [("estimators", ["one"]), ("estimators", "ab"), ("gap", "x")])
+def test_a_verdict_of_another_type_is_named(tmp_path, name, value) -> None:
+    Likelihoods(160, 128, VALUES, [VERDICT]).save(tmp_path / "likelihood.json")
+    record = json.loads((tmp_path / "likelihood.json").read_text())
+    record["verdicts"][0][name] = value
+    (tmp_path / "likelihood.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"{name} is "):
+        Likelihoods.load(tmp_path / "likelihood.json")
