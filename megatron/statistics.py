@@ -84,7 +84,8 @@ class ValidationSums:
         pairs, index, counts = _pairs(sample, document)
         extra = np.broadcast_to(excess, index.shape)
         size, mean, extra = (np.bincount(index, np.ravel(values)) / counts for values in (tokens, loss, extra))
-        mean -= extra * (mean.sum() / size.sum())
+        if extra.any():  # of exact losses nothing is given back, and one of them may be infinite
+            mean -= extra * (mean.sum() / size.sum())
         return ValidationSums(pairs[0], pairs[1], np.rint(size).astype(np.int32), mean, draws)
 
     @staticmethod
@@ -135,8 +136,14 @@ def combined(*terms: tuple[int, ValidationSums]) -> Estimate:
 
     Args:
         terms: (sign, sums), the sign 1 or −1.
+
+    Returns:
+        The value and its error; of infinite losses (texts that a sampler never draws) there is none, NaN.
     """
     ratios = [float(part.loss.sum() / part.tokens.sum()) for _, part in terms]
+    value = sum(sign * ratio for (sign, _), ratio in zip(terms, ratios))
+    if not math.isfinite(value):
+        return Estimate(value, math.nan, len(np.unique(np.concatenate([part.document for _, part in terms]))), math.nan)
     influence = np.concatenate(
         [sign * (part.loss - ratio * part.tokens) / part.tokens.sum() for (sign, part), ratio in zip(terms, ratios)]
     )
@@ -148,7 +155,6 @@ def combined(*terms: tuple[int, ValidationSums]) -> Estimate:
         by_sample = np.bincount(np.unique(sample, return_inverse=True)[1].ravel(), influence)
         by_pair = np.bincount(_pairs(sample, document)[1], influence)
         variance += max(0.0, float(np.sum(by_sample**2) - np.sum(by_pair**2)))
-    value = sum(sign * ratio for (sign, _), ratio in zip(terms, ratios))
     return Estimate(value, math.sqrt(variance), num_documents, degrees)
 
 

@@ -170,3 +170,14 @@ def test_halves_are_a_function_of_the_document_alone():
     assert halves.count("selection") == pytest.approx(2000, abs=4 * math.sqrt(1000))
     assert half_of("a document") in ("selection", "report")
     assert [half_of(bytes([value])) for value in range(4)] == ["report", "report", "selection", "selection"], "for ever"
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_infinite_loss_stays_infinite_and_has_no_error() -> None:
+    endless, plain = (
+        ValidationSums.collect([0, 1, 2], [0, 1, 2], [4, 4, 4], [1.0, last, 3.0]) for last in (math.inf, 2.0)
+    )
+    assert mean_loss(endless).value == math.inf and math.isnan(mean_loss(endless).error)
+    assert mean_loss(endless).num_documents == 3
+    assert difference(plain, endless).value == math.inf and math.isnan(reach(difference(plain, endless)))
+    assert min((endless, plain), key=lambda own: mean_loss(own).value) is plain

@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     settings = samplers(options)
+    is_file = options.output is None or not options.output.is_dir()
+    require(is_file, f"--output {options.output}", "it is a folder, and a file is written", "name a file in it")
     from megatron.inference.processes import start_processes
 
     context = start_processes(options.tensor_model_parallel_size)
@@ -82,10 +84,23 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
     court = _hear_all(options, models, samples, settings, context)
     if context.is_first_rank:
         found = court.record(samples)
-        print("\n".join(f"{name}: {model.source}" for name, model in models.items()))
+        print("\n".join(f"{name}: {model.source}{_packing(model)}" for name, model in models.items()))
         print(report(found))
         if options.output:
             found.save(options.output)
+
+
+def _packing(model: InferenceModel) -> str:
+    """What is to be said of a model that knows documents only one at a time."""
+    data = model.config.data
+    flags = [
+        f"--{name.replace('_', '-')}" for name in ("reset_position_ids", "reset_attention_mask") if getattr(data, name)
+    ]
+    return (
+        f" (trained with {' '.join(flags)}; scored here on whole samples, which may hold several documents)"
+        if flags
+        else ""
+    )
 
 
 def samplers(options: argparse.Namespace) -> list[Any]:
@@ -94,7 +109,9 @@ def samplers(options: argparse.Namespace) -> list[Any]:
     from megatron.generation.sampling import TokenSampling
 
     sampling = TokenSampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    counts = options.tokens_per_step.split(",")
+    counts, policies = (
+        [word.strip() for word in words.split(",")] for words in (options.tokens_per_step, options.policies)
+    )
     require(
         all(count.isdecimal() and 0 < int(count) < 10**6 for count in counts),
         f"--tokens-per-step {options.tokens_per_step}",
@@ -103,7 +120,7 @@ def samplers(options: argparse.Namespace) -> list[Any]:
     )
     found = [
         DiffusionSettings(policy, block_length=options.block_length, sampling=sampling, tokens_per_step=int(count))
-        for policy in dict.fromkeys(filter(None, options.policies.split(",")))
+        for policy in dict.fromkeys(filter(None, policies))
         for count in dict.fromkeys(counts)
     ]
     for settings in found:

@@ -76,13 +76,17 @@ class PolicyScorer:
         parts += [f"order {settings.order_number}"] if settings.order == "random" and settings.order_number else []
         block = settings.block_length or self.sampler.block_size
         parts += [f"blocks of {block}"] if block else []
+        # In full, not rounded: results are kept by this name.
         shown = {
             "temperature": (sampling.temperature, 1.0),
             "top-k": (sampling.top_k, 0),
             "top-p": (sampling.top_p, 1.0),
             "guidance": (settings.guidance, 0.0),
         }
-        return ", ".join(parts + [f"{name} {value:g}" for name, (value, plain) in shown.items() if value != plain])
+        return ", ".join(
+            parts
+            + [f"{name} {str(value).removesuffix('.0')}" for name, (value, plain) in shown.items() if value != plain]
+        )
 
     def score(self, requests: Sequence[Request]) -> list[Estimate]:
         """The exact log-likelihood of every target."""

@@ -167,5 +167,5 @@ def _unusable(folder: Path, error: OSError) -> Failure:
     return Failure(
         f"{folder}: {error.strerror or error}",
         "finished results are kept there",
-        "free space, mend permissions, or give another --results_path; run again to go on",
+        "free space, mend permissions, or name another place (--output, --results_path); run again to go on",
     )

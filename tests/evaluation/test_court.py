@@ -175,12 +175,37 @@ def test_the_best_of_many_is_chosen_and_reported_on_different_documents(base) ->
         (["--tokens-per-step", "0"], "--tokens-per-step 0"),
         (["--policies", "best"], "order 'best'"),
         (["--policies", "ancestral"], "order ancestral"),
+        (["--policies", "margin, best"], "order 'best'"),
         (["--load-tag", "global_step77"], "global_step77"),
     ],
 )
 def test_wrong_input_is_named(runs, flags, named) -> None:
     with pytest.raises(UserError, match=named):
         judge(runs, *flags)
+
+
+def test_texts_that_are_never_drawn_have_an_infinite_value_and_no_verdict(runs, capsys) -> None:
+    found = judge(runs, "--policies", "left-to-right, confidence", "--top-k", "1", "--num-mc", "1", output="never.json")
+    assert [own["nll"] for own in found["findings"][2:]] == [math.inf] * 2
+    assert found["verdicts"][0]["second_below_first"] == "undecided at 95 %" and found["verdicts"][0]["gap"] == math.inf
+    assert "left-to-right, 1 token a pass, top-k 1  exact        inf" in capsys.readouterr().out
+
+
+def test_a_folder_is_no_output(runs, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--output .* it is a folder"):
+        main(["/nowhere", "--output", str(tmp_path)])
+
+
+def test_a_model_that_knows_single_documents_is_named(runs, tmp_path, capsys) -> None:
+    config = tiny.config_for(
+        "ar", runs / "tokenizer", vocab_size=VOCAB, seq_length=SEQ, reset_attention_mask=True, reset_position_ids=True
+    )
+    tiny.make_run(tmp_path / "apart", config)
+    flags = ["--valid-data-path", str(runs / "valid"), "--samples", "2"]
+    assert main([str(runs / "ar"), str(tmp_path / "apart"), *flags]) == 0
+    ar, apart, *_ = capsys.readouterr().out.splitlines()
+    assert "trained with" not in ar
+    assert "(trained with --reset-position-ids --reset-attention-mask; scored here on whole samples" in apart
 
 
 def test_runs_without_validation_data_or_with_other_tokens_are_refused(runs, tmp_path) -> None:

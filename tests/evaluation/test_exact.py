@@ -138,6 +138,16 @@ def test_a_target_that_does_not_fit_is_refused(model) -> None:
         scorer_of(model, sampling=TokenSampling())
 
 
+def test_samplers_that_differ_in_the_last_place_have_names_of_their_own(model) -> None:
+    """Finished results are kept by name."""
+    names = {
+        scorer_of(model, sampling=TokenSampling(temperature=1.0, **how)).name
+        for how in ({}, {"top_p": 0.9999999}, {"top_p": 0.9999998}, {"top_k": 2})
+    }
+    assert len(names) == 4 and all("temperature" not in name for name in names)
+    assert scorer_of(model, sampling=TokenSampling(temperature=0.7)).name.endswith(", temperature 0.7")
+
+
 def test_a_token_that_is_never_drawn_has_no_likelihood(model) -> None:
     """top-k 1 draws one text only."""
     scorer = scorer_of(model, order="left-to-right", sampling=TokenSampling(temperature=1.0, top_k=1))

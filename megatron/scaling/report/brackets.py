@@ -25,8 +25,8 @@ MAX_LETTERS = 64
 CAPTION = (
     "Negative log-likelihood of the same tokens, one row a run and estimator; lower is better. A dot is an exact value. An arrow "
     "to the left is a bound from above: what it bounds lies on the shaded side; an arrow to the right is one from below. Bars "
-    "are 95 % intervals over documents. Exact values of one model are those of different samplers; bounds are of the mixture "
-    "over random orders."
+    "are 95 % intervals over documents. Exact values of one model are those of different samplers; a bound is of the mixture "
+    "over random orders, or, of a model without masks, of ancestral sampling in many steps."
 )
 
 
