@@ -106,7 +106,7 @@ def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, 
     for indices in _chunks(own, chunk):
         rows = {index: (samples.tokens[index].tolist(), samples.documents[index].tolist()) for index in indices}
         keys = {index: cache.key(witness.name, ENTRY, index, *rows[index]) for index in indices}
-        missing = [index for index in indices if cache.get(keys[index]) is None]
+        missing = [index for index in indices if not _is_known(cache.get(keys[index]))]
         for index, scores in zip(missing, witness.scores(samples.requests(missing)) if missing else []):
             cache.put(keys[index], _by_document(index, samples.documents[index, 1:], scores))
         found += [cache.get(keys[index]) for index in indices]
@@ -118,6 +118,15 @@ def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, 
         model, witness.name, witness.kind, witness.passes(samples.tokens.shape[1] - 1),
         sums.with_halves(samples.in_selection), int(near_ties.sum()), time.monotonic() - began,
     )  # fmt: skip
+
+
+def _is_known(kept: object) -> bool:
+    """Whether what the cache holds are entries; a damaged line is scored again."""
+    return (
+        isinstance(kept, list | tuple)
+        and len(kept) > 0
+        and all(isinstance(own, list | tuple) and len(own) == 5 for own in kept)
+    )
 
 
 def _chunks(indices: range, size: int) -> Iterator[list[int]]:

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron.errors import require
 from megatron.testing.oracles import all_texts
+
+MOST_TEXTS = 10**7
 
 Text = tuple[int, ...]
 ScoreFn = Callable[[Sequence[Text]], Sequence[float]]
@@ -30,8 +33,10 @@ def check_sums_to_one(score: ScoreFn, *, vocab_size: int, length: int, tolerance
         vocab_size, length: of the texts; their number, vocab_size^length, is scored.
         tolerance: of the sum.
     """
+    given = f"vocab_size {vocab_size} and length {length}"
+    require(vocab_size**length <= MOST_TEXTS, given, f"at most {MOST_TEXTS:,} texts are scored", "take smaller ones")
     texts = all_texts(vocab_size, length)
-    total = math.fsum(map(math.exp, score(texts)))
+    total = math.fsum(map(math.exp, _scores(score, texts)))
     if not abs(total - 1) <= tolerance:
         raise AssertionError(f"the likelihoods of {len(texts):,} texts sum to {total:.12g}, not to 1 ± {tolerance:g}")
 
@@ -46,7 +51,10 @@ def check_order_is_blind(steps: Callable[[Text], Sequence[Sequence[int]]], texts
     chosen: dict[frozenset[tuple[int, int]], tuple[list[int], Text]] = {}
     for text in texts:
         known: set[tuple[int, int]] = set()
-        for positions in steps(text):
+        walk = steps(text)
+        if sorted(position for positions in walk for position in positions) != list(range(len(text))):
+            raise AssertionError(f"the steps {walk} of {text} do not uncover each of its {len(text)} tokens once")
+        for positions in walk:
             own = sorted(positions)
             first, other = chosen.setdefault(frozenset(known), (own, text))
             if first != own:
@@ -97,7 +105,8 @@ def check_scores_stand_alone(scorers: Mapping[str, ScoreFn], texts: Sequence[Tex
         tolerance: nats.
     """
     named = list(scorers.items())
-    alone = {text: float(named[0][1]([text])[0]) for text in texts}
+    require(named and texts, f"{len(named)} scorers and {len(texts)} texts", "scores are compared", "give some of both")
+    alone = {text: float(_scores(named[0][1], [text])[0]) for text in texts}
     longest = max(texts, key=len)
     ways = {
         "together": [list(texts)],
@@ -107,7 +116,7 @@ def check_scores_stand_alone(scorers: Mapping[str, ScoreFn], texts: Sequence[Tex
     for name, score in named:
         for way, batches in ways.items():
             for batch in batches:
-                for text, value in zip(batch, score(batch)):
+                for text, value in zip(batch, _scores(score, batch)):
                     if not abs(float(value) - alone[text]) <= tolerance:
                         raise AssertionError(
                             f"{text} scores {alone[text]:.7f} alone and {float(value):.7f} {way} ({name}): "
@@ -155,6 +164,7 @@ def check_gradient_scale(
         layouts: world sizes, or anything else that ``step`` understands; the first is the reference.
         tolerance: largest difference, relative to the largest entry of the reference.
     """
+    require(len(layouts) > 1, f"layouts {tuple(layouts)}", "steps of several are compared", "give two or more")
     first, *others = layouts
     reference = {name: np.asarray(value, dtype=np.float64) for name, value in step(first).items()}
     for layout in others:
@@ -163,6 +173,14 @@ def check_gradient_scale(
             raise AssertionError(f"layout {layout} has {sorted(found)}, and {first} has {sorted(reference)}")
         for name, value in found.items():
             _check_close(name, value, reference[name], f"in layout {layout}", f"in layout {first}", tolerance)
+
+
+def _scores(score: ScoreFn, texts: Sequence[Text]) -> Sequence[float]:
+    """One score a text."""
+    found = score(texts)
+    if len(found) != len(texts):
+        raise AssertionError(f"{len(texts):,} texts have {len(found):,} scores")
+    return found
 
 
 def _check_close(name: str, value: np.ndarray, expected: np.ndarray, here: str, there: str, tolerance: float) -> None:

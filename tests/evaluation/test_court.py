@@ -95,6 +95,19 @@ def test_finished_samples_are_not_scored_again(runs, monkeypatch) -> None:
     assert first["verdicts"] == second["verdicts"]
 
 
+def test_a_damaged_line_of_the_cache_is_scored_again(runs) -> None:
+    first = judge(runs, "--policies", "random", output="damaged.json")
+    (file,) = (runs / "damaged.json.cache").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, value in zip(lines, ("junk", [[1]], 3, {}, [])):
+        row["value"] = value
+    file.write_text("\n".join(map(json.dumps, lines))[:-30])
+    second = judge(runs, "--policies", "random", output="damaged.json")
+    assert [own["nll"] for own in second["findings"]] == pytest.approx(
+        [own["nll"] for own in first["findings"]], abs=1e-5
+    )
+
+
 def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys) -> None:
     """With a limit so wide that most choices are narrow; also of samples that were scored before."""
     for module in ("generation.policies", "evaluation.court"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.errors import UserError
 from megatron.testing import checks, oracles
 from tests.evaluation import toy
 
@@ -134,3 +135,21 @@ def test_a_gradient_scaled_by_the_world_size_is_caught() -> None:
         checks.check_gradient_scale(lambda size: step(size) if size == 1 else {}, (1, 2))
     with pytest.raises(AssertionError, match=r"shape \(2,\) in layout 2 and \(1,\) in layout 1"):
         checks.check_gradient_scale(lambda size: {"loss": np.ones(size)}, (1, 2))
+
+
+def test_what_compares_nothing_does_not_pass() -> None:
+    """A scorer that loses texts, a walk that leaves tokens out or takes them twice, one layout, no scorer, too many texts."""
+    with pytest.raises(AssertionError, match="4 texts have 3 scores"):
+        checks.check_sums_to_one(lambda texts: [-1.386] * 3, vocab_size=2, length=2)
+    lossy = {"alone": lambda texts: [0.0] * len(texts), "lossy": lambda texts: []}
+    with pytest.raises(AssertionError, match="2 texts have 0 scores"):
+        checks.check_scores_stand_alone(lossy, [(1,), (2,)])
+    for walk in ([[0]], [[0], [0]], [[0, 1], [1]]):
+        with pytest.raises(AssertionError, match="do not uncover each of its 2 tokens once"):
+            checks.check_order_is_blind(lambda text, walk=walk: walk, [(0, 1), (1, 0)])
+    with pytest.raises(UserError, match="give two or more"):
+        checks.check_gradient_scale(lambda world: {"w": [1.0]}, (1,))
+    with pytest.raises(UserError, match="0 scorers"):
+        checks.check_scores_stand_alone({}, [(1,)])
+    with pytest.raises(UserError, match="at most 10,000,000 texts"):
+        checks.check_sums_to_one(lambda texts: [0.0] * len(texts), vocab_size=50257, length=4)
