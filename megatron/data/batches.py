@@ -23,10 +23,8 @@ from megatron.errors import Failure
 from megatron.model.batch import ModelBatch
 
 # How torch words it when a loader process died, or could not hand its batch over.
-LOST = re.compile(
-    r"DataLoader worker .*(killed|exited)|shared memory|shm|Bus error|timed out|Too many open files|No space left",
-    re.DOTALL,
-)
+DIED = re.compile(r"DataLoader worker .*(killed|exited)", re.DOTALL)
+LOST = re.compile(DIED.pattern + r"|shared memory|shm|Bus error|timed out|Too many open files|No space left", re.DOTALL)
 
 
 # Seconds until a process that has not begun is taken for stuck, and replaced. They are forked, and a fork may catch a lock
@@ -81,6 +79,11 @@ def _cannot_hand_over(error: Exception, _batch: object) -> NoReturn:
     os._exit(1)  # which the trainer notices at once
 
 
+def loss_of(error: BaseException) -> Failure | None:
+    """What torch's word of a lost loader process means; None for other errors. It comes from a signal handler: anywhere."""
+    return _loss(error) if isinstance(error, RuntimeError) and DIED.search(str(error)) else None
+
+
 def _loss(error: BaseException) -> Failure:
     return Failure(
         f"the data loader lost a process ({' '.join(str(error).split())[-300:]})",
@@ -118,8 +121,9 @@ class Batches:
         self._workers = workers
         for seconds in PATIENCE:
             self._source = self._start(loader)
-            if self._have_begun(seconds):
-                return
+            with _losses_named():
+                if self._have_begun(seconds):
+                    return
             for process in self._processes:
                 with suppress(RuntimeError):  # torch tells of a killed one
                     process.kill()

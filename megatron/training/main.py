@@ -123,6 +123,7 @@ def _take(run_dir: Path, exits: ExitStack) -> None:
 
 def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | None) -> int:
     # DeepSpeed takes seconds to import; wrong flags and a folder in use are reported before.
+    from megatron.data.batches import loss_of
     from megatron.parallel.connection import Connection, connect, end_process
     from megatron.training.stop import STOPPED_STATUS
     from megatron.training.train import evaluate_checkpoint, train
@@ -139,12 +140,14 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
     except KeyboardInterrupt as error:
         status, failed = 130, error  # before the first step, or Ctrl-C twice: nothing is saved
     except BaseException as error:
-        failed = connection.peer_failure(error) or error
+        failed = connection.peer_failure(error) or loss_of(error) or error
         if isinstance(failed, UserError) and launch.world_size > 1:
             complain(f"error: {failed}", is_speaker=True)
             status = failed.exit_status
         elif not connection.is_shared:
-            raise
+            if failed is error:
+                raise
+            raise failed from error
         else:
             traceback.print_exception(failed)
             what = traceback.format_exception_only(failed)[-1].strip()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron.data.batches import Batches, Workers
+from megatron.data.batches import Batches, Workers, loss_of
 from megatron.errors import Failure
 
 
@@ -78,6 +78,23 @@ def test_processes_that_do_not_begin_are_replaced(tmp_path: Path, monkeypatch: p
     never = Stuck(tmp_path, 100)
     with pytest.raises(Failure, match="did not begin"):
         Batches(DataLoader(Numbers(), num_workers=1, worker_init_fn=never), never)
+
+
+class Dying(Workers):
+    """Processes that end before they have begun, as one without memory does."""
+
+    def __call__(self, worker: int) -> None:
+        os._exit(1)
+
+
+def test_a_process_that_dies_before_it_has_begun_is_named() -> None:
+    """torch tells of it from a signal handler, so anywhere: the trainer asks of every error whether it is that."""
+    workers = Dying()
+    with pytest.raises(Failure, match="the data loader lost a process"):
+        list(Batches(DataLoader(Numbers(), num_workers=1, worker_init_fn=workers), workers))
+    assert "lost a process" in str(loss_of(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")))
+    assert loss_of(RuntimeError("Timed out waiting 30000ms")) is None
+    assert loss_of(ValueError("DataLoader worker (pid 7) is killed by signal: Killed.")) is None
 
 
 def cut(_index: int) -> torch.Tensor:
