@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from layouts.pool import WorkerPool
 
 
+@pytest.hookimpl(tryfirst=True)  # before the worker of xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` skip themselves where there is none; tests that share worker pools stay in one process."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
