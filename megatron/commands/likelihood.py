@@ -146,7 +146,10 @@ def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, 
         "likelihoods are compared on the same samples",
         "name models of one sequence length",
     )
-    makers = {name: tokenizer_fingerprint(model.tokenizer) for name, model in models.items() if model.tokenizer}
+    masks = {model.mask_id for model in models.values() if model.is_masked}
+    makers = {
+        name: tokenizer_fingerprint(model.tokenizer, without=masks) for name, model in models.items() if model.tokenizer
+    }
     require(
         len(set(makers.values())) <= 1,
         f"{', '.join(makers)} have different tokenizers",
@@ -181,9 +184,14 @@ def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> 
             "pass --valid-data-path PREFIX",
         )
     for model in models.values():
-        maker = tokenizer_fingerprint(model.tokenizer) if model.tokenizer else None
         rows = (model.config.model.padded_vocab_size or 0) - len(model.unused_ids)
-        check_vocabulary(paths, vocab_size=rows, fingerprint=maker)
+        masks = (model.mask_id,) if model.is_masked else ()
+        with_mask, maker = (tokenizer_fingerprint(model.tokenizer, without=ids) if model.tokenizer else None
+                            for ids in ((), masks))  # fmt: skip
+        try:  # the data may know the mask token, and an export adds it
+            check_vocabulary(paths, vocab_size=rows, fingerprint=maker)
+        except UserError:
+            check_vocabulary(paths, vocab_size=rows, fingerprint=with_mask)
     dataset = build_dataset(
         paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name="valid",
         cache_path=options.data_cache_path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -25,8 +25,12 @@ _BLOCK_BYTES = 1 << 22
 SCAN_LIMIT_BYTES = 1 << 31  # of a .bin without a record of its largest id that is read at the start: about a second
 
 
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer, *, without: Collection[int] = ()) -> str:
     """Return a hash of the vocabulary: equal where every id stands for the same token, wherever the files lie.
+
+    Args:
+        tokenizer: of a run, data or an export.
+        without: ids that stand for no text, such as the mask token that an export adds.
 
     Returns:
         32 hexadecimal digits; ``"ids:SIZE"`` for a NullTokenizer, which knows no tokens.
@@ -34,7 +38,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     vocabulary = tokenizer.vocabulary()
     if vocabulary is None:
         return f"ids:{tokenizer.vocab_size}"
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:32]
+    items = sorted((token, number) for token, number in vocabulary.items() if number not in without)
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:32]
 
 
 def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:

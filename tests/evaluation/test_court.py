@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron.commands.convert import main as convert
 from megatron.commands.likelihood import main, report
 from megatron.data.dataset import build_dataset
 from megatron.errors import UserError
@@ -128,6 +129,19 @@ def test_narrow_choices_are_counted_said_and_recorded(runs, monkeypatch, capsys)
 
 def not_called(*arguments, **options) -> None:
     raise AssertionError("scored again")
+
+
+def test_an_export_is_judged_as_its_run_is(runs) -> None:
+    """The tokenizer of a masked model's export holds a mask token more; its text tokens are the same."""
+    for name in ("ar", "mdm"):
+        convert(["to-hf", str(runs / name), str(runs / f"{name}-hf")])
+    words = [str(runs / name) for name in ("ar", "ar-hf", "mdm", "mdm-hf")]
+    flags = ["--valid-data-path", str(runs / "valid"), "--policies", "confidence", "--num-mc", "1"]
+    assert main([*words, *flags, "--output", str(runs / "exports.json")]) == 0
+    found = {(own.model, own.estimator): own.nll for own in Likelihoods.load(runs / "exports.json").findings}
+    assert len(found) == 6
+    for (name, estimator), value in found.items():
+        assert value == pytest.approx(found[name.removesuffix("-hf"), estimator], abs=1e-5)
 
 
 def test_a_bracket_is_said_where_both_ends_are_known() -> None:
