@@ -40,7 +40,8 @@ WIRING = "wiring"  # the one place through which a room may reach a higher one
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COMPLEXITY, MAX_TRAIN_LINES = 400, 60, 12, 170
 # The aim is 4,500 lines in 55 files, which is not reached: this is a lid on what stands, to be lowered.
-MAX_RUN_LINES, MAX_RUN_FILES = 6995, 74
+# It counts what is imported on request only, too: help, flags of Megatron's, configuration files (0 to 9 files of 80).
+MAX_RUN_LINES, MAX_RUN_FILES = 7883, 80
 
 
 def module_name(path: Path) -> str:
@@ -52,7 +53,8 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module of ours that a file names in an import, wherever: at the top, in functions, under TYPE_CHECKING."""
+    """Every module of ours that a file names in an import, wherever: at the top, in functions, under TYPE_CHECKING, or as the
+    text that ``import_module`` is given."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
@@ -62,6 +64,8 @@ def imported(path: Path) -> Iterator[str]:
             yield from (name for name in whole if name in MODULES)
             if node.module in MODULES:
                 yield node.module
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            yield from (word.value for word in node.args if isinstance(word, ast.Constant) and word.value in MODULES)
 
 
 def room(module: str) -> str:

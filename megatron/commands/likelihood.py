@@ -185,13 +185,9 @@ def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> 
         )
     for model in models.values():
         rows = (model.config.model.padded_vocab_size or 0) - len(model.unused_ids)
-        masks = (model.mask_id,) if model.is_masked else ()
-        with_mask, maker = (tokenizer_fingerprint(model.tokenizer, without=ids) if model.tokenizer else None
-                            for ids in ((), masks))  # fmt: skip
-        try:  # the data may know the mask token, and an export adds it
-            check_vocabulary(paths, vocab_size=rows, fingerprint=maker)
-        except UserError:
-            check_vocabulary(paths, vocab_size=rows, fingerprint=with_mask)
+        masks = (model.mask_id,) if model.is_masked else ()  # an export adds that token, which the data need not know
+        makers = [tokenizer_fingerprint(model.tokenizer, without=ids) for ids in ((), masks) if model.tokenizer]
+        check_vocabulary(paths, vocab_size=rows, fingerprints=makers)
     dataset = build_dataset(
         paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name="valid",
         cache_path=options.data_cache_path,

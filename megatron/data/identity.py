@@ -131,7 +131,7 @@ def _share_documents(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return are_of_one and max(begin, other_begin) < min(end, other_end)
 
 
-def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str | None = None) -> None:
+def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprints: Sequence[str] = ()) -> None:
     """Refuse data of different tokenizers, and ids outside the vocabulary.
 
     The largest id is read from PREFIX.meta.json. Where that does not record it, PREFIX.bin is read, spread evenly over at
@@ -140,15 +140,19 @@ def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprint: str |
     Args:
         blends: data paths of training, validation, …; an empty one counts for nothing.
         vocab_size: every id must be below it.
-        fingerprint: of the tokenizer of the run (``tokenizer_fingerprint``); None, or one of a NullTokenizer, where the run
-            has only ids: then all data must have been made with one tokenizer, whichever.
+        fingerprints: of the tokenizer of the run (``tokenizer_fingerprint``), with and without tokens that stand for no text;
+            none, or those of a NullTokenizer, where the run has only ids: then all data must have been made with one
+            tokenizer, whichever.
 
     Raises:
         UserError: which data set was made with another tokenizer than which, or holds which id.
     """
     prefixes = _prefixes(blends)
     makers = [maker for maker in (_maker(prefix) for prefix in prefixes) if maker is not None]
-    if fingerprint is not None and not fingerprint.startswith("ids:"):
+    own = [fingerprint for fingerprint in fingerprints if not fingerprint.startswith("ids:")]
+    if own:
+        known = {maker.fingerprint for maker in makers}
+        fingerprint = next((each for each in own if each in known), own[0])
         makers.insert(0, _Maker("the tokenizer of this run", fingerprint, vocab_size, None))
     for maker in makers[1:]:
         if not maker.agrees(makers[0]):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.evaluation.estimators import Draws, Estimator, for_length
 from megatron.inference.logits import LogitsFn
 
@@ -148,14 +148,6 @@ class MaskedScorer:
 
     def tally(self, request: Request, estimator: Estimator, *, num_draws: int) -> Tally:
         """An empty tally of the request, cut to ``max_length``; short targets enumerate all masks (see for_length)."""
-        if not request.target:
-            raise UserError("a request has no target tokens", "a likelihood needs at least one", "drop the request")
-        if len(request.target) > self.max_length:
-            raise UserError(
-                f"a target has {len(request.target)} tokens",
-                f"one pass holds {self.max_length}",
-                "score it in windows (windows() in megatron/evaluation/requests.py does)",
-            )
         cut = cut_context(request, self.max_length)
         return Tally(cut, self.estimator_for(cut, estimator, num_draws=num_draws))
 
@@ -387,7 +379,13 @@ def _token_values(tally: Tally, draws: Draws) -> np.ndarray:
 
 
 def cut_context(request: Request, max_length: int) -> Request:
-    """The request with what fits of its context, the right end."""
+    """The request with what fits of its context, the right end; a target that is empty, or does not fit itself, is refused."""
+    require(
+        0 < len(request.target) <= max_length,
+        f"a target of {len(request.target)} tokens",
+        f"it has 1 to {max_length}",
+        "score it in windows (windows() in megatron/evaluation/requests.py does)",
+    )
     return replace(request, context=request.context[max(len(request.context) + len(request.target) - max_length, 0) :])
 
 

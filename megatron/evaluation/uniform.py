@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from megatron.errors import require
 from megatron.evaluation.estimators import noise, stratified_standard_error
 from megatron.evaluation.exact import TokenScores
 from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
@@ -94,13 +93,6 @@ class UniformScorer:
     def token_values(self, requests: Sequence[Request], *, num_draws: int) -> list[np.ndarray]:
         """What each target token adds to the bound on the log-likelihood in each draw: float64 [draws, target] a request."""
         cut = [cut_context(request, self.max_length) for request in requests]
-        for request in cut:
-            require(
-                0 < len(request.target) <= self.max_length,
-                f"a target of {len(request.target)} tokens",
-                f"it has 1 to {self.max_length}",
-                "score it in windows (windows() in megatron/evaluation/requests.py does)",
-            )
         order = sorted(range(len(cut)), key=lambda index: _size(cut[index]), reverse=True)
         passes = [(index, number) for index in order for number in range(2 * num_draws)]
         found = [np.zeros((2 * num_draws, len(request.target))) for request in cut]

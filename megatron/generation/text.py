@@ -21,6 +21,10 @@ class Sampler(Protocol):
 
     mask_id: int
 
+    def check(self, settings: DiffusionSettings, *, num_masked: int) -> None:
+        """Refuse settings by which it cannot fill so many tokens."""
+        ...
+
     def fill(
         self,
         rows: Sequence[Sequence[int]],

@@ -44,6 +44,10 @@ class UniformSampler:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
 
+    def check(self, settings: DiffusionSettings, *, num_masked: int) -> None:
+        """See :func:`check_settings`."""
+        check_settings(settings)
+
     @torch.inference_mode()
     def fill(
         self,

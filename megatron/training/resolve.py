@@ -165,7 +165,7 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
             "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
         )
         size = sizes.pop()
-    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprint=fingerprint)
+    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprints=[fingerprint] if fingerprint else [])
     if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
         verify_data(sources.train, sources.valid, say=say)
     return Vocabulary(size, {"vocab_size": size, "fingerprint": fingerprint})

@@ -45,7 +45,7 @@ class Victim:
 
 def start(prefix: str, cache: Path, *, verify: bool) -> tuple[Any, ...]:
     """Everything that a training run takes from a data set."""
-    check_vocabulary([prefix], vocab_size=257, fingerprint=tokenizer_fingerprint(ByteTokenizer()))
+    check_vocabulary([prefix], vocab_size=257, fingerprints=[tokenizer_fingerprint(ByteTokenizer())])
     if verify:
         verify_data([prefix])
     data = GPTDataset(prefix, 300, 16, 7, cache_path=str(cache))

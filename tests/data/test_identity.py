@@ -92,8 +92,8 @@ def test_validation_data_of_another_tokenizer_are_refused(tmp_path: Path, bpe: T
     ):
         check_vocabulary([train], [valid], vocab_size=270)
     with pytest.raises(UserError, match=r"valid_text_document was made with .*the tokenizer of this run has"):
-        check_vocabulary([train], [valid], vocab_size=270, fingerprint=tokenizer_fingerprint(bpe))
-    check_vocabulary([train], [train], vocab_size=270, fingerprint=tokenizer_fingerprint(bpe))
+        check_vocabulary([train], [valid], vocab_size=270, fingerprints=[tokenizer_fingerprint(bpe)])
+    check_vocabulary([train], [train], vocab_size=270, fingerprints=[tokenizer_fingerprint(bpe)])
     check_vocabulary(["0.5", train, "0.5", train], [], vocab_size=270)
 
 
@@ -110,7 +110,7 @@ def test_older_metadata_without_a_fingerprint_are_accepted(tmp_path: Path, bpe: 
     fingerprint = tokenizer_fingerprint(bpe)
     for prefix in (train, valid):
         without(prefix, "tokenizer_fingerprint", "digests", "largest_id")
-        check_vocabulary([train], [valid], vocab_size=270, fingerprint=fingerprint)
+        check_vocabulary([train], [valid], vocab_size=270, fingerprints=[fingerprint])
         check_vocabulary([train], [valid], vocab_size=270)
     byte = without(encode(tmp_path, "byte", ByteTokenizer()), "tokenizer_fingerprint")
     with pytest.raises(UserError, match="byte_text_document was made with a vocabulary of 257 ids"):
@@ -123,8 +123,8 @@ def test_ids_outside_the_vocabulary_name_the_file(tmp_path: Path, recorded: bool
     if not recorded:
         without(prefix, "largest_id")
     with pytest.raises(UserError, match=r"x_text_document\.bin holds the id 3990; .*vocabulary, 3990;"):
-        check_vocabulary([prefix], vocab_size=3990, fingerprint="ids:3990")
-    check_vocabulary([prefix], vocab_size=3991, fingerprint="ids:3991")
+        check_vocabulary([prefix], vocab_size=3990, fingerprints=["ids:3990"])
+    check_vocabulary([prefix], vocab_size=3991, fingerprints=["ids:3991"])
     check_vocabulary([prefix], vocab_size=3991)
     os.unlink(prefix + ".meta.json")  # published data have none
     with pytest.raises(UserError, match="holds the id 3990"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,13 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from megatron.errors import UserError, require
 from megatron.evaluation.lm_eval.groups import Refusals, stream_names, stream_number
 from megatron.evaluation.requests import ResultCache, whole_number
+from megatron.generation.diffusion import DiffusionSettings
+from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion
 from megatron.parallel.context import ParallelContext
 from megatron.screen import Progress
+
+GENERATION = ("order", "steps", "block_length", "guidance")
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,43 @@ class GeneratingLM(TemplateLM):
             if not hasattr(instance, "refused"):
                 self.cache_hook.add_partial(kind, instance.args, results[index])
         return [results[index] for index in range(len(requests))]
+
+
+def generation_settings(options: dict[str, Any], defaults: Mapping[str, Any]) -> DiffusionSettings:
+    """lm-eval's generation arguments as settings of a diffusion sampler.
+
+    Args:
+        options: the arguments.
+        defaults: order, steps, block_length and guidance where they are silent.
+
+    Raises:
+        UserError: an argument that is no number or out of range.
+    """
+    own = {**defaults, **{name: value for name, value in options.items() if name in GENERATION}}
+    return DiffusionSettings(
+        order=str(own["order"]), steps=_number(own, "steps", int, None),
+        block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
+        sampling=token_sampling(options),
+    )  # fmt: skip
+
+
+def token_sampling(options: dict[str, Any]) -> TokenSampling:
+    """lm-eval's generation arguments as settings.
+
+    Raises:
+        UserError: an argument that is no number or out of range.
+    """
+    return TokenSampling(
+        temperature=_number(options, "temperature", float, 0.0) if options.get("do_sample", True) else 0.0,
+        top_k=_number(options, "top_k", int, 0),
+        top_p=_number(options, "top_p", float, 1.0),
+        seed=_number(options, "seed", int, 1234),
+    )
+
+
+def _number(options: dict[str, Any], name: str, kind: Callable[[Any], Any], default: Any) -> Any:
+    value = options.get(name)
+    try:
+        return default if value is None else kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{name} {value!r}", "it is a number", "correct --gen_kwargs") from None

@@ -6,8 +6,7 @@ these two registered.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -19,15 +18,15 @@ from megatron.evaluation.estimators import LeftToRight, make_estimator
 from megatron.evaluation.exact import PolicyScorer
 from megatron.evaluation.likelihood import MAX_DRAWS, add_up
 from megatron.evaluation.lm_eval.base import MegatronLM
+from megatron.evaluation.lm_eval.diffusion import DiffusionLM
+from megatron.evaluation.lm_eval.generation import token_sampling
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number, windows
 from megatron.evaluation.scorer import CausalScorer, Estimate, Request
 from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import Completion, continue_causal, continue_masked
-
-GENERATION = ("order", "steps", "block_length", "guidance")
+from megatron.generation.text import Completion, continue_causal
 
 
 @register_model("megatron_ar")
@@ -82,7 +81,7 @@ class MegatronAR(MegatronLM):
 
 
 @register_model("megatron_mdm")
-class MegatronMDM(MegatronLM):
+class MegatronMDM(DiffusionLM):
     """A masked diffusion model: bounds with their errors, or the left-to-right chain rule.
 
     Args:
@@ -138,11 +137,6 @@ class MegatronMDM(MegatronLM):
             )
             self.exact = PolicyScorer(self.sampler, settings, max_length=self.max_length, batch_size=self.batch_size)
 
-    @property
-    def row_length(self) -> int:
-        """Every token is an input."""
-        return self.max_length
-
     def fingerprint(self) -> str:
         """See :class:`MegatronLM`."""
         how = f"draws={self.num_mc} adaptive={self.adaptive} greedy={self.greedy} only_greedy={self.only_greedy}"
@@ -169,7 +163,7 @@ class MegatronMDM(MegatronLM):
             tallies = race(self.scorer, questions, self.estimator, settings=settings)
             contenders = [group for group, _ in racing]
             estimates = [[raced(tally) for tally in own] for own in tallies]
-            results = {id(g): own for g, own in zip(contenders, self._with_greedy_flags(contenders, estimates))}
+            results = {id(g): own for g, own in zip(contenders, self.with_greedy_flags(contenders, estimates))}
         rest = [group for group in groups if id(group) not in results]
         results.update(zip(map(id, rest), self._score_plain(rest)))
         return [results[id(group)] for group in groups]
@@ -180,16 +174,12 @@ class MegatronMDM(MegatronLM):
         sampled = self.estimator.max_draws(2) is None and not self.only_greedy and self.exact is None
         return self.adaptive and self.num_mc >= 8 and len(group.indices) > 1 and fits and sampled
 
-    def _requests(self, group: Group) -> list[list[Request]]:
-        """The rows that score each answer of a group: one, or several windows."""
-        return [windows(*pair, row_length=self.row_length, key=group.key) for pair in group.tokens]
-
     def _question(self, group: Group, ranking: Ranking) -> Question:
-        choices = tuple(own[0] for own in self._requests(group))
+        choices = tuple(own[0] for own in self.requests(group))
         return Question(choices, ranking.lengths([strings[-1] for strings in group.strings]))
 
     def _score_plain(self, groups: Sequence[Group]) -> list[list[Estimate]]:
-        pieces = [own for group in groups for own in self._requests(group)]
+        pieces = [own for group in groups for own in self.requests(group)]
         if self.only_greedy:
             totals = iter([not_computed() for _ in pieces])
         else:
@@ -201,76 +191,16 @@ class MegatronMDM(MegatronLM):
             )
             scores = iter(found)
             totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
-        return self._with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
+        return self.with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
 
-    def _with_greedy_flags(self, groups: Sequence[Group], estimates: list[list[Estimate]]) -> list[list[Estimate]]:
-        """The estimates with ``is_greedy``: every window of the answer is what greedy decoding gives, where that is asked."""
-        if self.greedy != "auto" and not self.only_greedy:
-            return estimates
-        pieces = [self._requests(group) if group.needs_greedy else [] for group in groups]
-        requests = [request for group in pieces for own in group for request in own]
-        in_order = isinstance(self.estimator, LeftToRight)
-        flags = iter(self.scorer.is_greedy(requests, left_to_right=in_order))
-        verdicts = [[False not in [next(flags) for _ in own] for own in group] for group in pieces]
-        return [
-            [dataclasses.replace(e, is_greedy=flag) for e, flag in zip(own, given)] if given else own
-            for own, given in zip(estimates, verdicts)
-        ]
+    @property
+    def has_greedy_flags(self) -> bool:
+        """See :class:`DiffusionLM`."""
+        return self.greedy == "auto" or self.only_greedy
 
-    def generation_settings(self, options: dict[str, Any], *, new: int) -> DiffusionSettings:
-        """See :class:`MegatronLM`; ``--gen_kwargs`` order, steps, block_length and guidance replace the defaults."""
-        settings = generation_settings(options, self.generation)
-        self.sampler.check(settings, num_masked=new)
-        return settings
-
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
-        """See :class:`MegatronLM`."""
-        return continue_masked(
-            self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
-            batch_size=self.batch_size, streams=streams,
-        )  # fmt: skip
-
-
-def generation_settings(options: dict[str, Any], defaults: Mapping[str, Any]) -> DiffusionSettings:
-    """lm-eval's generation arguments as settings of a diffusion sampler.
-
-    Args:
-        options: the arguments.
-        defaults: order, steps, block_length and guidance where they are silent.
-
-    Raises:
-        UserError: an argument that is no number or out of range.
-    """
-    own = {**defaults, **{name: value for name, value in options.items() if name in GENERATION}}
-    return DiffusionSettings(
-        order=str(own["order"]), steps=_number(own, "steps", int, None),
-        block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
-        sampling=token_sampling(options),
-    )  # fmt: skip
-
-
-def token_sampling(options: dict[str, Any]) -> TokenSampling:
-    """lm-eval's generation arguments as settings.
-
-    Raises:
-        UserError: an argument that is no number or out of range.
-    """
-    return TokenSampling(
-        temperature=_number(options, "temperature", float, 0.0) if options.get("do_sample", True) else 0.0,
-        top_k=_number(options, "top_k", int, 0),
-        top_p=_number(options, "top_p", float, 1.0),
-        seed=_number(options, "seed", int, 1234),
-    )
-
-
-def _number(options: dict[str, Any], name: str, kind: Callable[[Any], Any], default: Any) -> Any:
-    value = options.get(name)
-    try:
-        return default if value is None else kind(value)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{name} {value!r}", "it is a number", "correct --gen_kwargs") from None
+    def are_greedy(self, requests: Sequence[Request]) -> list[bool]:
+        """See :class:`DiffusionLM`."""
+        return self.scorer.is_greedy(requests, left_to_right=isinstance(self.estimator, LeftToRight))
 
 
 def not_computed() -> Estimate:

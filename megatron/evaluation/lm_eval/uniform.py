@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,22 +9,19 @@ from lm_eval.api.registry import register_model
 
 from megatron.errors import UserError, require
 from megatron.evaluation.likelihood import MAX_DRAWS, add_up
-from megatron.evaluation.lm_eval.base import MegatronLM
+from megatron.evaluation.lm_eval.diffusion import DiffusionLM
 from megatron.evaluation.lm_eval.groups import Group
-from megatron.evaluation.lm_eval.models import generation_settings
-from megatron.evaluation.requests import whole_number, windows
+from megatron.evaluation.requests import whole_number
 from megatron.evaluation.scorer import Estimate, Request, cut_context, equal_runs
 from megatron.evaluation.uniform import UniformScorer
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.samplers import sampler_of
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import Completion, continue_masked
-from megatron.generation.uniform import check_settings
 from megatron.objectives.base import UniformDecoding
 
 
 @register_model("megatron_uniform")
-class MegatronUniform(MegatronLM):
+class MegatronUniform(DiffusionLM):
     """A uniform-state diffusion model: bounds with their errors, ancestral and greedy generation.
 
     Args:
@@ -69,11 +65,6 @@ class MegatronUniform(MegatronLM):
         )
         self.sampler = sampler_of(self.loaded)
 
-    @property
-    def row_length(self) -> int:
-        """Every token is an input."""
-        return self.max_length
-
     def fingerprint(self) -> str:
         """See :class:`MegatronLM`."""
         how = f"draws={self.num_mc} greedy={self.greedy} generation={self.generation}"
@@ -85,28 +76,18 @@ class MegatronUniform(MegatronLM):
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
         """See :class:`MegatronLM`."""
-        pieces = [own for group in groups for own in self._requests(group)]
+        pieces = [own for group in groups for own in self.requests(group)]
         scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=-(-self.num_mc // 2)))
         totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
-        return self._with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
+        return self.with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
 
-    def _requests(self, group: Group) -> list[list[Request]]:
-        """The rows that score each answer of a group: one, or several windows."""
-        return [windows(*pair, row_length=self.row_length, key=group.key) for pair in group.tokens]
+    @property
+    def has_greedy_flags(self) -> bool:
+        """See :class:`DiffusionLM`."""
+        return self.greedy == "auto"
 
-    def _with_greedy_flags(self, groups: Sequence[Group], estimates: list[list[Estimate]]) -> list[list[Estimate]]:
-        """The estimates with ``is_greedy``: every window of the answer is what the greedy sampler gives."""
-        if self.greedy != "auto":
-            return estimates
-        pieces = [self._requests(group) if group.needs_greedy else [] for group in groups]
-        flags = iter(self._are_greedy([request for group in pieces for own in group for request in own]))
-        verdicts = [[False not in [next(flags) for _ in own] for own in group] for group in pieces]
-        return [
-            [dataclasses.replace(e, is_greedy=flag) for e, flag in zip(own, given)] if given else own
-            for own, given in zip(estimates, verdicts)
-        ]
-
-    def _are_greedy(self, requests: Sequence[Request]) -> list[bool]:
+    def are_greedy(self, requests: Sequence[Request]) -> list[bool]:
+        """See :class:`DiffusionLM`."""
         cut = [cut_context(request, self.max_length) for request in requests]
         sizes = [(len(request.context), len(request.target)) for request in cut]
         order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
@@ -119,18 +100,3 @@ class MegatronUniform(MegatronLM):
             for index, tokens in zip(indices, filled):
                 found[index] = tuple(tokens[len(cut[index].context) :]) == cut[index].target
         return found
-
-    def generation_settings(self, options: dict[str, Any], *, new: int) -> DiffusionSettings:
-        """See :class:`MegatronLM`; ``--gen_kwargs`` order and steps replace the defaults."""
-        settings = generation_settings(options, self.generation)
-        check_settings(settings)
-        return settings
-
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
-        """See :class:`MegatronLM`."""
-        return continue_masked(
-            self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
-            batch_size=self.batch_size, streams=streams,
-        )  # fmt: skip
