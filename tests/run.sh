@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
-#   bash tests/run.sh                    everything (11 to 14 minutes on 2 CPU cores, and 3 to install)
+#   bash tests/run.sh                    everything (11 to 12 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
 #   bash tests/run.sh --fast             single modules only (a minute)
 #   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (hours)
@@ -33,6 +33,6 @@ echo "== mypy"; "$PYTHON" -m mypy
 if [ "${#STORMS[@]}" -gt 0 ]; then   # one at a time: kills and exits are timed
   echo "== storms"; exec "$PYTHON" -m pytest -q --timeout 7200 --durations=15 "${STORMS[@]}" "$@"
 fi
-# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Two processes:
-# one takes the tests that run on several gloo workers, the other goes through the rest file by file.
-echo "== pytest"; exec "$PYTHON" -m pytest -n 2 --dist loadgroup --durations=15 ${FAST[@]+"${FAST[@]}"} "$@"
+# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Three processes, on
+# two cores too, because many tests wait: one takes the tests that run on several gloo workers, the others the rest, file by file.
+echo "== pytest"; exec "$PYTHON" -m pytest -n 3 --dist loadgroup --durations=15 ${FAST[@]+"${FAST[@]}"} "$@"
