@@ -67,6 +67,7 @@ class Workers:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         # A batch that cannot be handed over would be dropped by the queue, and the trainer would wait for it.
         Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
+        sys.excepthook = _broken_off
         self._begun[worker] = 1
 
     def _on_terminate(self, _number: int, _frame: FrameType | None) -> None:
@@ -77,6 +78,12 @@ class Workers:
 def _cannot_hand_over(error: Exception, _batch: object) -> NoReturn:
     print(f"a loader process ends: {error}", file=sys.stderr, flush=True)
     os._exit(1)  # which the trainer notices at once
+
+
+def _broken_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, but for that of a trainer that was killed while it took a batch, which its own end tells."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def loss_of(error: BaseException) -> Failure | None:

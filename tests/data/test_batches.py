@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,22 @@ def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str,
             time.sleep(0.01)
         subprocess.run(["kill", f"-{name}", *pids], check=True)  # by another process than the trainer, as a launcher
         assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+
+
+def broken_off(index: int) -> torch.Tensor:
+    """A sample of a process whose trainer dies while it takes a batch."""
+    (address, _key) = resource_sharer.DupFd(0)._id  # type: ignore[attr-defined]
+    with socket.socket(socket.AF_UNIX) as trainer:
+        trainer.connect(address)
+    time.sleep(0.1)
+    return torch.tensor(index)
+
+
+def test_a_batch_whose_taker_dies_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
+    workers = Workers()
+    with Batches(DataLoader(Numbers(broken_off), num_workers=1, worker_init_fn=workers), workers) as batches:
+        assert len(list(batches)) == 8
+    assert capfd.readouterr().err == ""
 
 
 class Stuck(Workers):

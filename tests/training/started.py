@@ -123,9 +123,10 @@ class Job:
 
     def wait_until(self, condition: Callable[[], Any], *, seconds: float = 120) -> None:
         """Return when the condition holds; fail when the job ends before."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.output[-4000:]
+        deadline, has_ended = time.monotonic() + seconds, False
+        while not condition():  # once more after the end, which may have brought it about
+            assert not has_ended and time.monotonic() < deadline, self.output[-4000:]
+            has_ended = self.process.poll() is not None
             time.sleep(0.005)
 
     def wait_for_step(self, step: int) -> None:

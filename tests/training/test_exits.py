@@ -149,7 +149,11 @@ ROWS = {
     ),
     "SIGUSR1 to the launcher": Row(
         -signal.SIGUSR1, "all", "stopped by the end of its launcher", signalled(None, signal.SIGUSR1), whose="launcher",
-        places=SHARED, fast=(("plain torchrun", "tp2"),),
+        places=tuple(place for place in SHARED if place[0] != "torchrun"), fast=(("plain torchrun", "tp2"),),
+    ),
+    "SIGUSR1 to our launcher": Row(  # which passes it on
+        STOPPED, "all", "stopped by SIGUSR1", signalled(None, signal.SIGUSR1),
+        places=tuple(place for place in SHARED if place[0] == "torchrun"), fast=(("torchrun", "zero3"),),
     ),
     "launcher killed": Row(
         -signal.SIGKILL, "all", "stopped by the end of its launcher", signalled(None, signal.SIGKILL), whose="launcher",
