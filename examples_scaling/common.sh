@@ -36,6 +36,8 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 : "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
 # Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
 # without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
+# Memory in pieces that grow: sequences of varying shapes (validation, samples) do not split it up. Both names are torch's.
+[ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
 [ "$GPUS" = 0 ] || HAS_GPUS=1
 [ "$DRY_RUN" = 0 ] || HAS_GPUS="$HAS_GPUS${GPUS_PER_NODE:-}${NNODES:-}"

@@ -183,7 +183,7 @@ class ParallelConfig:
         flags=("--deepspeed_config", "--deepspeed-config"))
     recompute_activations: bool = option(False, "activation checkpointing: recompute each block in the backward pass",
         flags=("--recompute-activations", "--checkpoint-activations"))
-    compile: bool | None = option(None, "torch.compile each block; default: on with CUDA, off on CPU")
+    compile: bool | None = option(None, "torch.compile each block; default: on with CUDA below ZeRO 3 (its hooks break graphs)")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
         range=Range(at_least=0.1, at_most=MINUTES.at_most))
     # fmt: on

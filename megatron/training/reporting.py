@@ -219,6 +219,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"…{text[-39:]}"
 
 
+def precision_warning(device: str, *, bf16: bool) -> str | None:
+    """What fp32 means on a GPU. TF32, with 10 bits of mantissa, would not leave layouts equal to 1e-5, so it stays off."""
+    if bf16 or device != "cuda":
+        return None
+    return "warning: fp32 on a GPU does not use its matrix units (TF32 is off); --bf16 does"
+
+
 def say(text: str, write: Callable[[str], object] = print) -> bool:
     """Print a line for a person; a closed or full standard output is not worth a run. Returns whether it took the line."""
     try:

@@ -19,7 +19,7 @@ from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
 from megatron.training.progress import Interval, Progress, Throughput
-from megatron.training.reporting import Screen, given_settings, say
+from megatron.training.reporting import Screen, given_settings, precision_warning, say
 from megatron.training.step import Observer
 from megatron.training.stop import StopRequest
 from megatron.training.validation import Probe, Validator
@@ -177,6 +177,8 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
         device=local_device(connection.launch),
         timeout_minutes=plan.settings.parallel.distributed_timeout_minutes,
     )
+    if context.is_first_rank and (warning := precision_warning(context.device.type, bf16=plan.settings.run.bf16)):
+        say(warning)
     start = _verified(plan, context)
     settings = replace(plan.settings, run=replace(plan.settings.run, seed=plan.seeds.noise))  # of dropout
     engine = Engine(settings, plan.objective, context, observer=observer)

@@ -160,6 +160,19 @@ def test_zero3_with_every_tensor_partitioned(compare: Callable, tmp_path: Path) 
     compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=str(settings))
 
 
+@pytest.mark.parametrize("layout", [None, "tp2", "pp2"])
+def test_bf16_gradients_added_at_once_are_those_added_after_the_pass(
+    runs: Callable[..., Run], layout: str | None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    size, changes = LAYOUTS[layout] if layout else (1, {})
+    settings = tmp_path_factory.mktemp("settings") / "deferred.json"
+    settings.write_text(json.dumps({"bf16": {"immediate_grad_update": False}}))
+    at_once = runs("mdm", size, bf16=True, train_iters=5, **changes)
+    deferred = runs("mdm", size, bf16=True, train_iters=5, deepspeed_config=str(settings), **changes)
+    for one, other in zip(at_once.traces, deferred.traces):
+        assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)
+
+
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [

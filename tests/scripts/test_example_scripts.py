@@ -233,6 +233,23 @@ def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("environment", "seen"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ""),
+    ],
+)
+def test_memory_of_a_gpu_grows_in_pieces_unless_the_user_says_otherwise(environment: dict[str, str], seen: str) -> None:
+    line = f'source {EXAMPLES}/common.sh; bash -c "echo \\${{PYTORCH_ALLOC_CONF:-}}"'
+    clean = {"PATH": os.environ["PATH"], "RUN_NAME": "name"}
+    result = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env={**clean, **environment}, check=True
+    )
+    assert result.stdout.strip() == seen
+
+
 def test_laptop_takes_one_gpu_of_many(tmp_path: Path) -> None:
     """Its batch is for one process; eight would each want a part of it."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo GPU $n; done\n")

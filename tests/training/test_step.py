@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from megatron.training.reporting import precision_warning
 from megatron.training.step import StepNumbers, StepResult
 
 
@@ -15,6 +16,11 @@ def test_numbers_are_those_of_the_step_also_when_it_has_gone_on() -> None:
     pending = StepResult(loss, torch.tensor(0.5), torch.tensor(False), 1e-3).to_host()
     loss.fill_(9.0)  # the next step reuses the buffer
     assert pending.is_here and pending.read() == StepNumbers(2.5, 0.5, False, 1e-3)
+
+
+def test_fp32_on_a_gpu_is_named() -> None:
+    assert "--bf16" in (precision_warning("cuda", bf16=False) or "")
+    assert precision_warning("cuda", bf16=True) is precision_warning("cpu", bf16=False) is None
 
 
 def test_a_skipped_step_keeps_its_nan_and_its_infinite_norm() -> None:

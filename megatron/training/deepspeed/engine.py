@@ -22,7 +22,12 @@ from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
-from megatron.training.deepspeed.settings import TensorParallelGroups, adopt_process_groups, deepspeed_settings
+from megatron.training.deepspeed.settings import (
+    TensorParallelGroups,
+    adopt_process_groups,
+    compiles_blocks,
+    deepspeed_settings,
+)
 from megatron.training.deepspeed.shards import Shards
 from megatron.training.optimizer import build_optimizer, learning_rate
 from megatron.training.step import Observer, StepResult
@@ -206,8 +211,7 @@ class Engine:
         torch.manual_seed(named_seed(self.config.run.seed, name))
 
     def _compile_blocks(self) -> None:
-        wanted = self.config.parallel.compile
-        if wanted or (wanted is None and self.context.device.type == "cuda"):
+        if compiles_blocks(self.config.parallel, device=self.context.device.type):
             for layer in self.module.modules():
                 if isinstance(layer, TransformerBlock):
                     layer.transform = torch.compile(layer.transform, dynamic=False)  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.config.schema import Config
+from megatron.config.schema import Config, ParallelConfig
 from megatron.errors import require
 from megatron.files import read_object
 from megatron.parallel.context import ParallelContext
@@ -61,9 +61,16 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
         "timers": {"throughput": {"enabled": False}},
     }
     if run.bf16:
-        settings["bf16"] = {"enabled": True}
+        # Each gradient goes into the fp32 sum as soon as it is made, so no bf16 copy of all of them lives until the step.
+        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings if config.parallel.deepspeed_config is None else _merge_file(settings, config)
+
+
+def compiles_blocks(parallel: ParallelConfig, *, device: str) -> bool:
+    """Whether blocks are compiled: as the flag says, else on CUDA where no hooks of ZeRO 3, which gather parameters, break
+    their graphs."""
+    return device == "cuda" and parallel.zero_stage < 3 if parallel.compile is None else parallel.compile
 
 
 # What a file may set besides: how a run communicates, reports and uses memory, not what it trains.
