@@ -85,10 +85,11 @@ def option(
         choices: allowed values (compared without case).
         unit: what the number counts, shown as the metavar.
         range: numbers that are allowed; every number has one.
-        needs: the flag has an effect only with one of these fields: ``name`` (set), or ``name=value``.
+        needs: the flag has an effect only with one of these fields: ``name`` (set), ``name=value`` or ``name!=value``.
         published: launch scripts pass the flag where it has no effect, so it is then named at start instead of refused.
         affects: what a change of the setting between two starts of a run means; default: ``AFFECTS`` of its section.
-            "results": other numbers, so it is refused unless asked for. "length" and "validation": other numbers that
+            "results": other numbers, so it is refused unless asked for. "schedule": the same, but a branch may change it,
+            because it only shapes the rate. "length" and "validation": other numbers that
             people change on purpose (a longer run, another estimator), so they are recorded. "layout", "output": the
             same numbers, elsewhere or faster. "identity": names of things that are compared by their content instead.
         chooses: the flag alone asks for its objective, as the launch scripts of arXiv 2507.15857 do.
@@ -152,13 +153,15 @@ def idle_options(flags: Sequence[tuple[Field, Any]]) -> Iterator[tuple[Field, st
 
 def _is_met(need: str, values: dict[str, Any]) -> bool:
     name, _, value = need.partition("=")
-    found = values.get(name)
-    return str(found).lower() == value if value else bool(found)
+    found = values.get(name.removesuffix("!"))
+    return (str(found).lower() == value.lower()) != name.endswith("!") if value else bool(found)
 
 
 def _as_flag(need: str) -> str:
     name, _, value = need.partition("=")
-    flag = "--" + name.replace("_", "-")
+    flag = "--" + name.removesuffix("!").replace("_", "-")
+    if name.endswith("!"):
+        return f"another {flag} than {value}"
     if value in ("false", "none"):
         return ("--no-" if value == "false" else "no --") + name.replace("_", "-")
     return f"{flag} {value}" if value and value != "true" else flag

@@ -87,7 +87,7 @@ def flags_of(record: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     """
     config = config_from_dict(dict(record["config"]))
     size = (record.get("tokenizer") or {}).get("vocab_size") or config.data.vocab_size
-    is_fresh = config.run.load is None  # else a checkpoint has a say
+    is_fresh = config.run.load is None and config.run.branch_from is None  # else a checkpoint has a say
     objective = config.objective
     if is_fresh and objective.mask_token_id == size:
         objective = replace(objective, mask_token_id=None)
@@ -102,7 +102,7 @@ def flags_of(record: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
     follows = {item for item, value in given.items() if is_fresh and item.metadata["follows"] and value == size}
     options = cls(**{item.name: value for item, value in given.items() if item not in follows})
     rows = padded_size(size, multiple=config.model.make_vocab_size_divisible_by, tp_size=_tp(config)) if size else None
-    config = _with_open_run(replace(config, objective=objective), unique_tokens=record.get("unique_tokens") or 0)
+    config = _with_open_run(replace(config, objective=objective), record)
     model = _with_open_sizes(config.model)
     if is_fresh and model.padded_vocab_size == rows:
         model = replace(model, padded_vocab_size=None)
@@ -133,11 +133,14 @@ def _with_open_sizes(model: ModelConfig) -> ModelConfig:
     return model
 
 
-def _with_open_run(config: Config, *, unique_tokens: int) -> Config:
-    run, optimizer = config.run, config.optimizer
+def _with_open_run(config: Config, record: Mapping[str, Any]) -> Config:
+    run, optimizer, unique_tokens = config.run, config.optimizer, record.get("unique_tokens") or 0
     follows = {(run.train_iters or 0) * (run.global_batch_size or 0)}
     if run.train_epochs is not None:
         follows = {round(run.train_epochs * unique_tokens / config.model.seq_length)}
+    left_at = (record.get("branch") or {}).get("samples")
+    if left_at is not None and optimizer.lr_wsd_decay_samples == (optimizer.lr_decay_samples or 0) - left_at:
+        optimizer = replace(optimizer, lr_wsd_decay_samples=None)  # all that the branch trains
     if optimizer.lr_decay_samples == run.train_samples:
         optimizer = replace(optimizer, lr_decay_samples=None)
     if optimizer.lr_warmup_fraction is not None:

@@ -23,7 +23,8 @@ NOISE_SCHEME = 2
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
-DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
+RATES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")  # as Megatron spells them
+DECAY, WSD = ("lr_decay_style!=constant",), ("lr_decay_style=WSD",)
 # What earlier versions had no choice of.
 UNRECORDED = {"run": {"valid_estimator": BERNOULLI}, "objective": {"loss_weighting": "elbo"}}
 
@@ -139,10 +140,17 @@ class OptimizerConfig:
     optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed",
         choices=("adam", "fusedadam"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
-    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY)
-    lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
+    min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY,
+        affects="schedule")
+    lr_decay_style: str = option("cosine", "shape of the decay; WSD: constant until the end (warm-up, stable, decay)",
+        choices=RATES, affects="schedule")
     lr_decay_samples: int | None = option(None, "samples over which the rate decays; default: all training samples",
         unit="SAMPLES", range=POSITIVE, needs=(*DECAY, "lr_warmup_fraction"), affects="length")
+    lr_wsd_decay_samples: int | None = option(None,
+        "samples over which WSD decays, up to those of --lr-decay-samples; default, of a branch alone: all that it trains",
+        unit="SAMPLES", range=NOT_NEGATIVE, needs=WSD, affects="length")
+    lr_wsd_decay_style: str = option("exponential", "shape of the decay of WSD",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"), needs=WSD, affects="schedule")
     lr_warmup_samples: float = option(0, "samples of linear warm-up", unit="SAMPLES", range=NOT_NEGATIVE,
         affects="length")
     lr_warmup_fraction: float | None = option(None, "warm-up as a fraction of the decay samples", unit="FRACTION",
@@ -217,6 +225,9 @@ class RunConfig:
         unit="DIR")
     load_tag: str | None = option(None,
         "checkpoint to load, such as global_step100, latest or best; default: newest valid one", unit="TAG", needs=LOAD)
+    branch_from: str | None = option(None,
+        "leave another run at one of its checkpoints and go on here, its data order kept: to decay the rate of a stable run; "
+        "the same command continues the branch", unit="RUN:TAG", needs=SAVE)
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
@@ -226,7 +237,7 @@ class RunConfig:
     overwrite: bool = option(False,
         "replace the run that is in the folder of --save; without it such a folder is refused", needs=SAVE)
     change_settings: bool = option(False, "continue although settings that change results differ from the run's own; "
-        "run.json records the step from which they hold", needs=LOAD)
+        "run.json records the step from which they hold", needs=("load", "branch_from"))
     finetune: bool = option(False, "load weights only: start at step 0 with a fresh optimizer", needs=LOAD)
     no_load_optim: bool = option(False, "do not load optimizer state", needs=LOAD, published=True)
     no_load_rng: bool = option(False,

@@ -17,7 +17,7 @@ from megatron.config.shape import Shape
 from megatron.errors import UserError, require
 
 # Units of options that name a place, and the longest ending that is put after it.
-PATHS = {"FILE": "", "DIR": "/manifest.json", "PATH": ".meta.json"}
+PATHS = {"FILE": "", "DIR": "/manifest.json", "PATH": ".meta.json", "RUN:TAG": "/manifest.json"}
 
 
 def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size: int) -> None:
@@ -181,6 +181,13 @@ def _validate_run(config: Config) -> None:
         "the warm-up has one length",
         "drop one",
     )
+    for other in ("skip_train", "finetune"):
+        require(
+            run.branch_from is None or not getattr(run, other),
+            f"--branch-from with --{other.replace('_', '-')}",
+            "a branch trains on from a checkpoint, with its optimizer state",
+            "drop one of them",
+        )
     require(
         run.eval_iters == "full"
         or (run.eval_iters.isdecimal() and len(run.eval_iters) < 17 and int(run.eval_iters) <= LARGEST),

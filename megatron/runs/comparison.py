@@ -89,9 +89,10 @@ def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
     draws = result.row.num_mc if result else 1
-    state = " (evaluation only)" if run.is_evaluation else "" if run.is_finished else " (unfinished)"
+    state = "evaluation only" if run.is_evaluation else "" if run.is_finished else "unfinished"
+    notes = ", ".join(note for note in (run.origin, state) if note)
     row = {
-        "Run": run.name + state,
+        "Run": run.name + f" ({notes})" * bool(notes),
         "Objective": run.objective.upper(),
         "Parameters": format_count(run.parameters) if run.parameters else "–",
         "Unique tokens": format_count(run.unique_tokens) if run.unique_tokens else "–",

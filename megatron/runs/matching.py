@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from megatron.config.schema import OptimizerConfig, RunConfig
 from megatron.runs.run import Run
 
 Weight = Literal["result", "unknown", "layout"]
@@ -37,10 +38,19 @@ _ELSEWHERE = frozenset(
     {
         "run.load",
         "run.load_tag",
+        "run.branch_from",
         *(f"data.{part}_data_path{suffix}" for part in ("train", "valid") for suffix in ("", "_file")),
     }
 )
 """Compared by what they mean (:func:`_start`, :func:`_data_differences`)."""
+
+_OF_A_BRANCH = frozenset(
+    f"{section}.{item.name}"
+    for section, cls in (("optimizer", OptimizerConfig), ("run", RunConfig))
+    for item in fields(cls)
+    if item.metadata["affects"] in ("schedule", "length") and item.name != "global_batch_size"
+)
+"""What a branch is made for: another schedule and length."""
 
 _TOKENIZER_FIELDS = frozenset(
     f"data.{name}" for name in ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
@@ -91,6 +101,7 @@ def differences(first: Run, second: Run) -> list[Difference]:
         ("tokenizer", _fingerprint(first), _fingerprint(second)),
         ("noise scheme", first.info.get("noise_scheme", 1), second.info.get("noise_scheme", 1)),
         ("settings changed on the way", _changed(first), _changed(second)),
+        ("data order", _order(first), _order(second)),
         ("tokens per epoch", first.unique_tokens, second.unique_tokens),
         ("parameters", first.parameters, second.parameters),
         ("validation estimator", _validated(first, "estimator") or None, _validated(second, "estimator") or None),
@@ -187,13 +198,22 @@ def _start(run: Run) -> str | None:
 
 
 def _changed(run: Run) -> dict[str, Any]:
-    """Settings that later attempts changed: {name: [before, now]}, without those that say nothing about numbers."""
+    """Settings that later attempts changed, or that a branch has otherwise than the run before it: {name: [before, now]},
+    without those that say nothing about numbers, and those of a branch's schedule, which are as if they had always been."""
     found: dict[str, Any] = {}
+    own = run.branch.changed if run.branch else {}
+    found.update({name: change for name, change in own.items() if not (_says_nothing(name) or name in _OF_A_BRANCH)})
     for attempt in run.info.get("attempts") or []:
         found.update(
             {name: change for name, change in (attempt.get("changed") or {}).items() if not _says_nothing(name)}
         )
     return found
+
+
+def _order(run: Run) -> str | None:
+    """The length for which the order of the samples was planned, where it is not that of the run: of a branch."""
+    planned = run.branch.order_samples if run.branch else None
+    return None if planned in (None, run.info["train_samples"]) else f"planned for {planned:,} samples"
 
 
 def _says_nothing(name: str) -> bool:

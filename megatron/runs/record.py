@@ -14,20 +14,20 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
 from megatron.config.schema import BERNOULLI
 from megatron.errors import Failure
-from megatron.files import replace_file, written_whole
+from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
+from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of_known_fields
 
 FORMAT = 1
-METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"
+METRICS, STOPPED = "metrics.jsonl", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
-Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
@@ -83,6 +83,8 @@ class RunRecord:
         data, tokenizer: fingerprints: what the data are, wherever they lie.
         attempts: every start of the program on this run.
         origins: where the settings come from that were not left at their defaults, by field.
+        branch: the run that this one left; None for all others.
+        branches: runs that left this one. Theirs to add (:func:`add_branch`): the run keeps what stands there.
     """
 
     objective: str
@@ -106,19 +108,27 @@ class RunRecord:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
+    branch: Branch | None = None
+    branches: list[Link] = field(default_factory=list)
     format: int = FORMAT
 
     def write(self, run_dir: Path) -> None:
-        """Replace ``run.json``."""
-        replace_file(run_dir / RECORD, json.dumps(asdict(self), indent=1))
+        """Replace ``run.json``; branches that were added meanwhile stay."""
+        with one_at_a_time(run_dir / RECORD_LOCK):
+            there = RunRecord.read(run_dir)
+            is_same = there is not None and there.run_id == self.run_id
+            branches = there.branches if there is not None and is_same else self.branches
+            replace_file(run_dir / RECORD, json.dumps(asdict(replace(self, branches=branches)), indent=1))
 
     @classmethod
     def read(cls, run_dir: Path) -> RunRecord | None:
         """The record of a run; None where there is none that can be read (a damaged one is no reason to lose a run)."""
         try:
             values = json.loads((run_dir / RECORD).read_bytes())
-            attempts = [_of_known_fields(Attempt, attempt) for attempt in values.get("attempts", [])]
-            return _of_known_fields(cls, {**values, "attempts": attempts})
+            attempts = [of_known_fields(Attempt, attempt) for attempt in values.get("attempts", [])]
+            branches = [of_known_fields(Link, link) for link in values.get("branches", [])]
+            found = {"attempts": attempts, "branches": branches, "branch": branch_of(values)}
+            return of_known_fields(cls, {**values, **found})
         except (OSError, ValueError, TypeError, AttributeError):  # no JSON, of another kind, or fields are missing
             return None
 
@@ -326,12 +336,7 @@ def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Pat
 def _validation(values: dict[str, Any]) -> ValidRow | None:
     """A row of a file; None where it lacks fields (damaged) or has no likelihood (not finite)."""
     try:
-        row = _of_known_fields(ValidRow, {**values, "estimator": estimator_of(values)})
+        row = of_known_fields(ValidRow, {**values, "estimator": estimator_of(values)})
     except (TypeError, KeyError):
         return None
     return row if isinstance(row.nll, float) else None
-
-
-def _of_known_fields(cls: type[Record], values: dict[str, Any]) -> Record:
-    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    return cls(**{name: value for name, value in values.items() if name in known})

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron.runs.counts import format_count
+from megatron.runs.links import Branch, branch_of
 from megatron.runs.record import OVER_DOCUMENTS, Position, kind_of
 from megatron.runs.sums import halves, load_sums
 from megatron.statistics import ValidationSums, mean_loss
@@ -132,6 +133,16 @@ class Run:
     def is_evaluation(self) -> bool:
         """Whether the folder holds evaluations of some checkpoint and no training of its own."""
         return not self.train and not self.valid and bool(self.other_valid)
+
+    @cached_property
+    def branch(self) -> Branch | None:
+        """Where this run left another one: its curve begins there; epochs, tokens and FLOPs count from that one's beginning."""
+        return branch_of(self.info)
+
+    @property
+    def origin(self) -> str:
+        """Of a branch the run that it left and the step, for people; "" of all others."""
+        return f"branch of {Path(self.branch.run).name} at step {self.branch.step:,}" if self.branch else ""
 
     @property
     def parameters(self) -> int:

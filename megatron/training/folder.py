@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from typing import Any
 from uuid import uuid4
 
@@ -24,6 +25,8 @@ from megatron.training.deepspeed.engine import Engine
 from megatron.training.plan import Plan, Sources, Start
 from megatron.training.progress import Interval, Progress
 from megatron.training.reporting import MetricsLog, Screen, measured
+
+BRANCH = "megatron.training.branch"  # imported where one begins
 
 
 class RunFolder:
@@ -61,6 +64,8 @@ class RunFolder:
                 screen.print(line)
             self._record = self._continued(start)
             self._record.write(plan.run_dir)
+            for line in import_module(BRANCH).announce(self._record, plan.run_dir) if start.is_branching else []:
+                screen.print(line)
             is_branch = bool(moved or start.changed)
             self._log = MetricsLog(plan.run_dir, plan.settings, last_step=progress.step, is_branch=is_branch)
             self._remember_best()
@@ -123,6 +128,7 @@ class RunFolder:
             "data": plan.sources.fingerprints,
             "tokenizer": plan.vocabulary.tokenizer,
             "config": plan.settings,
+            "branch": plan.start.branch and asdict(plan.start.branch),
         }
         tag = engine.save(plan.run_dir, state)
         self.screen.print(f"saved {tag} in {time.perf_counter() - started:.1f} s")
@@ -176,12 +182,13 @@ class RunFolder:
     def _continued(self, start: Start) -> RunRecord:
         """The record of this run with one more attempt, or a new one."""
         plan, schedule = self.plan, self.plan.schedule
-        before = RunRecord.read(plan.run_dir) if start.is_continued else None
+        is_same = start.is_continued and not start.is_branching
+        before = RunRecord.read(plan.run_dir) if is_same else None
         if before is None and (path := plan.run_dir / RECORD).exists():
             path.replace(path.with_suffix(".json.damaged"))
             self.screen.print(f"warning: {path} cannot be read; it is kept as {path.name}.damaged and begun anew")
         tokens, unique_tokens = schedule.train_samples * plan.shape.seq_length, plan.sources.unique_tokens
-        saved_id = start.manifest.get("run_id") if start.is_continued else None
+        saved_id = start.manifest.get("run_id") if is_same else None
         attempt = replace(
             this_attempt(layout=plan.layout.sizes(), device=self.context.device),
             from_step=self.progress.step,
@@ -217,6 +224,7 @@ class RunFolder:
             tokenizer=plan.vocabulary.tokenizer,
             attempts=[attempt],
             origins=dict(plan.origins),
+            branch=start.branch,
         )
 
 

@@ -1,8 +1,7 @@
-"""AdamW over two groups of parameters, and the learning rate as a function of samples."""
+"""AdamW over two groups of parameters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,26 +27,3 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerC
 
         return FusedAdam(groups, adam_w_mode=True, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def learning_rate(samples: int, config: OptimizerConfig) -> float:
-    """Rate after ``samples`` samples: linear warm-up, then decay to ``min_lr``.
-
-    ``s ≤ warmup: lr · s / warmup``; then ``min + (lr − min) · ½(1 + cos(π (s − w) / (n − w)))`` for cosine. Step k uses
-    ``s = (k − 1) · global_batch``, so with a warm-up the first step has rate 0, as in Megatron.
-
-    Args:
-        samples: training samples consumed before the step.
-        config: resolved: ``lr_decay_samples`` and ``lr_warmup_samples`` are set.
-    """
-    warmup, decay = config.lr_warmup_samples, config.lr_decay_samples
-    assert decay is not None
-    if warmup > 0 and samples <= warmup:
-        return config.lr * samples / warmup
-    if config.lr_decay_style == "constant":
-        return config.lr
-    if samples > decay:
-        return config.min_lr
-    progress = (samples - warmup) / (decay - warmup)
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_decay_style == "cosine" else 1 - progress
-    return config.min_lr + (config.lr - config.min_lr) * shape

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.config import values_of
-from megatron.config.schema import Config
+from megatron.config.schema import Config, OptimizerConfig
 from megatron.config.shape import Preset, Shape
 from megatron.objectives import Objective
+from megatron.runs.links import Branch
 
 WORKED_OUT = "worked out"  # origin of what data, checkpoint and other settings decide
 
@@ -53,11 +54,20 @@ class Schedule:
             does; training ends with the last whole global batch.
         warmup_samples: linear warm-up; a fraction of the decay need not be whole.
         decay_samples: samples over which the rate decays.
+        wsd_decay_samples: of them, those at their end over which WSD does; None for other styles.
+        order_samples: samples that the data order is planned for: of a branch, those of the run that it left.
     """
 
     train_samples: int
     warmup_samples: float
     decay_samples: int
+    wsd_decay_samples: int | None
+    order_samples: int
+
+    def recorded(self, optimizer: OptimizerConfig) -> OptimizerConfig:
+        """The flags of the optimizer with these lengths."""
+        lengths = {"decay": self.decay_samples, "warmup": self.warmup_samples, "wsd_decay": self.wsd_decay_samples}
+        return replace(optimizer, **{f"lr_{name}_samples": samples for name, samples in lengths.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -81,18 +91,24 @@ class Start:
 
     Attributes:
         tag: checkpoint to load, or None for a fresh start.
+        place: folder and tag among which it was chosen, and will be once its files are read; None where nothing is loaded.
         manifest: of that checkpoint, or empty.
         warning: names newer checkpoints that cannot be used, with the reason; None without any.
         is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
         with_optimizer: moments are loaded too.
+        branch: where the run left another one (``--branch-from``), now or long ago; None for all others.
+        is_branching: it does so now, so that it is continued and yet a new run.
         changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
     """
 
     tag: Path | None
+    place: tuple[Path, str | None] | None
     manifest: dict[str, Any]
     warning: str | None
     is_continued: bool
     with_optimizer: bool
+    branch: Branch | None
+    is_branching: bool
     changed: dict[str, tuple[Any, Any, str]]
 
 

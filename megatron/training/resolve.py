@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from megatron.objectives import build_objective, needs_mask_token, with_vocabula
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
+from megatron.runs.links import branch_of
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
-from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
+from megatron.training.plan import Layout, Plan, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
+from megatron.training.schedule import plan_schedule
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
 ARCHITECTURE = (
@@ -42,6 +45,7 @@ ARCHITECTURE = (
     *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
     *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
+BRANCH = "megatron.training.branch"
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
 
 
@@ -67,6 +71,9 @@ def resolve(
     """
     if (path := flags.parallel.deepspeed_config) is not None:
         read_settings_file(Path(path), bf16=flags.run.bf16)
+    given, is_branching, is_first = flags, False, launch.is_first_rank and not is_rehearsal
+    if flags.run.branch_from is not None:
+        flags, is_branching = import_module(BRANCH).placed(flags, is_first=is_first)
     sources = _sources(flags, launch)
     vocabulary = _vocabulary(flags, sources, launch)
     manifest = (selection := _selection(flags)).manifest
@@ -78,17 +85,24 @@ def resolve(
     is_continued = bool(manifest) and not flags.run.finetune
     before = manifest if is_continued else {}
     _check_apart(flags, sources, is_continued=is_continued)
-    schedule = _schedule(flags, layout, sources.unique_tokens, before)
-    run_dir = _run_dir(flags, selection, run_name, is_first=launch.is_first_rank and not is_rehearsal)
+    branch = import_module(BRANCH).begun(selection) if is_branching else branch_of(before)
+    schedule = plan_schedule(flags, layout, unique_tokens=sources.unique_tokens, before=before, branch=branch)
+    run_dir = _run_dir(flags, selection, run_name, is_first=is_first and not is_branching)
     seeds = _seeds(flags, before)
-    length, decay, warmup = schedule.train_samples, schedule.decay_samples, schedule.warmup_samples
     settings = replace(
         flags,
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(),
         objective=with_vocabulary(flags.objective, mask_id, size=vocabulary.size, padded=shape.padded_vocab_size),
-        optimizer=replace(flags.optimizer, lr_decay_samples=decay, lr_warmup_samples=warmup),
-        run=replace(_with_estimator(flags, before), global_batch_size=layout.global_batch_size, train_samples=length),
+        optimizer=schedule.recorded(flags.optimizer),
+        run=replace(
+            _with_estimator(flags, before),
+            global_batch_size=layout.global_batch_size,
+            train_samples=schedule.train_samples,
+            load=given.run.load,
+            load_tag=given.run.load_tag,
+            branch_from=None if branch is None else f"{branch.run}:{branch.tag}",
+        ),
     )
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))  # another one after --no-load-rng
     objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
@@ -97,12 +111,17 @@ def resolve(
         notes += ["--valid-estimator (an exact likelihood has no masks)"] * bool(flags.run.valid_estimator)
     start = Start(
         tag=selection.tag,
+        place=None if flags.run.load is None else (Path(flags.run.load), flags.run.load_tag),
         manifest=manifest,
         warning=selection.warning,
         is_continued=is_continued,
         with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
-        changed=_agreed_changes(settings, sources, before),
+        branch=branch,
+        is_branching=is_branching,
+        changed=_agreed_changes(settings, sources, before, is_branching=is_branching),
     )
+    if is_branching:
+        start = import_module(BRANCH).checked(start, settings)
     parts = (settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, tuple(notes))
     return Plan(*parts, origins_of(flags, settings, given=origins or {}))
 
@@ -265,38 +284,6 @@ def _layout(flags: Config, world: int) -> Layout:
     return Layout(world, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
 
 
-def _schedule(flags: Config, layout: Layout, unique_tokens: int, before: dict[str, Any]) -> Schedule:
-    run, optimizer, batch = flags.run, flags.optimizer, layout.global_batch_size
-    samples = run.train_samples or (run.train_iters or 0) * batch
-    if run.train_epochs is not None:
-        samples = round(run.train_epochs * unique_tokens / flags.model.seq_length)
-    if run.skip_train:
-        samples = samples or batch
-    require(
-        samples >= batch,
-        f"{samples} training samples are less than one global batch of {batch}",
-        "a run has at least one step",
-        "train longer or lower --global-batch-size",
-    )
-    consumed = 0 if run.skip_train else before.get("consumed_samples", 0)
-    require(
-        samples >= consumed,
-        f"--load {run.load} has trained on {consumed} samples, this run is to end at {samples}",
-        "a run that goes on cannot end before where it stands",
-        "train longer, or go back with --load-tag",
-    )
-    decay = optimizer.lr_decay_samples or samples
-    fraction = optimizer.lr_warmup_fraction
-    warmup = optimizer.lr_warmup_samples if fraction is None else fraction * decay
-    require(
-        warmup < decay or optimizer.lr_decay_style == "constant",
-        f"the warm-up of {warmup:g} samples leaves nothing of the {decay} decay samples",
-        "warm-up must be shorter",
-        "lower --lr-warmup-samples",
-    )
-    return Schedule(samples, warmup, decay)
-
-
 def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     """A continued run keeps its noise, also the other one that it drew after an earlier ``--no-load-rng``."""
     seed = flags.run.seed
@@ -345,15 +332,19 @@ def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bo
     return run_dir
 
 
-def _agreed_changes(settings: Config, sources: Sources, manifest: dict[str, Any]) -> dict[str, tuple[Any, Any, str]]:
+def _agreed_changes(
+    settings: Config, sources: Sources, manifest: dict[str, Any], *, is_branching: bool
+) -> dict[str, tuple[Any, Any, str]]:
     """Settings that differ from those at the checkpoint; what changes results only where it was asked for."""
     if not manifest or settings.run.skip_train:
         return {}
     changed = changed_settings(manifest["config"], settings) | changed_data(manifest, sources)
-    refused = [f"{name} {before} → {now}" for name, (before, now, affects) in changed.items() if affects == "results"]
+    kinds = ("results",) if is_branching else ("results", "schedule")
+    refused = [f"{name} {before} → {now}" for name, (before, now, affects) in changed.items() if affects in kinds]
+    where = f"--branch-from {settings.run.branch_from}" if is_branching else f"--load {settings.run.load}"
     require(
         settings.run.change_settings or not refused,
-        f"--load {settings.run.load} was trained with other settings: {', '.join(refused)}",
+        f"{where} was trained with other settings: {', '.join(refused)}",
         "a run keeps the settings that make its numbers what they are",
         "pass the run's own, or --change-settings, which records the step from which the new ones hold",
     )
@@ -393,6 +384,6 @@ def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any
             is_same = saved[name] == values[name] or (saved[name] in unset and values[name] in unset)
             # Options of an objective, which are no fields of their section, change results.
             affects = stated.get(name) or getattr(own, "AFFECTS", "results")
-            if affects in ("results", "length", "validation") and not is_same:
+            if affects in ("results", "schedule", "length", "validation") and not is_same:
                 found[f"{section}.{name}"] = (saved[name], values[name], affects)
     return dict(sorted(found.items()))

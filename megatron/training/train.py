@@ -61,7 +61,7 @@ def train(
         # 2. Training data from the sample at which the run stands, and what validates it.
         dataset = build_dataset(
             plan.sources.train,
-            num_samples=schedule.train_samples,  # as given: the order is planned with it
+            num_samples=schedule.order_samples,  # as given: the order is planned with it
             seq_length=seq_length,
             seed=plan.seeds.run,
             name="train",
@@ -90,9 +90,11 @@ def train(
         throughput = Throughput(batch_size, seq_length, flops, num_devices=context.world_size, device=context.device)
         interval = Interval(progress, screen, throughput, max_skipped=settings.optimizer.max_skipped_steps)
 
-        # 4. Steps. First comes a validation that the run still owes, because it was stopped before or in it.
+        # 4. Steps. First comes a validation that the run still owes, because it was stopped before or in it, or that the curve
+        # of a branch begins with.
         is_last, reason = num_steps == 0, None
-        if validator.is_due(progress.step, is_last) and progress.step not in folder.validated_steps:
+        is_owed = validator.is_due(progress.step, is_last or start.is_branching)
+        if is_owed and progress.step not in folder.validated_steps:
             reason = validator.run(folder, stop)
         while not is_last and reason is None:
             result = engine.train_step(batches, consumed_samples=progress.consumed_samples)
@@ -192,10 +194,10 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
 
 def _verified(plan: Plan, context: ParallelContext) -> Start:
     """The start of the plan with its files read: all ranks share the reading, and fall back together."""
-    start, run = plan.start, plan.settings.run
-    if start.tag is None or run.load is None:
+    start = plan.start
+    if start.tag is None or start.place is None:
         return start
-    selection = agree_on_checkpoint(run.load, run.load_tag, context)
+    selection = agree_on_checkpoint(*start.place, context)
     is_there = selection.tag is not None
     return replace(
         start,
@@ -235,5 +237,5 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
         screen.print("starting fresh" + (f": no checkpoint in {run.load} yet" if run.load else ""))
     else:
         what = "weights and optimizer" if start.with_optimizer else "weights"
-        verb = "continuing" if start.is_continued else "starting"
+        verb = "branching" if start.is_branching else "continuing" if start.is_continued else "starting"
         screen.print(f"loaded {what} of {start.tag}; {verb} at step {progress.step}")

@@ -9,7 +9,8 @@ import pytest
 from layouts.jobs import Run
 
 from megatron.config.schema import OptimizerConfig
-from megatron.training.optimizer import build_optimizer, learning_rate
+from megatron.training.optimizer import build_optimizer
+from megatron.training.schedule import learning_rate
 
 W, N, LR, MIN = 100, 1000, 2e-4, 2e-5
 

@@ -137,7 +137,7 @@ def _draw_run(panel: Axes, run: Run, *, style: LineStyle, x: str, faint: bool = 
         markersize=3 if faint else 4.5,
         capsize=0 if faint else 2.5,
         elinewidth=1.0,
-        label=f"{run.title} – {run.label}",
+        label=", ".join(part for part in (run.title, run.origin) if part) + f" – {run.label}",
     )
     best = run.best
     if best is not None and getattr(best, x) > 0:

@@ -145,8 +145,10 @@ def _attempts_html(runs: Sequence[Run]) -> str:
         attempts = run.info.get("attempts") or [run.info]
         blocks = "".join(_attempt(entry) for entry in attempts)
         commits = sorted({str(entry["commit"])[:12] for entry in attempts if entry.get("commit")})
-        title = f"{run.name}: {len(attempts)} attempt{'s' * (len(attempts) > 1)}"
+        title = f"{run.name}{', ' * bool(run.origin)}{run.origin}: {len(attempts)} attempt{'s' * (len(attempts) > 1)}"
         title += f", commit {', '.join(commits)}" if commits else ""
+        left = [f"{Path(link['run']).name} at step {link['step']}" for link in run.info.get("branches") or []]
+        blocks += f"<p>Branches: {html.escape(', '.join(left))}.</p>" if left else ""
         parts.append(f"<details><summary>{html.escape(title)}</summary>{blocks}</details>")
     return section("Provenance", "".join(parts))
 

@@ -29,7 +29,8 @@ from megatron.training.deepspeed.settings import (
     deepspeed_settings,
 )
 from megatron.training.deepspeed.shards import Shards
-from megatron.training.optimizer import build_optimizer, learning_rate
+from megatron.training.optimizer import build_optimizer
+from megatron.training.schedule import learning_rate
 from megatron.training.step import Observer, StepResult
 
 
