@@ -115,8 +115,8 @@ def _check_rates(before: Config, now: OptimizerConfig, branch: Branch) -> None:
             raise UserError(
                 f"--branch-from {branch.run}:{branch.tag}: step {samples // batch + 1} had the rate {was:g}, and would have "
                 f"had {would:g} with the schedule of the branch",
-                f"a branch changes the rate behind its {branch.samples} samples only",
-                "give --lr and warm-up as the run had them, --lr-decay-style WSD and a decay that fits behind; or "
+                f"a branch changes the rate after the {branch.samples} samples that it takes over, not before",
+                "give --lr and warm-up as the run had them, --lr-decay-style WSD and a decay that begins later; or "
                 "leave the run at an earlier checkpoint; or pass --change-settings",
             )
 

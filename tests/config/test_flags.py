@@ -229,7 +229,10 @@ def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> Non
         (["--no-use-rotary-position-embeddings", "--rotary-base", "500"], "--rotary-base .* needs --use-rotary"),
         (["--noise-schedule-power", "3"], "--noise-schedule-power .* needs --noise-schedule polynomial"),
         (["--gap-task", "x.jsonl"], "--gap-task .* needs --valid-data-path"),
-        (["--lr-decay-style", "constant", "--min-lr", "1e-5"], "--min-lr .* needs another --lr-decay-style than constant"),
+        (
+            ["--lr-decay-style", "constant", "--min-lr", "1e-5"],
+            "--min-lr .* needs another --lr-decay-style than constant",
+        ),
         (["--no-swiglu", "--swiglu-backend", "liger"], "--swiglu-backend .* needs --swiglu"),
     ],
 )

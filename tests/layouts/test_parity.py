@@ -61,6 +61,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "packed_blocks_with_ar": ("block_diffusion", {"block_size": 8, "block_ar_weight": 0.5, **PACKED}),
     "packed_blocks": ("block_diffusion", {"block_size": 8, **PACKED}),
 }
+# Of 80 samples, in which the rate must change: schedules count them, so they are as good here as a constant one.
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 40},
+    {"lr_decay_style": "inverse-square-root", "lr_warmup_samples": 16},
+)
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
 LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
                 "cpu_optimizer")  # fmt: skip
@@ -71,7 +76,8 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
     """``compare(objective, size, **flags)``: that run equals the one process that has none of the layout's flags."""
 
     def check(objective: str, size: int, **changes: Any) -> tuple[Run, Run]:
-        common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
+        common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1, "min_lr": 1e-4}
+        common |= SCHEDULES[objective == "ar"]
         plain = {name: value for name, value in changes.items() if name not in LAYOUT_FLAGS}
         reference, run = runs(objective, 1, **common, **plain), runs(objective, size, **common, **changes)
         expected = reference.traces[0]

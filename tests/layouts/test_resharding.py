@@ -31,7 +31,8 @@ def test_losses_continue_through_every_layout(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
     total = STEPS * (len(CHAIN) + 1)
-    schedule = {"lr_decay_samples": 8 * total, "save_interval": STEPS, "micro_batch_size": 2, **VARIANT}
+    schedule = {"lr_decay_style": "wsd", "lr_decay_samples": 8 * total, "lr_wsd_decay_samples": 4 * total}
+    schedule |= {"save_interval": STEPS, "micro_batch_size": 2, **VARIANT}
 
     def run(size: int, save: Path, steps: int, **changes: Any) -> list[jobs.Trace]:
         argv = jobs.flags(token_files, save, train_iters=steps, **schedule, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from layouts.jobs import Run
@@ -15,8 +16,9 @@ from megatron.training.schedule import learning_rate
 W, N, LR, MIN = 100, 1000, 2e-4, 2e-5
 
 
-def config(style: str = "cosine", warmup: int = W) -> OptimizerConfig:
-    return OptimizerConfig(lr=LR, min_lr=MIN, lr_decay_style=style, lr_warmup_samples=warmup, lr_decay_samples=N)
+def config(style: str = "cosine", warmup: int = W, **more: Any) -> OptimizerConfig:
+    lengths = {"lr_warmup_samples": warmup, "lr_decay_samples": N, **more}
+    return OptimizerConfig(lr=LR, min_lr=MIN, lr_decay_style=style, **lengths)
 
 
 @pytest.mark.parametrize("samples", [0, 1, 50, 99, 100])
@@ -31,6 +33,45 @@ def test_decay_follows_its_curve(samples: int) -> None:
     assert learning_rate(samples, config()) == pytest.approx(cosine, rel=1e-12)
     assert learning_rate(samples, config("linear")) == pytest.approx(LR - (LR - MIN) * share, rel=1e-12)
     assert learning_rate(samples, config("constant")) == LR
+
+
+@pytest.mark.parametrize("warmup", [0, W])
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("exponential", lambda x: 2 * 2.0**-x - 1),
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+        ("minus_sqrt", lambda x: 1 - x**0.5),
+    ],
+)
+def test_wsd_is_constant_and_then_decays_over_its_last_samples(
+    warmup: int, shape: str, left: Callable[[float], float]
+) -> None:
+    settings = config("WSD", warmup, lr_wsd_decay_samples=200, lr_wsd_decay_style=shape)
+    for samples in (warmup, 101, 256, 800):
+        assert learning_rate(samples, settings) == LR  # to the bit, whatever --min-lr is
+    for samples in (801, 850, 999, 1000):
+        expected = MIN + (LR - MIN) * left((samples - 800) / 200)
+        assert learning_rate(samples, settings) == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(N, settings) == pytest.approx(MIN)
+    assert learning_rate(N + 1, settings) == MIN
+
+
+def test_a_decay_of_no_samples_is_a_step() -> None:
+    settings = config("WSD", lr_wsd_decay_samples=0)
+    assert [learning_rate(samples, settings) for samples in (N, N + 1)] == [LR, MIN]
+
+
+def test_the_inverse_square_root_counts_from_the_warm_up() -> None:
+    settings = config("inverse-square-root")
+    assert [learning_rate(samples, settings) for samples in (50, 100)] == [LR / 2, LR]
+    assert learning_rate(400, settings) == pytest.approx(LR / 2, rel=1e-12)
+    assert learning_rate(999, settings) == pytest.approx(LR * math.sqrt(100 / 999), rel=1e-12)
+    assert learning_rate(N + 1, settings) == MIN
+    assert learning_rate(10**5, config("inverse-square-root", lr_decay_samples=10**6)) == MIN  # its floor
+    alone = config("inverse-square-root", warmup=0)  # one sample counts as the warm-up
+    assert [learning_rate(samples, alone) for samples in (0, 1, 4)] == [LR, LR, LR / 2]
 
 
 def test_known_points() -> None:
