@@ -53,7 +53,7 @@ def add_branch(run_dir: Path, link: Link, *, parent_id: str) -> str | None:
     Args:
         run_dir: folder of the run.
         link: to the branch.
-        parent_id: run id of the run: another one there is left alone.
+        parent_id: run id of the run: another one there is left alone; "" of checkpoints that have none.
 
     Returns:
         Why it could not be done, or None. That is no reason to end the branch: its own record has the link, too.
@@ -61,7 +61,7 @@ def add_branch(run_dir: Path, link: Link, *, parent_id: str) -> str | None:
     try:
         with one_at_a_time(run_dir / RECORD_LOCK):
             values = json.loads((run_dir / RECORD).read_bytes())  # whole: a newer version may know more fields
-            if values.get("run_id") != parent_id:
+            if parent_id and values.get("run_id") != parent_id:
                 return "its run.json is of another run"
             others = [other for other in values.get("branches", []) if other.get("run") != link.run]
             replace_file(run_dir / RECORD, json.dumps({**values, "branches": [*others, asdict(link)]}, indent=1))

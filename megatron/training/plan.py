@@ -11,7 +11,7 @@ from megatron.config import values_of
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.config.shape import Preset, Shape
 from megatron.objectives import Objective
-from megatron.runs.links import Branch
+from megatron.runs.links import Branch, branch_of
 
 WORKED_OUT = "worked out"  # origin of what data, checkpoint and other settings decide
 
@@ -97,7 +97,6 @@ class Start:
         is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
         with_optimizer: moments are loaded too.
         branch: where the run left another one (``--branch-from``), now or long ago; None for all others.
-        is_branching: it does so now, so that it is continued and yet a new run.
         changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
     """
 
@@ -108,8 +107,12 @@ class Start:
     is_continued: bool
     with_optimizer: bool
     branch: Branch | None
-    is_branching: bool
     changed: dict[str, tuple[Any, Any, str]]
+
+    @property
+    def is_branching(self) -> bool:
+        """Whether the run leaves another one now: it is continued, and yet a new run."""
+        return self.branch is not None and self.branch != branch_of(self.manifest)
 
 
 @dataclass(frozen=True)

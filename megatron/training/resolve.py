@@ -32,10 +32,10 @@ from megatron.objectives import build_objective, needs_mask_token, with_vocabula
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
-from megatron.runs.links import branch_of
+from megatron.runs.links import Branch, branch_of
 from megatron.runs.record import holds_run
 from megatron.training.deepspeed.settings import read_settings_file
-from megatron.training.plan import Layout, Plan, Seeds, Sources, Start, Vocabulary, origins_of
+from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
@@ -71,9 +71,9 @@ def resolve(
     """
     if (path := flags.parallel.deepspeed_config) is not None:
         read_settings_file(Path(path), bf16=flags.run.bf16)
-    given, is_branching, is_first = flags, False, launch.is_first_rank and not is_rehearsal
-    if flags.run.branch_from is not None:
-        flags, is_branching = import_module(BRANCH).placed(flags, is_first=is_first)
+    given, is_first = flags, launch.is_first_rank and not is_rehearsal
+    if is_branch := flags.run.branch_from is not None:
+        flags, is_branch = import_module(BRANCH).placed(flags, is_first=is_first)
     sources = _sources(flags, launch)
     vocabulary = _vocabulary(flags, sources, launch)
     manifest = (selection := _selection(flags)).manifest
@@ -82,12 +82,11 @@ def resolve(
     _check_objective(flags, saved["objective"].get("objective"))
     mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = _layout(flags, launch.world_size)
-    is_continued = bool(manifest) and not flags.run.finetune
-    before = manifest if is_continued else {}
-    _check_apart(flags, sources, is_continued=is_continued)
-    branch = import_module(BRANCH).begun(selection) if is_branching else branch_of(before)
+    before = {} if flags.run.finetune else manifest
+    _check_apart(flags, sources, is_continued=bool(before))
+    branch = import_module(BRANCH).begun(selection) if is_branch else branch_of(before)
     schedule = plan_schedule(flags, layout, unique_tokens=sources.unique_tokens, before=before, branch=branch)
-    run_dir = _run_dir(flags, selection, run_name, is_first=is_first and not is_branching)
+    run_dir = _run_dir(flags, selection, run_name, is_first=is_first and not is_branch)
     seeds = _seeds(flags, before)
     settings = replace(
         flags,
@@ -95,35 +94,34 @@ def resolve(
         model=shape.recorded(),
         objective=with_vocabulary(flags.objective, mask_id, size=vocabulary.size, padded=shape.padded_vocab_size),
         optimizer=schedule.recorded(flags.optimizer),
-        run=replace(
-            _with_estimator(flags, before),
-            global_batch_size=layout.global_batch_size,
-            train_samples=schedule.train_samples,
-            load=given.run.load,
-            load_tag=given.run.load_tag,
-            branch_from=None if branch is None else f"{branch.run}:{branch.tag}",
-        ),
+        run=_run(given.run, before, layout, schedule, branch),
     )
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))  # another one after --no-load-rng
     objective, notes = build_objective(noisy, scheme=seeds.scheme), idle_notes(flags)
     if is_exact(objective.for_eval()):
         notes += ["--num-mc (an exact likelihood has one draw)"] * (flags.run.num_mc > 1)
         notes += ["--valid-estimator (an exact likelihood has no masks)"] * bool(flags.run.valid_estimator)
-    start = Start(
-        tag=selection.tag,
-        place=None if flags.run.load is None else (Path(flags.run.load), flags.run.load_tag),
-        manifest=manifest,
-        warning=selection.warning,
-        is_continued=is_continued,
-        with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
-        branch=branch,
-        is_branching=is_branching,
-        changed=_agreed_changes(settings, sources, before, is_branching=is_branching),
-    )
-    if is_branching:
-        start = import_module(BRANCH).checked(start, settings)
+    start = _start(flags, settings, sources, selection, branch)
     parts = (settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, tuple(notes))
     return Plan(*parts, origins_of(flags, settings, given=origins or {}))
+
+
+def _start(flags: Config, settings: Config, sources: Sources, selection: Selection, branch: Branch | None) -> Start:
+    """Where the run begins; ``settings`` are recorded, ``flags`` have the place to load from."""
+    run, is_continued = flags.run, bool(selection.manifest) and not flags.run.finetune
+    start = Start(
+        tag=selection.tag,
+        place=None if run.load is None else (Path(run.load), run.load_tag),
+        manifest=selection.manifest,
+        warning=selection.warning,
+        is_continued=is_continued,
+        with_optimizer=is_continued and not (run.no_load_optim or run.skip_train),
+        branch=branch,
+        changed={},
+    )
+    before, is_branching = selection.manifest if is_continued else {}, start.is_branching
+    start = replace(start, changed=_agreed_changes(settings, sources, before, is_branching=is_branching))
+    return import_module(BRANCH).checked(start, settings) if is_branching else start
 
 
 def _check_apart(flags: Config, sources: Sources, *, is_continued: bool) -> None:
@@ -294,12 +292,21 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     return Seeds(seed, noise, scheme)
 
 
-def _with_estimator(flags: Config, manifest: dict[str, Any]) -> RunConfig:
-    """A continued run keeps its own estimator; evaluations and new runs take that of lowest variance."""
+def _run(
+    run: RunConfig, manifest: dict[str, Any], layout: Layout, schedule: Schedule, branch: Branch | None
+) -> RunConfig:
+    """The flags of the run with what became of them. A continued run keeps its own estimator; evaluations and new runs take
+    that of lowest variance."""
     own = EXACT_COUNT
-    if manifest and not flags.run.skip_train:
+    if manifest and not run.skip_train:
         own = {**UNRECORDED["run"], **manifest["config"].get("run", {})}["valid_estimator"]
-    return replace(flags.run, valid_estimator=flags.run.valid_estimator or own)
+    return replace(
+        run,
+        valid_estimator=run.valid_estimator or own,
+        global_batch_size=layout.global_batch_size,
+        train_samples=schedule.train_samples,
+        branch_from=None if branch is None else f"{branch.run}:{branch.tag}",
+    )
 
 
 def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bool) -> Path:

@@ -61,12 +61,13 @@ def plan_schedule(
         layout: has the global batch.
         unique_tokens: of one epoch.
         before: manifest of the checkpoint that goes on; empty at the beginning.
-        branch: where the run left another one, or None.
+        branch: where the run left another one, or None; an evaluation has no length that this could limit.
 
     Raises:
         UserError: lengths that no run can have.
     """
     run, optimizer, batch = flags.run, flags.optimizer, layout.global_batch_size
+    branch = None if run.skip_train else branch
     samples = run.train_samples or (run.train_iters or 0) * batch
     if run.train_epochs is not None:
         samples = round(run.train_epochs * unique_tokens / flags.model.seq_length)
@@ -87,7 +88,7 @@ def plan_schedule(
     )
     order = samples if branch is None else branch.order_samples
     require(
-        samples <= order or run.skip_train,
+        samples <= order,
         f"the branch is to end at {samples} samples, and the run that it leaves was planned for {order}",
         "a branch reads on in the data order of that run, which ends there",
         "end it earlier, or plan the stable run longer than any branch",

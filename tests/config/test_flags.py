@@ -189,7 +189,8 @@ PLACES = [item for _, item in FIELDS if item.metadata["unit"] in PATHS]
 @pytest.mark.parametrize("item", PLACES, ids=lambda item: item.name)
 def test_a_place_without_a_name_is_refused(item: dataclasses.Field) -> None:
     """What an unset variable of a script gives."""
-    needed = {"wandb_save_dir": ["--wandb-project", "x"], "gap_task": ["--valid-data-path", "x"]}.get(item.name, [])
+    needs = {"wandb_save_dir": "--wandb-project", "gap_task": "--valid-data-path", "branch_from": "--save"}
+    needed = [needs[item.name], "x"] if item.name in needs else []
     with pytest.raises(UserError, match=f"{spelling(item)} ''; it names a place"):
         parse([*BASE, *needed, spelling(item), ""])
 

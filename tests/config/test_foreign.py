@@ -77,6 +77,9 @@ def test_what_is_not_built_is_refused_with_the_reason(name: str) -> None:
     [
         ("--lr-decay-iters 20", "optimizer.lr_decay_samples", 160),
         ("--lr_decay_iters=20", "optimizer.lr_decay_samples", 160),
+        ("--lr-decay-style wsd --lr-wsd-decay-iters 3", "optimizer.lr_wsd_decay_samples", 24),
+        ("--lr-decay-style WSD --lr-wsd-decay-iters 3", "optimizer.lr_decay_style", "WSD"),
+        ("--lr-decay-style Inverse-Square-Root --lr-decay-iters 9", "optimizer.lr_decay_style", "inverse-square-root"),
         ("--lr-warmup-iters 2", "optimizer.lr_warmup_samples", 16),
         ("--lr-warmup-samples 8 --lr-warmup-tokens 3200", "optimizer.lr_warmup_samples", 100),
         ("--lr-decay-tokens 6400", "optimizer.lr_decay_samples", 200),

@@ -44,6 +44,24 @@ def test_report_of_two_runs_is_self_contained(pair, tmp_path):
     (pair[1] / "downstream-100m.json").unlink()
 
 
+def test_a_branch_is_shown_as_what_goes_on_from_the_run_that_it_left(tmp_path):
+    """By its name and that run's; its curve begins where it left, at the epochs and FLOPs that count from the beginning."""
+    for name in ("stable", "decayed"):
+        folder = write_run(tmp_path / name, "ar", epochs=40)
+        info = json.loads((folder / "run.json").read_text())
+        link = {"run_id": "x", "tag": "global_step900", "step": 900}
+        if name == "stable":
+            info["branches"] = [{"run": str(tmp_path / "decayed"), **link}]
+        else:
+            more = {"samples": 14_400, "order_samples": info["train_samples"], "changed": {}}
+            info["branch"] = {"run": str(tmp_path / "stable"), **link, **more}
+        (folder / "run.json").write_text(json.dumps(info))
+    page = write_report(find_runs([tmp_path]), tmp_path / "out").read_text()
+    assert "decayed (branch of stable at step 900)" in page
+    assert "<p>Branches: decayed at step 900.</p>" in page
+    assert "branch of stable at step 900" in (tmp_path / "out/learning_curves.svg").read_text()
+
+
 def test_report_of_a_sweep_has_frontier_and_contours(tmp_path):
     for parameters in (300_000, 900_000, 2_700_000):
         for objective in ("ar", "mdm"):

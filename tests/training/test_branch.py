@@ -27,6 +27,7 @@ from megatron.runs.record import RunRecord
 from megatron.training.plan import Plan
 from megatron.training.resolve import resolve
 
+REPO = Path(__file__).parents[2]
 TIMINGS = {"seconds", "step_seconds", "tokens_per_second", "tflops", "mfu", "best"}
 LENGTH, LEFT, END = 40, 10, 24  # steps of the stable run, where the branch leaves it, and where that ends
 STABLE: dict[str, Any] = {
@@ -331,6 +332,32 @@ def test_a_branch_of_a_branch_keeps_the_first_data_plan(planned: Callable[..., P
     plan = planned(branch_from=f"{branch}:latest", train_iters=30, lr_decay_samples=8 * END, lr_wsd_decay_samples=112)
     assert plan.start.branch is not None and plan.start.branch.tag == f"global_step{END}"
     assert plan.schedule.order_samples == 8 * LENGTH and plan.settings.run.branch_from == f"{branch}:global_step{END}"
+
+
+def test_a_checkpoint_of_the_first_version_can_be_left(tmp_path: Path) -> None:
+    """It has no run id, and its record no list."""
+    shutil.copytree(REPO / "tests/golden/run_v1", tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    old = tmp_path / "old"
+    data = ["--train-data-path", str(old / "train"), "--valid-data-path", str(old / "valid")]
+    argv = [
+        "--config",
+        str(old / "mdm/run.json"),
+        *data,
+        "--branch-from",
+        f"{old / 'mdm'}:global_step5",
+        "--save",
+        str(tmp_path),
+    ]
+    link = resolve(parse(argv, objective="mdm"), Launch(), run_name="x").start.branch
+    assert link is not None and (link.step, link.samples, link.order_samples, link.run_id) == (5, 20, 40, "")
+    assert add_branch(old / "mdm", Link(str(tmp_path), "x", link.tag, 5), parent_id="") is None
+    assert record(old / "mdm").branches == [Link(str(tmp_path), "x", "global_step5", 5)]
+
+
+def test_an_evaluation_of_a_branch_needs_no_length(words: Callable[..., list[str]], branch: Path) -> None:
+    changes = {"skip_train": True, "load": branch, "train_iters": None, "save_interval": None, "eval_interval": None}
+    plan = resolve(parse(words(None, **{**WSD, **changes}), objective="mdm"), Launch(), run_name="x")
+    assert plan.start.is_continued and plan.run_dir == branch
 
 
 def test_records_repeat_a_stable_run_as_a_branch_and_a_branch_as_itself(
