@@ -20,12 +20,18 @@ EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 #   1: stratified times in the order of the samples.
 #   2: stratified times in antithetic pairs and radical-inverse order, so that every micro-batch covers the range of t.
 NOISE_SCHEME = 2
+# Kinds of tensors in a checkpoint that are weights: as trained, and their exponential moving average.
+WEIGHT, AVERAGE = "weight", "ema"
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
 DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
 # What earlier versions had no choice of.
-UNRECORDED = {"run": {"valid_estimator": BERNOULLI}, "objective": {"loss_weighting": "elbo"}}
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "run": {"valid_estimator": BERNOULLI},
+    "objective": {"loss_weighting": "elbo"},
+    "optimizer": {"ema_decay": None},
+}
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,8 @@ class OptimizerConfig:
     adam_beta2: float = option(0.999, "second-moment decay", range=DROPOUT)
     adam_eps: float = option(1e-8, "denominator epsilon", range=EPSILON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
+    ema_decay: float | None = option(None, "also keep an exponential moving average of the weights, and validate it; update n of "
+        "it decays by min(this, (1 + n) / (10 + n))", unit="DECAY", range=Range(above=0, below=1))
     cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
@@ -217,6 +225,8 @@ class RunConfig:
         unit="DIR")
     load_tag: str | None = option(None,
         "checkpoint to load, such as global_step100, latest or best; default: newest valid one", unit="TAG", needs=LOAD)
+    load_kind: str | None = option(None, "weights to load: as trained, or their average (--ema-decay); default: weight, and with "
+        "--load-tag best those that were validated as the best", choices=(WEIGHT, AVERAGE), needs=("finetune", "skip_train"))
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",

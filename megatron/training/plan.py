@@ -85,6 +85,7 @@ class Start:
         warning: names newer checkpoints that cannot be used, with the reason; None without any.
         is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
         with_optimizer: moments are loaded too.
+        weights: kind of the weights to load.
         changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
     """
 
@@ -93,6 +94,7 @@ class Start:
     warning: str | None
     is_continued: bool
     with_optimizer: bool
+    weights: str
     changed: dict[str, tuple[Any, Any, str]]
 
 

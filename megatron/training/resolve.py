@@ -9,10 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.files import AVERAGED_FROM, check_weights
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, Config, RunConfig
-from megatron.config.shape import Shape, padded_size
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig
+from megatron.config.shape import ARCHITECTURE, Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
@@ -36,12 +37,6 @@ from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
 
-# Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
-ARCHITECTURE = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
-    *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
-    *("disable_bias_linear", "untie_embeddings_and_output_weights"),
-)
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
 
 
@@ -95,12 +90,24 @@ def resolve(
     if is_exact(objective.for_eval()):
         notes += ["--num-mc (an exact likelihood has one draw)"] * (flags.run.num_mc > 1)
         notes += ["--valid-estimator (an exact likelihood has no masks)"] * bool(flags.run.valid_estimator)
+    goes_on = is_continued and not flags.run.skip_train
+    weights = WEIGHT if goes_on else flags.run.load_kind or selection.weights
+    if selection.tag is not None:
+        check_weights(selection.tag, manifest, weights)
+        is_mean = f"{selection.tag} is an average of checkpoints"
+        require(
+            not goes_on or AVERAGED_FROM not in manifest,
+            is_mean,
+            "it belongs to no run",
+            "start from it with --finetune",
+        )
     start = Start(
         tag=selection.tag,
         manifest=manifest,
         warning=selection.warning,
         is_continued=is_continued,
-        with_optimizer=is_continued and not (flags.run.no_load_optim or flags.run.skip_train),
+        with_optimizer=goes_on and not flags.run.no_load_optim,
+        weights=weights,
         changed=_agreed_changes(settings, sources, before),
     )
     parts = (settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, tuple(notes))

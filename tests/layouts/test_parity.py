@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from layouts import jobs
 from layouts.jobs import Run
 from megatron import objectives as registry
 from megatron.testing.checks import check_gradient_scale
@@ -80,6 +81,12 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
             assert trace.losses == pytest.approx(expected.losses, abs=TOLERANCE, rel=0)
         ranks = {"one process": expected, **{f"rank {rank}": trace for rank, trace in enumerate(run.traces)}}
         check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=TOLERANCE)
+        if "ema_decay" in changes:
+            averages = [jobs.records(each.run_dir, "valid_ema") for each in (run, reference)]
+            for step in (5, 10):
+                own, other = (rows[step]["nll"] for rows in averages)
+                assert own == pytest.approx(other, abs=TOLERANCE, rel=0)
+                assert abs(own - reference.valid[step]["nll"]) > 10 * TOLERANCE
         assert list(run.valid) == list(reference.valid) == [5, 10]
         for step, record in run.valid.items():
             assert ("ar_nll" in record) == ("block_ar_weight" in changes)
@@ -100,8 +107,9 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
     ],
 )
 def test_layout_equals_one_process(compare: Callable, objective: str, layout: str) -> None:
+    """With masked diffusion, the averaged weights too, which take the place of the trained ones for a validation in between."""
     size, changes = LAYOUTS[layout]
-    compare(objective, size, **changes)
+    compare(objective, size, **changes, **({"ema_decay": 0.9} if objective == "mdm" else {}))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,25 @@ def test_bf16_gradients_added_at_once_are_those_added_after_the_pass(
     deferred = runs("mdm", size, bf16=True, train_iters=5, deepspeed_config=str(settings), **changes)
     for one, other in zip(at_once.traces, deferred.traces):
         assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"bf16": True}),
+        (2, {"zero_stage": 2, "bf16": True}),
+        (2, {"zero_stage": 3}),
+        (2, {"pp_size": 2, "bf16": True}),
+    ],
+)
+def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
+    runs: Callable[..., Run], token_files: Path, size: int, changes: dict[str, Any]
+) -> None:
+    common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 2, "eval_iters": 1, "train_iters": 5}
+    plain, averaged = (runs("mdm", size, **common, **changes, **more) for more in ({}, {"ema_decay": 0.9}))
+    for one, other in zip(plain.traces, averaged.traces):
+        assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)
+    assert [row["nll"] for row in plain.valid.values()] == [row["nll"] for row in averaged.valid.values()]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from layouts import jobs
 from layouts.pool import WorkerPool
+from megatron.checkpoint.reader import CheckpointReader
 
 STEPS = 5
 # Issue 3's matrix first, then the ZeRO stages and the optimizer in host memory.
@@ -31,7 +33,8 @@ def test_losses_continue_through_every_layout(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
     total = STEPS * (len(CHAIN) + 1)
-    schedule = {"lr_decay_samples": 8 * total, "save_interval": STEPS, "micro_batch_size": 2, **VARIANT}
+    schedule = {"lr_decay_samples": 8 * total, "save_interval": STEPS, "micro_batch_size": 2, "ema_decay": 0.9}
+    schedule |= VARIANT
 
     def run(size: int, save: Path, steps: int, **changes: Any) -> list[jobs.Trace]:
         argv = jobs.flags(token_files, save, train_iters=steps, **schedule, **changes)
@@ -47,6 +50,11 @@ def test_losses_continue_through_every_layout(
             assert trace.losses == pytest.approx(straight.losses[done : done + STEPS], abs=1e-5, rel=0), layout
             assert trace.grad_norms == pytest.approx(straight.grad_norms[done : done + STEPS], rel=1e-4), layout
         previous = here
+    ours, theirs = (CheckpointReader(folder / f"global_step{total}") for folder in (previous, tmp_path / "straight"))
+    assert ours.manifest["average_updates"] == theirs.manifest["average_updates"] == total
+    for name in theirs.specs:
+        torch.testing.assert_close(ours.tensor(name, "ema"), theirs.tensor(name, "ema"), atol=1e-5, rtol=0)
+        assert not ours.tensor(name, "ema").equal(ours.tensor(name))
 
 
 def test_a_forgotten_optimizer_would_show(

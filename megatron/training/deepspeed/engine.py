@@ -72,7 +72,8 @@ class Engine:
             dist_init_required=False,
         )
         self.module = self._deepspeed.module
-        self.shards = Shards(self.module, self._optimizer, context)
+        decay = None if config.run.skip_train else config.optimizer.ema_decay
+        self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
         self._compile_blocks()
         self.observer.built(self)
 
@@ -96,6 +97,8 @@ class Engine:
             loss = self._accumulate(data)
         # DeepSpeed decides on the host whether it skips, so it has read this flag already (which waited for the device).
         skipped = bool(getattr(self._optimizer, "overflow", False))
+        if self.shards.average is not None and not skipped:
+            self.shards.average.update()
         norm = float("inf") if skipped else self._deepspeed.get_global_grad_norm()
         result = StepResult(loss.detach().float(), self._scalar(norm), self._scalar(skipped, torch.bool), rate)
         self.observer.step_ended(result)
@@ -132,6 +135,17 @@ class Engine:
         finally:
             self._enter(self.objective, training=True)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, which are back on leaving, bit for bit; a collective call. Without
+        an average: the weights as they are."""
+        if self.shards.average is None:
+            yield
+            return
+        self.shards.exchange()
+        yield
+        self.shards.exchange()  # not after an error, which other ranks may not share
+
     def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
         """Write a checkpoint of weights and optimizer; a collective call.
 
@@ -146,12 +160,12 @@ class Engine:
             run_dir,
             fragments=self.shards.fragments_to_save(),
             specs=self.shards.specs(),
-            state={**state, "optimizer_steps": self.shards.optimizer_steps()},
+            state={**state, **self.shards.updates()},
             context=self.context,
         )
 
     def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
-        """Overwrite the weights, and with them moments and step count, from a checkpoint of any layout.
+        """Overwrite the weights, and with them moments, step count and average, from a checkpoint of any layout.
 
         Raises:
             UserError: tensors are missing from the checkpoint or have other shapes.
