@@ -119,17 +119,26 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_weights(tag: Path, manifest: Mapping[str, Any], weights: str) -> None:
-    """Check that a checkpoint holds weights of a kind.
+def check_use(tag: Path, manifest: Mapping[str, Any], weights: str, *, goes_on: bool = False) -> None:
+    """Check what is wanted of a checkpoint.
+
+    Args:
+        tag, manifest: which one.
+        weights: kind of weights.
+        goes_on: training is to go on from it, as the run that wrote it.
 
     Raises:
-        UserError: it holds no average.
+        UserError: it holds no such weights, or belongs to no run.
     """
     require(
         weights == WEIGHT or AVERAGE_UPDATES in manifest,
         f"checkpoint {tag} has no averaged weights ({weights})",
         "a run keeps their average with --ema-decay",
         "load its trained weights (--load-kind weight), or another checkpoint",
+    )
+    is_mean = f"{tag} is a mean of checkpoints"
+    require(
+        not (goes_on and AVERAGED_FROM in manifest), is_mean, "it belongs to no run", "start from it with --finetune"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.checkpoint.files import Fragment, check_weights, read_manifest
+from megatron.checkpoint.files import Fragment, check_use, read_manifest
 from megatron.config import config_from_dict
 from megatron.config.schema import WEIGHT, Config
 from megatron.errors import UserError
@@ -37,7 +37,7 @@ class CheckpointReader:
         """
         self.path, self.weights = Path(tag), weights
         self.manifest = read_manifest(self.path)
-        check_weights(self.path, self.manifest, weights)
+        check_use(self.path, self.manifest, weights)
         self.config: Config = config_from_dict(self.manifest["config"])
         self.specs = {
             name: ShardSpec(tuple(t["shape"]), t["dim"], tuple(t["blocks"]))

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.files import AVERAGED_FROM, check_weights
+from megatron.checkpoint.files import check_use
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig
@@ -90,28 +90,20 @@ def resolve(
     if is_exact(objective.for_eval()):
         notes += ["--num-mc (an exact likelihood has one draw)"] * (flags.run.num_mc > 1)
         notes += ["--valid-estimator (an exact likelihood has no masks)"] * bool(flags.run.valid_estimator)
-    goes_on = is_continued and not flags.run.skip_train
-    weights = WEIGHT if goes_on else flags.run.load_kind or selection.weights
-    if selection.tag is not None:
-        check_weights(selection.tag, manifest, weights)
-        is_mean = f"{selection.tag} is an average of checkpoints"
-        require(
-            not goes_on or AVERAGED_FROM not in manifest,
-            is_mean,
-            "it belongs to no run",
-            "start from it with --finetune",
-        )
-    start = Start(
-        tag=selection.tag,
-        manifest=manifest,
-        warning=selection.warning,
-        is_continued=is_continued,
-        with_optimizer=goes_on and not flags.run.no_load_optim,
-        weights=weights,
-        changed=_agreed_changes(settings, sources, before),
-    )
+    start = _start(flags, selection, changed=_agreed_changes(settings, sources, before))
     parts = (settings, shape, layout, schedule, seeds, objective, start, sources, vocabulary, run_dir, tuple(notes))
     return Plan(*parts, origins_of(flags, settings, given=origins or {}))
+
+
+def _start(flags: Config, selection: Selection, *, changed: dict[str, tuple[Any, Any, str]]) -> Start:
+    tag, manifest, run = selection.tag, selection.manifest, flags.run
+    is_continued = bool(manifest) and not run.finetune
+    goes_on = is_continued and not run.skip_train
+    weights = WEIGHT if goes_on else run.load_kind or selection.weights
+    if tag is not None:
+        check_use(tag, manifest, weights, goes_on=goes_on)
+    with_optimizer = goes_on and not run.no_load_optim
+    return Start(tag, manifest, selection.warning, is_continued, with_optimizer, weights, changed)
 
 
 def _check_apart(flags: Config, sources: Sources, *, is_continued: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from layouts import jobs
 from layouts.pool import WorkerPool
+from megatron.checkpoint.averaging import mean_of
 from megatron.checkpoint.reader import CheckpointReader
 
 STEPS = 5
@@ -50,6 +51,12 @@ def test_losses_continue_through_every_layout(
             assert trace.losses == pytest.approx(straight.losses[done : done + STEPS], abs=1e-5, rel=0), layout
             assert trace.grad_norms == pytest.approx(straight.grad_norms[done : done + STEPS], rel=1e-4), layout
         previous = here
+    tags = [(tmp_path / f"leg{number}", f"global_step{STEPS * (number + 1)}") for number in range(1, len(CHAIN) + 1)]
+    for kind in ("weight", "ema"):  # however they were laid out
+        _, ours, _ = mean_of([leg / tag for leg, tag in tags], kind)
+        _, theirs, _ = mean_of([tmp_path / "straight" / tag for _, tag in tags], kind)
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
     ours, theirs = (CheckpointReader(folder / f"global_step{total}") for folder in (previous, tmp_path / "straight"))
     assert ours.manifest["average_updates"] == theirs.manifest["average_updates"] == total
     for name in theirs.specs:
