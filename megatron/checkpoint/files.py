@@ -34,7 +34,7 @@ class Fragment:
     """A flat range of one tensor-parallel shard, as one rank holds it.
 
     Attributes:
-        kind: WEIGHT, AVERAGE, "exp_avg" or "exp_avg_sq"; readers leave kinds alone that they do not ask for.
+        kind: WEIGHT, AVERAGE, "exp_avg", "exp_avg_sq" or "momentum"; readers leave kinds alone that they do not ask for.
         name: canonical name of the tensor.
         tp_rank, tp_size: which shard.
         start: first element of the range in the flattened shard.

@@ -25,6 +25,7 @@ WEIGHT, AVERAGE = "weight", "ema"
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
+MUON = ("optimizer=muon",)
 DECAY = ("lr_decay_style=cosine", "lr_decay_style=linear")
 # What earlier versions had no choice of.
 UNRECORDED: dict[str, dict[str, Any]] = {
@@ -142,8 +143,8 @@ class OptimizerConfig:
     """AdamW and its schedule. Schedules count samples, so that they do not depend on the layout."""
 
     # fmt: off
-    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed",
-        choices=("adam", "fusedadam"))
+    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed; muon: torch Muon for the "
+        "matrices of the blocks, AdamW for embeddings, head, norms and biases", choices=("adam", "fusedadam", "muon"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
     min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY)
     lr_decay_style: str = option("cosine", "shape of the decay", choices=("cosine", "linear", "constant"))
@@ -158,6 +159,14 @@ class OptimizerConfig:
     adam_beta1: float = option(0.9, "first-moment decay", range=DROPOUT)
     adam_beta2: float = option(0.999, "second-moment decay", range=DROPOUT)
     adam_eps: float = option(1e-8, "denominator epsilon", range=EPSILON)
+    muon_momentum: float = option(0.95, "momentum of Muon", range=DROPOUT, needs=MUON)
+    muon_nesterov: bool = option(True, "Nesterov momentum of Muon", needs=MUON)
+    muon_num_ns_steps: int = option(5, "Newton-Schulz iterations of Muon", unit="STEPS", range=Range(at_least=1, at_most=99),
+        needs=MUON)
+    muon_scale_mode: str = option("spectral", "factor of an update of Muon, of A rows and B columns: sqrt(max(A, B)) or "
+        "sqrt(max(1, A/B))", choices=("spectral", "shape_scaling"), needs=MUON)
+    muon_extra_scale_factor: float = option(0.2, "further factor; 0.2 with spectral gives updates the size of AdamW's",
+        range=Range(above=0, at_most=1000), needs=MUON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
     ema_decay: float | None = option(None, "also keep an exponential moving average of the weights, and validate it; update n of "
         "it decays by min(this, (1 + n) / (10 + n))", unit="DECAY", range=Range(above=0, below=1))

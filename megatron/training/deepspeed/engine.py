@@ -21,6 +21,7 @@ from megatron.model.gpt import GPTModel, build_layers
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
+from megatron.training.deepspeed.matrices import Matrices
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
 from megatron.training.deepspeed.settings import (
     TensorParallelGroups,
@@ -29,6 +30,7 @@ from megatron.training.deepspeed.settings import (
     deepspeed_settings,
 )
 from megatron.training.deepspeed.shards import Shards
+from megatron.training.muon import MuonAdamW
 from megatron.training.optimizer import build_optimizer, learning_rate
 from megatron.training.step import Observer, StepResult
 
@@ -64,9 +66,10 @@ class Engine:
         num_parameters = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(config, dp_size=context.dp.size, num_parameters=num_parameters)
         self.num_micro_batches: int = settings["gradient_accumulation_steps"]
+        optimizer = build_optimizer(module.parameters(), config.optimizer)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module.parameters(), config.optimizer),
+            optimizer=optimizer,
             config=settings,
             mpu=TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None,
             dist_init_required=False,
@@ -74,6 +77,8 @@ class Engine:
         self.module = self._deepspeed.module
         decay = None if config.run.skip_train else config.optimizer.ema_decay
         self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.matrices = Matrices(self.shards, context)
         self._compile_blocks()
         self.observer.built(self)
 

@@ -19,8 +19,7 @@ from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec, shard_of
 from megatron.training.deepspeed.average import Average
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what the optimizer keeps for every weight
+from megatron.training.optimizer import MOMENTS
 
 
 class Shards:
@@ -41,7 +40,7 @@ class Shards:
         """
         self.module, self.optimizer, self.context = module, optimizer, context
         self.is_zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        self.average = None if ema_decay is None else Average(self._flat_partitions(), ema_decay)
+        self.average = None if ema_decay is None else Average(self.flat_partitions(), ema_decay)
 
     def specs(self) -> dict[str, ShardSpec]:
         """Shape and split of every tensor on this rank, by canonical name."""
@@ -109,7 +108,7 @@ class Shards:
 
     def _fragments(self, parameter: Any) -> Iterator[Fragment]:
         """What this rank holds of a parameter, of every kind."""
-        located = self._locate(parameter)
+        located = self.locate(parameter)
         if located is None:
             return
         flat, start, offset, numel = located
@@ -125,7 +124,7 @@ class Shards:
         moments = {kind: state[kind] for kind in MOMENTS if kind in state}
         return {WEIGHT: flat, **moments, **({} if self.average is None else {AVERAGE: self.average.of(flat)})}
 
-    def _locate(self, parameter: Any) -> tuple[torch.Tensor, int, int, int] | None:
+    def locate(self, parameter: Any) -> tuple[torch.Tensor, int, int, int] | None:
         """Flat fp32 partition, first element of the parameter in it, its offset there, and the number of elements."""
         if self.is_zero3:
             group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -137,9 +136,9 @@ class Shards:
         if mapping is None:
             return None
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return self._flat_partitions()[mapping.param_group_index], lp.start, hp.start, hp.numel
+        return self.flat_partitions()[mapping.param_group_index], lp.start, hp.start, hp.numel
 
-    def _flat_partitions(self) -> list[torch.Tensor]:
+    def flat_partitions(self) -> list[torch.Tensor]:
         if self.is_zero3:
             return self.optimizer.fp32_partitioned_groups_flat
         return [group["params"][0] for group in self.optimizer.optimizer.param_groups]
@@ -149,10 +148,11 @@ class Shards:
         if steps == 0:
             return
         optimizer = self.optimizer.optimizer
-        for flat in self._flat_partitions():
+        for number, flat in enumerate(self.flat_partitions()):
+            group = optimizer.param_groups[self.optimizer.sub_group_to_group_id[number] if self.is_zero3 else number]
             # Fused AdamW keeps the step beside the parameters.
             step = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
-            optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+            optimizer.state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in group["moments"]}}
         for group in optimizer.param_groups:
             if "step" in group:  # apex counts per group
                 group["step"] = steps
