@@ -19,7 +19,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         examples=(
             "megatron average runs/ar --last 5 --output runs/ar-mean",
-            "megatron average runs/ar/global_step400 runs/ar/global_step800 --output runs/ar-mean",
+            "megatron average runs/a/global_step40 runs/b --output runs/mean",
             "megatron average runs/seed1 runs/seed2 --load-tag best --output runs/soup",
         ),
         epilog="The mean is a run directory with one checkpoint of weights alone: evaluate, generate from or convert it as "
