@@ -68,12 +68,15 @@ def train(flags: Mapping[str, Any] | Sequence[str] | str) -> Run:
     return load_run(str(folder))
 
 
-def load_model(path: str | Path, *, tag: str | None = None, dtype: str = "float32") -> InferenceModel:
+def load_model(
+    path: str | Path, *, tag: str | None = None, kind: str | None = None, dtype: str = "float32"
+) -> InferenceModel:
     """Load a trained model with its tokenizer, on the GPU where there is one.
 
     Args:
         path: run directory, one ``global_stepN`` of it, or a folder of ``megatron convert to-hf``.
         tag: checkpoint of the run, such as ``global_step100``; default: the newest that verifies.
+        kind: of the weights: ``weight`` (as trained) or ``ema`` (their average).
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Returns:
@@ -86,7 +89,7 @@ def load_model(path: str | Path, *, tag: str | None = None, dtype: str = "float3
     """
     from megatron.inference.model import load_model as load
 
-    return load(path, tag=tag, dtype=dtype)
+    return load(path, tag=tag, kind=kind, dtype=dtype)
 
 
 def log_likelihood(

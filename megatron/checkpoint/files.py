@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.errors import UserError
+from megatron.config.schema import WEIGHT
+from megatron.errors import UserError, require
 from megatron.files import replace_file, sha256_of
 
 if TYPE_CHECKING:  # who only asks what a folder holds does not wait for torch
@@ -23,6 +24,8 @@ BEST = "best.json"  # which step's validation is the best of the run
 NEXT = "latest.next"  # what `latest` will hold when the save in progress is through: it outlives a kill between the renames
 FORMAT = 2  # 2 carries a checksum of itself; 1, without it, is still read
 SEAL = "sha256"
+AVERAGED_FROM = "averaged_from"  # field of the manifest of a mean of checkpoints: which ones
+AVERAGE_UPDATES = "average_updates"  # field of the manifest where there is an average: updates that it has seen
 ABANDONED = "abandoned"  # folder of branches that a run has left
 
 
@@ -31,7 +34,7 @@ class Fragment:
     """A flat range of one tensor-parallel shard, as one rank holds it.
 
     Attributes:
-        kind: "weight", "exp_avg" or "exp_avg_sq"; readers leave kinds alone that they do not ask for.
+        kind: WEIGHT, AVERAGE, "exp_avg", "exp_avg_sq" or "momentum"; readers leave kinds alone that they do not ask for.
         name: canonical name of the tensor.
         tp_rank, tp_size: which shard.
         start: first element of the range in the flattened shard.
@@ -116,6 +119,29 @@ def read_manifest(tag: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_use(tag: Path, manifest: Mapping[str, Any], weights: str, *, goes_on: bool = False) -> None:
+    """Check what is wanted of a checkpoint.
+
+    Args:
+        tag, manifest: which one.
+        weights: kind of weights.
+        goes_on: training is to go on from it, as the run that wrote it.
+
+    Raises:
+        UserError: it holds no such weights, or belongs to no run.
+    """
+    require(
+        weights == WEIGHT or AVERAGE_UPDATES in manifest,
+        f"checkpoint {tag} has no averaged weights ({weights})",
+        "a run keeps their average with --ema-decay",
+        "load its trained weights (--load-kind weight), or another checkpoint",
+    )
+    is_mean = f"{tag} is a mean of checkpoints"
+    require(
+        not (goes_on and AVERAGED_FROM in manifest), is_mean, "it belongs to no run", "start from it with --finetune"
+    )
+
+
 def complaints(tag: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> Iterator[str]:
     """What keeps a tag from being used: its manifest, or files of it.
 
@@ -192,6 +218,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "consumed_samples": _is_count,
     "optimizer_steps": _is_count,
+    AVERAGE_UPDATES: lambda value: value is None or _is_count(value),
     "config": _is_config,
     "tensors": _is_tensors,
     "files": _is_files,

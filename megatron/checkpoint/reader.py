@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.checkpoint.files import Fragment, read_manifest
+from megatron.checkpoint.files import Fragment, check_use, read_manifest
 from megatron.config import config_from_dict
-from megatron.config.schema import Config
+from megatron.config.schema import WEIGHT, Config
 from megatron.errors import UserError
 from megatron.parallel.sharding import ShardSpec
 
@@ -27,15 +27,17 @@ class CheckpointReader:
         replaced: whole weights, fp32, that are read in place of the saved ones.
     """
 
-    def __init__(self, tag: Path) -> None:
+    def __init__(self, tag: Path, weights: str = WEIGHT) -> None:
         """Args:
         tag: folder with a manifest.
+        weights: kind that is read as the weights: the trained ones, or AVERAGE.
 
         Raises:
-            UserError: no manifest, one of another format, or a shard that cannot be read.
+            UserError: no manifest, one of another format, a shard that cannot be read, or no weights of that kind.
         """
-        self.path = Path(tag)
+        self.path, self.weights = Path(tag), weights
         self.manifest = read_manifest(self.path)
+        check_use(self.path, self.manifest, weights)
         self.config: Config = config_from_dict(self.manifest["config"])
         self.specs = {
             name: ShardSpec(tuple(t["shape"]), t["dim"], tuple(t["blocks"]))
@@ -47,14 +49,15 @@ class CheckpointReader:
         self._tp_sizes: dict[tuple[str, str], int] = {}
         self._read_headers()
 
-    def tensor(self, name: str, kind: str = "weight") -> torch.Tensor:
+    def tensor(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
         """A whole tensor, fp32, on the CPU.
 
         Raises:
             UserError: the checkpoint does not hold it.
         """
-        if kind == "weight" and name in self.replaced:
+        if kind == WEIGHT and name in self.replaced:
             return self.replaced[name]
+        kind = self.weights if kind == WEIGHT else kind
         spec, tp_size = self._spec(name), self._tp_size(name, kind)
         shape = spec.local_shape(tp_size)
         numel = int(torch.Size(shape).numel())
@@ -64,13 +67,14 @@ class CheckpointReader:
 
     def read(self, fragment: Fragment) -> None:
         """Fill ``fragment.data`` from the checkpoint, whatever layout wrote it."""
-        name, kind, data = fragment.name, fragment.kind, fragment.data
+        name, data = fragment.name, fragment.data
+        kind = self.weights if fragment.kind == WEIGHT else fragment.kind
         spec = self._spec(name)
         if name not in self.replaced and (spec.dim is None or self._tp_size(name, kind) == fragment.tp_size):
             rank = 0 if spec.dim is None else fragment.tp_rank
             data.copy_(self._flat(kind, name, rank, fragment.start, data.numel()))
         else:
-            shard = spec.shard(self.tensor(name, kind), fragment.tp_rank, fragment.tp_size).reshape(-1)
+            shard = spec.shard(self.tensor(name, fragment.kind), fragment.tp_rank, fragment.tp_size).reshape(-1)
             data.copy_(shard[fragment.start : fragment.start + data.numel()])
 
     def _spec(self, name: str) -> ShardSpec:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from megatron.checkpoint.files import (
     step_of,
     tag_folders,
 )
+from megatron.config.schema import WEIGHT
 from megatron.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ class Selection:
         tag: folder of the checkpoint, or None where the folder holds none and a run starts fresh.
         manifest: that of the tag; empty without one.
         skipped: what was passed over though it is newer, each with its reason.
+        weights: kind that was validated as the best one, where the best was asked for; else the trained weights.
     """
 
     tag: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    weights: str = WEIGHT
 
     @property
     def warning(self) -> str | None:
@@ -65,7 +68,8 @@ def select(load: str | Path, tag: str | None = None, *, checksums: bool = True) 
         UserError: the tag asked for cannot be used, or none of several can; each is listed with its reason.
     """
     load = Path(load)
-    return _first_usable(load, _candidates(load, tag), partial(complaints, checksums=checksums))
+    found = _first_usable(load, _candidates(load, tag), partial(complaints, checksums=checksums))
+    return replace(found, weights=str(_best(load).get("weights", WEIGHT))) if tag == "best" else found
 
 
 def agree_on_checkpoint(load: str | Path, tag: str | None, context: ParallelContext) -> Selection:
@@ -125,7 +129,7 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
         yield load, ""
         return
     if tag not in (None, LATEST):
-        name = _best(load) if tag == "best" else str(tag)
+        name = _best_tag(load) if tag == "best" else str(tag)
         require(
             Path(name).name == name,
             f"--load-tag {name}",
@@ -145,11 +149,19 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
         yield from ((path, "") for path, _ in newest_first(load) if (path, "") != named)
 
 
-def _best(load: Path) -> str:
+def _best(load: Path) -> dict[str, Any]:
+    """What best.json says; empty where it cannot be read."""
+    try:
+        return dict(json.loads((load / BEST).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _best_tag(load: Path) -> str:
     """Name of the checkpoint at the best validation."""
     try:
-        name = f"global_step{int(json.loads((load / BEST).read_bytes())['step'])}"
-    except (OSError, ValueError, TypeError, KeyError):
+        name = f"global_step{int(_best(load)['step'])}"
+    except (ValueError, TypeError, KeyError):
         name = ""
     require(
         bool(name) and (load / name).is_dir(),

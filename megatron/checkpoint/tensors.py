@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.writer import write_checkpoint
-from megatron.config.schema import Config, ModelConfig
+from megatron.config.schema import WEIGHT, Config, ModelConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError
 from megatron.model.gpt import GPTModel
@@ -87,8 +88,22 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     _refuse({"NaN or infinite values in ": broken}, source)
 
 
-def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, Tensor], *, step: int = 0) -> Path:
+def save_full_checkpoint(
+    run_dir: Path,
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int = 0,
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a weights-only checkpoint from whole tensors under their canonical names.
+
+    Args:
+        run_dir: folder of the run.
+        config: resolved configuration.
+        tensors: full canonical tensors, fp32.
+        step: of the checkpoint.
+        more: further fields of the manifest.
 
     Raises:
         UserError: names, shapes or types are not those of the model in ``config``, or values are not finite.
@@ -96,18 +111,22 @@ def save_full_checkpoint(run_dir: Path, config: Config, tensors: Mapping[str, Te
     """
     specs = model_tensors(config.model, num_tensors=len(tensors), source=str(run_dir))
     check_tensors(tensors, full_shapes(specs), source=str(run_dir))
-    fragments = [Fragment("weight", name, 0, 1, 0, tensors[name].reshape(-1)) for name in specs]
-    state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
+    fragments = [Fragment(WEIGHT, name, 0, 1, 0, tensors[name].reshape(-1)) for name in specs]
+    state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, **(more or {}), "config": config}
     return write_checkpoint(Path(run_dir), fragments=fragments, specs=specs, state=state, context=ParallelContext())
 
 
-def open_whole_model(tag: Path) -> CheckpointReader:
+def open_whole_model(tag: Path, weights: str = WEIGHT) -> CheckpointReader:
     """Open a checkpoint, perhaps of strangers, whose tensors are those of the model in its configuration.
+
+    Args:
+        tag: its folder.
+        weights: kind that is read as the weights.
 
     Raises:
         UserError: it cannot be read, or they are not; nothing of the claimed size was built.
     """
-    reader = CheckpointReader(tag)
+    reader = CheckpointReader(tag, weights)
     expected = model_tensors(reader.config.model, num_tensors=len(reader.specs), source=str(tag))
     check_shapes(full_shapes(reader.specs), full_shapes(expected), source=str(tag))
     return reader

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.config.schema import Config
+from megatron.config.schema import WEIGHT, Config
 from megatron.errors import require
 
 VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
 
 
-def open_checkpoint(tag: Path, config: Config, *, vocab_size: int) -> CheckpointReader:
+def open_checkpoint(tag: Path, config: Config, *, vocab_size: int, weights: str = WEIGHT) -> CheckpointReader:
     """The checkpoint; with a mask token where masked diffusion starts from a model that never used one.
 
     Args:
         tag: folder of the checkpoint.
         config: of the run that begins.
         vocab_size: vocabulary before padding.
+        weights: kind that is read as the weights.
     """
-    reader = CheckpointReader(tag)
+    reader = CheckpointReader(tag, weights)
     mask_id, padded = config.objective.mask_token_id, config.model.padded_vocab_size
     was_masked = reader.config.objective.mask_token_id is not None
     if config.run.finetune and not was_masked and mask_id is not None and padded is not None:

@@ -76,7 +76,7 @@ def write_checkpoint(
             shutil.rmtree(scratch, ignore_errors=True)
         raise Failure(
             f"checkpoint {tag} could not be written ({failure})",
-            "saving needs a writable folder with room for 12 bytes per parameter",
+            "saving needs a writable folder with room for 12 to 16 bytes per parameter",
             "free space, change --save, or raise ulimit -n; earlier checkpoints are complete and untouched",
         )
     return tag

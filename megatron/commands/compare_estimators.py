@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import UserError, require
@@ -31,6 +32,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--load", required=True, metavar="RUN")
     parser.add_argument("--load-tag", metavar="TAG")
+    add_load_kind(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", metavar="FILE", help='JSONL of {"text"} that the model was not trained on')
     data.add_argument(
@@ -62,7 +64,7 @@ def validations(arguments: argparse.Namespace) -> None:
     from megatron.statistics import mean_loss
 
     require(arguments.repeats > 1, "--repeats 1", "a variance needs two seeds", "repeat more often")
-    loaded = load_model(arguments.load, tag=arguments.load_tag)
+    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind)
     dataset = build_dataset(
         [arguments.valid_data_path], num_samples=None, seq_length=loaded.max_length, seed=VALIDATION_SEED, name="valid"
     )
@@ -106,7 +108,7 @@ def main() -> None:
     from megatron.evaluation.scorer import MaskedScorer
     from megatron.inference.model import load_model
 
-    loaded = load_model(arguments.load, tag=arguments.load_tag)
+    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind)
     loaded.require_whole_sequences()
     tokenizer = loaded.require_tokenizer()
     documents = [tokenizer.encode(text) for text in read_texts(Path(arguments.text))]

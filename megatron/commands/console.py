@@ -31,6 +31,7 @@ VERBS = {
     "sweep": ("sweep", "a grid of runs, here or on SLURM"),
     "fit": ("fit", "scaling laws fitted to runs"),
     "plan": ("plan", "objective, size and epochs for given data and compute"),
+    "average": ("average", "the mean of checkpoints, as a checkpoint"),
     "convert": ("convert", "checkpoints of others to ours and back"),
     "hub download": ("download", "data sets, tokenizer and checkpoints of the paper"),
     "hub push": ("push", "upload a checkpoint with a model card"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for command in (to_hf, straight, from_hf):
         command.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     to_hf.add_argument("--tag", help="checkpoint of the run; default: the newest that verifies")
+    add_load_kind(to_hf)
     return parser.parse_args(argv)
 
 
@@ -120,7 +122,7 @@ def convert(args: argparse.Namespace) -> dict:
         write_run(args.target, config, tensors, step=0, source=args.source, origin=Path(args.source))
         return {"step": 0, "tensors": len(tensors), "verified": difference}
     if args.command == "to-hf":
-        config, tensors, folder = read_run(args.source, tag=args.tag)
+        config, tensors, folder = read_run(args.source, tag=args.tag, kind=args.load_kind)
         options = export_options(args, origin_of(folder))
         return export_folder(with_tokenizer_files(config, args), tensors, args.target, options=options)
     found = read_published_source(args)

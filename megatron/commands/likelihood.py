@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
 from megatron.errors import UserError, require
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run, one tag of it, or export; the first is compared with")
     add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept")
+    add_load_kind(parser)
     add("--valid-data-path", nargs="+", metavar="PREFIX", help="data to score; default: the first run's validation set")
     add("--data-cache-path", metavar="DIR", help="index maps; default: beside the data")
     add("--samples", type=COUNT, metavar="N", help="score the first N; default: all")
@@ -137,7 +139,7 @@ def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, 
     names = [path.name for path in paths]
     models = {}
     for path, name in zip(paths, names):
-        model = load_model(path, tag=options.load_tag or _best(path), context=context)
+        model = load_model(path, tag=options.load_tag or _best(path), kind=options.load_kind, context=context)
         models[name if names.count(name) == 1 else str(path)] = model
     lengths = {name: model.max_length for name, model in models.items()}
     require(

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.errors import UserError, require
 
@@ -25,6 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("run", help="run directory (the folder of --save)")
     add("repo_id", help="owner/name on the hub")
     add("--tag", help="checkpoint to upload; default: the newest that verifies")
+    add_load_kind(parser)
     add("--private", action="store_true", help="make the repository private if it is created now")
     add(
         "--with-checkpoint",
@@ -59,7 +61,9 @@ def plan_of(args: argparse.Namespace) -> UploadPlan:
         with_tokenizer=not args.no_tokenizer,
         verify=True,
     )
-    return UploadPlan(args.repo_id, args.tag, not args.no_export, args.with_checkpoint, args.license, export)
+    return UploadPlan(
+        args.repo_id, args.tag, args.load_kind, not args.no_export, args.with_checkpoint, args.license, export
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,13 +20,19 @@ EXACT_COUNT, BERNOULLI = "exact-count-antithetic", "bernoulli"
 #   1: stratified times in the order of the samples.
 #   2: stratified times in antithetic pairs and radical-inverse order, so that every micro-batch covers the range of t.
 NOISE_SCHEME = 2
+# Kinds of tensors in a checkpoint that are weights: as trained, and their exponential moving average.
+WEIGHT, AVERAGE = "weight", "ema"
 # What several flags need.
 LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pipeline_model_parallel_size=1",)
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
 RATES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")  # as Megatron spells them
-DECAY, WSD = ("lr_decay_style!=constant",), ("lr_decay_style=WSD",)
+DECAY, WSD, MUON = ("lr_decay_style!=constant",), ("lr_decay_style=WSD",), ("optimizer=muon",)
 # What earlier versions had no choice of.
-UNRECORDED = {"run": {"valid_estimator": BERNOULLI}, "objective": {"loss_weighting": "elbo"}}
+UNRECORDED: dict[str, dict[str, Any]] = {
+    "run": {"valid_estimator": BERNOULLI},
+    "objective": {"loss_weighting": "elbo"},
+    "optimizer": {"ema_decay": None},
+}
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,8 @@ class OptimizerConfig:
     """AdamW and its schedule. Schedules count samples, so that they do not depend on the layout."""
 
     # fmt: off
-    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed",
-        choices=("adam", "fusedadam"))
+    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed; muon: torch Muon for the "
+        "matrices of the blocks, AdamW for embeddings, head, norms and biases", choices=("adam", "fusedadam", "muon"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
     min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY,
         affects="schedule")
@@ -160,7 +166,17 @@ class OptimizerConfig:
     adam_beta1: float = option(0.9, "first-moment decay", range=DROPOUT)
     adam_beta2: float = option(0.999, "second-moment decay", range=DROPOUT)
     adam_eps: float = option(1e-8, "denominator epsilon", range=EPSILON)
+    muon_momentum: float = option(0.95, "momentum of Muon", range=DROPOUT, needs=MUON)
+    muon_nesterov: bool = option(True, "Nesterov momentum of Muon", needs=MUON)
+    muon_num_ns_steps: int = option(5, "Newton-Schulz iterations of Muon", unit="STEPS", range=Range(at_least=1, at_most=99),
+        needs=MUON)
+    muon_scale_mode: str = option("spectral", "factor of an update of Muon, of A rows and B columns: sqrt(max(A, B)) or "
+        "sqrt(max(1, A/B))", choices=("spectral", "shape_scaling"), needs=MUON)
+    muon_extra_scale_factor: float = option(0.2, "further factor; 0.2 with spectral gives updates the size of AdamW's",
+        range=Range(above=0, at_most=1000), needs=MUON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
+    ema_decay: float | None = option(None, "also keep an exponential moving average of the weights, and validate it; update n of "
+        "it decays by min(this, (1 + n) / (10 + n))", unit="DECAY", range=Range(above=0, below=1))
     cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
@@ -228,6 +244,8 @@ class RunConfig:
     branch_from: str | None = option(None,
         "leave another run at one of its checkpoints and go on here, its data order kept: to decay the rate of a stable run; "
         "the same command continues the branch", unit="RUN:TAG", needs=SAVE)
+    load_kind: str | None = option(None, "weights to load: as trained, or their average (--ema-decay); default: weight, and with "
+        "--load-tag best those that were validated as the best", choices=(WEIGHT, AVERAGE), needs=("finetune", "skip_train"))
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",

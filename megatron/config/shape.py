@@ -10,6 +10,13 @@ from typing import NamedTuple
 from megatron.config.schema import ModelConfig
 from megatron.errors import require
 
+# Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
+ARCHITECTURE = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
+    *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
+    *("disable_bias_linear", "untie_embeddings_and_output_weights"),
+)
+
 
 class Preset(NamedTuple):
     """Shape of a listed model."""

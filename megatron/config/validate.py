@@ -189,6 +189,12 @@ def _validate_run(config: Config) -> None:
             "drop one of them",
         )
     require(
+        optimizer.optimizer != "muon" or not optimizer.cpu_optimizer,
+        "--optimizer muon with --cpu-optimizer",
+        "whole matrices are brought together and iterated on the device",
+        "drop one of them",
+    )
+    require(
         run.eval_iters == "full"
         or (run.eval_iters.isdecimal() and len(run.eval_iters) < 17 and int(run.eval_iters) <= LARGEST),
         f"--eval-iters {run.eval_iters[:99]!r}",

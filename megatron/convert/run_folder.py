@@ -29,12 +29,15 @@ from megatron.screen import Progress
 ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 
 
-def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[str, Tensor], Path]:
+def read_run(
+    path: str | Path, *, tag: str | None = None, kind: str | None = None
+) -> tuple[Config, dict[str, Tensor], Path]:
     """Read all weights of a checkpoint; its files are verified first.
 
     Args:
         path: run directory, or one tag of it.
         tag: such as ``global_step100``; default: the newest that verifies.
+        kind: of the weights: ``weight`` or ``ema``; default: as trained, and of the tag ``best`` those validated as the best.
 
     Returns:
         Configuration, full canonical tensors (fp32), and the folder of the tag.
@@ -51,7 +54,7 @@ def read_run(path: str | Path, *, tag: str | None = None) -> tuple[Config, dict[
         )
     if found.warning:
         print(found.warning, file=sys.stderr, flush=True)
-    reader = open_whole_model(found.tag)
+    reader = open_whole_model(found.tag, kind or found.weights)
     names = Progress("reading", len(reader.specs), unit="tensors").over(reader.specs)
     return reader.config, {name: reader.tensor(name) for name in names}, found.tag
 
@@ -69,8 +72,9 @@ def write_run(
     step: int,
     source: str | Path,
     origin: Path | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make a run directory of converted weights: one checkpoint, ``latest`` and run.json. Complete or not at all.
+    """Make a run directory of weights that were not trained in it: one checkpoint, ``latest``, run.json. Complete or not at all.
 
     Args:
         path: folder to make.
@@ -79,6 +83,7 @@ def write_run(
         step: step of the checkpoint.
         source: where the weights come from, noted in run.json.
         origin: Hugging Face folder whose config.json and tokenizer the run keeps, for the way back.
+        more: further fields of the manifest.
 
     Raises:
         ValueError: names or shapes are not those of the model, or ``path`` is taken.
@@ -93,7 +98,7 @@ def write_run(
             if config.data.tokenizer_model == str(origin):
                 copy_tokenizer(origin, folder / ORIGIN)
                 config = replace(config, data=replace(config.data, tokenizer_model=str(path / ORIGIN)))
-        save_full_checkpoint(folder, config, tensors, step=step)
+        save_full_checkpoint(folder, config, tensors, step=step, more=more)
         (folder / "run.json").write_text(
             json.dumps(_run_json(config, tensors, source), indent=1) + "\n", encoding="utf-8"
         )

@@ -60,7 +60,11 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
     names = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
     tokenizer = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     loaded = load_model(
-        arguments.load, tag=arguments.load_tag, dtype=arguments.dtype, tokenizer_options=tokenizer or None
+        arguments.load,
+        tag=arguments.load_tag,
+        kind=arguments.load_kind,
+        dtype=arguments.dtype,
+        tokenizer_options=tokenizer or None,
     )
     recorder = StepRecorder()
     completions, shown = _generate(loaded, prompts, arguments, recorder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 
 LEARNED = ("confidence", "margin", "entropy")
@@ -20,13 +21,15 @@ EXAMPLES = (
 def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
     parser = Parser(description="Generate text with a checkpoint of any layout or an export.", examples=EXAMPLES)
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
     add(
         "--load-tag",
         metavar="TAG",
         help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
     )
+    add_load_kind(group)
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")

@@ -28,6 +28,7 @@ class UploadPlan:
     Attributes:
         repo_id: "owner/name".
         tag: checkpoint of the run; default: the newest that verifies.
+        kind: of the exported weights; default: as trained, and of the tag ``best`` those that were validated as the best.
         with_export: the Hugging Face export.
         with_checkpoint: the checkpoint in this repository's format, optimizer state included, to continue training.
         license_name: for the model card.
@@ -36,6 +37,7 @@ class UploadPlan:
 
     repo_id: str
     tag: str | None = None
+    kind: str | None = None
     with_export: bool = True
     with_checkpoint: bool = False
     license_name: str | None = None
@@ -57,7 +59,7 @@ def stage(run: Path, folder: Path, plan: UploadPlan) -> list[tuple[str, int]]:
         ValueError: no run, no usable checkpoint, or an architecture that cannot be exported.
     """
     info, _ = read_run_records(run)
-    config, tensors, tag = read_run(run, tag=plan.tag)
+    config, tensors, tag = read_run(run, tag=plan.tag, kind=plan.kind)
     step = int(read_manifest(tag)["step"])
     family = attention_family(config) if plan.with_export else None
     if plan.with_export:

@@ -14,7 +14,7 @@ import torch
 from megatron.checkpoint.files import MANIFEST
 from megatron.checkpoint.select import select
 from megatron.checkpoint.tensors import open_whole_model
-from megatron.config.schema import Config
+from megatron.config.schema import WEIGHT, Config
 from megatron.config.shape import Shape
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_types import NullTokenizer
@@ -158,6 +158,7 @@ def load_model(
     path: str | Path,
     *,
     tag: str | None = None,
+    kind: str | None = None,
     dtype: str = "float32",
     context: ParallelContext | None = None,
     tokenizer_options: dict[str, Any] | None = None,
@@ -167,13 +168,15 @@ def load_model(
     Args:
         path: run directory, tag directory or export.
         tag: such as ``global_step100`` or ``latest``; default: the newest tag that verifies.
+        kind: of the weights: ``weight`` (as trained) or ``ema`` (their average); default: as trained, and of the tag ``best``
+            those that were validated as the best.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         context: this process; every tensor-parallel rank keeps its share. The checkpoint's own layout does not matter.
         tokenizer_options: fields of DataConfig (vocab_file, merge_file, tokenizer_model, tokenizer_type) that replace
             those of the run.
 
     Raises:
-        UserError: nothing to load there, a damaged checkpoint, or an unknown dtype.
+        UserError: nothing to load there, a damaged checkpoint, one without such weights, or an unknown dtype.
     """
     context = context or ParallelContext.create()
     path = Path(path)
@@ -182,6 +185,8 @@ def load_model(
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
         from megatron.wiring import read_foreign
 
+        is_whole = f"{path} is an export and --load-kind is {kind}"
+        require(kind in (None, WEIGHT), is_whole, "an export has one set of weights", "drop --load-kind")
         config, tensors = read_foreign(path)
         stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
         source, identity = str(path), _hash("\n".join(stamps).encode())
@@ -194,9 +199,12 @@ def load_model(
             )
         if found.warning and context.is_first_rank:
             print(found.warning, flush=True)
-        reader = open_whole_model(found.tag)
+        kind = kind or found.weights
+        reader = open_whole_model(found.tag, kind)
         config, tensor_of = reader.config, reader.tensor
         source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
+        if kind != WEIGHT:
+            source, identity = f"{source} (averaged weights)", f"{identity}{kind}"
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
     objective = evaluation_objective(config)
     model = GPTModel(Shape.of(config.model), context)

@@ -58,7 +58,7 @@ def overfitting(run: Run) -> Overfitting | None:
     best = run.best
     if best is None:
         return None
-    last = [row for row in run.valid if math.isfinite(row.nll)][-1]
+    last = [row for row in run.curve_of(best) if math.isfinite(row.nll)][-1]
     rise = last.nll - best.nll
     if last is best:
         return Overfitting(best, rises=False, at_end=True, rise=0.0)

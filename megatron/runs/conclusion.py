@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.config.schema import WEIGHT
 from megatron.runs.comparison import comparisons, conditioning_gap, epoch_text, gap_between, overfitting, plus_minus
 from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, differences
@@ -92,6 +93,7 @@ def _best_text(run: Run) -> str:
     if turn.at_end:
         tail = "and was still improving at the end" if run.is_finished else "and is still training"
     kind = "exact validation NLL" if run.is_exact else "validation NLL bound"
+    kind += "" if result.row.weights == WEIGHT else " (averaged weights)"
     return (
         f"{run.title} reaches its best {kind} of {plus_minus(result.nll, result.nll_se)} nats/token "
         f"at epoch {epoch_text(result.row.epoch)} ({result.row.flops:.1e} FLOPs) {tail}"

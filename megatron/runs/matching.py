@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from megatron.config.schema import OptimizerConfig, RunConfig
+from megatron.config import config_to_dict
+from megatron.config.schema import Config, OptimizerConfig, RunConfig
 from megatron.runs.run import Run
 
 Weight = Literal["result", "unknown", "layout"]
@@ -39,6 +40,7 @@ _ELSEWHERE = frozenset(
         "run.load",
         "run.load_tag",
         "run.branch_from",
+        "run.load_kind",
         *(f"data.{part}_data_path{suffix}" for part in ("train", "valid") for suffix in ("", "_file")),
     }
 )
@@ -93,8 +95,9 @@ def differences(first: Run, second: Run) -> list[Difference]:
         layout = name.startswith("parallel.") or name in _LAYOUT_FIELDS
         if name in by_content or (_says_nothing(name) and not layout):
             continue
-        if left.get(name) != right.get(name):
-            found.append(Difference(name, left.get(name), right.get(name), "layout" if layout else "result"))
+        one, other = (record.get(name, _DEFAULTS.get(name)) for record in (left, right))
+        if one != other:
+            found.append(Difference(name, one, other, "layout" if layout else "result"))
     found += _data_differences(first, second)
     for name, one, other in (
         ("start", _start(first), _start(second)),
@@ -194,7 +197,8 @@ def _start(run: Run) -> str | None:
     if load is None or load == run.setting("run", "save"):
         return None
     tag = run.setting("run", "load_tag")
-    return f"{load} {tag}" if tag else str(load)
+    kind = run.setting("run", "load_kind")
+    return " ".join(str(part) for part in (load, tag, kind) if part)
 
 
 def _changed(run: Run) -> dict[str, Any]:
@@ -242,3 +246,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+_DEFAULTS = _flatten(config_to_dict(Config()))
+"""What a record that lacks a setting, because it is older, did."""

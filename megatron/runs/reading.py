@@ -15,8 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.config.schema import WEIGHT
 from megatron.errors import UserError
-from megatron.runs.record import EVALUATIONS, RECORD, estimator_of, parse_line
+from megatron.runs.record import (
+    EVALUATIONS,
+    RECORD,
+    TRAIN,
+    VALID,
+    VALID_AVERAGE,
+    WEIGHTS,
+    estimator_of,
+    parse_line,
+)
 from megatron.runs.run import OVER_SAMPLES, Run, Validation
 
 __all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
@@ -31,6 +41,7 @@ class Rows:
 
     train: list[dict[str, Any]] = field(default_factory=list)
     valid: list[Validation] = field(default_factory=list)
+    averaged: list[Validation] = field(default_factory=list)
     evaluations: list[Validation] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -47,14 +58,18 @@ def load_run(path: str | Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     _add_evaluations(rows, folder)
     curve, other = _split_validations(rows.valid)
+    averaged, apart = _split_validations(rows.averaged)
+    if averaged and curve and averaged[0].conditions != curve[0].conditions:
+        averaged, apart = [], [*averaged, *apart]
     return Run(
         folder,
         folder.resolve().name,
         info,
         train=tuple(_last_per_step(rows.train)),
         valid=tuple(curve),
-        other_valid=(*other, *rows.evaluations),
+        other_valid=(*other, *apart, *rows.evaluations),
         problems=tuple(rows.problems),
+        averaged=tuple(averaged),
     )
 
 
@@ -144,9 +159,11 @@ def _add_row(rows: Rows, row: dict[str, Any], where: str) -> None:
     """Sort one record in; one that lacks a field, or holds text where a number belongs, is a problem."""
     kind = row.get("kind")
     try:
-        if kind == "train":
+        if kind == TRAIN:
             rows.train.append({**row, "step": int(row["step"]), "samples": int(row["samples"])})
-        elif kind in ("valid", "evaluation"):
+        elif kind == VALID_AVERAGE:
+            rows.averaged.append(_validation(row))
+        elif kind in (VALID, "evaluation"):
             validation = _validation(row)
             # Older versions evaluated a finished run into its own curve, and without training data wrote epoch 0.
             stands_apart = kind == "evaluation" or (validation.tokens > 0 and validation.epoch == 0)
@@ -212,6 +229,7 @@ def _validation(row: Mapping[str, Any]) -> Validation:
         estimator=estimator_of(row),
         protocol=str(row.get("data") or ""),
         sums=None if sums is None else str(sums),
+        weights=WEIGHTS.get(str(row.get("kind")), WEIGHT),
     )
 
 

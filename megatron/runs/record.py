@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
-from megatron.config.schema import BERNOULLI
+from megatron.config.schema import AVERAGE, BERNOULLI, WEIGHT
 from megatron.errors import Failure
 from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
@@ -29,6 +29,9 @@ FORMAT = 1
 METRICS, STOPPED = "metrics.jsonl", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
+# Kinds of rows: of training, and of validations of the weights as trained and of their average (--ema-decay).
+TRAIN, VALID, VALID_AVERAGE = "train", "valid", "valid_ema"
+WEIGHTS = {VALID: WEIGHT, VALID_AVERAGE: AVERAGE}
 PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
@@ -158,7 +161,7 @@ class TrainRow(Position):
     tflops: float
     mfu: float | None
     skipped_steps: int
-    kind: str = "train"
+    kind: str = TRAIN
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class ValidRow(Position):
         data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
         ar_nll, ar_nll_se: exact NLL of the clean copy as an autoregressive model (``--block-ar-weight``), ± over documents.
+        kind: VALID, or VALID_AVERAGE for the averaged weights.
     """
 
     nll: float
@@ -193,7 +197,12 @@ class ValidRow(Position):
     gap_label: str | None = None
     ar_nll: float | None = None
     ar_nll_se: float | None = None
-    kind: str = "valid"
+    kind: str = VALID
+
+    @property
+    def weights(self) -> str:
+        """Kind of the weights that were validated."""
+        return WEIGHTS[self.kind]
 
 
 Row = TrainRow | ValidRow
@@ -237,7 +246,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Complete rows of a metrics file, in order."""
     rows = read_records(path)
-    return [row for row in rows if isinstance(row.get("step"), int) and row.get("kind") in ("train", "valid")]
+    return [row for row in rows if isinstance(row.get("step"), int) and row.get("kind") in (TRAIN, *WEIGHTS)]
 
 
 class MetricsFile:
@@ -251,11 +260,13 @@ class MetricsFile:
         self.path = run_dir / METRICS
         found = read_rows(self.path)
         rows = [row for row in found if row["step"] <= last_step]
+        # A validation is there with the row of the trained weights, which is its last.
+        self.validated = {row["step"] for row in rows if row["kind"] == VALID}
+        rows = [row for row in rows if row["kind"] != VALID_AVERAGE or row["step"] in self.validated]
         self.rows, self.has_dropped = rows, len(rows) < len(found)
         if self.path.exists():
             replace_file(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.validated = {row["step"] for row in rows if row["kind"] == "valid"}
-        validations = (_validation(row) for row in rows if row["kind"] == "valid")
+        validations = (_validation(row) for row in rows if row["kind"] in WEIGHTS)
         self._valid = [row for row in validations if row is not None]
         with written_whole(self.path):
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
@@ -278,13 +289,14 @@ class MetricsFile:
                 "free space on that disk and start again: the run continues from its newest checkpoint",
             ) from error
 
-    def best(self, last: ValidRow | None = None) -> ValidRow | None:
-        """The best of the validations that were taken as the last one was, the earlier of two that are equal.
+    def best(self, *last: ValidRow) -> ValidRow | None:
+        """The best of the validations that were taken as the last one was, of trained weights or of their average; the earlier
+        of two that are equal.
 
         Args:
-            last: a validation that is not written yet.
+            last: validations that are not written yet.
         """
-        rows = [*self._valid, *([] if last is None else [last])]
+        rows = [*self._valid, *last]
         # Rows from before the data were recorded ("") belong to the curve that goes on from them.
         same = [row for row in rows if all(getattr(row, name) in (getattr(rows[-1], name), "") for name in PROTOCOL)]
         return min((row for row in same if math.isfinite(row.nll)), key=lambda row: row.nll, default=None)
@@ -302,9 +314,15 @@ def estimator_of(row: Mapping[str, Any]) -> str:
     return str(row.get("estimator", "" if row["label"] == EXACT else BERNOULLI))
 
 
-def kind_of(label: str, num_mc: int, estimator: str) -> str:
+def kind_of(label: str, num_mc: int, estimator: str, weights: str = WEIGHT) -> str:
     """What a validation is, for people: ``NLL (exact)``, ``NLL bound (2 exact-count-antithetic draws)``."""
-    return f"{label} ({num_mc} {estimator} draw{'s' * (num_mc > 1)})" if estimator else label
+    text = f"{label} ({num_mc} {estimator} draw{'s' * (num_mc > 1)})" if estimator else label
+    return text if weights == WEIGHT else f"{text} of the averaged weights"
+
+
+def suffix_of(kind: str) -> str:
+    """Ending that tells files of validations of the averaged weights apart."""
+    return "" if kind == VALID else f"_{WEIGHTS[kind]}"
 
 
 def holds_run(folder: Path) -> bool:

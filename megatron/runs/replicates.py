@@ -45,15 +45,14 @@ def mean_run(runs: Sequence[Run]) -> Run:
     is the spread between seeds: ``se² = sd² / n + mean(se_i)²`` with sd the standard deviation between the n seeds.
     """
     first = runs[0]
-    curves = [{row.step: row for row in run.valid} for run in runs]
-    steps = [row.step for row in first.valid if all(row.step in curve for curve in curves)]
     logs = [{int(row["step"]): row for row in run.train} for run in runs]
     train_steps = [int(row["step"]) for row in first.train if all(int(row["step"]) in log for log in logs)]
     return replace(
         first,
         name=f"{first.name} and {len(runs) - 1} more seed{'s' * (len(runs) > 2)}",
         train=tuple(_mean_train([log[step] for log in logs]) for step in train_steps),
-        valid=tuple(_mean_validation([curve[step] for curve in curves]) for step in steps),
+        valid=_mean_curve([run.valid for run in runs]),
+        averaged=_mean_curve([run.averaged for run in runs]),
         other_valid=(),
         problems=(),
         seeds=tuple(run.seed for run in runs),
@@ -64,6 +63,13 @@ def _mean_train(rows: Sequence[Any]) -> dict[str, Any]:
     losses = [row.get("loss") for row in rows]
     mean = None if any(loss is None for loss in losses) else float(np.mean(losses))
     return {**rows[0], "loss": mean}
+
+
+def _mean_curve(curves: Sequence[Sequence[Validation]]) -> tuple[Validation, ...]:
+    """Means over the steps that all of them have."""
+    by_step = [{row.step: row for row in curve} for curve in curves]
+    steps = [row.step for row in curves[0] if all(row.step in rows for rows in by_step)]
+    return tuple(_mean_validation([rows[step] for rows in by_step]) for step in steps)
 
 
 def _mean_validation(rows: Sequence[Validation]) -> Validation:

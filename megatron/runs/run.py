@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.config.schema import WEIGHT
 from megatron.runs.counts import format_count
 from megatron.runs.links import Branch, branch_of
 from megatron.runs.record import OVER_DOCUMENTS, Position, kind_of
@@ -36,6 +37,7 @@ class Validation(Position):
         estimator: how a bound was estimated (``--valid-estimator``); "" where the loss is exact.
         protocol: fingerprint of the data; "" where it was not recorded.
         sums: file under the run directory with the sums a (sample, document), or None.
+        weights: kind of the weights that were validated: as trained ("weight"), or their average ("ema").
     """
 
     nll: float
@@ -49,6 +51,7 @@ class Validation(Position):
     estimator: str = ""
     protocol: str = ""
     sums: str | None = None
+    weights: str = WEIGHT
 
     @property
     def ppl(self) -> float:
@@ -63,7 +66,7 @@ class Validation(Position):
     @property
     def kind(self) -> str:
         """Label, draws and estimator, for people."""
-        return kind_of(self.label, self.num_mc, self.estimator)
+        return kind_of(self.label, self.num_mc, self.estimator, self.weights)
 
     @property
     def error_unit(self) -> str:
@@ -96,6 +99,7 @@ class Run:
         info: run.json.
         train: rows of the training log in order of steps, each with at least ``step`` and ``samples``.
         valid: the learning curve: validations with the most common estimator and data.
+        averaged: the curve of the averaged weights, taken as that one was; empty without ``--ema-decay``.
         other_valid: what stands apart from the curve: validations with other settings (a last one with more draws), and
             evaluations of finished checkpoints. They are shown, and touch neither curve nor best.
         problems: what in the files could not be read, in words.
@@ -110,6 +114,7 @@ class Run:
     other_valid: tuple[Validation, ...] = ()
     problems: tuple[str, ...] = ()
     seeds: tuple[int | None, ...] = ()
+    averaged: tuple[Validation, ...] = ()
 
     @property
     def objective(self) -> str:
@@ -192,10 +197,14 @@ class Run:
         """One field of the configuration, or None where it was not recorded."""
         return (self.info["config"].get(section) or {}).get(name)
 
+    def curve_of(self, row: Validation) -> tuple[Validation, ...]:
+        """The curve that a validation belongs to: of the weights as trained, or of their average."""
+        return self.valid if row.weights == WEIGHT else self.averaged
+
     @cached_property
     def best(self) -> Validation | None:
-        """The validation with the lowest finite NLL, or None before the first."""
-        finite = [row for row in self.valid if math.isfinite(row.nll)]
+        """The validation with the lowest finite NLL, of the weights as trained or averaged, or None before the first."""
+        finite = [row for row in (*self.valid, *self.averaged) if math.isfinite(row.nll)]
         return min(finite, key=lambda row: row.nll) if finite else None
 
     @cached_property
@@ -205,8 +214,9 @@ class Run:
         best = self.best
         if best is None:
             return None
-        split = [(row, halves(sums)) for row in self.valid if (sums := self.sums(row)) is not None]
-        if len(split) < len(self.valid) or any(half is None for _, half in split):
+        rows = (*self.valid, *self.averaged)
+        split = [(row, halves(sums)) for row in rows if (sums := self.sums(row)) is not None]
+        if len(split) < len(rows) or any(half is None for _, half in split):
             return Result(best, best.nll, best.nll_se, best.error_unit)
         row, half = min(split, key=lambda item: mean_loss(item[1][0]).value)  # type: ignore[index]
         assert half is not None
@@ -232,9 +242,9 @@ class Run:
         batch = int(self.setting("run", "global_batch_size") or 1)
         return reached >= wanted // batch * batch
 
-    def column(self, name: str) -> np.ndarray:
-        """One column of the validation curve as float64, for example ``column("nll")``."""
-        values = [getattr(row, name) for row in self.valid]
+    def column(self, name: str, *, averaged: bool = False) -> np.ndarray:
+        """One column of the validation curve, or of that of the averaged weights, as float64: ``column("nll")``."""
+        values = [getattr(row, name) for row in (self.averaged if averaged else self.valid)]
         return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
     def train_column(self, name: str) -> np.ndarray:

@@ -19,7 +19,7 @@ from megatron.files import replace_file, written_whole
 from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
-from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
+from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow, suffix_of
 from megatron.statistics import ValidationSums
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.plan import Plan, Sources, Start
@@ -82,24 +82,28 @@ class RunFolder:
             self._log.write(row)
         self.screen.train_line(row)
 
-    def add_validation(self, row: ValidRow, sums: Callable[[], ValidationSums]) -> None:
+    def add_validation(self, rows: list[ValidRow], sums: Callable[[], list[ValidationSums]]) -> None:
         """Record and print a validation, and remember the best one.
 
         Args:
-            row: its line.
-            sums: makes the sums a (sample, document) behind it; asked on the first rank only.
+            rows: its lines, that of the trained weights last.
+            sums: makes the sums a (sample, document) behind each; asked on the first rank only.
         """
-        path = f"{VALIDATIONS}/step{row.step}.npz"
         if self._log is not None:
-            with written_whole(self.plan.run_dir / path):
-                (self.plan.run_dir / VALIDATIONS).mkdir(exist_ok=True)
-            sums().save(self.plan.run_dir / path)
-            best = self._log.file.best(row)
-            row = replace(row, best=best is not None and best.step == row.step, sums=path)
-            self._log.write(row)
+            folder = self.plan.run_dir / VALIDATIONS
+            paths = [folder / f"step{row.step}{suffix_of(row.kind)}.npz" for row in rows]
+            with written_whole(paths[0]):
+                folder.mkdir(exist_ok=True)
+            for path, own in zip(paths, sums()):
+                own.save(path)
+            best = self._log.file.best(*rows)
+            rows = [replace(row, best=best is row, sums=f"{VALIDATIONS}/{path.name}") for row, path in zip(rows, paths)]
+            for row in rows:
+                self._log.write(row)
             self._remember_best()
-        self.is_best = self.context.gather_objects(row.best)[0]
-        self.screen.valid_line(row)
+        self.is_best = self.context.gather_objects(any(row.best for row in rows))[0]
+        for row in rows:
+            self.screen.valid_line(row)
         self._prune()
 
     def save(self, engine: Engine, interval: Interval, *, at_once: bool) -> bool:
@@ -142,7 +146,7 @@ class RunFolder:
         self.progress.remember_best(best, "" if best is None else measured(best))
         path = self.plan.run_dir / BEST
         if best is not None:
-            fields = ("step", "nll", "nll_se", "label", "estimator", "num_mc")
+            fields = ("step", "weights", "nll", "nll_se", "label", "estimator", "num_mc")
             replace_file(path, json.dumps({name: getattr(best, name) for name in fields}))
         else:
             path.unlink(missing_ok=True)

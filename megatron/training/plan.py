@@ -97,6 +97,7 @@ class Start:
         is_continued: goes on where the checkpoint stopped; otherwise only weights are taken over.
         with_optimizer: moments are loaded too.
         branch: where the run left another one (``--branch-from``), now or long ago; None for all others.
+        weights: kind of the weights to load.
         changed: settings that differ from those at the checkpoint, ``section.name`` → (before, now, what they affect).
     """
 
@@ -107,6 +108,7 @@ class Start:
     is_continued: bool
     with_optimizer: bool
     branch: Branch | None
+    weights: str
     changed: dict[str, tuple[Any, Any, str]]
 
     @property

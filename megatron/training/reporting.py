@@ -241,4 +241,4 @@ def say(text: str, write: Callable[[str], object] = print) -> bool:
 def measured(row: ValidRow) -> str:
     """What a validation is, its value and error: ``NLL (exact) 4.6512 ± 0.0621 nats/token``."""
     error = "" if row.nll_se is None else f" ± {row.nll_se:.4f}"
-    return f"{kind_of(row.label, row.num_mc, row.estimator)} {row.nll:.4f}{error} nats/token"
+    return f"{kind_of(row.label, row.num_mc, row.estimator, row.weights)} {row.nll:.4f}{error} nats/token"

@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.files import check_use
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, Config, RunConfig
-from megatron.config.shape import Shape, padded_size
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig
+from megatron.config.shape import ARCHITECTURE, Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
@@ -39,12 +40,6 @@ from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start
 from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
-# Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
-ARCHITECTURE = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
-    *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
-    *("disable_bias_linear", "untie_embeddings_and_output_weights"),
-)
 BRANCH = "megatron.training.branch"
 UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
 
@@ -108,18 +103,24 @@ def resolve(
 
 def _start(flags: Config, settings: Config, sources: Sources, selection: Selection, branch: Branch | None) -> Start:
     """Where the run begins; ``settings`` are recorded, ``flags`` have the place to load from."""
-    run, is_continued = flags.run, bool(selection.manifest) and not flags.run.finetune
+    run, tag, manifest = flags.run, selection.tag, selection.manifest
+    is_continued = bool(manifest) and not run.finetune
+    goes_on = is_continued and not run.skip_train
+    weights = WEIGHT if goes_on else run.load_kind or selection.weights
+    if tag is not None:
+        check_use(tag, manifest, weights, goes_on=goes_on)
     start = Start(
-        tag=selection.tag,
+        tag=tag,
         place=None if run.load is None else (Path(run.load), run.load_tag),
-        manifest=selection.manifest,
+        manifest=manifest,
         warning=selection.warning,
         is_continued=is_continued,
-        with_optimizer=is_continued and not (run.no_load_optim or run.skip_train),
+        with_optimizer=goes_on and not run.no_load_optim,
         branch=branch,
+        weights=weights,
         changed={},
     )
-    before, is_branching = selection.manifest if is_continued else {}, start.is_branching
+    before, is_branching = manifest if is_continued else {}, start.is_branching
     start = replace(start, changed=_agreed_changes(settings, sources, before, is_branching=is_branching))
     return import_module(BRANCH).checked(start, settings) if is_branching else start
 

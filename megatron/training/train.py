@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from megatron.checkpoint.select import agree_on_checkpoint
 from megatron.checkpoint.warm_start import open_checkpoint
+from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import build_loader, build_packing
 from megatron.model.arithmetic import model_flops_per_token, parameters_for_compute, total_parameters
@@ -14,7 +15,7 @@ from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
 from megatron.runs.provenance import this_attempt
-from megatron.runs.record import ValidRow, write_evaluation
+from megatron.runs.record import ValidRow, suffix_of, write_evaluation
 from megatron.training.deepspeed.engine import Engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
@@ -140,7 +141,7 @@ def evaluate_checkpoint(
         if measured is None:
             screen.print(f"stopped by {stop.reason}; nothing was recorded")
             return stop.reason
-    fields, sums = measured
+    ((fields, sums),) = measured
     position = progress.position(
         unique_tokens=unique_tokens, parameters=parameters_for_compute(plan.shape, plan.vocabulary.size)
     )
@@ -160,7 +161,7 @@ def evaluate_checkpoint(
         "result": asdict(row),
         "attempt": asdict(this_attempt(layout=plan.layout.sizes(), device=context.device)),
     }  # fmt: skip
-    name = f"step{row.step}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
+    name = f"step{row.step}{suffix_of(row.kind)}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
     path = write_evaluation(plan.run_dir, record, name=name)
     sums.with_halves(validator.halves).save(path.with_suffix(".npz"))
     screen.print(f"recorded in {path}")
@@ -185,7 +186,7 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
     settings = replace(plan.settings, run=replace(plan.settings.run, seed=plan.seeds.noise))  # of dropout
     engine = Engine(settings, plan.objective, context, observer=observer)
     if start.tag is not None:
-        reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size)
+        reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size, weights=start.weights)
         engine.load(reader, with_optimizer=start.with_optimizer)
         if reader.replaced and context.is_first_rank:
             say("the mask token starts as the mean of the token embeddings (the checkpoint never used one)")
@@ -236,6 +237,7 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
     if start.tag is None:
         screen.print("starting fresh" + (f": no checkpoint in {run.load} yet" if run.load else ""))
     else:
-        what = "weights and optimizer" if start.with_optimizer else "weights"
+        weights = "averaged weights" if start.weights == AVERAGE else "weights"
+        what = f"{weights} and optimizer" if start.with_optimizer else weights
         verb = "branching" if start.is_branching else "continuing" if start.is_continued else "starting"
         screen.print(f"loaded {what} of {start.tag}; {verb} at step {progress.step}")

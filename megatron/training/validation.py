@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -18,7 +19,7 @@ from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
 from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
 from megatron.randomness import VALIDATION_SEED
-from megatron.runs.record import ValidRow
+from megatron.runs.record import VALID, VALID_AVERAGE, WEIGHTS, ValidRow
 from megatron.screen import Progress
 from megatron.statistics import Estimate, ValidationSums, mean_loss
 from megatron.training.deepspeed.engine import Engine
@@ -32,6 +33,8 @@ MICRO_BATCHES_PER_PASS = 8
 # Something else that is measured with every validation (``--gap-task``): it prepares itself on a built engine, and what it
 # returns is called each time and gives fields of the row.
 Probe = Callable[[Plan, Engine], Callable[[], dict[str, Any]]]
+# Fields of a ValidRow, and the sums behind them.
+Measured = tuple[dict[str, Any], ValidationSums]
 # Columns of ValidationSums by micro-batches: of the objective's own loss, and of one that its training adds.
 Entries = tuple[list[tuple[np.ndarray, ...]], list[tuple[np.ndarray, ...]]]
 
@@ -66,19 +69,37 @@ class Validator:
         measured = self.measure(stop)
         if measured is None:
             return stop.reason
-        row, sums = measured
-        folder.add_validation(ValidRow(**folder.position(), **row, best=False), lambda: sums.with_halves(self.halves))
+        rows = [ValidRow(**folder.position(), **fields, best=False) for fields, _ in measured]
+        folder.add_validation(rows, lambda: [sums.with_halves(self.halves) for _, sums in measured])
         return None
 
-    def measure(self, stop: StopRequest | None = None) -> tuple[dict[str, Any], ValidationSums] | None:
+    def measure(self, stop: StopRequest | None = None) -> list[Measured] | None:
         """Average the loss over samples and noise draws; a collective call, the same result on every rank.
 
         Args:
             stop: looked at between passes; None: never.
 
         Returns:
-            Fields of a :class:`ValidRow` and the sums behind them; None when it was broken off.
+            What was measured, first of the averaged weights where a run keeps them, last of the trained ones; None when it was
+            broken off.
         """
+        found = []
+        for kind in self._kinds:
+            with self.engine.averaged() if kind == VALID_AVERAGE else nullcontext():
+                measured = self._measure(kind, stop)
+            if measured is None:
+                return None
+            found.append(measured)
+        return found
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Kinds of rows of a validation. An evaluation has the weights that it loaded."""
+        if self.engine.shards.average is not None:
+            return [VALID_AVERAGE, VALID]
+        return [kind for kind, weights in WEIGHTS.items() if weights == self.plan.start.weights]
+
+    def _measure(self, kind: str, stop: StopRequest | None) -> Measured | None:
         evaluated, run = self.objective.for_eval(), self.plan.settings.run
         draws, estimator = (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
         entries: Entries = [], []
@@ -94,6 +115,7 @@ class Validator:
         sums = _collect(own, draws=draws if estimator else 0)
         estimate, label = mean_loss(sums), evaluated.label
         fields = {
+            "kind": kind,
             "nll": estimate.value,
             "nll_se": estimate.error if math.isfinite(estimate.error) else None,
             "label": label,

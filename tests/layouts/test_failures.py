@@ -81,13 +81,13 @@ def test_a_skipped_step_changes_no_weight(
 ) -> None:
     from megatron.checkpoint.reader import CheckpointReader
 
-    argv = jobs.flags(token_files, tmp_path / "run", train_iters=3, save_interval=1)
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=3, save_interval=1, ema_decay=0.9)
     pools(1).run(train_with_infinite_weights, 16, 24, argv)
     before, after = (CheckpointReader(tmp_path / "run" / f"global_step{step}") for step in (2, 3))
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         assert all((before.tensor(name, kind) == after.tensor(name, kind)).all() for name in before.specs)
     assert (after.manifest["skipped_steps"], after.manifest["skipped_in_a_row"]) == (1, 1)
-    assert (after.manifest["optimizer_steps"], after.manifest["step"]) == (2, 3)
+    assert [after.manifest[name] for name in ("optimizer_steps", "average_updates", "step")] == [2, 2, 3]
 
 
 def test_a_diverged_run_stops_with_a_message(

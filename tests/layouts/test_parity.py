@@ -10,14 +10,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from layouts import jobs
 from layouts.jobs import Run
+from layouts.pool import WorkerPool
 from megatron import objectives as registry
 from megatron.testing.checks import check_gradient_scale
 
-TOLERANCE = 1e-5
+TOLERANCE, MUON_TOLERANCE = 1e-5, 1e-4  # Muon's iteration runs in bf16
 # Processes and flags. Pipelines get more micro-batches than stages, so that several are in flight.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp_size": 2}),
@@ -79,18 +83,25 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
         common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1, "min_lr": 1e-4}
         common |= SCHEDULES[objective == "ar"]
         plain = {name: value for name, value in changes.items() if name not in LAYOUT_FLAGS}
+        tolerance = MUON_TOLERANCE if changes.get("optimizer") == "muon" else TOLERANCE
         reference, run = runs(objective, 1, **common, **plain), runs(objective, size, **common, **changes)
         expected = reference.traces[0]
         assert len(set(expected.losses)) == 10
         for trace in run.traces:  # every rank must know the loss of the whole batch
-            assert trace.losses == pytest.approx(expected.losses, abs=TOLERANCE, rel=0)
+            assert trace.losses == pytest.approx(expected.losses, abs=tolerance, rel=0)
         ranks = {"one process": expected, **{f"rank {rank}": trace for rank, trace in enumerate(run.traces)}}
-        check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=TOLERANCE)
+        check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=tolerance)
+        if "ema_decay" in changes:
+            averages = [jobs.records(each.run_dir, "valid_ema") for each in (run, reference)]
+            for step in (5, 10):
+                own, other = (rows[step]["nll"] for rows in averages)
+                assert own == pytest.approx(other, abs=tolerance, rel=0)
+                assert abs(own - reference.valid[step]["nll"]) > 10 * tolerance
         assert list(run.valid) == list(reference.valid) == [5, 10]
         for step, record in run.valid.items():
             assert ("ar_nll" in record) == ("block_ar_weight" in changes)
             for name in {"nll", "nll_se", "ar_nll", "ar_nll_se"} & record.keys():
-                assert record[name] == pytest.approx(reference.valid[step][name], abs=TOLERANCE, rel=0)
+                assert record[name] == pytest.approx(reference.valid[step][name], abs=tolerance, rel=0)
         return reference, run
 
     return check
@@ -106,8 +117,9 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
     ],
 )
 def test_layout_equals_one_process(compare: Callable, objective: str, layout: str) -> None:
+    """With masked diffusion, the averaged weights too, which take the place of the trained ones for a validation in between."""
     size, changes = LAYOUTS[layout]
-    compare(objective, size, **changes)
+    compare(objective, size, **changes, **({"ema_decay": 0.9} if objective == "mdm" else {}))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +189,51 @@ def test_bf16_gradients_added_at_once_are_those_added_after_the_pass(
     deferred = runs("mdm", size, bf16=True, train_iters=5, deepspeed_config=str(settings), **changes)
     for one, other in zip(at_once.traces, deferred.traces):
         assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "zero2", "zero3", "tp2_dp2", "pp2_dp2"])
+def test_muon_equals_one_process(compare: Callable, layout: str) -> None:
+    """Of a model with query, key and value of different widths: whole matrices are brought together, each by itself."""
+    size, changes = LAYOUTS[layout]
+    compare("ar", size, **changes, **VARIANTS["untied_gqa"], optimizer="muon")
+
+
+def train_by_shards(argv: list[str]) -> jobs.Trace:
+    """Muon that takes the shard of a rank for a matrix."""
+    from megatron.parallel.sharding import ShardSpec
+
+    with mock.patch.object(ShardSpec, "combine", lambda spec, shards: torch.cat(shards, spec.dim)):
+        return jobs.train("ar", argv)
+
+
+def test_muon_of_matrices_that_are_put_together_wrongly_would_show(
+    pools: Callable[[int], WorkerPool], runs: Callable[..., Run], token_files: Path, tmp_path: Path
+) -> None:
+    """Here shards of query, key and value are joined as if each rank's were one matrix."""
+    options = {**VARIANTS["untied_gqa"], "optimizer": "muon"}
+    traces = pools(2).run(train_by_shards, jobs.flags(token_files, tmp_path, tp_size=2, **options))
+    common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
+    right = runs("ar", 1, **common, **options).traces[0]
+    assert abs(traces[0].losses[-1] - right.losses[-1]) > 2 * MUON_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"bf16": True}),
+        (2, {"zero_stage": 2, "bf16": True}),
+        (2, {"zero_stage": 3}),
+        (2, {"pp_size": 2, "bf16": True}),
+    ],
+)
+def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
+    runs: Callable[..., Run], token_files: Path, size: int, changes: dict[str, Any]
+) -> None:
+    common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 2, "eval_iters": 1, "train_iters": 5}
+    plain, averaged = (runs("mdm", size, **common, **changes, **more) for more in ({}, {"ema_decay": 0.9}))
+    for one, other in zip(plain.traces, averaged.traces):
+        assert (one.losses, one.grad_norms) == (other.losses, other.grad_norms)
+    assert [row["nll"] for row in plain.valid.values()] == [row["nll"] for row in averaged.valid.values()]
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,12 @@ def test_everything_that_can_change_a_number_is_compared(two, changes, expected)
     first = change(two[0], tokenizer={"fingerprint": "a"})
     change(two[1], tokenizer={"fingerprint": "a"})
     assert weights(first, change(two[1], **changes)) == expected
+
+
+def test_a_setting_that_an_older_record_lacks_was_its_default(tmp_path):
+    old, new = (load_run(write_run(tmp_path / name, "ar", epochs=4)) for name in ("old", "new"))
+    assert "ema_decay" not in old.info["config"]["optimizer"]
+    new.info["config"]["optimizer"].update(muon_momentum=0.95, ema_decay=None)
+    assert not differences(old, new)
+    new.info["config"]["optimizer"].update(ema_decay=0.99)
+    assert [str(item) for item in differences(old, new)] == ["optimizer.ema_decay: None against 0.99"]

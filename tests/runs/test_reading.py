@@ -199,3 +199,39 @@ def test_runs_of_one_name_get_their_folder(tmp_path):
     write_run(tmp_path / "a/ar", "ar", epochs=2)
     write_run(tmp_path / "b/ar", "ar", epochs=2)
     assert [run.name for run in find_runs([tmp_path, tmp_path / "a"])] == ["a/ar", "b/ar"]
+
+
+def test_averaged_weights_are_a_curve_of_their_own_and_may_be_the_best(tmp_path):
+    folder = write_run(tmp_path / "ar", "ar", epochs=40)
+    plain, lines = load_run(folder), (folder / "metrics.jsonl").read_text().splitlines()
+    rows = []
+    for row in map(json.loads, lines):  # the averaged weights are better by a hundredth, and written first
+        if row["kind"] == "valid":
+            rows.append({**row, "kind": "valid_ema", "nll": row["nll"] - 0.01})
+        rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = load_run(folder)
+    assert run.valid == plain.valid and run.other_valid == () and not run.problems
+    assert [row.step for row in run.averaged] == [row.step for row in run.valid]
+    assert run.best is not None and plain.best is not None
+    assert (run.best.weights, run.best.step) == ("ema", plain.best.step)
+    assert run.best.nll == pytest.approx(plain.best.nll - 0.01)
+    assert summary_row(run)["Kind"] == "NLL (exact) of the averaged weights"
+    turn, before = overfitting(run), overfitting(plain)
+    assert turn is not None and before is not None and turn.rise == pytest.approx(before.rise)
+    assert "averaged weights" in write_report([run], tmp_path / "report.html").read_text()
+
+
+def test_averages_without_the_row_of_the_trained_weights_are_measured_again(tmp_path):
+    """A kill between the two rows of a validation: it is not complete, and the half is dropped."""
+    fields = {"step": 4, "samples": 8, "tokens": 8, "epoch": 1.0, "flops": 1.0, "nll": 2.0, "nll_se": 0.1}
+    fields |= {"label": "NLL (exact)", "num_mc": 1, "num_samples": 8, "ppl": 7.4, "bits_per_byte": None, "best": False}
+    rows = [{"kind": kind, **fields, "step": step} for step, kind in ((2, "valid_ema"), (2, "valid"), (4, "valid_ema"))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = MetricsFile(tmp_path, last_step=4)
+    assert (file.validated, len(file.rows), (tmp_path / "metrics.jsonl").read_text().count("\n")) == ({2}, 2, 2)
+    best = file.best(
+        *(ValidRow(**{**fields, "nll": nll}, kind=kind) for nll, kind in ((1.0, "valid_ema"), (1.5, "valid")))
+    )
+    assert best is not None and (best.nll, best.weights) == (1.0, "ema")
+    file.close()

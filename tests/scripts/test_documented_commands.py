@@ -197,7 +197,8 @@ TOKENS = """python tools/preprocess_data.py --workers 1 --append-eod --input dat
 TWO_RUNS = """
 import megatron
 data = {f"{side}_data_path": f"data/stdlib/{side}_text_document" for side in ("train", "valid")}
-flags = {**data, "model": "7M", "seq_length": 256, "micro_batch_size": 8, "num_workers": 0, "eval_interval": 1, "eval_iters": 1}
+flags = {**data, "model": "7M", "seq_length": 256, "micro_batch_size": 8, "num_workers": 0, "eval_interval": 1, "eval_iters": 1,
+         "save_interval": 1}
 for name in ("ar", "mdm"):
     run = megatron.train({**flags, "objective": name, "train_iters": 2, "save": f"runs/laptop/{name}"})
     assert run.is_finished and [row.step for row in run.valid] == [1, 2], run

@@ -48,6 +48,7 @@ def test_help(program: Path, tmp_path: Path) -> None:
 
 # Tool → arguments that its own argparse takes and that are wrong all the same.
 WRONG = {
+    "average_checkpoints": ["absent", "--output", "out"],
     "benchmark": ["--no-such-flag"],
     "check_environment": ["--with", "nothing"],
     "compare_estimators": ["--load", "absent", "--text", "absent", "--answer-tokens", "4,many"],

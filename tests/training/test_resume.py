@@ -28,6 +28,7 @@ from megatron.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 STEPS = 40
+KINDS = ("valid", "valid_ema")
 TIMINGS = {"seconds", "step_seconds", "tokens_per_second", "tflops", "mfu"}
 
 
@@ -42,6 +43,7 @@ def options(tokens: Path, **changes: Any) -> dict[str, Any]:
         "hidden_dropout": 0.1,
         "attention_dropout": 0.1,
         "lr_warmup_samples": 50,
+        "ema_decay": 0.9,
         **changes,
     }
 
@@ -63,7 +65,7 @@ def assert_same_run(run_dir: Path, reference: Path) -> None:
     """Equal metrics, and equal tensors in the last checkpoint."""
     assert metrics(run_dir) == metrics(reference)
     ours, theirs = (CheckpointReader(folder / f"global_step{STEPS}") for folder in (run_dir, reference))
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "ema"):
         assert all(ours.tensor(name, kind).equal(theirs.tensor(name, kind)) for name in theirs.specs), kind
 
 
@@ -82,7 +84,7 @@ def straight(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_fac
     traces = pools(1).run(jobs.train, "mdm", jobs.flags(token_files, run_dir, **options(token_files)))
     assert traces[0].status == 0
     kinds = [line["kind"] for line in metrics(run_dir)]
-    assert (kinds.count("train"), kinds.count("valid")) == (20, 7)
+    assert [kinds.count(kind) for kind in ("train", "valid", "valid_ema")] == [20, 7, 7]
     return run_dir
 
 
@@ -319,13 +321,13 @@ def train_with_validation(results: list[float], argv: list[str]) -> jobs.Trace:
     """Training whose validations give these losses."""
     from megatron.training.validation import Validator
 
-    queue, original = iter(results), Validator.measure
+    queue, original = iter(results), Validator._measure
 
-    def measure(self: Any, stop: Any = None) -> Any:
-        fields, sums = original(self, stop)
+    def measure(self: Any, kind: str, stop: Any) -> Any:
+        fields, sums = original(self, kind, stop)
         return {**fields, "nll": next(queue)}, sums
 
-    with mock.patch.object(Validator, "measure", measure):
+    with mock.patch.object(Validator, "_measure", measure):
         return jobs.train("mdm", argv)
 
 
@@ -333,7 +335,7 @@ def test_keep_last_keeps_the_newest_and_the_best(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    changes = {"train_iters": 12, "save_interval": 2, "eval_interval": 2, "keep_last": 2}
+    changes = {"train_iters": 12, "save_interval": 2, "eval_interval": 2, "keep_last": 2, "ema_decay": None}
     argv = jobs.flags(token_files, run_dir, **options(token_files, **changes))
     pools(1).run(train_with_validation, [6.0, 5.0, 5.5, 5.0, 7.0, 8.0], argv)
     assert {tag.name for tag in tag_folders(run_dir)} == {"global_step4", "global_step10", "global_step12"}
@@ -351,13 +353,19 @@ def test_keep_last_keeps_the_newest_and_the_best(
 def test_save_best_keeps_the_checkpoint_of_the_best_validation(
     size: int, pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
-    """The best validation falls between two saves: it has a checkpoint all the same, and --load-tag best means it."""
+    """The best validation falls between two saves: it has a checkpoint all the same, and --load-tag best means it and, of its
+    weights, those that were validated: here (each first of its pair) the averaged ones."""
     changes = {"train_iters": 13, "save_interval": 5, "eval_interval": 2, "keep_last": 1, "save_best": True}
     argv = jobs.flags(token_files, tmp_path, **options(token_files, pp_size=size, **changes))
-    pools(size).run(train_with_validation, [6.0, 5.0, 5.5, 4.0, 7.0, 8.0, 9.0], argv)
+    averaged_and_trained = [6.5, 6.0, 6.0, 5.0, 5.5, 5.5, 4.0, 4.5, 7.0, 7.0, 8.0, 8.0, 9.0, 9.0]
+    pools(size).run(train_with_validation, averaged_and_trained, argv)
     assert {tag.name for tag in tag_folders(tmp_path)} == {"global_step8", "global_step13"}
-    assert select(tmp_path, "best").tag == tmp_path / "global_step8"
-    assert select(tmp_path).tag == tmp_path / "global_step13"
+    found = select(tmp_path, "best")
+    assert (found.tag, found.weights) == (tmp_path / "global_step8", "ema")
+    found = select(tmp_path)
+    assert (found.tag, found.weights) == (tmp_path / "global_step13", "weight")
+    best = {kind: [step for step, row in jobs.records(tmp_path, kind).items() if row["best"]] for kind in KINDS}
+    assert best == {"valid": [2, 4], "valid_ema": [8]}
 
 
 def test_the_best_that_was_not_kept_is_refused(tmp_path: Path) -> None:

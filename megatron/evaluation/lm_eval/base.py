@@ -34,6 +34,7 @@ class MegatronLM(GeneratingLM):
     Args:
         load: run directory, tag directory or Hugging Face export.
         load_tag: checkpoint to load; default: the newest that verifies.
+        load_kind: of the weights: weight (as trained) or ema (their average).
         model: a loaded model instead of ``load``.
         dtype: float32 (default), bfloat16 or float16.
         batch_size: rows per forward pass; "auto" and "auto:N" take the default of 32.
@@ -51,6 +52,7 @@ class MegatronLM(GeneratingLM):
         load: str | None = None,
         *,
         load_tag: str | None = None,
+        load_kind: str | None = None,
         model: InferenceModel | None = None,
         dtype: str = "float32",
         batch_size: int | str | None = None,
@@ -70,7 +72,7 @@ class MegatronLM(GeneratingLM):
         if model is None:
             if load is None:
                 raise UserError("no model was given", "a path is needed", "pass --model_args load=RUN_DIRECTORY")
-            model = load_model(load, tag=load_tag, dtype=dtype, tokenizer_options=tokenizer or None)
+            model = load_model(load, tag=load_tag, kind=load_kind, dtype=dtype, tokenizer_options=tokenizer or None)
         self.loaded = model
         self.context = model.context
         _move(model, device)

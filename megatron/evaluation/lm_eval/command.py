@@ -20,8 +20,8 @@ from megatron.objectives import OBJECTIVES
 DEFAULT_DRAWS = 128
 # Flags of training that evaluation reads; model sizes are compared with the checkpoint; others have no effect here.
 USED = {
-    "load", "load_tag", "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size", "seq_length",
-    "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type", "num_mc", "bf16", "seed", "local_rank",
+    "load", "load_tag", "load_kind", "tensor_model_parallel_size", "pipeline_model_parallel_size", "micro_batch_size",
+    "seq_length", "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type", "num_mc", "bf16", "seed", "local_rank",
 }  # fmt: skip
 MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} - {
     "seq_length", "max_position_embeddings", "attention_dropout", "hidden_dropout", "init_method_std", "model",
@@ -92,8 +92,8 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
     if context.device.type == "cpu":
         dtype = "float32"  # bf16 matrix products are slow and coarse there
     model = load_model(
-        arguments.load, tag=getattr(arguments, "load_tag", None), dtype=dtype, context=context,
-        tokenizer_options=tokenizer or None,
+        arguments.load, tag=getattr(arguments, "load_tag", None), kind=getattr(arguments, "load_kind", None), dtype=dtype,
+        context=context, tokenizer_options=tokenizer or None,
     )  # fmt: skip
     _check_model_flags(arguments, model.config.model)
     options: dict[str, Any] = {

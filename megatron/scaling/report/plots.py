@@ -139,6 +139,17 @@ def _draw_run(panel: Axes, run: Run, *, style: LineStyle, x: str, faint: bool = 
         elinewidth=1.0,
         label=", ".join(part for part in (run.title, run.origin) if part) + f" – {run.label}",
     )
+    if run.averaged:
+        across, nll = run.column(x, averaged=True), run.column("nll", averaged=True)
+        keep = (across > 0) & np.isfinite(nll)
+        panel.plot(
+            across[keep],
+            nll[keep],
+            color=style.color,
+            linestyle=":",
+            linewidth=1.2,
+            label=f"{run.title} – averaged weights",
+        )
     best = run.best
     if best is not None and getattr(best, x) > 0:
         panel.plot(

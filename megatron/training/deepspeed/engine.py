@@ -21,6 +21,7 @@ from megatron.model.gpt import GPTModel, build_layers
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
+from megatron.training.deepspeed.matrices import Matrices
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
 from megatron.training.deepspeed.settings import (
     TensorParallelGroups,
@@ -29,6 +30,7 @@ from megatron.training.deepspeed.settings import (
     deepspeed_settings,
 )
 from megatron.training.deepspeed.shards import Shards
+from megatron.training.muon import MuonAdamW
 from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import learning_rate
 from megatron.training.step import Observer, StepResult
@@ -65,15 +67,19 @@ class Engine:
         num_parameters = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(config, dp_size=context.dp.size, num_parameters=num_parameters)
         self.num_micro_batches: int = settings["gradient_accumulation_steps"]
+        optimizer = build_optimizer(module.parameters(), config.optimizer)
         self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module.parameters(), config.optimizer),
+            optimizer=optimizer,
             config=settings,
             mpu=TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None,
             dist_init_required=False,
         )
         self.module = self._deepspeed.module
-        self.shards = Shards(self.module, self._optimizer, context)
+        decay = None if config.run.skip_train else config.optimizer.ema_decay
+        self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.matrices = Matrices(self.shards, context)
         self._compile_blocks()
         self.observer.built(self)
 
@@ -97,6 +103,8 @@ class Engine:
             loss = self._accumulate(data)
         # DeepSpeed decides on the host whether it skips, so it has read this flag already (which waited for the device).
         skipped = bool(getattr(self._optimizer, "overflow", False))
+        if self.shards.average is not None and not skipped:
+            self.shards.average.update()
         norm = float("inf") if skipped else self._deepspeed.get_global_grad_norm()
         result = StepResult(loss.detach().float(), self._scalar(norm), self._scalar(skipped, torch.bool), rate)
         self.observer.step_ended(result)
@@ -133,6 +141,17 @@ class Engine:
         finally:
             self._enter(self.objective, training=True)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, which are back on leaving, bit for bit; a collective call. Without
+        an average: the weights as they are."""
+        if self.shards.average is None:
+            yield
+            return
+        self.shards.exchange()
+        yield
+        self.shards.exchange()  # not after an error, which other ranks may not share
+
     def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
         """Write a checkpoint of weights and optimizer; a collective call.
 
@@ -147,12 +166,12 @@ class Engine:
             run_dir,
             fragments=self.shards.fragments_to_save(),
             specs=self.shards.specs(),
-            state={**state, "optimizer_steps": self.shards.optimizer_steps()},
+            state={**state, **self.shards.updates()},
             context=self.context,
         )
 
     def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
-        """Overwrite the weights, and with them moments and step count, from a checkpoint of any layout.
+        """Overwrite the weights, and with them moments, step count and average, from a checkpoint of any layout.
 
         Raises:
             UserError: tensors are missing from the checkpoint or have other shapes.

@@ -74,6 +74,7 @@ EXPECTED: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     "zero3 bf16": (2, {"bf16": True, "zero_stage": 3}, {UTILS: 1}),
     "tp2 bf16": (2, {"bf16": True, "tp_size": 2}, {UTILS: 2}),
     "pp2 bf16": (2, {"bf16": True, "pp_size": 2}, {UTILS: 2}),
+    "muon with an average": (2, {"bf16": True, "optimizer": "muon", "ema_decay": 0.9}, {UTILS: 2}),
 }
 
 
