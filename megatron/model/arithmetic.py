@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron.config.shape import Shape
-from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, RandomKeyDrop, WithinSegments
+from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, PerSample, RandomKeyDrop, WithinSegments
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,8 @@ def keys_per_token(mask: AttentionMask, seq_length: int) -> float:
         return keys_per_token(mask.kind, seq_length)
     if isinstance(mask, Causal | RandomKeyDrop):  # dropped keys are computed all the same
         return seq_length / 2
+    if isinstance(mask, PerSample):
+        return seq_length * (1 - mask.causal_share / 2)
     if isinstance(mask, BlockDiffusion):  # noised: own block and (S − B)/2 of the past; clean: (S + own block)/2
         return seq_length + (mask.size + mask.clean.size) / 2
     return float(seq_length)
