@@ -138,7 +138,10 @@ def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, 
     models = {}
     for path, name in zip(paths, names):
         model = load_model(path, tag=options.load_tag or _best(path), context=context)
-        models[name if names.count(name) == 1 else str(path)] = model
+        shown = name if names.count(name) == 1 else str(path)
+        for form in filter(None, (model, model.beside)):  # of a dual model both
+            kind = "AR" if form.is_causal else "masked diffusion"
+            models[shown if model.beside is None else f"{shown} as {kind}"] = form
     lengths = {name: model.max_length for name, model in models.items()}
     require(
         len(set(lengths.values())) == 1,

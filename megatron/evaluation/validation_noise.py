@@ -94,10 +94,12 @@ def repeat_validation(
         UserError: the model is causal, or one of blocks.
     """
     loaded.require_whole_sequences()
-    plain = MaskedDiffusion(loaded.mask_id, global_batch_size=1, seed=0, valid_estimator=estimator)
+    shift = loaded.objective.decoding.shift
+    plain = MaskedDiffusion(loaded.mask_id, 1, seed=0, valid_estimator=estimator, shifted=bool(shift))
     ids = np.arange(dataset.num_samples)
     tokens = np.stack([dataset[index] for index in ids.tolist()])
-    documents = np.stack([dataset.pieces(index).documents for index in ids.tolist()])[:, :-1]
+    documents = np.stack([dataset.pieces(index).documents for index in ids.tolist()])[:, shift:]
+    documents = documents[:, : tokens.shape[1] - 1]
     found = []
     for seed in range(repeats):
         loss, weight = np.zeros(documents.shape), np.zeros(documents.shape)

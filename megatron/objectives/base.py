@@ -13,6 +13,8 @@ import numpy as np
 
 from megatron.config.option import TOKENS, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
+from megatron.config.shape import Shape
+from megatron.model.arithmetic import model_flops_per_token
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
@@ -183,6 +185,12 @@ class Objective(Protocol):
                 all of them (times spread over them, pairs of complementary masks).
         """
         ...
+
+
+def flops_per_token(shape: Shape, objective: Objective) -> float:
+    """FLOPs of a training step per token of data, see :func:`megatron.model.arithmetic.model_flops_per_token`."""
+    share, views = objective.loss_fraction, objective.num_views
+    return model_flops_per_token(shape, mask=objective.attention_mask, loss_fraction=share, num_views=views)
 
 
 def is_exact(objective: Objective) -> bool:
