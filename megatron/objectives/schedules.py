@@ -129,9 +129,11 @@ class Bell:
 
 @dataclass(frozen=True)
 class Measured:
-    """Shares of a density that is constant on n equal parts of [0, 1] and proportional to the spread of the loss there: of
-    all densities with n such steps the one of least variance, if the spread is the root mean square of what a draw adds at
-    a uniform share (Owen, "Monte Carlo theory, methods and examples", section 9.1).
+    """Shares of a density that is constant on n equal parts of [0, 1] and proportional to the spread of the loss there.
+
+    Of all densities with n such steps it is the one of least variance, if the spread is the standard deviation of what a
+    draw adds at that share (times are stratified: Neyman's allocation), and, with independent times, if it is the root mean
+    square (importance sampling; Owen, "Monte Carlo theory, methods and examples", section 9.1).
 
     Attributes:
         spread: of each part, in any unit: numbers, or a text of numbers with commas between them.

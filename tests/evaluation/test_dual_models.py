@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from megatron.commands.compare_estimators import main as compare_estimators
 from megatron.commands.likelihood import main as likelihood
 from megatron.convert.huggingface import attention_family
 from megatron.errors import UserError
@@ -21,6 +22,8 @@ from megatron.generation.command import run_generate
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.inference.model import load_model
+from megatron.objectives import parse
+from megatron.objectives.schedules import Measured
 from megatron.testing import oracles
 from tests.evaluation import tiny
 
@@ -84,6 +87,20 @@ def test_scores_and_samplers_are_those_of_the_enumeration(runs) -> None:
 
     drawn_table = oracles.conditionals(drawn, text, masked.mask_id, context=context)
     assert exact.logprobs.sum() == pytest.approx(oracles.chain_rule(drawn_table, range(3, -1, -1)), abs=1e-4)
+
+
+def test_the_spread_of_the_loss_by_share_is_measured(runs, capsys, monkeypatch) -> None:
+    """Printed as the flags that take it."""
+    words = ["compare-estimators", "--load", str(runs / "dual"), "--valid-data-path", str(runs / "valid"), "--num-mc"]
+    monkeypatch.setattr("sys.argv", [*words, "32", "--parts", "3"])
+    compare_estimators()
+    line = capsys.readouterr().out.splitlines()[-1]
+    objective = parse(["--train-iters", "1", "--model", "7M", "--objective", "mdm", *line.split()]).objective
+    spread = Measured(objective.options["noise_schedule_spread"]).spread
+    assert len(spread) == 3 and spread[0] > 2 * spread[2]  # few masks of weight 1/p against many of weight 1
+    monkeypatch.setattr("sys.argv", [*words, "1", "--parts", "30"])
+    with pytest.raises(UserError, match="--num-mc"):
+        compare_estimators()
 
 
 def test_likelihood_hears_both_forms(runs) -> None:
