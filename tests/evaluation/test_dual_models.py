@@ -23,7 +23,7 @@ from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.inference.model import load_model
 from megatron.objectives import parse
-from megatron.objectives.schedules import Measured
+from megatron.objectives.densities import Measured
 from megatron.testing import oracles
 from tests.evaluation import tiny
 

@@ -20,12 +20,11 @@ from objective_helpers import (
 
 from megatron.errors import UserError
 from megatron.model.mask import Full
+from megatron.objectives.densities import Bell, Measured
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import (
     MIN_MASK_PROB,
-    Bell,
     Linear,
-    Measured,
     bound_weight,
     build_schedule,
     is_symmetric,
