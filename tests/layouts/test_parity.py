@@ -147,6 +147,17 @@ def test_objective_equals_one_process(compare: Callable, name: str, layout: str)
     compare(objective, size, **changes, **options)
 
 
+@pytest.mark.parametrize(("share", "objective", "options"), [(1, "ar", {}), (0, "mdm", {"shifted_labels": True})])
+def test_a_dual_run_at_either_end_is_that_of_one_objective(
+    runs: Callable[..., Run], token_files: Path, share: int, objective: str, options: dict[str, Any]
+) -> None:
+    common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
+    dual, plain = runs("dual", 1, dual_ar_share=share, **common), runs(objective, 1, **common, **options)
+    assert dual.traces[0].losses == plain.traces[0].losses and dual.traces[0].grad_norms == plain.traces[0].grad_norms
+    for step, record in plain.valid.items():
+        assert (record["nll"], record["label"]) == (dual.valid[step]["nll"], dual.valid[step]["label"])
+
+
 def test_no_registered_objective_is_left_out() -> None:
     covered = {"ar", "mdm", "permuted_ar", "masked_attention_ar", *(objective for objective, _ in OBJECTIVES.values())}
     covered.add("masked_input_ar")  # chosen by its flag
