@@ -41,6 +41,12 @@ def _arguments() -> argparse.Namespace:
         help="instead: validate on this set with many noise seeds",
     )
     parser.add_argument("--num-mc", type=COUNT, default=2, metavar="DRAWS", help="of a validation; default: 2")
+    parser.add_argument(
+        "--parts",
+        type=COUNT,
+        metavar="N",
+        help="only print the spread of the loss in N equal parts of the masked share",
+    )
     parser.add_argument("--questions", type=COUNT, default=100, metavar="COUNT")
     parser.add_argument(
         "--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once"
@@ -58,16 +64,23 @@ def validations(arguments: argparse.Namespace) -> None:
     """Print what the noise of a validation costs, by estimator."""
     from megatron.config.schema import BERNOULLI, EXACT_COUNT
     from megatron.data.dataset import build_dataset
-    from megatron.evaluation.validation_noise import repeat_validation
+    from megatron.evaluation.validation_noise import repeat_validation, spread_by_share
     from megatron.inference.model import load_model
     from megatron.randomness import VALIDATION_SEED
     from megatron.statistics import mean_loss
 
     require(arguments.repeats > 1, "--repeats 1", "a variance needs two seeds", "repeat more often")
-    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind)
+    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind).decoded("masked")
     dataset = build_dataset(
         [arguments.valid_data_path], num_samples=None, seq_length=loaded.max_length, seed=VALIDATION_SEED, name="valid"
     )
+    if arguments.parts is not None:
+        sizes = {"parts": arguments.parts, "num_mc": arguments.num_mc, "batch_size": arguments.batch_size}
+        spread = spread_by_share(loaded, dataset, **sizes)
+        print(f"spread of a draw, nats per token, in {arguments.parts} parts of the masked share; "
+              f"{dataset.num_samples} samples, {arguments.num_mc} draws of each")  # fmt: skip
+        print(f"--noise-schedule measured --noise-schedule-spread {','.join(f'{value:.3g}' for value in spread)}")
+        return
     print(
         f"{'estimator':<24} {'sd of a sample':>14} {'sd of the whole':>16} {'printed ±':>10}  ±1.96 and ±t hold the mean"
     )
@@ -96,6 +109,7 @@ def main() -> None:
     if arguments.valid_data_path is not None:
         validations(arguments)
         return
+    require(arguments.parts is None, "--parts with --text", "a spread is that of samples", "pass --valid-data-path")
     lengths = answer_lengths(arguments.answer_tokens)
     from megatron.evaluation.estimator_comparison import (
         TableScorer,
@@ -108,7 +122,7 @@ def main() -> None:
     from megatron.evaluation.scorer import MaskedScorer
     from megatron.inference.model import load_model
 
-    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind)
+    loaded = load_model(arguments.load, tag=arguments.load_tag, kind=arguments.load_kind).decoded("masked")
     loaded.require_whole_sequences()
     tokenizer = loaded.require_tokenizer()
     documents = [tokenizer.encode(text) for text in read_texts(Path(arguments.text))]

@@ -140,7 +140,10 @@ def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, 
     models = {}
     for path, name in zip(paths, names):
         model = load_model(path, tag=options.load_tag or _best(path), kind=options.load_kind, context=context)
-        models[name if names.count(name) == 1 else str(path)] = model
+        shown = name if names.count(name) == 1 else str(path)
+        for form in filter(None, (model, model.beside)):  # of a dual model both
+            way = "AR" if form.is_causal else "masked diffusion"
+            models[shown if model.beside is None else f"{shown} as {way}"] = form
     lengths = {name: model.max_length for name, model in models.items()}
     require(
         len(set(lengths.values())) == 1,

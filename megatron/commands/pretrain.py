@@ -27,18 +27,21 @@ def main(objective: str = "ar", argv: Sequence[str] | None = None, *, raise_erro
 def answer_gap(plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:
     """The probe of ``--gap-task``: training knows nothing of evaluation, so the two meet here."""
     from megatron.evaluation.gap import gap_metric
+    from megatron.inference.logits import at_tokens
     from megatron.model.batch import Inputs
     from megatron.model.gpt import GPTModel
+    from megatron.objectives.base import CausalDecoding
 
     model, objective = engine.module, engine.objective.for_eval()
     assert isinstance(model, GPTModel)  # pipeline stages are refused with the flag
 
-    def logits(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def rows(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         return model.logits(Inputs(input_ids), objective.attention_mask, positions=positions)
 
+    decoding = objective.decoding
     return gap_metric(
         plan.settings,
-        logits_fn=logits,
+        logits_fn=rows if isinstance(decoding, CausalDecoding) else at_tokens(rows, decoding.shift),
         evaluating=lambda: engine.evaluating(objective),
         device=engine.context.device,
     )

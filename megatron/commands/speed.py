@@ -18,10 +18,11 @@ from megatron.config.schema import Config
 from megatron.config.shape import Shape, padded_size
 from megatron.data.dataset import Pieces
 from megatron.data.loader import build_loader, to_device
-from megatron.model.arithmetic import model_flops_per_token, peak_flops
+from megatron.model.arithmetic import peak_flops
 from megatron.model.batch import ModelBatch
 from megatron.model.gpt import GPTModel
 from megatron.objectives import Objective, build_objective, parse
+from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import Launch
@@ -133,9 +134,7 @@ def report(
     config: Config, objective: Objective, context: ParallelContext, times: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Rates from step times; medians, because single steps of a shared machine vary."""
-    flops = model_flops_per_token(
-        Shape.of(config.model), mask=objective.attention_mask, loss_fraction=objective.loss_fraction
-    )
+    flops = flops_per_token(Shape.of(config.model), objective)
     assert config.run.global_batch_size
     seconds = statistics.median(times["engine"])
     tokens_per_second = config.run.global_batch_size * config.model.seq_length / seconds

@@ -48,12 +48,12 @@ def attention_family(config: Config) -> str:
     objective = evaluation_objective(config)
     if isinstance(objective.decoding, CausalDecoding):
         return "ar"
-    if isinstance(objective.decoding, MaskedDecoding):
+    if isinstance(objective.decoding, MaskedDecoding) and objective.decoding.shift == 0:
         return "mdm"
     raise UserError(
         f"objective {config.objective.objective} evaluates with {type(objective.attention_mask).__name__} attention and "
-        f"{type(objective.decoding).__name__}",
-        "LlamaForCausalLM is causal, and EuroBertForMaskedLM fills masks in both directions",
+        f"{objective.decoding}",
+        "LlamaForCausalLM is causal, and EuroBertForMaskedLM fills masks in both directions, where they stand",
         "keep the model in this repository's format",
     )
 

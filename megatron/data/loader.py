@@ -26,7 +26,7 @@ from megatron.data.dataset import Pieces
 from megatron.data.indexed import read_meta
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError, require
-from megatron.model.batch import ModelBatch, Samples
+from megatron.model.batch import ModelBatch, Samples, places_in_documents
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 
@@ -81,17 +81,6 @@ def _eod_id(config: DataConfig) -> int:
             "pass the tokenizer of the data (--vocab-file and --merge-file, or --tokenizer-model), or drop the flag",
         )
     return eod_id
-
-
-def places_in_documents(segment_ids: np.ndarray) -> np.ndarray:
-    """Positions that begin again at 0 with every segment, int64 [batch, seq + 1].
-
-    Args:
-        segment_ids: [batch, seq + 1] ascending segment of each token.
-    """
-    places = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
-    is_first = np.diff(segment_ids, axis=1, prepend=-1) != 0
-    return places - np.maximum.accumulate(np.where(is_first, places, 0), axis=1)
 
 
 class TokenDataset(Protocol):

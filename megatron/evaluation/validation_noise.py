@@ -6,14 +6,16 @@ packed into one sample see each other, as without ``--reset-attention-mask``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from megatron.config.schema import EXACT_COUNT
+from megatron.config.schema import BERNOULLI, EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.loader import as_tensors, to_device
+from megatron.errors import require
 from megatron.inference.model import InferenceModel
 from megatron.model.batch import Samples
 from megatron.objectives.mdm import MaskedDiffusion
@@ -93,24 +95,74 @@ def repeat_validation(
     Raises:
         UserError: the model is causal, or one of blocks.
     """
-    loaded.require_whole_sequences()
-    plain = MaskedDiffusion(loaded.mask_id, global_batch_size=1, seed=0, valid_estimator=estimator)
+    plain, shift = _plain(loaded, estimator), loaded.objective.decoding.shift
     ids = np.arange(dataset.num_samples)
     tokens = np.stack([dataset[index] for index in ids.tolist()])
-    documents = np.stack([dataset.pieces(index).documents for index in ids.tolist()])[:, :-1]
+    documents = np.stack([dataset.pieces(index).documents for index in ids.tolist()])[:, shift:]
+    documents = documents[:, : tokens.shape[1] - 1]
     found = []
     for seed in range(repeats):
         loss, weight = np.zeros(documents.shape), np.zeros(documents.shape)
         for draw in range(num_mc):
             view = replace(plain.for_eval(draw, num_mc), seed=EVAL_SEED + seed * num_mc)
-            for rows in np.array_split(ids, -(-len(ids) // batch_size)):
-                batch = to_device(as_tensors(view.prepare(Samples(tokens[rows], rows))), loaded.device)
-                losses = loaded.model(batch, view.attention_mask, view.loss, per_token=True)
-                loss[rows] += losses.double().cpu().numpy() / num_mc
-                weight[rows] += batch.targets.loss_weights.double().cpu().numpy() / num_mc
+            for rows, losses, weights in _losses(loaded, view, tokens, batch_size):
+                loss[rows] += losses / num_mc
+                weight[rows] += weights / num_mc
         sums, excess = (ValidationSums.of_tokens(ids, documents, values) for values in (loss, weight - 1))
         given_back = excess.loss if estimator == EXACT_COUNT else 0.0
         found.append(
             ValidationSums.collect(sums.sample, sums.document, sums.tokens, sums.loss, given_back, draws=num_mc)
         )
     return Repeats(found)
+
+
+@torch.no_grad()
+def spread_by_share(
+    loaded: InferenceModel, dataset: GPTDataset | BlendedDataset, *, parts: int, num_mc: int, batch_size: int = 64
+) -> np.ndarray:
+    """Standard deviation of what a draw of one sample adds to the bound, nats per token, in equal parts of the masked share,
+    fp64 [parts]: what ``--noise-schedule measured`` takes. Texts differ and so do masks; both are in it, as in training.
+
+    Args:
+        loaded: a model of masked diffusion.
+        dataset: samples.
+        parts: of [0, 1].
+        num_mc: draws of every sample, at stratified shares.
+        batch_size: samples per forward pass.
+
+    Raises:
+        UserError: the model is causal, or one of blocks; or a part has fewer than two draws.
+    """
+    plain, ids = _plain(loaded, BERNOULLI), np.arange(dataset.num_samples)
+    require(
+        num_mc * len(ids) >= 4 * parts,
+        f"{parts} parts with {num_mc} draws of {len(ids)} samples",
+        "a spread needs several draws in each part",
+        "draw more often (--num-mc), or take fewer parts",
+    )
+    tokens = np.stack([dataset[index] for index in ids.tolist()])
+    found = np.zeros((2, num_mc, len(ids)))  # shares, losses
+    for draw in range(num_mc):
+        view = plain.for_eval(draw, num_mc)
+        found[0, draw] = view.times(ids)
+        for rows, losses, _ in _losses(loaded, view, tokens, batch_size):
+            found[1, draw, rows] = losses.mean(axis=1)
+    part = np.minimum((found[0] * parts).astype(int), parts - 1)
+    return np.array([found[1][part == own].std(ddof=1) for own in range(parts)])
+
+
+def _plain(loaded: InferenceModel, estimator: str) -> MaskedDiffusion:
+    loaded.require_whole_sequences()
+    shifted = loaded.objective.decoding.shift == 1
+    return MaskedDiffusion(loaded.mask_id, 1, seed=0, valid_estimator=estimator, shifted=shifted)
+
+
+def _losses(
+    loaded: InferenceModel, view: MaskedDiffusion, tokens: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Samples with the losses and the weights of their tokens in one draw, fp64 [rows, seq], a batch at a time."""
+    ids = np.arange(len(tokens))
+    for rows in np.array_split(ids, -(-len(ids) // batch_size)):
+        batch = to_device(as_tensors(view.prepare(Samples(tokens[rows], rows))), loaded.device)
+        losses = loaded.model(batch, view.attention_mask, view.loss, per_token=True)
+        yield rows, losses.double().cpu().numpy(), batch.targets.loss_weights.double().cpu().numpy()

@@ -66,6 +66,14 @@ def run_generate(argv: Sequence[str] | None = None) -> int:
         dtype=arguments.dtype,
         tokenizer_options=tokenizer or None,
     )
+    if arguments.decoding is not None:
+        loaded = loaded.decoded(arguments.decoding)
+        require(
+            loaded.is_causal == (arguments.decoding == "causal"),
+            f"--decoding {arguments.decoding} with {loaded.source} ({loaded.config.objective.objective})",
+            "only dual models decode in two ways",
+            "drop it",
+        )
     recorder = StepRecorder()
     completions, shown = _generate(loaded, prompts, arguments, recorder)
     if arguments.animate:

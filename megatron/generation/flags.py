@@ -30,6 +30,11 @@ def build_generate_parser() -> argparse.ArgumentParser:
         help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
     )
     add_load_kind(group)
+    add(
+        "--decoding",
+        choices=("causal", "masked"),
+        help="dual models: how to write; default: as --dual-decoding of the run",
+    )
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")

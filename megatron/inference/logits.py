@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 
+from megatron.errors import require
+
 
 class LogitsFn(Protocol):
     """The model, as far as this package knows it."""
@@ -14,3 +16,26 @@ class LogitsFn(Protocol):
         """Logits of ``input_ids`` [batch, seq] int64: [batch, seq, vocab], or [selected, vocab] (row-major order) with
         ``positions`` [batch, seq] bool."""
         ...
+
+
+def at_tokens(logits_fn: LogitsFn, shift: int) -> LogitsFn:
+    """A model whose rows of logits are about the token ``shift`` places behind, asked about tokens where they stand.
+
+    Of the first ``shift`` tokens it says nothing: their logits are all alike, and they cannot be among ``positions``.
+    """
+    if shift == 0:
+        return logits_fn
+
+    def logits(input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        if positions is None:
+            found = logits_fn(input_ids)
+            return torch.cat((torch.zeros_like(found[:, :shift]), found[:, :-shift]), dim=1)
+        require(
+            not bool(positions[:, :shift].any()),
+            "the first token of a text without anything before it",
+            "this model predicts a token from the position before it",
+            "give at least one token of context",
+        )
+        return logits_fn(input_ids, positions=positions.roll(-shift, dims=1))
+
+    return logits

@@ -21,11 +21,11 @@ from megatron.data.tokenizer_types import NullTokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
-from megatron.inference.logits import LogitsFn
+from megatron.inference.logits import LogitsFn, at_tokens
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import BlockDiffusion
-from megatron.objectives import Objective, evaluation_objective
+from megatron.objectives import Objective, build_objective
 from megatron.objectives.base import BlockDecoding, CausalDecoding, MaskedDecoding
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
@@ -41,6 +41,7 @@ class InferenceModel:
         model: in evaluation mode, on its device.
         config: of the run that trained it.
         objective: in its evaluation form: says under which attention mask the model computes and how it is decoded.
+        other: another such form that the weights were trained for, too.
         tokenizer: None where none is known (scoring of token ids still works).
         tokenizer_problem: why there is none.
         context: this process; a model may be split over tensor-parallel ranks.
@@ -56,6 +57,17 @@ class InferenceModel:
     source: str
     identity: str
     tokenizer_problem: str = ""
+    other: Objective | None = None
+
+    @property
+    def beside(self) -> InferenceModel | None:
+        """The same weights under the other form; None where there is none."""
+        return None if self.other is None else dataclasses.replace(self, objective=self.other, other=self.objective)
+
+    def decoded(self, decoding: str) -> InferenceModel:
+        """The same weights, "causal" or "masked", as far as they were trained for it; else the model as it is."""
+        is_causal = decoding == "causal"
+        return self.beside if self.beside is not None and self.is_causal != is_causal else self
 
     @property
     def max_length(self) -> int:
@@ -124,6 +136,10 @@ class InferenceModel:
         ``clean``, or of ``input_ids`` themselves (a ``BlockLogitsFn``)."""
         if self.block_size is not None:
             return self._blocks(input_ids, positions=positions, clean=clean)
+        shift = 0 if self.is_causal else self.objective.decoding.shift
+        return at_tokens(self._rows, shift)(input_ids, positions=positions)
+
+    def _rows(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         return self.model.logits(Inputs(input_ids), self.objective.attention_mask, positions=positions)
 
     def filling(self) -> LogitsFn:
@@ -206,11 +222,13 @@ def load_model(
         if kind != WEIGHT:
             source, identity = f"{source} (averaged weights)", f"{identity}{kind}"
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
-    objective = evaluation_objective(config)
+    trained = build_objective(config)
+    objective = trained.for_eval()
     model = GPTModel(Shape.of(config.model), context)
     _load_tensors(model, tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
-    return InferenceModel(model, config, objective, tokenizer, context, source, identity + dtype, problem)
+    told = (tokenizer, context, source, identity + dtype, problem)
+    return InferenceModel(model, config, objective, *told, other=trained.beside)
 
 
 def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> None:

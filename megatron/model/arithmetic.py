@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron.config.shape import Shape
-from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, RandomKeyDrop, WithinSegments
+from megatron.model.mask import AttentionMask, BlockDiffusion, Causal, PerSample, RandomKeyDrop, WithinSegments
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def total_parameters(model: Shape) -> dict[str, int]:
     return {"total": sum(p.numel() for p in parameters), "embedding": embedding}
 
 
-def model_flops_per_token(model: Shape, *, mask: AttentionMask, loss_fraction: float) -> float:
+def model_flops_per_token(model: Shape, *, mask: AttentionMask, loss_fraction: float, num_views: int = 1) -> float:
     """FLOPs of forward and backward per token, for TFLOP/s and MFU.
 
     ``6 · (matrix parameters of the blocks · c + V_padded · h · loss_fraction) + 12 · L · heads · kv · keys``: every matrix
@@ -49,7 +49,8 @@ def model_flops_per_token(model: Shape, *, mask: AttentionMask, loss_fraction: f
     Args:
         model: resolved model configuration.
         mask: which keys a query sees.
-        loss_fraction: expected share of positions in the loss.
+        loss_fraction: expected share of positions in the loss, of all views together.
+        num_views: rows that are computed for every sample.
     """
     heads_size = model.num_attention_heads * model.kv_channels
     projections = model.hidden_size * model.kv_channels * (2 * model.num_attention_heads + 2 * model.num_query_groups)
@@ -57,7 +58,7 @@ def model_flops_per_token(model: Shape, *, mask: AttentionMask, loss_fraction: f
     head = model.padded_vocab_size * model.hidden_size * loss_fraction
     blocks = model.num_layers * (projections + feed_forward) * positions_per_token(mask)
     attention = 12 * model.num_layers * heads_size * keys_per_token(mask, model.seq_length)
-    return 6 * (blocks + head) + attention
+    return 6 * (num_views * blocks + head) + num_views * attention
 
 
 def keys_per_token(mask: AttentionMask, seq_length: int) -> float:
@@ -69,6 +70,8 @@ def keys_per_token(mask: AttentionMask, seq_length: int) -> float:
         return keys_per_token(mask.kind, seq_length)
     if isinstance(mask, Causal | RandomKeyDrop):  # dropped keys are computed all the same
         return seq_length / 2
+    if isinstance(mask, PerSample):
+        return seq_length * (1 - mask.causal_share / 2)
     if isinstance(mask, BlockDiffusion):  # noised: own block and (S − B)/2 of the past; clean: (S + own block)/2
         return seq_length + (mask.size + mask.clean.size) / 2
     return float(seq_length)

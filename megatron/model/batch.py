@@ -42,12 +42,14 @@ class Inputs(NamedTuple, Generic[Array]):
         position_ids: [batch, width] int64, or None for 0 … width − 1.
         sample_ids: [batch] int64, for masks that differ between samples.
         segment_ids: [batch, width] int64, for masks within segments; None: one segment.
+        is_causal: [batch] int64, 1 for samples that see nothing behind a token, for masks that ask it; None: they do not.
     """
 
     input_ids: Array
     position_ids: Array | None = None
     sample_ids: Array | None = None
     segment_ids: Array | None = None
+    is_causal: Array | None = None
 
 
 class Targets(NamedTuple, Generic[Array]):
@@ -94,13 +96,14 @@ class Stream(NamedTuple):
 
     Attributes:
         hidden: [batch, width, hidden].
-        position_ids, sample_ids, segment_ids: as in :class:`Inputs`.
+        position_ids, sample_ids, segment_ids, is_causal: as in :class:`Inputs`.
     """
 
     hidden: torch.Tensor
     position_ids: torch.Tensor | None = None
     sample_ids: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
+    is_causal: torch.Tensor | None = None
 
 
 def build_batch(
@@ -120,3 +123,29 @@ def build_batch(
     padding = ((0, 0), (0, inputs.input_ids.shape[1] - seq))
     labels, weights = np.pad(labels, padding), np.pad(weights.astype(np.float32), padding)
     return ModelBatch(inputs, Targets(labels, weights, weights.reshape(-1).nonzero()[0], num_tokens.astype(np.float32)))
+
+
+def second_view(first: ModelBatch[np.ndarray], second: ModelBatch[np.ndarray]) -> ModelBatch[np.ndarray]:
+    """One micro-batch of two views of the same samples, the rows of ``second`` after those of ``first``: its losses are added,
+    and its tokens are not counted again."""
+    inputs = (_rows(*pair) for pair in zip(first.inputs, second.inputs))
+    positions = np.concatenate((first.targets.positions, first.targets.labels.size + second.targets.positions))
+    targets = Targets(*(_rows(*pair) for pair in zip(first.targets, second.targets)))  # type: ignore[arg-type]
+    counted = _rows(first.targets.num_tokens, np.zeros_like(second.targets.num_tokens))
+    assert counted is not None
+    return ModelBatch(Inputs(*inputs), targets._replace(positions=positions, num_tokens=counted))  # type: ignore[arg-type]
+
+
+def _rows(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate((first, second))
+
+
+def places_in_documents(segment_ids: np.ndarray) -> np.ndarray:
+    """Positions that begin again at 0 with every segment, int64 [batch, seq + 1].
+
+    Args:
+        segment_ids: [batch, seq + 1] segment of each token; those of one stand together.
+    """
+    places = np.broadcast_to(np.arange(segment_ids.shape[1]), segment_ids.shape)
+    is_first = np.diff(segment_ids, axis=1, prepend=-1) != 0
+    return places - np.maximum.accumulate(np.where(is_first, places, 0), axis=1)

@@ -35,7 +35,7 @@ class Embedding(nn.Module):
         if self.position_embeddings is not None:
             hidden = hidden + self.position_embeddings(inputs.position_ids, hidden)
         hidden = F.dropout(hidden, self.hidden_dropout, self.training)
-        return Stream(hidden, inputs.position_ids, inputs.sample_ids, inputs.segment_ids)
+        return Stream(hidden, *inputs[1:])
 
 
 class PositionTable(nn.Module):

@@ -35,6 +35,17 @@ class RandomKeyDrop:
 
 
 @dataclass(frozen=True)
+class PerSample:
+    """Causal attention in the samples that say so (``Inputs.is_causal``), full attention in the others.
+
+    Attributes:
+        causal_share: of the samples, expected (for FLOP counts).
+    """
+
+    causal_share: float
+
+
+@dataclass(frozen=True)
 class BlockCausal:
     """A query sees its own block and all earlier ones: finished tokens of block diffusion. Blocks of one token are causal.
 
@@ -74,10 +85,10 @@ class WithinSegments:
         kind: who sees whom within a segment.
     """
 
-    kind: Causal | Full | RandomKeyDrop | BlockCausal | BlockDiffusion
+    kind: Causal | Full | RandomKeyDrop | PerSample | BlockCausal | BlockDiffusion
 
 
-AttentionMask = Causal | Full | RandomKeyDrop | BlockCausal | BlockDiffusion | WithinSegments
+AttentionMask = Causal | Full | RandomKeyDrop | PerSample | BlockCausal | BlockDiffusion | WithinSegments
 
 
 def within_segments(mask: AttentionMask) -> WithinSegments:
@@ -86,5 +97,5 @@ def within_segments(mask: AttentionMask) -> WithinSegments:
 
 
 def differs_between_samples(mask: AttentionMask) -> bool:
-    """Whether a mask is made from what travels with each sample: its id or its segments."""
-    return isinstance(mask, RandomKeyDrop | WithinSegments)
+    """Whether a mask is made from what travels with each sample: its id, its segments, its kind."""
+    return isinstance(mask, RandomKeyDrop | PerSample | WithinSegments)

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron.model.batch import Stream
-from megatron.model.mask import AttentionMask, BlockCausal, BlockDiffusion, Causal, Full, RandomKeyDrop, WithinSegments
+from megatron.model.mask import (
+    AttentionMask,
+    BlockCausal,
+    BlockDiffusion,
+    Causal,
+    Full,
+    PerSample,
+    RandomKeyDrop,
+    WithinSegments,
+)
 
 TILE = 128
 # What attention is given: a mask kind that needs no tensor, or the mask itself.
@@ -65,8 +74,17 @@ def rule_of(mask: AttentionMask, stream: Stream) -> Rule:
         return _key_drop_rule(mask, stream)
     if isinstance(mask, BlockCausal | BlockDiffusion):
         return static_rule(mask, stream.hidden.shape[1])
+    if isinstance(mask, PerSample):
+        sees_all = _sees_all(stream)
+        return lambda sample, query, key: (query >= key) | sees_all[sample]
     is_causal = isinstance(mask, Causal)
     return lambda sample, query, key: query >= key if is_causal else (query >= 0) & (key >= 0)
+
+
+def _sees_all(stream: Stream) -> torch.Tensor:
+    """Which samples have full attention, bool [batch]."""
+    assert stream.is_causal is not None, "a mask per sample needs the kind of every sample"
+    return stream.is_causal == 0
 
 
 def _segment_rule(mask: WithinSegments, stream: Stream) -> Rule:
@@ -162,6 +180,8 @@ def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
     if isinstance(mask, BlockCausal | BlockDiffusion):
         return _static_tiles(mask, length, device)
     tiles = torch.ones(1, num_tiles, num_tiles, dtype=torch.bool, device=device)
+    if isinstance(mask, PerSample):
+        return tiles.tril() | _sees_all(stream)[:, None, None]
     return tiles if isinstance(mask, Full) else tiles.tril()
 
 

@@ -41,10 +41,13 @@ OBJECTIVES = Registry(
         "permuted_ar": "permuted_ar.PermutedAR",
         "masked_attention_ar": "masked_attention_ar.MaskedAttentionAR",
         "masked_input_ar": "masked_input_ar.MaskedInputAR",
+        "mir_ar": "mir_ar.MaskedInputRegularizedAR",
+        "augmented_ar": "augmented_ar.AugmentedAR",
         "maskgit": "maskgit.MaskGIT",
         "exact_count_mdm": "exact_count.ExactCountMDM",
         "block_diffusion": "block_diffusion.BlockMaskedDiffusion",
         "uniform_diffusion": "uniform_diffusion.UniformDiffusion",
+        "dual": "dual.Dual",
     }
 )
 
@@ -81,6 +84,7 @@ def build_objective(settings: Config, *, scheme: int = NOISE_SCHEME) -> Objectiv
         mask_token_id=settings.objective.mask_token_id,
         scheme=scheme,
         valid_estimator=run.valid_estimator or EXACT_COUNT,
+        padded_vocab_size=settings.model.padded_vocab_size,
     )
     return cls.build(options, setting)
 

@@ -22,6 +22,8 @@ class Autoregressive:
     decoding: Decoding = CausalDecoding()
     label: str = EXACT
     loss_fraction: float = 1.0
+    num_views: int = 1
+    beside: ClassVar[None] = None
     needs_mask_token: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 

@@ -11,7 +11,10 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron.config.option import TOKENS, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
+from megatron.config.shape import Shape
+from megatron.model.arithmetic import model_flops_per_token
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
@@ -24,7 +27,13 @@ NO_BOUND = "not a likelihood bound"
 
 @dataclass(frozen=True)
 class CausalDecoding:
-    """The model gives the next token, left to right."""
+    """The model gives the next token, left to right.
+
+    Attributes:
+        shift: how far behind its position the token lies that a row of logits is about.
+    """
+
+    shift: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)
@@ -33,9 +42,11 @@ class MaskedDecoding:
 
     Attributes:
         mask_token_id: id of a token that is not there yet.
+        shift: as in :class:`CausalDecoding`; 0: a masked token is predicted where it stands.
     """
 
     mask_token_id: int
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ class BlockDecoding:
 
     mask_token_id: int
     block_size: int
+    shift: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class UniformDecoding:
     """
 
     vocab_size: int
+    shift: ClassVar[int] = 0
 
 
 # What samplers, scorers and exporters ask of an objective.
@@ -76,6 +89,7 @@ class Setting(NamedTuple):
         mask_token_id: id that replaces a masked token; None where the objective masks none.
         scheme: of the noise, :data:`megatron.config.schema.NOISE_SCHEME`.
         valid_estimator: how a bound is estimated in validation, ``EXACT_COUNT`` or ``BERNOULLI`` of config.schema.
+        padded_vocab_size: rows of the embedding; None: not known yet.
     """
 
     seed: int
@@ -84,11 +98,22 @@ class Setting(NamedTuple):
     mask_token_id: int | None = None
     scheme: int = NOISE_SCHEME
     valid_estimator: str = EXACT_COUNT
+    padded_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
 class NoOptions:
     """An objective without flags of its own."""
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """Flags of everything that draws random tokens."""
+
+    noise_vocab_size: int | None = option(
+        None, "tokens that noise draws from, ids from 0; default: the vocabulary before padding", unit="TOKENS",
+        range=TOKENS, follows="vocabulary",
+    )  # fmt: skip
 
 
 class Objective(Protocol):
@@ -100,12 +125,20 @@ class Objective(Protocol):
         decoding: how its model is sampled and scored.
         label: what its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`.
         loss_fraction: expected share of tokens in the loss (for FLOP counts).
+        num_views: rows of a batch for every sample of it, each with as many positions (for FLOP counts).
+        beside: another objective in its evaluation form for which the same weights are validated, too; None: there is none.
         needs_mask_token: whether the vocabulary must have room for a mask token.
         Options: a frozen dataclass of ``option(...)``: its flags, with their ranges and help.
     """
 
     needs_mask_token: ClassVar[bool]
     Options: ClassVar[type]
+
+    @property
+    def num_views(self) -> int: ...
+
+    @property
+    def beside(self) -> Objective | None: ...
 
     @property
     def attention_mask(self) -> AttentionMask: ...
@@ -152,6 +185,12 @@ class Objective(Protocol):
                 all of them (times spread over them, pairs of complementary masks).
         """
         ...
+
+
+def flops_per_token(shape: Shape, objective: Objective) -> float:
+    """FLOPs of a training step per token of data, see :func:`megatron.model.arithmetic.model_flops_per_token`."""
+    share, views = objective.loss_fraction, objective.num_views
+    return model_flops_per_token(shape, mask=objective.attention_mask, loss_fraction=share, num_views=views)
 
 
 def is_exact(objective: Objective) -> bool:

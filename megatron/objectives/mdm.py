@@ -11,10 +11,11 @@ import numpy as np
 from megatron import randomness as noise
 from megatron.config.option import POSITIVE, PROBABILITY, Range, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
-from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
+from megatron.errors import require
+from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch, second_view
 from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask, Full, WithinSegments
-from megatron.objectives.base import BOUND, NO_BOUND, Decoding, MaskedDecoding, Setting, first_tokens
+from megatron.objectives.base import BOUND, NO_BOUND, Decoding, MaskedDecoding, Objective, Setting, first_tokens
 from megatron.objectives.schedules import (
     BOUND_WEIGHTING,
     SCHEDULES,
@@ -22,6 +23,7 @@ from megatron.objectives.schedules import (
     Linear,
     Schedule,
     build_schedule,
+    is_symmetric,
     mask_probability,
     mean_mask_probability,
 )
@@ -54,9 +56,14 @@ class ScheduleOptions(TimeOptions):
 
     # fmt: off
     noise_schedule: str | None = option(None, "masked share as a function of t: linear t, cosine sin(pi*t/2), "
-        "polynomial t^power; default: linear (maskgit: cosine)", choices=tuple(SCHEDULES))
+        "polynomial t^power; bell, measured: a density of the share, with importance weights; default: linear "
+        "(maskgit: cosine)", choices=tuple(SCHEDULES))
     noise_schedule_power: float | None = option(None, "power of the polynomial schedule; default: 2", unit="POWER",
         range=Range(at_least=1, at_most=100), needs=("noise_schedule=polynomial",))
+    noise_schedule_depth: float | None = option(None, "density 1 - depth*cos(2*pi*share) of the bell; default: 0.8",
+        unit="DEPTH", range=Range(at_least=0, at_most=0.999), needs=("noise_schedule=bell",))
+    noise_schedule_spread: str | None = option(None, "spread of the loss in n equal parts of the shares, to which the "
+        "measured density is proportional, such as 1.4,1.0,0.8,0.9", unit="S,S,...", needs=("noise_schedule=measured",))
     # fmt: on
 
 
@@ -76,6 +83,9 @@ class MaskedDiffusionOptions(ScheduleOptions):
         range=Range(above=0, at_most=1), needs=("low_noise_start",))
     random_length_ratio: float = option(0.0, "probability that a sequence is cut in two at a uniformly random length",
         unit="P", range=PROBABILITY)
+    shifted_labels: bool = option(False, "predict a masked token from the position before it, as AR does; the first token "
+        "of a sample is given")
+    complementary_masks: bool = option(False, "every sample twice in its micro-batch, under a mask and its complement")
     # fmt: on
 
 
@@ -103,6 +113,12 @@ class MaskedDiffusion:
         random_length_ratio: probability that a sequence is cut at a uniformly random length (1 % in arXiv 2502.09992,
             §2.2). Both parts are kept, as two sequences that see nothing of each other and begin at position 0: no
             padding, no token lost.
+        shifted: a masked token is predicted from the position before it; the loss then bounds −log p of the last seq tokens
+            of a sample given its first one, as AR's does.
+        complementary: every sample is in its micro-batch twice, under a mask at t and under one at 1 − t that the same coins
+            decide from their other end: every token is masked in one of them (one in a thousand in both), and the mean of
+            the two losses has the expectation of each.
+        half: 1 or 2: which view of such a pair this is; 0: none.
         scheme: order of stratified times, :data:`megatron.config.schema.NOISE_SCHEME`.
         valid_estimator: how evaluation masks: as training does, or in complementary pairs of exact counts.
         is_evaluation: take times that depend on nothing but sample and draw.
@@ -120,6 +136,9 @@ class MaskedDiffusion:
     low_noise_samples: int = 0
     low_noise_ratio: float = 1.0
     random_length_ratio: float = 0.0
+    shifted: bool = False
+    complementary: bool = False
+    half: int = 0
     scheme: int = NOISE_SCHEME
     valid_estimator: str = EXACT_COUNT
     is_evaluation: bool = False
@@ -140,6 +159,13 @@ class MaskedDiffusion:
         built = cls(**cls.noise(options, setting))
         if not isinstance(options, MaskedDiffusionOptions):
             return built
+        require(
+            not options.complementary_masks
+            or (is_symmetric(built.schedule) and options.ar_ratio == 0 and not options.low_noise_start),
+            "--complementary-masks with an asymmetric --noise-schedule, --ar-ratio or --low-noise-start",
+            "a mask and its complement are draws of one law at t and 1 - t",
+            "drop one of them (linear and bell are symmetric)",
+        )
         low_noise_iters = (options.low_noise_iter or 1000) if options.low_noise_start else 0
         return replace(
             built,
@@ -148,15 +174,21 @@ class MaskedDiffusion:
             low_noise_samples=low_noise_iters * setting.global_batch_size,
             low_noise_ratio=options.low_noise_ratio or 0.5,
             random_length_ratio=options.random_length_ratio,
+            shifted=options.shifted_labels,
+            complementary=options.complementary_masks,
         )
 
     @classmethod
     def noise(cls, options: TimeOptions, setting: Setting) -> Noise:
         """Fields that all kinds of masked diffusion share."""
         assert setting.mask_token_id is not None
-        name, power = cls.default_schedule, None
-        if isinstance(options, ScheduleOptions):
-            name, power = options.noise_schedule or name, options.noise_schedule_power
+        schedule = build_schedule(cls.default_schedule)
+        if isinstance(options, ScheduleOptions) and options.noise_schedule:
+            name = options.noise_schedule
+            power, depth, spread = (getattr(options, f"noise_schedule_{x}") for x in ("power", "depth", "spread"))
+            require(spread or name != "measured", "--noise-schedule measured", "it follows the spread of the loss",
+                    "pass --noise-schedule-spread S,S,...")  # fmt: skip
+            schedule = build_schedule(name, power=power, depth=depth, spread=spread)
         return {
             "mask_token_id": setting.mask_token_id,
             "global_batch_size": setting.global_batch_size,
@@ -164,7 +196,7 @@ class MaskedDiffusion:
             "scheme": setting.scheme,
             "valid_estimator": setting.valid_estimator,
             "stratified": not options.independent_t,
-            "schedule": build_schedule(name, power),
+            "schedule": schedule,
         }
 
     @property
@@ -175,7 +207,17 @@ class MaskedDiffusion:
     @property
     def decoding(self) -> Decoding:
         """Masked tokens, in any order."""
-        return MaskedDecoding(self.mask_token_id)
+        return MaskedDecoding(self.mask_token_id, shift=int(self.shifted))
+
+    @property
+    def num_views(self) -> int:
+        """Two where every sample is there with the complement of its mask."""
+        return 1 + self.complementary
+
+    @property
+    def beside(self) -> Objective | None:
+        """There is no other way to decode it."""
+        return None
 
     @property
     def label(self) -> str:
@@ -189,20 +231,30 @@ class MaskedDiffusion:
         return mean_mask_probability(self.schedule)
 
     def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
-        """Mask the first seq tokens; they are input and label alike. See :class:`Objective`."""
-        labels = samples.tokens[:, :-1]
-        is_masked, weights = self.masks_and_weights(samples.ids, labels.shape[1])
+        """Mask the first seq tokens, which are input and label alike; see :class:`Objective`.
+
+        Where labels are shifted, the last seq tokens are masked, each of them the label of the position before it; of the
+        last one the input has no place, so the model does not see it when it is not masked, either.
+        """
+        if self.complementary:
+            return second_view(*(replace(self, complementary=False, half=half).prepare(samples) for half in (1, 2)))
+        inputs, shift = samples.tokens[:, :-1], int(self.shifted)
+        labels = samples.tokens[:, shift:][:, : inputs.shape[1]]
+        is_masked, weights = self.masks_and_weights(samples.ids, inputs.shape[1])
+        is_hidden = np.pad(is_masked, ((0, 0), (shift, 0)))[:, : inputs.shape[1]]
         positions, segments = self._cut(samples)
         return build_batch(
-            Inputs(np.where(is_masked, self.mask_token_id, labels), positions, samples.ids, segments),
+            Inputs(np.where(is_hidden, self.mask_token_id, inputs), positions, samples.ids, segments),
             labels=labels,
-            loss_weights=weights,
+            loss_weights=weights / 2 if self.half else weights,
             has_loss=first_tokens(samples.loss_mask),
         )
 
     def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are masked, bool, and their weights in the loss, fp32, 0 elsewhere; both [batch, seq]."""
         t = self.token_times(sample_ids, seq_length)
+        if self.half == 2:
+            t = 1 - t
         if self.has_exact_counts:
             return self._exact_counts(sample_ids, np.broadcast_to(t, (len(sample_ids), seq_length)))
         mask_prob = mask_probability(self.schedule, t)
@@ -244,6 +296,7 @@ class MaskedDiffusion:
             global_batch_size=self.global_batch_size,
             seed=noise.EVAL_SEED,
             valid_estimator=self.valid_estimator,
+            shifted=self.shifted,
             is_evaluation=True,
             draw=draw,
             num_draws=num_draws,
@@ -286,7 +339,8 @@ class MaskedDiffusion:
     def _mask(self, sample_id: int, mask_prob: np.ndarray, seq_length: int) -> np.ndarray:
         """Which tokens of one sample are masked, bool [seq]."""
         random = noise.generator(self.seed + self.draw, noise.Purpose.NOISE, sample_id)
-        is_masked = random.random(seq_length, dtype=np.float32) < mask_prob
+        coins = random.random(seq_length, dtype=np.float32)
+        is_masked = (1 - coins if self.half == 2 else coins) < mask_prob
         if self.ar_ratio > 0 and random.random() < self.ar_ratio:
             first = seq_length - int(is_masked.sum())  # not a negative slice: m = 0 must mask nothing
             is_masked = np.arange(seq_length) >= first

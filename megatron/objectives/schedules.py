@@ -4,7 +4,9 @@ With α_t the probability that a token is still visible at time t (α_0 = 1, α_
 ``∫₀¹ −α'_t / (1 − α_t) · E[Σ_masked ce] dt`` (Sahoo et al., arXiv 2406.07524, equation 10; Shi et al., arXiv 2406.04329,
 equation 5). Written with the masked share s = 1 − α the weight of a masked token is s'(t) / s(t), and with s itself as the
 variable of integration the bound is ``∫₀¹ E[Σ_masked ce | s] / s ds``: no schedule appears in it. A schedule decides only
-where the noise draws are spent, that is, the variance of the estimate.
+where the noise draws are spent, that is, the variance of the estimate. In other words: a schedule is a density of the
+share. To draw the share from a density f with distribution function F, and to weigh a draw with 1/f, is to take
+``s = F⁻¹``, for which s' = 1/f(s): exact importance weights, and the bound stays one.
 
 The masked share is kept away from 0 by a floor, ``p(t) = (1 − ε)·s(t) + ε`` with ε = 1e-3 as in the recipe of
 arXiv 2507.15857, and a masked token weighs ``s'(t) / p(t)``. So every schedule estimates the same integral over
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Protocol
 
 import numpy as np
@@ -100,12 +103,27 @@ class Polynomial:
         return 1 / (self.power + 1)
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {"linear": Linear, "cosine": Cosine, "polynomial": Polynomial}
+SCHEDULES = {
+    "linear": "schedules.Linear",
+    "cosine": "schedules.Cosine",
+    "polynomial": "schedules.Polynomial",
+    "bell": "densities.Bell",
+    "measured": "densities.Measured",
+}
+"""Schedules by name: module of this package and class; a run imports its own."""
 
 
-def build_schedule(name: str, power: float | None = None) -> Schedule:
-    """The schedule called ``name``, one of :data:`SCHEDULES`; only a polynomial has a power."""
-    return SCHEDULES[name]() if power is None else SCHEDULES[name](power=power)
+def build_schedule(name: str, **parameters: object) -> Schedule:
+    """The schedule called ``name``, one of :data:`SCHEDULES`; of its parameters those that are not None."""
+    module, _, cls = SCHEDULES[name].partition(".")
+    given = {key: value for key, value in parameters.items() if value is not None}
+    return getattr(import_module(f"megatron.objectives.{module}"), cls)(**given)
+
+
+def is_symmetric(schedule: Schedule) -> bool:
+    """Whether s(t) + s(1 − t) = 1: whether masks at t and at 1 − t can be each other's complement."""
+    t = np.linspace(0, 1, 257)
+    return bool(np.allclose(schedule.share(t) + schedule.share(1 - t), 1.0, atol=1e-9))
 
 
 def mask_probability(schedule: Schedule, t: np.ndarray) -> np.ndarray:

@@ -9,14 +9,13 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from megatron import randomness as noise
-from megatron.config.option import TOKENS, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.errors import require
 from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask, Full
 from megatron.model.uniform_loss import UniformBound
-from megatron.objectives.base import BOUND, Decoding, Setting, UniformDecoding, first_tokens
+from megatron.objectives.base import BOUND, Decoding, Setting, UniformDecoding, VocabularyOptions, first_tokens
 from megatron.objectives.mdm import TimeOptions
 from megatron.objectives.schedules import Linear, bound_weight, mask_probability
 
@@ -25,13 +24,8 @@ LEAST_SHARE = 1e-9
 
 
 @dataclass(frozen=True)
-class UniformOptions(TimeOptions):
+class UniformOptions(VocabularyOptions, TimeOptions):
     """Flags of uniform-state diffusion."""
-
-    noise_vocab_size: int | None = option(
-        None, "tokens that noise draws from, ids from 0; default: the vocabulary before padding", unit="TOKENS",
-        range=TOKENS, follows="vocabulary",
-    )  # fmt: skip
 
 
 class NoiseDraw(NamedTuple):
@@ -88,6 +82,8 @@ class UniformDiffusion:
     attention_mask: AttentionMask = Full()
     label: str = BOUND
     loss_fraction: float = 1.0
+    num_views: ClassVar[int] = 1
+    beside: ClassVar[None] = None
     needs_mask_token: ClassVar[bool] = False
     Options: ClassVar[type] = UniformOptions
 

@@ -149,7 +149,8 @@ def conditioning_gap(ar: Run, other: Run) -> float | None:
     """
     length = ar.setting("model", "seq_length")
     vocabulary = ar.setting("data", "vocab_size") or ar.setting("model", "padded_vocab_size")
-    if not length or not vocabulary or other.objective not in FIRST_TOKEN_SCORED or ar.result is None:
+    is_given_nothing = other.objective in FIRST_TOKEN_SCORED and not other.setting("objective", "shifted_labels")
+    if not length or not vocabulary or not is_given_nothing or ar.result is None:
         return None
     return max(0.0, math.log(vocabulary) - ar.result.nll) / length
 

@@ -174,7 +174,9 @@ class ValidRow(Position):
         estimator: how a bound was estimated (``--valid-estimator``); "" where the loss is exact.
         data: fingerprint of the validation data.
         sums: file under the run directory with the sums a (sample, document).
-        ar_nll, ar_nll_se: exact NLL of the clean copy as an autoregressive model (``--block-ar-weight``), ± over documents.
+        ar_nll, ar_nll_se: exact NLL of the same weights as an autoregressive model, where training makes them one too (dual,
+            ``--block-ar-weight``) and ``nll`` is not it already, ± over documents.
+        mdm_nll, mdm_nll_se: bound of the same weights as masked diffusion (dual), where ``nll`` is not it already.
         kind: VALID, or VALID_AVERAGE for the averaged weights.
     """
 
@@ -197,6 +199,8 @@ class ValidRow(Position):
     gap_label: str | None = None
     ar_nll: float | None = None
     ar_nll_se: float | None = None
+    mdm_nll: float | None = None
+    mdm_nll_se: float | None = None
     kind: str = VALID
 
     @property

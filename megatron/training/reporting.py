@@ -18,6 +18,7 @@ from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
 from megatron.objectives import OBJECTIVES
+from megatron.objectives.base import BOUND, EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
 from megatron.screen import Progress, fitted, format_seconds, wrapped
 from megatron.training.plan import WORKED_OUT, Plan
@@ -182,9 +183,11 @@ class Screen:
         perplexity = "" if row.ppl is None else f"perplexity {row.ppl:.2f}"
         head = f"validation at step {row.step}: {measured(row)}"
         self.print(fitted([(0, head), (2, perplexity), (1, bits)], " (best)" if row.best else ""))
-        if row.ar_nll is not None:
-            error = "" if row.ar_nll_se is None else f" ± {row.ar_nll_se:.4f}"
-            self.print(f"the clean copy as an autoregressive model: NLL (exact) {row.ar_nll:.4f}{error} nats/token")
+        for kind, label, nll, se in (("an autoregressive model", EXACT, row.ar_nll, row.ar_nll_se),
+                                     ("masked diffusion", BOUND, row.mdm_nll, row.mdm_nll_se)):  # fmt: skip
+            if nll is not None:
+                error = "" if se is None else f" ± {se:.4f}"
+                self.print(f"the same weights as {kind}: {label} {nll:.4f}{error} nats/token")
         if row.gap is not None:
             self.print(
                 f"likelihood gap of right to wrong answers ({row.gap_label}): {row.gap:.4f} ± {row.gap_se:.4f} "

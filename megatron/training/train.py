@@ -10,7 +10,8 @@ from megatron.checkpoint.warm_start import open_checkpoint
 from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import build_loader, build_packing
-from megatron.model.arithmetic import model_flops_per_token, parameters_for_compute, total_parameters
+from megatron.model.arithmetic import parameters_for_compute, total_parameters
+from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
@@ -87,7 +88,7 @@ def train(
         # 3. The record: who the run is, what it did so far.
         folder = RunFolder(plan, start, progress, context, screen=screen)
         exits.callback(folder.close)
-        flops = model_flops_per_token(plan.shape, mask=objective.attention_mask, loss_fraction=objective.loss_fraction)
+        flops = flops_per_token(plan.shape, objective)
         throughput = Throughput(batch_size, seq_length, flops, num_devices=context.world_size, device=context.device)
         interval = Interval(progress, screen, throughput, max_skipped=settings.optimizer.max_skipped_steps)
 

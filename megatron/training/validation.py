@@ -17,7 +17,7 @@ from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
 from megatron.data.loader import build_loader, build_packing, micro_batches
-from megatron.objectives.base import NO_BOUND, CausalDecoding, Objective, is_exact
+from megatron.objectives.base import EXACT, NO_BOUND, Objective, is_exact
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import VALID, VALID_AVERAGE, WEIGHTS, ValidRow
 from megatron.screen import Progress
@@ -100,19 +100,14 @@ class Validator:
         return [kind for kind, weights in WEIGHTS.items() if weights == self.plan.start.weights]
 
     def _measure(self, kind: str, stop: StopRequest | None) -> Measured | None:
-        evaluated, run = self.objective.for_eval(), self.plan.settings.run
-        draws, estimator = (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
-        entries: Entries = [], []
-        total, is_speaker = draws * self._dataset.num_samples, self.engine.context.is_first_rank
-        with Progress("validation", total, unit="samples", enabled=is_speaker) as progress:
-            for draw in range(draws):
-                view = self.objective.for_eval(draw, draws)
-                with self.engine.evaluating(view):
-                    if not self._one_draw(view, entries, stop, progress):
-                        return None
-        gathered = self.engine.context.gather_objects(entries)
-        own, added = ([entry for part in gathered for entry in part[kind]] for kind in (0, 1))
-        sums = _collect(own, draws=draws if estimator else 0)
+        """Fields of a row of this kind, and the sums behind them; None when it was broken off."""
+        evaluated, beside = self.objective.for_eval(), self.objective.beside
+        measured = self._losses(evaluated, stop)
+        other = None if beside is None or measured is None else self._losses(beside, stop)
+        if measured is None or (beside is not None and other is None):
+            return None
+        sums, added = measured
+        draws, estimator = self._draws(evaluated)
         estimate, label = mean_loss(sums), evaluated.label
         fields = {
             "kind": kind,
@@ -125,9 +120,32 @@ class Validator:
             "num_documents": sums.num_documents,
             "data": self._data,
             **likelihood_fields(estimate.value, label=label, bytes_per_token=self._dataset.text_bytes_per_token),
-            **(added_fields(mean_loss(_collect(added, draws=0))) if added else {}),
+            **({} if added is None else added_fields(mean_loss(added), label=EXACT)),
+            **({} if beside is None or other is None else added_fields(mean_loss(other[0]), label=beside.label)),
         }
         return fields | ({} if self._probe is None else self._probe()), sums
+
+    def _draws(self, evaluated: Objective) -> tuple[int, str]:
+        """How many draws of the noise are averaged, and by which estimator; an exact likelihood has one and none."""
+        run = self.plan.settings.run
+        return (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
+
+    def _losses(
+        self, evaluated: Objective, stop: StopRequest | None
+    ) -> tuple[ValidationSums, ValidationSums | None] | None:
+        """Sums of the objective's own loss, and of one that its training adds; None when it was broken off."""
+        draws, estimator = self._draws(evaluated)
+        entries: Entries = [], []
+        total, is_speaker = draws * self._dataset.num_samples, self.engine.context.is_first_rank
+        with Progress("validation", total, unit="samples", enabled=is_speaker) as progress:
+            for draw in range(draws):
+                view = evaluated.for_eval(draw, draws)
+                with self.engine.evaluating(view):
+                    if not self._one_draw(view, entries, stop, progress):
+                        return None
+        gathered = self.engine.context.gather_objects(entries)
+        own, added = ([entry for part in gathered for entry in part[kind]] for kind in (0, 1))
+        return _collect(own, draws=draws if estimator else 0), _collect(added, draws=0) if added else None
 
     def _one_draw(self, objective: Objective, entries: Entries, stop: StopRequest | None, progress: Progress) -> bool:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
@@ -158,7 +176,7 @@ class Validator:
             objective: tells which token of the sample a label is; None: the next one, as in all that is added.
         """
         kept = indices < self._dataset.num_samples
-        first_label = int(objective is None or isinstance(objective.decoding, CausalDecoding))
+        first_label = 1 if objective is None else objective.decoding.shift
         seq_length = losses.shape[1]
         documents = np.stack([self._dataset.pieces(index).documents for index in indices[kept].tolist()])
         weights = np.ones((len(documents), seq_length))
@@ -199,10 +217,11 @@ def _collect(entries: list[tuple[np.ndarray, ...]], *, draws: int) -> Validation
     return ValidationSums.collect(*(np.concatenate(column) for column in zip(*entries)), draws=draws)
 
 
-def added_fields(estimate: Estimate) -> dict[str, float | None]:
-    """What an added autoregressive loss is worth: exact NLL of the next token, nats, with its error over documents."""
-    error = estimate.error if math.isfinite(estimate.error) else None
-    return {"ar_nll": estimate.value, "ar_nll_se": error}
+def added_fields(estimate: Estimate, *, label: str) -> dict[str, float | None]:
+    """What the same weights are worth in another way: as AR the exact NLL of the next token, else the bound of masked
+    diffusion; nats, with the error over documents."""
+    name, error = "ar" if label == EXACT else "mdm", estimate.error if math.isfinite(estimate.error) else None
+    return {f"{name}_nll": estimate.value, f"{name}_nll_se": error}
 
 
 def likelihood_fields(nll: float, *, label: str, bytes_per_token: float | None) -> dict[str, float | None]:

@@ -50,7 +50,12 @@ PACKED = {"reset_position_ids": True, "reset_attention_mask": True}
 # and without positions.
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "masked_input_ar": ("ar", {"input_mask_ratio": 0.5}),
+    "mir_ar": ("mir_ar", {}),
+    "augmented_ar": ("augmented_ar", {}),
+    "dual": ("dual", {}),
     "cosine": ("mdm", {"noise_schedule": "cosine"}),
+    "bell_in_pairs": ("mdm", {"noise_schedule": "bell", "complementary_masks": True, "shifted_labels": True}),
+    "measured_density": ("mdm", {"noise_schedule": "measured", "noise_schedule_spread": "2.0,1.0,0.5"}),
     "random_length": ("mdm", {"random_length_ratio": 0.2}),
     "maskgit": ("maskgit", {}),
     "exact_count": ("exact_count_mdm", {}),
@@ -60,6 +65,9 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform_diffusion": ("uniform_diffusion", {}),
     "packed_uniform": ("uniform_diffusion", PACKED),
     "packed_ar": ("ar", PACKED),
+    "packed_mir_ar": ("mir_ar", PACKED),
+    "packed_augmented_ar": ("augmented_ar", PACKED),
+    "packed_dual": ("dual", {"dual_ar_share": 0.3, **PACKED}),
     "packed_permuted_ar": ("ar", {"num_order_list": 4, "use_order_list": True, **PACKED}),
     "packed_random_length": ("mdm", {"random_length_ratio": 0.2, **PACKED}),
     "packed_blocks_with_ar": ("block_diffusion", {"block_size": 8, "block_ar_weight": 0.5, **PACKED}),
@@ -100,7 +108,8 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
         assert list(run.valid) == list(reference.valid) == [5, 10]
         for step, record in run.valid.items():
             assert ("ar_nll" in record) == ("block_ar_weight" in changes)
-            for name in {"nll", "nll_se", "ar_nll", "ar_nll_se"} & record.keys():
+            assert ("mdm_nll" in record) == (objective == "dual")
+            for name in {"nll", "nll_se", "ar_nll", "ar_nll_se", "mdm_nll", "mdm_nll_se"} & record.keys():
                 assert record[name] == pytest.approx(reference.valid[step][name], abs=tolerance, rel=0)
         return reference, run
 
@@ -141,11 +150,30 @@ def test_variant_equals_one_process(compare: Callable, variant: str, layout: str
     compare("ar", size, **changes, **VARIANTS[variant])
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("name", ["mir_ar", "augmented_ar", "dual", "bell_in_pairs"])
+def test_new_batches_and_masks_equal_one_process_on_each_axis(compare: Callable, name: str, layout: str) -> None:
+    """More rows than samples, other lengths of what is read, and attention that differs by sample."""
+    (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS[layout]
+    compare(objective, size, **changes, **options)
+
+
 @pytest.mark.parametrize("layout", ["tp2_pp2", "dp2"])
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_objective_equals_one_process(compare: Callable, name: str, layout: str) -> None:
     (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS[layout]
     compare(objective, size, **changes, **options)
+
+
+@pytest.mark.parametrize(("share", "objective", "options"), [(1, "ar", {}), (0, "mdm", {"shifted_labels": True})])
+def test_a_dual_run_at_either_end_is_that_of_one_objective(
+    runs: Callable[..., Run], token_files: Path, share: int, objective: str, options: dict[str, Any]
+) -> None:
+    common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
+    dual, plain = runs("dual", 1, dual_ar_share=share, **common), runs(objective, 1, **common, **options)
+    assert dual.traces[0].losses == plain.traces[0].losses and dual.traces[0].grad_norms == plain.traces[0].grad_norms
+    for step, record in plain.valid.items():
+        assert (record["nll"], record["label"]) == (dual.valid[step]["nll"], dual.valid[step]["label"])
 
 
 def test_no_registered_objective_is_left_out() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron.model.mask import (
     BlockDiffusion,
     Causal,
     Full,
+    PerSample,
     RandomKeyDrop,
     WithinSegments,
 )
@@ -41,7 +43,8 @@ def segments(seq: int) -> torch.Tensor:
 
 
 def stream(length: int, device: str = "cpu") -> Stream:
-    parts = Stream(torch.zeros(2, length, 1), sample_ids=SAMPLE_IDS, segment_ids=segments(length))
+    kinds = torch.tensor([1, 0])
+    parts = Stream(torch.zeros(2, length, 1), sample_ids=SAMPLE_IDS, segment_ids=segments(length), is_causal=kinds)
     return Stream(*(part if part is None else part.to(device) for part in parts))
 
 
@@ -55,6 +58,14 @@ def test_causal_and_full_need_no_tensor():
     for mask in (Causal(), Full()):
         assert visible_keys(mask, stream(8)) == mask
         assert visible_keys(WithinSegments(mask), Stream(torch.zeros(2, 8, 1))) == mask  # one segment a sample
+
+
+def test_a_mask_per_sample_is_causal_or_full():
+    seen = visible_keys(PerSample(0.5), stream(8))[:, 0]
+    assert torch.equal(seen[0], torch.ones(8, 8, dtype=torch.bool).tril()) and seen[1].all()
+    tiles = visible_keys(PerSample(0.5), stream(3 * TILE), use_flex=True).kv_num_blocks[:, 0]
+    assert tiles.tolist() == [[1, 2, 3], [3, 3, 3]]  # a causal sample skips what it does not see
+    assert keys_per_token(PerSample(0.25), 32) == 0.25 * 16 + 0.75 * 32
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -71,7 +82,9 @@ def test_block_diffusion_pair_by_pair(size):
             assert seen[seq + query, seq + key] == (own or past)  # clean → clean
 
 
-@pytest.mark.parametrize("kind", [Full(), Causal(), RandomKeyDrop(0.8, seed=2), BlockDiffusion(4)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [Full(), Causal(), RandomKeyDrop(0.8, seed=2), PerSample(0.5), BlockDiffusion(4)], ids=str
+)
 def test_segments_restrict_every_kind_pair_by_pair(kind):
     seen = visible_keys(WithinSegments(kind), stream(12))[:, 0]
     inside = visible_keys(kind, stream(12))
@@ -100,11 +113,13 @@ def test_tiles_between_documents_are_skipped(kind):
 MASKS = [
     (RandomKeyDrop(0.8, seed=2), 200),
     (RandomKeyDrop(0.8, seed=2), 2 * TILE),
+    (PerSample(0.5), 200),
     (BlockDiffusion(4), 2 * 100),
     (BlockDiffusion(64), 2 * 3 * 64),  # 384: whole tiles, half of them empty
     (WithinSegments(Full()), 150),
     (WithinSegments(Causal()), 3 * TILE),
     (WithinSegments(RandomKeyDrop(0.8, seed=2)), 150),
+    (WithinSegments(PerSample(0.5)), 150),
     (WithinSegments(BlockDiffusion(4)), 2 * 100),
 ]
 
@@ -144,13 +159,14 @@ def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
     padded = torch.zeros(dense.shape[0], num_tiles * TILE, num_tiles * TILE, dtype=torch.bool)
     padded[:, :length, :length] = dense[:, 0]
     tiles = padded.view(-1, num_tiles, TILE, num_tiles, TILE)
-    some, every = tiles.any(dim=4).any(dim=2).any(dim=0), tiles.all(dim=4).all(dim=2).all(dim=0)
-    for row in range(num_tiles):
-        partial = set(blocks.kv_indices[0, 0, row, : blocks.kv_num_blocks[0, 0, row]].tolist())
-        full = set(blocks.full_kv_indices[0, 0, row, : blocks.full_kv_num_blocks[0, 0, row]].tolist())
-        assert not partial & full
-        assert set(some[row].nonzero().flatten().tolist()) <= partial | full
-        assert all(every[row, tile] for tile in full)
+    some, every = tiles.any(dim=4).any(dim=2), tiles.all(dim=4).all(dim=2)
+    for sample, row in product(range(len(some)), range(num_tiles)):
+        own = min(sample, len(blocks.kv_indices) - 1)  # one list for all samples, or one of each
+        in_part = set(blocks.kv_indices[own, 0, row, : blocks.kv_num_blocks[own, 0, row]].tolist())
+        full = set(blocks.full_kv_indices[own, 0, row, : blocks.full_kv_num_blocks[own, 0, row]].tolist())
+        assert not in_part & full
+        assert set(some[sample, row].nonzero().flatten().tolist()) <= in_part | full
+        assert all(every[sample, row, tile] for tile in full)
     if isinstance(mask, BlockDiffusion):  # a static mask lists exactly what is needed
         total = int(blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum())
         assert total == int(some.sum())
@@ -174,7 +190,9 @@ def test_keys_per_token_count_the_pairs(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "mask", [Causal(), RandomKeyDrop(0.8, seed=2), WithinSegments(Causal()), BlockDiffusion(4)], ids=str
+    "mask",
+    [Causal(), RandomKeyDrop(0.8, seed=2), PerSample(0.5), WithinSegments(Causal()), BlockDiffusion(4)],
+    ids=str,
 )
 def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch, mask):
     """As training on CUDA does it: the block is compiled once, every batch brings a mask of its own."""
@@ -192,8 +210,14 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
     hidden = torch.randn(2, 32, 32)
     positions = torch.arange(32).expand(2, 32).contiguous()
     batches = [
-        Stream(hidden, positions, torch.tensor([1, 2]), segments(32)),
-        Stream(hidden, positions.flip(1).contiguous(), torch.tensor([7, 9]), segments(32).flip(0).contiguous()),
+        Stream(hidden, positions, torch.tensor([1, 2]), segments(32), torch.tensor([1, 0])),
+        Stream(
+            hidden,
+            positions.flip(1).contiguous(),
+            torch.tensor([7, 9]),
+            segments(32).flip(0).contiguous(),
+            torch.tensor([0, 1]),
+        ),
     ]
     expected = [block(batch, mask).hidden for batch in batches]
     counter = CompileCounter()

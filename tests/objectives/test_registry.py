@@ -27,6 +27,7 @@ NEEDED = {
     "masked_input_ar": ["--input-mask-ratio", "0.5"],
     "block_diffusion": ["--block-size", "4"],
     "uniform_diffusion": ["--noise-vocab-size", "50"],
+    "augmented_ar": ["--noise-vocab-size", "50"],
 }
 
 
@@ -66,7 +67,8 @@ def test_noise_is_a_function_of_sample_ids(name):
             batch = prepare(view, tokens[ids], torch.tensor(ids))
             inputs, targets = batch.inputs, batch.targets
             parts = (inputs.input_ids, targets.labels, targets.loss_weights, inputs.position_ids)
-            return tuple(part for part in parts if part is not None)
+            views = (part.unflatten(0, (-1, len(ids))).transpose(0, 1) for part in parts if part is not None)
+            return tuple(views)  # all views of a sample together
 
         check_noise_is_of_the_sample(draw, range(24))
 

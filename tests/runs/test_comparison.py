@@ -135,5 +135,8 @@ def test_what_scoring_rules_give_ar_is_stated_and_sized(pair, tmp_path):
     ar, mdm = load_run(folder), load_run(pair[1])
     assert conditioning_gap(ar, mdm) == pytest.approx((np.log(500) - ar.best.nll) / 128)
     assert conditioning_gap(ar, ar) is None
+    shifted = load_run(pair[1])
+    shifted.info["config"]["objective"]["shifted_labels"] = True  # given the first token, as AR is
+    assert conditioning_gap(ar, shifted) is None
     text = " ".join(conclusion([ar, mdm]))
     assert "tokens 1 to 128 of a sample given token 0, MDM on tokens 0 to 127 given nothing" in text

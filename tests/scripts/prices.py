@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron.config import Config
 from megatron.model.arithmetic import positions_per_token
-from megatron.objectives import build_objective
+from megatron.objectives import build_objective, with_vocabulary
 from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import dollars, hours
 
@@ -44,8 +44,9 @@ def phrase_of(config: Config) -> str:
     parameters = preset_parameters(str(config.model.model))
     if config.run.skip_train:
         return phrase(2.0 * parameters * config.run.num_mc * BILLION, amount=" a billion tokens")
-    objective = build_objective(replace(config, objective=replace(config.objective, mask_token_id=50257)))
-    per_token = 6.0 * parameters * positions_per_token(objective.attention_mask)
+    flags = with_vocabulary(config.objective, 50257, size=50257, padded=50304)
+    objective = build_objective(replace(config, objective=flags))
+    per_token = 6.0 * parameters * positions_per_token(objective.attention_mask) * objective.num_views
     if parameters > 10**9:  # on data of one's own
         return phrase(per_token * BILLION, amount=" a billion tokens")
     assert config.run.train_epochs is not None

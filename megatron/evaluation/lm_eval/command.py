@@ -95,6 +95,8 @@ def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
         arguments.load, tag=getattr(arguments, "load_tag", None), kind=getattr(arguments, "load_kind", None), dtype=dtype,
         context=context, tokenizer_options=tokenizer or None,
     )  # fmt: skip
+    if arguments.eval_method in ("mc", "exact"):
+        model = model.decoded("masked")
     _check_model_flags(arguments, model.config.model)
     options: dict[str, Any] = {
         "model": model,

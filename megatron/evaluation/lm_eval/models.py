@@ -35,6 +35,7 @@ class MegatronAR(MegatronLM):
 
     def __init__(self, load: str | None = None, **options: Any) -> None:
         super().__init__(load, **options)
+        self.loaded = self.loaded.decoded("causal")
         if not self.loaded.is_causal:
             name = self.loaded.config.objective.objective
             raise UserError(
@@ -128,6 +129,7 @@ class MegatronMDM(DiffusionLM):
             "guidance": guidance,
         }
         super().__init__(load, seed=seed, **options)
+        self.loaded = self.loaded.decoded("masked")
         self.scorer = scorer_of(self.loaded, max_length=self.max_length, batch_size=self.batch_size)
         self.sampler = sampler_of(self.loaded)
         self.exact: PolicyScorer | None = None

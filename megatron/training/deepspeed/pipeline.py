@@ -127,14 +127,15 @@ def pipeline_batches(
     """
     for batch in data:
         inputs, targets = to_device(batch, device)
-        ids, positions, samples, segments = inputs
+        ids, positions, samples, segments, is_causal = inputs
         labels = tuple(part for part in targets if part is not None)
         if positions is None and not differs_between_samples(mode.mask):
             yield (ids,), labels
             continue
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
-        yield Inputs(ids, positions, samples, torch.zeros_like(ids) if segments is None else segments), labels
+        segments = torch.zeros_like(ids) if segments is None else segments
+        yield (ids, positions, samples, segments, *([] if is_causal is None else [is_causal])), labels
 
 
 def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
