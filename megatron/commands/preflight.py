@@ -189,9 +189,9 @@ def _machine_lines(case: Case, options: argparse.Namespace, found: dict[str, Any
     here, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], found["open_files"]
     verdict = "enough" if needed <= here else f"fix: ulimit -n {2 * needed}"
     yield f"Open files: {needed} on rank 0 at most (estimated); ulimit -n is {here} here: {verdict}."
-    choice = case.config.parallel.compile
+    why = "the default on a GPU" if case.config.parallel.compile is None else "by the flag"
     if case.is_compiled:
-        why = "--compile" if choice else "the default on a GPU"
         yield f"Compile: on ({why}): every block is one graph, compiled once for all {case.shape.num_layers}, in the first step."
     else:
-        yield "Compile: off (--no-compile): each block also keeps the activation of its gate."
+        why = "the default under ZeRO 3, whose hooks break graphs" if case.config.parallel.compile is None else why
+        yield f"Compile: off ({why}): each block also keeps the activation of its gate."

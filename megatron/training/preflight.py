@@ -7,9 +7,10 @@ CUDA libraries take is assumed and named. No GPU, no process group, no data are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from megatron.model.memory import block_working_set, head_bytes, kept_by_block, 
 from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.training.deepspeed.memory import Held, Partition, blocks_of_stages, held, optimizer_groups
-from megatron.training.deepspeed.settings import deepspeed_settings
+from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
 from megatron.training.plan import Layout
 
 GPT2_VOCABULARY = 50257
@@ -66,7 +67,7 @@ class Case:
     @property
     def is_compiled(self) -> bool:
         """Whether blocks are compiled on a GPU, as the engine decides it."""
-        return self.config.parallel.compile is not False
+        return compiles_blocks(self.config.parallel, device="cuda")
 
     @property
     def flops_per_token(self) -> float:
@@ -155,11 +156,10 @@ def changed(case: Case, **changes: int | bool | None) -> Case | None:
 
 def _with(config: Config, changes: Mapping[str, int | bool | None]) -> Config:
     """The configuration with other values of some fields of ``parallel`` and ``run``; its global batch stays."""
-    parallel, run = (
-        replace(part, **{name: value for name, value in changes.items() if hasattr(part, name)})
-        for part in (config.parallel, config.run)
-    )
-    return replace(config, parallel=parallel, run=run)
+    known = {item.name for item in fields(config.parallel)}
+    parallel: dict[str, Any] = {name: value for name, value in changes.items() if name in known}
+    run: dict[str, Any] = {name: value for name, value in changes.items() if name not in known}
+    return replace(config, parallel=replace(config.parallel, **parallel), run=replace(config.run, **run))
 
 
 def footprints(case: Case) -> list[Footprint]:

@@ -13,6 +13,7 @@ from megatron.training.preflight import Case, num_parameters
 # Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the
 # share of a link that collectives reach. They give what a study of this code on paper found for 8 H100 within 5 points.
 MATRIX, HALF_WIDTH, ATTENTION, HALF_HEAD, LINK = 0.75, 400, 0.65, 64, 0.75
+PLAIN = 0.07  # of the bf16 peak, where fp32 does not use the matrix units (TF32 stays off)
 # Bytes that elementwise kernels move for each byte that a block keeps, there and back; for each logit; for each parameter
 # and micro-batch (a gradient is added), and each parameter and step (moments, masters, weights, norm).
 BLOCK_TRAFFIC, LOGIT_TRAFFIC, GRADIENT_TRAFFIC, UPDATE_TRAFFIC = 4.0, 36.0, 10.0, 34.0
@@ -56,7 +57,7 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     kept = sum(kept_by_block(shape, tp_size=tp, width=case.width, is_compiled=case.is_compiled).values())
     rows = tokens * case.objective.loss_fraction
     width = shape.hidden_size / tp
-    peak, bandwidth = device.peak * (1 if case.width == 2 else 0.5), device.bandwidth  # TF32 has half
+    peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth
     matrix = peak * MATRIX * width / (width + HALF_WIDTH)
     fused = peak * ATTENTION * shape.kv_channels / (shape.kv_channels + HALF_HEAD)
     micro = {

@@ -121,8 +121,8 @@ def held(settings: Mapping[str, Any], partition: Partition, *, is_pipeline: bool
 
 
 def _zero1_bf16(settings: Mapping[str, Any], partition: Partition) -> Held:
-    """``BF16_Optimizer``: whole fp32 gradients beside the bf16 ones of the last micro-batch; these last until the update,
-    or are added up and freed one by one with ``immediate_grad_update``."""
+    """``BF16_Optimizer``: whole fp32 gradients, to which each bf16 one is added as it is made; without
+    ``immediate_grad_update`` those of the last micro-batch last until the update."""
     is_immediate = settings["bf16"].get("immediate_grad_update", False)
     between = {
         "weights": 2 * partition.padded,

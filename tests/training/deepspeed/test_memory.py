@@ -92,7 +92,7 @@ SHAPE = {"hidden_size": 36, "num_attention_heads": 2, "ffn_hidden_size": 50, "mi
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{f"zero{stage} dp{dp}": (dp, {"bf16": True, "zero_stage": stage}) for stage in (1, 2, 3) for dp in (1, 2)},
     "zero2 dp2, one micro-batch": (2, {"bf16": True, "zero_stage": 2, "micro_batch_size": 4}),
-    "zero1 dp2, immediate": (2, {"bf16": True, "deepspeed": {"bf16": {"immediate_grad_update": True}}}),
+    "zero1 dp2, kept": (2, {"bf16": True, "deepspeed": {"bf16": {"immediate_grad_update": False}}}),
     "zero3 dp2, all cut": (2, {"bf16": True, "zero_stage": 3, "deepspeed":
         {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}),
     "zero2 tp2": (2, {"bf16": True, "zero_stage": 2, "tp_size": 2}),
