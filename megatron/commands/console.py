@@ -14,7 +14,7 @@ from megatron.errors import UserError
 
 # Verb → module of this package, and a line about it; in the order of a project's life.
 VERBS = {
-    "doctor": ("doctor", "what is installed, what is missing, and how to get it"),
+    "doctor": ("doctor", "what is installed or missing; does a run fit (--preflight)"),
     "data sample": ("sample_corpus", "text that every machine has, for a first run"),
     "data tokenizer": ("train_tokenizer", "train a byte-level BPE tokenizer on text"),
     "data preprocess": ("preprocess", "text to token files (.bin, .idx)"),

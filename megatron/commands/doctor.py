@@ -1,7 +1,9 @@
-"""Compare the packages of the running Python with what this project asks for. Needs only pip; used by install.sh.
+"""What is installed and what is missing, of packages (needs only pip; used by install.sh) and of the machine.
 
 python tools/check_environment.py [--with eval,test]             a table; exit status 1 when a package is missing
 python tools/check_environment.py --missing [--with eval,test]   only the missing requirements, one a line, for pip
+python tools/doctor.py                                           the table, and this machine: drivers, limits, disk, ...
+python tools/doctor.py --preflight TRAINING FLAGS --gpus 64      whether a run fits on GPUs that need not be here
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import platform
 import re
 import runpy
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +125,14 @@ def print_namesakes() -> None:
 
 def main() -> int:
     """Command line; returns the exit status."""
+    if "--preflight" in sys.argv[1:]:
+        return int(import_module("megatron.commands.preflight").main())
     parser = Parser(
-        description="Compare installed packages with what this project needs.",
-        examples=("megatron doctor --with eval,test",),
+        description="Compare installed packages with what this project needs, and say what of this machine would hold up a run.",
+        examples=("megatron doctor", "megatron doctor --with eval,test", "megatron doctor --preflight --help"),
+    )
+    parser.add_argument(
+        "--preflight", action="store_true", help="with training flags: does the run fit, and what does it take"
     )
     parser.add_argument("--with", dest="extras", default="", metavar="NAMES", help="extras too: eval,logging,test")
     parser.add_argument("--missing", action="store_true", help="print only missing requirements, one a line")
@@ -138,6 +145,9 @@ def main() -> int:
         groups |= requirements(["eval", "logging", "test"])
         print_table(groups)
         print_namesakes()
+        if not missing(requirements([])):
+            print("this machine:")
+            print("\n".join(import_module("megatron.commands.environment").lines()))
         return 1 if missing(requirements([])) else 0
     print_table(groups)
     print_namesakes()

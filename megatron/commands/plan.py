@@ -13,7 +13,7 @@ from megatron.config.parser import Parser, named
 from megatron.config.ranges import real, whole
 from megatron.config.usage import suggestion
 from megatron.errors import UserError, require
-from megatron.model.arithmetic import PEAK_FLOPS
+from megatron.model.arithmetic import DEVICES
 from megatron.screen import wrapped
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sizes", nargs="+", metavar="SIZE", help="presets or parameter counts to choose from, such as 140M or 2.5e6")
     add("--vocab-size", type=whole(2, 10**9), default=50257, metavar="TOKENS",
         help="no predicted loss above ln of this, which guessing costs (default: %(default)s)")  # fmt: skip
-    add("--device", default="H100", metavar="NAME", help=f"one of {', '.join(PEAK_FLOPS)} (default: %(default)s)")
+    add("--device", default="H100", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
     add("--peak-tflops", type=real(0, 10**9), metavar="TFLOPS", help="peak of one device, instead of --device")
     add(
         "--devices",
@@ -134,14 +134,14 @@ def _peak(options: argparse.Namespace) -> tuple[float, str]:
     if options.peak_tflops is not None:
         given = options.peak_tflops
         return given * 1e12, f"{given:g} TFLOP/s device"
-    device = named(options.device, PEAK_FLOPS)
+    device = named(options.device, DEVICES)
     require(
-        device in PEAK_FLOPS,
+        device in DEVICES,
         f"--device {options.device}",
-        f"known are {', '.join(sorted(PEAK_FLOPS))}",
-        suggestion(options.device, PEAK_FLOPS) or "choose one or give --peak-tflops",
+        f"known are {', '.join(sorted(DEVICES))}",
+        suggestion(options.device, DEVICES) or "choose one or give --peak-tflops",
     )
-    return PEAK_FLOPS[device], device
+    return DEVICES[device].peak, device
 
 
 def _text(plan: Plan, options: argparse.Namespace) -> str:

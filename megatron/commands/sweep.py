@@ -86,16 +86,16 @@ def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> in
 def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     from megatron.runs.counts import format_count
     from megatron.scaling.sweep.definition import dollars, hours
+    from megatron.scaling.sweep.price import price_of
 
-    for run in [*runs, None]:
-        flops = run.flops if run else sum(other.flops for other in runs)
-        name = run.name if run else f"{len(runs)} runs together"
-        needed = hours(flops, sweep.price)
-        size = f"{format_count(run.parameters)} parameters, " if run else ""
-        time = "" if needed is None else f", {needed:.3g} h"
-        cost = dollars(flops, sweep.price)
-        money = "" if cost is None else f", ${cost:,.2f}"
-        print(f"{name}: {size}{flops:.3g} FLOPs{time}{money}")
+    prices = [price_of(run, sweep.price) for run in runs]
+    for run, each in zip(runs, prices):
+        room = f", {each.bytes / 2**30:.3g} GiB a GPU" if sweep.price and "peak_tflops" not in sweep.price else ""
+        size = f"{format_count(run.parameters)} parameters, {run.flops:.3g} FLOPs by 6ND"
+        print(f"{run.name}: {size}, {each.flops:.3g} computed{_spent(each.hours, each.dollars)}{room}")
+    total = sum(each.flops for each in prices)
+    spent = _spent(hours(total, sweep.price), dollars(total, sweep.price))
+    print(f"{len(runs)} runs together: {sum(run.flops for run in runs):.3g} FLOPs by 6ND, {total:.3g} computed{spent}")
     if sweep.price:
         device = (
             f"{sweep.price['peak_tflops']} TFLOP/s"
@@ -104,10 +104,15 @@ def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
         )
         money = f"${sweep.price['dollars']} an hour and device, " if "dollars" in sweep.price else ""
         print(f"hours on {sweep.price.get('devices', 1)} x {device} at {float(sweep.price.get('mfu', 0.4)):.0%} MFU, {money}"
-              "training only, one run after another: estimated, not measured")  # fmt: skip
+              "of what is computed (attention counted, recomputation not), training only, one run after another; memory at most: "
+              "all estimated, not measured")  # fmt: skip
     else:
         print("no hours: the sweep names no price (device, devices, mfu)")
     return 0
+
+
+def _spent(hours: float | None, dollars: float | None) -> str:
+    return ("" if hours is None else f", {hours:.3g} h") + ("" if dollars is None else f", ${dollars:,.2f}")
 
 
 def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron.config.shape import Shape
@@ -16,8 +17,40 @@ def training_flops(parameters: int, tokens: float) -> float:
     return 6.0 * parameters * tokens
 
 
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+@dataclass(frozen=True)
+class Device:
+    """One GPU.
+
+    Attributes:
+        names: what ``torch.cuda.get_device_name()`` calls it.
+        peak: dense bf16 FLOP/s, by the vendor's data sheet (half of what it gives with sparsity).
+        memory_mib: all of it, as the driver counts (nvidia-smi).
+        bandwidth: of this memory in bytes/s, by the data sheet.
+        link: to a neighbour in the node, bytes/s in one direction: NVLink, or PCIe where there is none.
+    """
+
+    names: tuple[str, ...]
+    peak: float
+    memory_mib: int
+    bandwidth: float
+    link: float
+
+
+DEVICES = {
+    "A100": Device(("NVIDIA A100-SXM4-80GB",), 312e12, 81920, 2.039e12, 300e9),
+    "A100 40GB": Device(("NVIDIA A100-SXM4-40GB",), 312e12, 40960, 1.555e12, 300e9),
+    "A100 PCIe": Device(("NVIDIA A100 80GB PCIe",), 312e12, 81920, 1.935e12, 32e9),
+    "A100 PCIe 40GB": Device(("NVIDIA A100-PCIE-40GB",), 312e12, 40960, 1.555e12, 32e9),
+    "L40S": Device(("NVIDIA L40S",), 362e12, 46068, 0.864e12, 32e9),
+    "H20": Device(("NVIDIA H20",), 148e12, 97871, 4.0e12, 450e9),
+    "H100": Device(("NVIDIA H100 80GB HBM3",), 989e12, 81559, 3.35e12, 450e9),
+    "H100 NVL": Device(("NVIDIA H100 NVL",), 835e12, 95830, 3.9e12, 300e9),
+    "H100 PCIe": Device(("NVIDIA H100 PCIe",), 756e12, 81559, 2.0e12, 64e9),
+    "H200": Device(("NVIDIA H200",), 989e12, 143771, 4.8e12, 450e9),
+    "GH200": Device(("NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989e12, 97871, 4.0e12, 450e9),
+    "B200": Device(("NVIDIA B200",), 2250e12, 183359, 8.0e12, 900e9),
+    "B300": Device(("NVIDIA B300 SXM6 AC",), 2250e12, 275040, 8.0e12, 900e9),
+}
 
 
 def parameters_for_compute(model: Shape, vocab_size: int) -> int:
@@ -90,4 +123,4 @@ def peak_flops(device: torch.device) -> float | None:
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((known.peak for known in DEVICES.values() if name in known.names), None)

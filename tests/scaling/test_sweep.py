@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron.commands import preflight
 from megatron.config.cli import build_parser
 from megatron.data.indexed import IndexedDataset
 from megatron.errors import UserError
@@ -22,6 +23,7 @@ from megatron.objectives import OBJECTIVES
 from megatron.runs.reading import load_run
 from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
+from megatron.scaling.sweep.price import price_of
 from megatron.scaling.sweep.runner import Runner, _last_line, command_line, make_subsets
 from megatron.scaling.sweep.state import read_attempts, state
 
@@ -148,6 +150,22 @@ def test_price(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "8 runs together" in done.stdout
     assert "40% MFU" in done.stdout
+    assert done.stdout.count(" GiB a GPU") == 8
+
+
+def test_a_price_is_that_of_preflight(tmp_path):
+    """Hours and memory of a run: as ``megatron doctor --preflight`` says them of its command."""
+    price = {"device": "H100", "mfu": 0.4, "dollars": 3}
+    for run in load_sweep(write_sweep(tmp_path, price=price)).runs:
+        figures = tmp_path / f"{run.name}.json"
+        words = [*run.arguments(), "--vocab-size", str(run.vocab_size), "--tokenizer-type", "NullTokenizer"]
+        default = ["--objective", run.objective] if run.objective == "mdm" else []
+        assert preflight.main([*default, *words, "--gpus", "1", "--json", str(figures)]) == 0
+        found, said = json.loads(figures.read_text()), price_of(run, price)
+        assert said.bytes == found["fullest"]["bytes"]
+        assert said.flops == pytest.approx(found["flops_per_token"] * run.unique_tokens * run.epochs)
+        assert said.hours == pytest.approx(said.flops / 989e12 / 0.4 / 3600)
+        assert said.dollars == pytest.approx(3 * said.hours)
 
 
 def test_check_finds_what_else_differs(tmp_path):

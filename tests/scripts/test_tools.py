@@ -53,6 +53,7 @@ WRONG = {
     "check_environment": ["--with", "nothing"],
     "compare_estimators": ["--load", "absent", "--text", "absent", "--answer-tokens", "4,many"],
     "convert_checkpoint": ["to-hf", "absent", "out"],
+    "doctor": ["--preflight", "--device", "nothing"],
     "download": ["--ar-checkpoints"],
     "evaluate_downstream": ["--task_list", "arc_easy"],
     "fit_laws": ["absent"],

@@ -14,7 +14,7 @@ import yaml
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import PRESETS, Shape
 from megatron.errors import UserError, require
-from megatron.model.arithmetic import PEAK_FLOPS, parameters_for_compute
+from megatron.model.arithmetic import DEVICES, parameters_for_compute
 from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
@@ -36,6 +36,7 @@ class SweepRun:
     folder: Path
     flags: Mapping[str, Any]
     parameters: int
+    vocab_size: int = PAPER_VOCAB_SIZE
 
     @property
     def flops(self) -> float:
@@ -181,8 +182,9 @@ def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, 
     if not explicit:
         flags["model"] = model
     name = f"{place['objective']}-{model}-{_exact_count(unique)}-{epochs:g}ep-seed{place['seed']}"
-    parameters = _parameters(model, explicit, _vocab_size(data))
-    return SweepRun(**place, name=name, folder=output / name, flags=flags, parameters=parameters)
+    vocab_size = _vocab_size(data)
+    parameters = _parameters(model, explicit, vocab_size)
+    return SweepRun(**place, name=name, folder=output / name, flags=flags, parameters=parameters, vocab_size=vocab_size)
 
 
 def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int:
@@ -232,9 +234,9 @@ def hours(flops: float, price: Mapping[str, Any]) -> float | None:
     if not price:
         return None
     device = price.get("device", "H100")
-    if "peak_tflops" not in price and device not in PEAK_FLOPS:
-        raise UserError(f"price names device {device}", f"known are {', '.join(PEAK_FLOPS)}", "or give peak_tflops")
-    peak = positive(price["peak_tflops"], "peak_tflops") * 1e12 if "peak_tflops" in price else PEAK_FLOPS[device]
+    if "peak_tflops" not in price and device not in DEVICES:
+        raise UserError(f"price names device {device}", f"known are {', '.join(DEVICES)}", "or give peak_tflops")
+    peak = positive(price["peak_tflops"], "peak_tflops") * 1e12 if "peak_tflops" in price else DEVICES[device].peak
     mfu = positive(price.get("mfu", 0.4), "mfu")
     require(mfu <= 1, f"price names mfu {mfu:g}", "it is a share of the peak", "give 0.4, say")
     speed = peak * mfu * positive(price.get("devices", 1), "devices")

@@ -1,0 +1,55 @@
+"""What a run of a sweep takes, by the arithmetic of ``megatron doctor --preflight``: model FLOPs with attention, hours and
+dollars at the stated utilisation, and memory of a GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.objectives import parse
+from megatron.scaling.sweep.definition import SweepRun, dollars, hours
+from megatron.training.preflight import case_of, footprints
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one run takes.
+
+    Attributes:
+        flops: of the model, attention counted, recomputation not: what utilisation is a share of.
+        hours: on the devices of the price, or None where the sweep names none.
+        dollars: in all, or None without a price of an hour.
+        bytes: of the fullest GPU where one replica trains alone: at most, as ZeRO shares more among more.
+    """
+
+    flops: float
+    hours: float | None
+    dollars: float | None
+    bytes: int
+
+
+def price_of(run: SweepRun, price: Mapping[str, Any]) -> Price:
+    """The price of one run.
+
+    Args:
+        run: of the sweep.
+        price: its assumptions; see :func:`megatron.scaling.sweep.definition.hours`.
+
+    Raises:
+        UserError: flags that the run would be refused for.
+    """
+    words = run.arguments()
+    default = "mdm" if run.program == "pretrain_mdm.py" else "ar"
+    world = _replica(run)
+    case = case_of(parse(words, objective=default, world_size=world), world, vocab_size=run.vocab_size)
+    flops = case.flops_per_token * run.unique_tokens * run.epochs
+    return Price(flops, hours(flops, price), dollars(flops, price), footprints(case)[0].total)
+
+
+def _replica(run: SweepRun) -> int:
+    """GPUs that one replica of the model takes."""
+    spellings = (("tensor-model-parallel-size", "tp-size"), ("pipeline-model-parallel-size", "pp-size"))
+    sizes = [next((run.flags[name] for name in names if name in run.flags), 1) for names in spellings]
+    return math.prod(int(str(size)) for size in sizes)

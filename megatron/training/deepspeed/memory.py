@@ -1,0 +1,192 @@
+"""What DeepSpeed holds for one rank, in bytes, by its settings alone: plans ask before there is an engine.
+
+A test counts every tensor of real engines and finds the same number (DeepSpeed 0.19.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+FLOAT = 4
+# Flat partitions begin at multiples of four bytes in 16 bits.
+ALIGNMENT = 2
+# DeepSpeed's own defaults, for settings that we leave to it.
+PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS, PREFETCH = 100_000, 1_000_000_000, 50_000_000
+# The all-reduce of ZeRO 1 in bf16 copies tensors that together have no more elements than this.
+ALLREDUCE_ELEMENTS = 500_000_000
+Parts = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank by part: weights, gradients, optimizer (masters, moments, counters), buckets.
+
+    Attributes:
+        between: what stays from step to step.
+        forward: when the last backward pass of a step begins.
+        backward: at the end of a backward pass, before anything is reduced or freed.
+        update: while gradients are reduced and weights updated.
+        host: pinned host memory of an optimizer that is kept there.
+    """
+
+    between: Parts
+    forward: Parts
+    backward: Parts
+    update: Parts
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How the parameters of one rank lie in the optimizer.
+
+    Attributes:
+        groups: elements of every parameter, by optimizer group, in order; no group is empty.
+        dp_size: data-parallel ranks.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    dp_size: int
+
+    @property
+    def elements(self) -> int:
+        """Of all parameters."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def padded(self) -> int:
+        """Of the flat buffers, one a group, which all ranks cut into equal parts."""
+        unit = ALIGNMENT * self.dp_size
+        return sum(ceil(sum(group) / unit) * unit for group in self.groups)
+
+    @property
+    def own(self) -> int:
+        """Of this rank's part of them."""
+        return self.padded // self.dp_size
+
+    @property
+    def own_by_tensor(self) -> int:
+        """Of a rank's part where each parameter is cut on its own (ZeRO 3)."""
+        return sum(ceil(count / self.dp_size) for group in self.groups for count in group)
+
+    def touched(self, rank: int) -> int:
+        """Of the whole parameters of which a rank owns any part."""
+        total, unit = 0, ALIGNMENT * self.dp_size
+        for group in self.groups:
+            size = ceil(sum(group) / unit) * unit // self.dp_size
+            start = 0
+            for count in group:
+                total += count if start < (rank + 1) * size and start + count > rank * size else 0
+                start += count
+        return total
+
+
+def optimizer_groups(parameters: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """Elements by group of :func:`megatron.training.optimizer.build_optimizer`: matrices, then one-dimensional tensors.
+
+    Args:
+        parameters: (elements, dimensions) of each, in the order of the module.
+    """
+    groups = (
+        tuple(count for count, dim in parameters if dim > 1),
+        tuple(count for count, dim in parameters if dim <= 1),
+    )
+    return tuple(group for group in groups if group)
+
+
+def blocks_of_stages(num_layers: int, pp_size: int) -> list[int]:
+    """Blocks of each pipeline stage, as DeepSpeed deals them out."""
+    return [num_layers // pp_size + (stage < num_layers % pp_size) for stage in range(pp_size)]
+
+
+def held(settings: Mapping[str, Any], partition: Partition, *, is_pipeline: bool = False, rank: int = 0) -> Held:
+    """What the engine of one rank holds besides activations.
+
+    Args:
+        settings: of :func:`megatron.training.deepspeed.settings.deepspeed_settings`.
+        partition: the parameters of this rank.
+        is_pipeline: whether the engine is that of a pipeline.
+        rank: of the data-parallel ranks, which differ by what they own of gradients in fp32 under ZeRO 2.
+    """
+    zero, is_bf16 = settings["zero_optimization"], settings.get("bf16", {}).get("enabled", False)
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if zero["stage"] == 3:
+        return _zero3(settings, partition, 2 if is_bf16 else FLOAT)
+    if is_bf16 and zero["stage"] == 1 and not is_offloaded:
+        return _zero1_bf16(settings, partition)
+    return _zero2(settings, partition, 2 if is_bf16 else FLOAT, rank=rank, is_pipeline=is_pipeline)
+
+
+def _zero1_bf16(settings: Mapping[str, Any], partition: Partition) -> Held:
+    """``BF16_Optimizer``: whole fp32 gradients, to which each bf16 one is added as it is made; without
+    ``immediate_grad_update`` those of the last micro-batch last until the update."""
+    is_immediate = settings["bf16"].get("immediate_grad_update", False)
+    between = {
+        "weights": 2 * partition.padded,
+        "gradients": FLOAT * partition.padded,
+        "optimizer": 3 * FLOAT * partition.own + _counters(partition),
+        "buckets": 0,
+    }
+    low = 0 if is_immediate else 2 * partition.elements
+    passes = {**between, "gradients": between["gradients"] + low}
+    forward = passes if settings["gradient_accumulation_steps"] > 1 else between
+    is_copied = partition.dp_size > 1 and len(partition.groups) > 1 and partition.padded <= ALLREDUCE_ELEMENTS
+    return Held(between, forward, passes, {**passes, "buckets": is_copied * FLOAT * partition.padded})
+
+
+def _zero2(settings: Mapping[str, Any], partition: Partition, width: int, *, rank: int, is_pipeline: bool) -> Held:
+    """``DeepSpeedZeroOptimizer``: ZeRO 2, ZeRO 1 in fp32, and either with the optimizer in host memory."""
+    zero = settings["zero_optimization"]
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    largest = max(map(max, partition.groups))
+    state = 3 * FLOAT * partition.own
+    between = {
+        "weights": width * partition.padded,
+        "gradients": 0,
+        "optimizer": width * largest if is_offloaded else state + _counters(partition),
+        "buckets": 0,
+    }
+    # What earlier micro-batches of a step left: this rank's part in fp32, whole tensors where all is fp32; of ZeRO 1 all.
+    own = FLOAT * partition.own if width < FLOAT else FLOAT * partition.touched(rank)
+    kept = own if zero["stage"] == 2 else FLOAT * partition.elements
+    has_several = settings["gradient_accumulation_steps"] > 1
+    kept = kept if has_several and not is_offloaded else 0
+    count = 2 if zero.get("overlap_comm") and not is_pipeline else 1
+    buckets = count * width * int(zero["reduce_bucket_size"])
+    forward = {**between, "gradients": kept, "buckets": buckets}
+    # Of ZeRO 1 the gradients move, one by one, into the bucket that reduces them.
+    rest = kept if zero["stage"] == 2 else max(0, FLOAT * partition.elements - buckets // count)
+    backward = {**between, "gradients": rest, "buckets": buckets}
+    update = {**between, "gradients": 0 if is_offloaded else max(own, FLOAT * partition.own)}
+    host = (state + FLOAT * partition.own + width * (partition.own + largest)) if is_offloaded else 0
+    return Held(between, forward, backward, update, host)
+
+
+def _zero3(settings: Mapping[str, Any], partition: Partition, width: int) -> Held:
+    """``DeepSpeedZeroOptimizer_Stage3``: everything cut tensor by tensor; small tensors, and as many others as are in use,
+    are there whole."""
+    zero, own = settings["zero_optimization"], partition.own_by_tensor
+    is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    threshold = int(zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+    live = int(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+    live += int(zero.get("stage3_prefetch_bucket_size", PREFETCH))
+    counts = [count for group in partition.groups for count in group]
+    # Alone, a rank computes with its partitions.
+    whole = [0 if partition.dp_size == 1 else sum(kept) for kept in ([n for n in counts if n <= threshold], counts)]
+    state = (4 if is_offloaded else 3) * FLOAT * own
+    between = {
+        "weights": width * (own + whole[0]),
+        "gradients": 0 if is_offloaded else FLOAT * own,
+        "optimizer": (0 if is_offloaded else state) + _counters(partition) + FLOAT + 1,
+        "buckets": width * int(zero["reduce_bucket_size"]),
+    }
+    passes = {**between, "weights": width * (own + max(whole[0], min(whole[1], live)))}
+    return Held(between, passes, passes, passes, state if is_offloaded else 0)
+
+
+def _counters(partition: Partition) -> int:
+    """The steps of each group, and the gradient norm."""
+    return FLOAT * len(partition.groups) + FLOAT

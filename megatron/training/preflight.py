@@ -1,0 +1,329 @@
+"""What a run needs, from its flags alone: bytes of the fullest GPU by part, host memory, checkpoint, FLOPs, open files.
+
+State is exact (:mod:`megatron.training.deepspeed.memory`), activations are arithmetic (:mod:`megatron.model.memory`), what the
+CUDA libraries take is assumed and named. No GPU, no process group, no data are needed; imported by tools only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.config.schema import Config
+from megatron.config.shape import Shape, padded_size
+from megatron.config.validate import validate
+from megatron.data.blend import parse_blend, read_data_path_file
+from megatron.data.dataset import count_unique_tokens
+from megatron.data.indexed import read_meta
+from megatron.data.tokenizer import build_tokenizer
+from megatron.errors import UserError
+from megatron.model.arithmetic import Device, model_flops_per_token, positions_per_token
+from megatron.model.gpt import build_layers
+from megatron.model.mask import within_segments
+from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
+from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
+from megatron.parallel.context import Axis, ParallelContext
+from megatron.training.deepspeed.memory import Held, Partition, blocks_of_stages, held, optimizer_groups
+from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
+from megatron.training.plan import Layout
+
+GPT2_VOCABULARY = 50257
+# Assumed: CUDA context, NCCL, kernels and what the allocator loses; a process with its libraries; a loader process.
+RUNTIME_BYTES, PROCESS_BYTES, WORKER_BYTES = 2_500_000_000, 3_000_000_000, 500_000_000
+FLOAT = 4
+Parameters = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on machines that need not be there.
+
+    Attributes:
+        flags: as given, with other settings of the layout where a layout is tried out.
+        config: the same, with batch and vocabulary filled in.
+        shape, layout, objective: its parts.
+        tokens: length of training; None where only data tell it, which are not here.
+        notes: what was assumed.
+    """
+
+    flags: Config
+    config: Config
+    shape: Shape
+    layout: Layout
+    objective: Objective
+    tokens: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return 2 if self.config.run.bf16 else FLOAT
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether blocks are compiled on a GPU, as the engine decides it."""
+        return compiles_blocks(self.config.parallel, device="cuda")
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of the model, attention counted, recomputation not."""
+        fraction = self.objective.loss_fraction
+        return model_flops_per_token(self.shape, mask=self.objective.attention_mask, loss_fraction=fraction)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one GPU at one moment.
+
+    Attributes:
+        moment: when.
+        stage: of the pipeline.
+        parts: bytes by what they are for.
+    """
+
+    moment: str
+    stage: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Of all parts."""
+        return sum(self.parts.values())
+
+
+def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) -> Case:
+    """Fill in what a run would read from its data, where they are here, and assume the rest.
+
+    Args:
+        flags: from :func:`megatron.objectives.parse`, checked for so many processes.
+        world_size: processes, one a GPU.
+        vocab_size: tokens before padding, where it is known besides.
+
+    Raises:
+        UserError: data or tokenizer are here and cannot be used.
+    """
+    notes: list[str] = []
+    size = vocab_size or _vocabulary(flags, notes)
+    parallel, run = flags.parallel, flags.run
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rows = padded_size(size, multiple=flags.model.make_vocab_size_divisible_by, tp_size=tp)
+    shape = Shape.from_flags(flags.model, padded_vocab_size=flags.model.padded_vocab_size or rows)
+    mask_id = size if needs_mask_token(flags.objective.objective) else None
+    padded = max(shape.padded_vocab_size, size)
+    objective = with_vocabulary(flags.objective, mask_id, size=size, padded=padded)
+    dp = world_size // (tp * pp)
+    batch = run.global_batch_size or run.micro_batch_size * dp
+    config = replace(flags, model=shape.recorded(), objective=objective, run=replace(run, global_batch_size=batch))
+    layout = Layout(world_size, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
+    tokens = _tokens(config, batch, notes)
+    flags = replace(flags, run=replace(flags.run, global_batch_size=batch))  # which no other layout changes
+    return Case(flags, config, shape, layout, build_objective(config), tokens, tuple(notes))
+
+
+def changed(case: Case, **changes: int | bool | None) -> Case | None:
+    """The same run with other settings of its layout, or None where they are refused.
+
+    Args:
+        case: the run; its global batch stays.
+        changes: fields of ``parallel`` and ``run`` by name.
+    """
+    flags, config = _with(case.flags, changes), _with(case.config, changes)
+    cls = OBJECTIVES[str(config.objective.objective)]
+    options = cls.Options(**config.objective.options)
+    try:
+        validate(flags, options, needs_mask_token=cls.needs_mask_token, world_size=case.layout.world_size)
+    except UserError:
+        return None
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if case.shape.padded_vocab_size % tp:
+        return None
+    dp = case.layout.world_size // (tp * pp)
+    layout = replace(
+        case.layout,
+        tp_size=tp,
+        pp_size=pp,
+        dp_size=dp,
+        micro_batch_size=config.run.micro_batch_size,
+        zero_stage=config.parallel.zero_stage,
+    )
+    return replace(case, flags=flags, config=config, layout=layout)
+
+
+def _with(config: Config, changes: Mapping[str, int | bool | None]) -> Config:
+    """The configuration with other values of some fields of ``parallel`` and ``run``; its global batch stays."""
+    known = {item.name for item in fields(config.parallel)}
+    parallel: dict[str, Any] = {name: value for name, value in changes.items() if name in known}
+    run: dict[str, Any] = {name: value for name, value in changes.items() if name not in known}
+    return replace(config, parallel=replace(config.parallel, **parallel), run=replace(config.run, **run))
+
+
+def footprints(case: Case) -> list[Footprint]:
+    """Every moment of every pipeline stage, fullest first."""
+    found = [moment for stage in range(case.layout.pp_size) for moment in _moments(case, stage)]
+    return sorted(found, key=lambda each: -each.total)
+
+
+def fits(case: Case, device: Device) -> bool:
+    """Whether the fullest GPU has room for it."""
+    return footprints(case)[0].total <= device.memory_mib * 2**20
+
+
+def held_by(case: Case, stage: int) -> Held:
+    """What the engine of a stage holds, on the data-parallel rank that has most."""
+    parameters = _stage_parameters(case, stage)
+    partition = Partition(optimizer_groups(parameters), case.layout.dp_size)
+    settings = deepspeed_settings(case.config, dp_size=case.layout.dp_size, num_parameters=partition.elements)
+    return held(settings, partition, is_pipeline=case.layout.pp_size > 1)
+
+
+def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
+    """Host memory of one node, by moment: processes with their loaders, the models as they are built (whole, fp32, on the
+    host), masters and moments on their way to a checkpoint, and an optimizer that is kept there.
+
+    Args:
+        case: the run.
+        gpus_per_node: processes of a node at most.
+    """
+    ranks = min(gpus_per_node, case.layout.world_size)
+    stages = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
+    largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
+    offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
+    saved = 0 if offloaded else 3 * FLOAT * max(stages) // case.layout.dp_size
+    return {
+        "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
+        "building": ranks * FLOAT * (max(stages) + largest),
+        "saving": ranks * saved,
+        "optimizer": ranks * offloaded,
+    }
+
+
+def checkpoint_bytes(case: Case) -> int:
+    """Of one checkpoint: fp32 masters and two moments of every parameter."""
+    return 3 * FLOAT * num_parameters(case)
+
+
+def num_parameters(case: Case) -> int:
+    """Of the whole model, padding rows included."""
+    embedding, block, norm, head = _layer_parameters(case.shape, 1)
+    return _elements(embedding + norm + head) + case.shape.num_layers * _elements(block)
+
+
+def open_files(case: Case) -> int:
+    """File descriptors of rank 0 at most: a socket to every rank for the host-side group and one for the rendezvous, NCCL's
+    to its neighbours, and a loader's pipes (estimated)."""
+    return 256 + 2 * case.layout.world_size + 16 * case.config.data.num_workers
+
+
+def _vocabulary(flags: Config, notes: list[str]) -> int:
+    data = flags.data
+    places = [data.vocab_file, data.merge_file, data.tokenizer_model]
+    if data.vocab_size is not None:
+        return data.vocab_size
+    if any(places) and all(Path(place).exists() for place in places if place):
+        return build_tokenizer(data).vocab_size
+    prefixes = _prefixes(flags)
+    sizes = {(read_meta(prefix) or {}).get("vocab_size") for prefix in prefixes} if prefixes else set()
+    if len(sizes) == 1 and (size := sizes.pop()):
+        return int(size)
+    if flags.model.padded_vocab_size is None:
+        notes.append(f"neither tokenizer nor data are here: a vocabulary of {GPT2_VOCABULARY:,} is assumed")
+    return flags.model.padded_vocab_size or GPT2_VOCABULARY
+
+
+def _prefixes(flags: Config) -> list[str]:
+    """Prefixes of the training data, where all of them are here."""
+    data = flags.data
+    words = list(data.train_data_path)
+    if data.train_data_path_file is not None and Path(data.train_data_path_file).is_file():
+        words = read_data_path_file(data.train_data_path_file)
+    prefixes = [prefix for _, prefix in parse_blend(words)] if words else []
+    return prefixes if all(Path(f"{prefix}.idx").is_file() for prefix in prefixes) else []
+
+
+def _tokens(config: Config, batch: int, notes: list[str]) -> float | None:
+    run, length = config.run, config.model.seq_length
+    samples = run.train_samples or (run.train_iters or 0) * batch
+    if run.train_epochs is None:
+        return float(samples * length)
+    prefixes = _prefixes(config)
+    if not prefixes:
+        notes.append("the data are not here: --train-epochs tells no length, pass --train-samples")
+        return None
+    return run.train_epochs * count_unique_tokens(prefixes)
+
+
+@lru_cache(maxsize=256)
+def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Parameters, Parameters, Parameters, Parameters]:
+    """(elements, dimensions) of a rank's parameters in the embedding, one block, the last norm and the head, by building
+    them without memory; a head that is tied has none."""
+    with torch.device("meta"):
+        layers = build_layers(shape, ParallelContext(tp=Axis(size=tp_size)), seed=0)
+        parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
+        sizes = [tuple((p.numel(), p.dim()) for p in part.build().parameters()) for part in parts]
+    embedding, block, norm, head = [*sizes, ()][:4]
+    return embedding, block, norm, head
+
+
+def _stage_parameters(case: Case, stage: int) -> Parameters:
+    """Those of one rank of a stage, in the order of the module; both ends of a pipeline hold a tied embedding."""
+    embedding, block, norm, head = _layer_parameters(case.shape, case.layout.tp_size)
+    pp = case.layout.pp_size
+    own = block * blocks_of_stages(case.shape.num_layers, pp)[stage]
+    if stage == 0:
+        own = embedding + own
+    if stage == pp - 1:
+        own += norm + (head or (embedding if pp > 1 else ()))
+    return own
+
+
+def _elements(parameters: Parameters) -> int:
+    return sum(count for count, _ in parameters)
+
+
+def _moments(case: Case, stage: int) -> list[Footprint]:
+    """The moments at which a stage may be fullest."""
+    state = held_by(case, stage)
+    building = {"weights": FLOAT * _elements(_stage_parameters(case, stage))}
+    passes = _activations(case, stage)
+    steps: list[tuple[str, dict[str, int]]] = [
+        ("building", building),
+        ("forward pass done", state.forward | passes[0]),
+        ("backward pass done", state.backward | passes[1]),
+        ("update", state.update),
+    ]
+    return [Footprint(moment, stage, {**parts, "runtime": RUNTIME_BYTES}) for moment, parts in steps]
+
+
+def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes when the forward pass of the last micro-batch is done, and when its backward pass reaches the first block."""
+    shape, layout, width = case.shape, case.layout, case.width
+    mask = case.objective.attention_mask
+    if case.config.data.reset_attention_mask:
+        mask = within_segments(mask)
+    length = shape.seq_length * positions_per_token(mask)
+    rows = layout.micro_batch_size * length
+    is_compiled = case.is_compiled
+    kept = sum(kept_by_block(shape, tp_size=layout.tp_size, width=width, is_compiled=is_compiled).values())
+    boundary = float(width * shape.hidden_size)
+    blocks = blocks_of_stages(shape.num_layers, layout.pp_size)[stage]
+    in_flight = min(layout.pp_size - stage, layout.num_micro_batches)
+    is_recomputed = case.config.parallel.recompute_activations
+    # A stage hands one tensor on and keeps it; the last one has the input and the output of the norm.
+    stored = in_flight * (blocks * (boundary if is_recomputed else kept) + boundary)
+    masks = mask_bytes(mask, shape, samples=layout.micro_batch_size, positions=length, width=width)
+    working = block_working_set(shape, tp_size=layout.tp_size, width=width)
+    one = kept + working
+    head = 0
+    if stage == layout.pp_size - 1:
+        head = head_bytes(shape, rows=rows, tp_size=layout.tp_size, width=width)
+    rest = (in_flight - 1) * blocks * (boundary if is_recomputed else kept)
+    # With recomputation a block is whole again while its gradients are made.
+    full = max(head, rows * one) if is_recomputed else head
+    forward = {"activations": round(rows * stored + masks + (full - head)), "head": head}
+    backward = {"activations": round(rows * (rest + one) + masks), "head": 0}
+    return forward, backward

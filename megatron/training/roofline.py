@@ -1,0 +1,101 @@
+"""Seconds of one training step on paper, to rank layouts: what each part needs of arithmetic, memory and links, at rates that
+kernels reach. Nothing here was measured on the layouts that it ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.model.arithmetic import Device, keys_per_token, positions_per_token
+from megatron.model.memory import kept_by_block
+from megatron.training.preflight import Case, num_parameters
+
+# Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the
+# share of a link that collectives reach. They give what a study of this code on paper found for 8 H100 within 5 points.
+MATRIX, HALF_WIDTH, ATTENTION, HALF_HEAD, LINK = 0.75, 400, 0.65, 64, 0.75
+PLAIN = 0.07  # of the bf16 peak, where fp32 does not use the matrix units (TF32 stays off)
+# Bytes that elementwise kernels move for each byte that a block keeps, there and back; for each logit; for each parameter
+# and micro-batch (a gradient is added), and each parameter and step (moments, masters, weights, norm).
+BLOCK_TRAFFIC, LOGIT_TRAFFIC, GRADIENT_TRAFFIC, UPDATE_TRAFFIC = 4.0, 36.0, 10.0, 34.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, and what joins them.
+
+    Attributes:
+        device: each of them.
+        gpus_per_node: joined by ``device.link``.
+        network: bytes/s of one GPU to other nodes, in one direction.
+    """
+
+    device: Device
+    gpus_per_node: int = 8
+    network: float = 50e9
+
+
+def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
+    """Seconds of a step by what they go into: blocks, attention, head, elementwise, tensor (parallel messages), gradients
+    (their sums, copies and the update), bubble.
+
+    Args:
+        case: the run.
+        cluster: where.
+    """
+    shape, layout, device = case.shape, case.layout, cluster.device
+    tp, pp, dp = layout.tp_size, layout.pp_size, layout.dp_size
+    micro_batches, mask = layout.num_micro_batches, case.objective.attention_mask
+    tokens = layout.micro_batch_size * shape.seq_length  # of one micro-batch
+    positions = tokens * positions_per_token(mask)
+    is_recomputed = case.config.parallel.recompute_activations
+    passes = 4 / 3 if is_recomputed else 1.0  # a third of the work is forward, and done twice
+    embedding = shape.padded_vocab_size * shape.hidden_size
+    blocks = num_parameters(case) - embedding * (1 + shape.untie_embeddings_and_output_weights)
+    share = 1 / (tp * pp)
+    heads = shape.num_attention_heads * shape.kv_channels
+    keys = keys_per_token(mask, shape.seq_length)
+    kept = sum(kept_by_block(shape, tp_size=tp, width=case.width, is_compiled=case.is_compiled).values())
+    rows = tokens * case.objective.loss_fraction
+    width = shape.hidden_size / tp
+    peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth
+    matrix = peak * MATRIX * width / (width + HALF_WIDTH)
+    fused = peak * ATTENTION * shape.kv_channels / (shape.kv_channels + HALF_HEAD)
+    micro = {
+        "blocks": 6 * blocks * positions * passes * share / matrix,
+        "attention": 12 * shape.num_layers * heads * keys * tokens * passes * share / fused,
+        "head": rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) * share,
+        "elementwise": BLOCK_TRAFFIC * kept * positions * shape.num_layers * passes / pp / bandwidth,
+        "tensor": _tensor_seconds(case, cluster, positions, passes),
+    }
+    busy = {name: seconds * micro_batches for name, seconds in micro.items()}
+    parameters = num_parameters(case) * share
+    traffic = parameters * (GRADIENT_TRAFFIC * micro_batches + UPDATE_TRAFFIC / dp) / bandwidth
+    reduced = _reduction_seconds(case, cluster, parameters, sum(micro.values()))
+    return {**busy, "gradients": traffic + reduced, "bubble": sum(micro.values()) * (pp - 1)}
+
+
+def _tensor_seconds(case: Case, cluster: Cluster, positions: int, passes: float) -> float:
+    """Four all-reduces of the activations of each block of a stage, and two more where it is recomputed."""
+    tp = case.layout.tp_size
+    if tp == 1:
+        return 0.0
+    link = cluster.device.link if tp <= cluster.gpus_per_node else cluster.network
+    bytes_moved = 2 * (tp - 1) / tp * positions * case.shape.hidden_size * case.width
+    count = 4 * case.shape.num_layers / case.layout.pp_size * (1.5 if passes > 1 else 1)
+    return count * bytes_moved / (link * LINK)
+
+
+def _reduction_seconds(case: Case, cluster: Cluster, parameters: float, micro_seconds: float) -> float:
+    """Sums of gradients and gathers of weights that computing does not hide."""
+    layout, width = case.layout, case.width
+    if layout.dp_size == 1:
+        return 0.0
+    is_inside = layout.world_size <= cluster.gpus_per_node
+    link = (cluster.device.link if is_inside else cluster.network) * LINK
+    one = parameters * (layout.dp_size - 1) / layout.dp_size / link  # seconds for a byte of each parameter, one way
+    if layout.zero_stage == 3:  # weights in both passes, gradients after: of every micro-batch, most of it hidden
+        return layout.num_micro_batches * max(0.25 * 3 * width * one, 3 * width * one - micro_seconds)
+    if layout.zero_stage == 2:
+        hidden = layout.num_micro_batches * max(0.25 * width * one, width * one - micro_seconds)
+        return hidden + width * one
+    return 2 * 4 * one + width * one  # an all-reduce in fp32 after the last micro-batch, then the new weights

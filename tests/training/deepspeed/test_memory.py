@@ -1,0 +1,134 @@
+"""What is said of DeepSpeed's memory is what real engines hold: every tensor that can be reached from one is counted."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import jobs
+from layouts.pool import WorkerPool
+
+from megatron.training.deepspeed.memory import Held, Partition, blocks_of_stages, held, optimizer_groups
+
+ATOMS = (type, types.ModuleType, types.CodeType, types.FrameType, str, bytes, int, float, type(None))
+
+
+def storages(roots: Sequence[Any], without: Sequence[Any]) -> dict[int, int]:
+    """Bytes of every storage that tensors reachable from ``roots`` have, by its address; not through ``without``."""
+    import torch
+
+    seen, found, waiting = set(map(id, without)), {}, list(roots)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, ATOMS):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.device.type != "meta":
+                found[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
+            waiting += [item.__dict__, item._base, item.grad if item.is_leaf else None]
+        elif isinstance(item, types.FunctionType):  # its globals are the whole program
+            waiting += [item.__closure__, item.__defaults__]
+        else:
+            waiting += gc.get_referents(item)
+    return found
+
+
+def census(argv: list[str]) -> dict[str, Any]:
+    """Bytes that the engine of this rank holds, without rotary tables: ``between`` steps, and ``backward``, when the
+    embedding has its gradient; with its parameters and settings."""
+    from megatron.model.attention import RotaryEmbedding
+    from megatron.model.embedding import Embedding
+    from megatron.training.main import main
+    from megatron.training.step import Observer
+
+    found: dict[str, Any] = {}
+
+    class Counter(Observer):
+        steps = passes = 0
+
+        def built(self, engine: Any) -> None:
+            self.engine = engine
+            parameters = list(engine.module.parameters())
+            found["parameters"] = [
+                (getattr(p, "ds_numel", p.numel()), len(getattr(p, "ds_shape", p.shape))) for p in parameters
+            ]
+            found["settings"] = engine._deepspeed._config._param_dict
+            found["dp"] = (engine.context.dp.rank, engine.context.dp.size)
+            for module in engine.module.modules():
+                if isinstance(module, Embedding):
+                    module.word_embeddings.weight.register_post_accumulate_grad_hook(self.embedding_done)
+
+        def embedding_done(self, parameter: Any) -> None:
+            self.passes += 1
+            if self.passes == 2 * self.engine.num_micro_batches:  # the last one of the second step
+                found["backward"] = self.count()
+
+        def step_ended(self, result: Any) -> None:
+            self.steps += 1
+            if self.steps == 2:
+                found["between"] = self.count()
+
+        def count(self) -> int:
+            engine = self.engine
+            tables = [m for m in engine.module.modules() if isinstance(m, RotaryEmbedding)]
+            rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
+            # The engine of a pipeline also keeps the last micro-batches, and what travelled between stages.
+            aside = [self, *[engine._deepspeed] * engine.is_pipeline]
+            return sum(storages((engine.module, engine._optimizer, engine._deepspeed), aside).values()) - rotary
+
+    assert main("mdm", argv, observer=Counter()) == 0
+    return found
+
+
+# Widths that no number of ranks divides, so that everything is padded.
+SHAPE = {"hidden_size": 36, "num_attention_heads": 2, "ffn_hidden_size": 50, "micro_batch_size": 2, "train_iters": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{f"zero{stage} dp{dp}": (dp, {"bf16": True, "zero_stage": stage}) for stage in (1, 2, 3) for dp in (1, 2)},
+    "zero2 dp2, one micro-batch": (2, {"bf16": True, "zero_stage": 2, "micro_batch_size": 4}),
+    "zero1 dp2, kept": (2, {"bf16": True, "deepspeed": {"bf16": {"immediate_grad_update": False}}}),
+    "zero3 dp2, all cut": (2, {"bf16": True, "zero_stage": 3, "deepspeed":
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}}),
+    "zero2 tp2": (2, {"bf16": True, "zero_stage": 2, "tp_size": 2}),
+    "zero1 pp2": (2, {"bf16": True, "pp_size": 2}),
+    "fp32 dp2": (2, {}),
+}  # fmt: skip
+# While a pass runs it depends on the moment which tensors are whole, and on the stage which gradient comes last.
+BETWEEN_ONLY = ("zero3 dp2, all cut", "zero1 pp2")
+
+
+def claimed(found: dict[str, Any]) -> Held:
+    """What is said of the engine that was counted."""
+    rank, size = found["dp"]
+    return held(found["settings"], Partition(optimizer_groups(found["parameters"]), size), rank=rank)
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_bytes_equal_the_census_of_a_real_engine(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, name: str
+) -> None:
+    size, changes = LAYOUTS[name]
+    changes = {**SHAPE, **changes}
+    if (file := changes.pop("deepspeed", None)) is not None:
+        (tmp_path / "deepspeed.json").write_text(json.dumps(file))
+        changes["deepspeed_config"] = tmp_path / "deepspeed.json"
+    for found in pools(size).run(census, jobs.flags(token_files, tmp_path / "run", **changes)):
+        said = claimed(found)
+        assert found["between"] == sum(said.between.values()), (name, said.between)
+        if name not in BETWEEN_ONLY:
+            assert found["backward"] == sum(said.backward.values()), (name, said.backward)
+
+
+def test_stages_are_dealt_out_as_deepspeed_does() -> None:
+    from deepspeed.runtime.utils import partition_balanced
+
+    for layers, stages in ((26, 4), (18, 4), (3, 2), (5, 4), (10, 8), (15, 2), (7, 3)):
+        weights = [0] + [1] * layers + [0] * 4  # embedding; hidden states, norm, head, matrix
+        cuts = partition_balanced(weights, stages)
+        assert blocks_of_stages(layers, stages) == [sum(weights[a:b]) for a, b in itertools.pairwise(cuts)]

@@ -1,0 +1,193 @@
+"""Preflight: does a run fit on GPUs that are not there? Its state is counted in deepspeed/test_memory.py, its activations in
+tests/model/test_memory.py; here what is made of them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from megatron.model.arithmetic import DEVICES
+from megatron.objectives import parse
+from megatron.training.layouts import flags_of, remedies, suggestions
+from megatron.training.preflight import (
+    Case,
+    case_of,
+    changed,
+    checkpoint_bytes,
+    fits,
+    footprints,
+    held_by,
+    host_bytes,
+    num_parameters,
+)
+from megatron.training.roofline import Cluster, step_seconds
+
+H100 = DEVICES["H100"]
+GIB = 2**30
+
+
+def case(*, world: int = 8, objective: str = "mdm", **changes: Any) -> Case:
+    """A run of the published recipe without dropout; four micro-batches a step."""
+    flags = {
+        "model": "2298M",
+        "bf16": True,
+        "attention-dropout": 0,
+        "hidden-dropout": 0,
+        "micro-batch-size": 8,
+        "train-iters": 100,
+    }
+    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
+    replicas = world // (int(flags.get("tp-size", 1)) * int(flags.get("pp-size", 1)))
+    flags.setdefault("global-batch-size", 4 * replicas * int(flags["micro-batch-size"]))
+    words = [
+        word
+        for name, value in flags.items()
+        if value is not False
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+    return case_of(parse(words, objective=objective, world_size=world), world)
+
+
+RECOMPUTED = {"recompute_activations": True}
+# World and flags: the layouts of a study on paper, from one GPU's worth to eight nodes.
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (8, {"model": "140M"}),
+    (8, {"model": "425M"}),
+    (8, {"model": "1143M", "zero_stage": 3, "micro_batch_size": 4}),
+    (8, {}),
+    (8, RECOMPUTED),
+    (8, {"micro_batch_size": 4}),
+    (8, {"zero_stage": 2, **RECOMPUTED}),
+    (8, {"tp_size": 2, "pp_size": 2, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "4516M", "zero_stage": 2, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "6796M", "zero_stage": 3, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "6796M", "tp_size": 4, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "9293M", "zero_stage": 3, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "16183M", "zero_stage": 3, "micro_batch_size": 4, **RECOMPUTED}),
+    (8, {"model": "16183M", "tp_size": 8, "micro_batch_size": 4, **RECOMPUTED}),
+    (32, {"model": "16183M", "tp_size": 8, "micro_batch_size": 4, **RECOMPUTED}),
+    (32, {"model": "16183M", "tp_size": 8, "pp_size": 2, "micro_batch_size": 2, **RECOMPUTED}),
+    (64, {"model": "16183M", "zero_stage": 3, "micro_batch_size": 4, **RECOMPUTED}),
+]
+
+
+def test_seventeen_layouts_in_twenty_seconds() -> None:
+    """Of this process, so that a busy machine fails nothing."""
+    started = time.process_time()
+    found = [footprints(case(world=world, **flags))[0] for world, flags in LAYOUTS]
+    assert len(found) == 17
+    assert time.process_time() - started < 20
+    assert all(5 * GIB < each.total < 100 * GIB for each in found)
+
+
+def test_2298M_in_fp32_does_not_fit_and_recomputation_makes_it() -> None:
+    """dp 8, ZeRO 1, micro-batch 8, sequence 2048, as the flags are by default."""
+    run = case(bf16=False, zero_stage=1)
+    assert not fits(run, H100)
+    assert fits(dict(remedies(run))["--recompute-activations"], H100)
+
+
+def test_2298M_in_bf16_fits_until_the_micro_batch_is_16_and_recomputation_makes_that_fit() -> None:
+    assert fits(case(), H100) and fits(case(no_compile=True), H100)
+    run = case(micro_batch_size=16)
+    assert not fits(run, H100)
+    found = {name: fits(other, H100) for name, other in remedies(run)}
+    assert found["--recompute-activations"] and found["--micro-batch-size 8"]
+    assert not found["--zero-stage 2"]
+
+
+def test_parts_are_those_of_the_engine_and_nothing_is_counted_twice() -> None:
+    run = case()
+    fullest = footprints(run)[0]
+    state = held_by(run, 0).forward
+    assert {name: fullest.parts[name] for name in state} == state
+    assert set(fullest.parts) == {*state, "activations", "head", "runtime"}
+    per_parameter = sum(held_by(run, 0).between.values()) / num_parameters(run)
+    assert per_parameter == pytest.approx(6 + 12 / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize(("zero", "bytes"), [(1, 6 + 12 / 8), (2, 2 + 16 / 8)])
+def test_bytes_a_parameter_in_the_backward_pass(zero: int, bytes: float) -> None:
+    run = case(zero_stage=zero)
+    held = held_by(run, 0).backward
+    assert (sum(held.values()) - held["buckets"]) / num_parameters(run) == pytest.approx(bytes, rel=1e-3)
+
+
+def test_the_fullest_stage_of_a_pipeline_is_the_first_or_the_one_with_the_head() -> None:
+    run = case(pp_size=4, world=4)
+    found = {each.stage: each for each in reversed(footprints(run))}
+    activations = [found[stage].parts.get("activations", 0) for stage in range(4)]
+    assert activations == sorted(activations, reverse=True)  # stage s has 4 − s micro-batches in flight
+    assert found[3].parts["head"] > 0 and footprints(run)[0].stage in (0, 3)
+
+
+def test_a_changed_layout_is_the_same_run_or_none() -> None:
+    run = case()
+    other = changed(run, tensor_model_parallel_size=2, micro_batch_size=4)
+    assert other is not None
+    assert (other.layout.dp_size, other.layout.num_micro_batches) == (4, 16)
+    assert other.layout.global_batch_size == run.layout.global_batch_size == 256
+    assert changed(run, tensor_model_parallel_size=3) is None
+    assert changed(run, zero_stage=3, tensor_model_parallel_size=2) is None
+    assert changed(run, micro_batch_size=7) is None
+
+
+def test_suggested_layouts_fit_and_are_accepted_and_the_fastest_comes_first() -> None:
+    run = case(model="6796M", world=16, global_batch_size=128)
+    found = suggestions(run, Cluster(H100))
+    assert len(found) > 20
+    assert all(fits(each.case, H100) for each in found)
+    assert [each.seconds for each in found] == pytest.approx(sorted(each.seconds for each in found), abs=1e-4)
+    common = ["--model", "6796M", "--bf16", "--global-batch-size", "128", "--train-iters", "10"]
+    for each in found[:10]:
+        parse([*common, *flags_of(each.case).split()], objective="mdm", world_size=16)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "share"),
+    [
+        ("140M", "ar", 28),
+        ("140M", "mdm", 27),
+        ("425M", "ar", 41),
+        ("425M", "mdm", 40),
+        ("2298M", "ar", 55),
+        ("2298M", "mdm", 52),
+    ],
+)
+def test_the_roofline_is_near_that_of_a_study_on_paper(model: str, objective: str, share: int) -> None:
+    run = case(model=model, objective=objective)
+    seconds = sum(step_seconds(run, Cluster(H100)).values())
+    work = run.flops_per_token * run.layout.global_batch_size * run.shape.seq_length / 8
+    assert 100 * work / seconds / H100.peak == pytest.approx(share, abs=6)
+
+
+def test_what_slows_a_layout_down_shows() -> None:
+    plain, cluster = case(), Cluster(H100)
+    parts = step_seconds(plain, cluster)
+    assert parts["tensor"] == parts["bubble"] == 0
+    recomputed = step_seconds(case(recompute_activations=True), cluster)
+    assert recomputed["blocks"] == pytest.approx(4 / 3 * parts["blocks"])
+    assert step_seconds(case(tp_size=2), cluster)["tensor"] > 0
+    assert step_seconds(case(pp_size=2), cluster)["bubble"] > 0
+    slow = Cluster(H100, network=1e9)
+    assert step_seconds(case(world=16), slow)["gradients"] > step_seconds(case(world=16), cluster)["gradients"]
+
+
+def test_checkpoint_and_host_memory_follow_the_model() -> None:
+    run = case()
+    assert checkpoint_bytes(run) == 12 * num_parameters(run)
+    host = host_bytes(run, 8)
+    assert host["building"] == 8 * 4 * (num_parameters(run) + run.shape.padded_vocab_size * run.shape.hidden_size)
+    assert host["optimizer"] == 0
+    offloaded = case(cpu_optimizer=True, zero_stage=2)
+    assert host_bytes(offloaded, 8)["optimizer"] > 16 * num_parameters(run)
+    assert footprints(offloaded)[0].total < footprints(case(zero_stage=2))[0].total
+
+
+def test_what_is_not_here_is_assumed_and_said(token_files: Any) -> None:
+    run = case(train_iters=False, train_epochs=2, train_data_path="absent/prefix")
+    assert run.tokens is None and len(run.notes) == 2
+    here = case(model="7M", train_iters=False, train_epochs=2, train_data_path=f"{token_files}/train", seq_length=32)
+    assert here.tokens is not None and 30_000 < here.tokens < 60_000
