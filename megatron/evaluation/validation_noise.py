@@ -14,6 +14,7 @@ import torch
 from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.loader import as_tensors, to_device
+from megatron.errors import require
 from megatron.inference.model import InferenceModel
 from megatron.model.batch import Samples
 from megatron.objectives.mdm import MaskedDiffusion
@@ -91,9 +92,12 @@ def repeat_validation(
         batch_size: samples per forward pass.
 
     Raises:
-        UserError: the model is causal, or one of blocks.
+        UserError: the model is causal, one of blocks, or an ensemble.
     """
     loaded.require_whole_sequences()
+    require(
+        not loaded.members, f"the ensemble {loaded.source}", "a validation is of one model", "name one of its members"
+    )
     plain = MaskedDiffusion(loaded.mask_id, global_batch_size=1, seed=0, valid_estimator=estimator)
     ids = np.arange(dataset.num_samples)
     tokens = np.stack([dataset[index] for index in ids.tolist()])

@@ -21,6 +21,7 @@ from megatron.data.tokenizer_types import NullTokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
+from megatron.inference.ensemble import MixedModel, ensemble, members_of
 from megatron.inference.logits import LogitsFn
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
@@ -38,17 +39,18 @@ class InferenceModel:
     """Model, tokenizer and what evaluation and generation ask about them.
 
     Attributes:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device; of an ensemble the mean of its members.
         config: of the run that trained it.
         objective: in its evaluation form: says under which attention mask the model computes and how it is decoded.
         tokenizer: None where none is known (scoring of token ids still works).
         tokenizer_problem: why there is none.
+        members, weights: of an ensemble; else empty.
         context: this process; a model may be split over tensor-parallel ranks.
         source: what was loaded, for people.
         identity: hash of the loaded checkpoint, for caches.
     """
 
-    model: GPTModel
+    model: GPTModel | MixedModel
     config: Config
     objective: Objective
     tokenizer: Tokenizer | None
@@ -56,6 +58,13 @@ class InferenceModel:
     source: str
     identity: str
     tokenizer_problem: str = ""
+    members: tuple[InferenceModel, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> tuple[InferenceModel, ...]:
+        """The members of an ensemble, else the model itself."""
+        return self.members or (self,)
 
     @property
     def max_length(self) -> int:
@@ -162,10 +171,10 @@ def load_model(
     context: ParallelContext | None = None,
     tokenizer_options: dict[str, Any] | None = None,
 ) -> InferenceModel:
-    """Load a run, one tag of it, or a Hugging Face export (a folder with config.json).
+    """Load a run, one tag of it, a Hugging Face export (a folder with config.json), or several of them as one.
 
     Args:
-        path: run directory, tag directory or export.
+        path: run directory, tag directory or export; ``RUN+RUN`` or ``0.7*RUN+0.3*RUN``: an ensemble of them.
         tag: such as ``global_step100`` or ``latest``; default: the newest tag that verifies.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         context: this process; every tensor-parallel rank keeps its share. The checkpoint's own layout does not matter.
@@ -173,9 +182,14 @@ def load_model(
             those of the run.
 
     Raises:
-        UserError: nothing to load there, a damaged checkpoint, or an unknown dtype.
+        UserError: nothing to load there, a damaged checkpoint, an unknown dtype, or an ensemble of models that do not fit.
     """
     context = context or ParallelContext.create()
+    parts = members_of(path)
+    if len(parts) > 1:
+        how: dict[str, Any] = {"tag": tag, "dtype": dtype, "context": context, "tokenizer_options": tokenizer_options}
+        weights = [own.weight for own in parts if own.weight is not None]
+        return ensemble([load_model(own.path, **how) for own in parts], weights or None)
     path = Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
