@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", metavar="RUN", help="run, one tag of it, or export; RUN+RUN or '0.7*RUN+0.3*RUN': an ensemble, the "
         "mean of their probabilities; the first is compared with")  # fmt: skip
     add("--ensemble-weights", choices=("named", "fitted", "both"), default="named", help="weights of ensembles: those that are "
-        "named, equal ones where none are (default); fitted on the selection half of the documents, judged on the other")  # fmt: skip
+        "named, else equal ones (default); fitted on one half of the documents and judged on the other; both")  # fmt: skip
     add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept")
     add("--valid-data-path", nargs="+", metavar="PREFIX", help="data to score; default: the first run's validation set")
     add("--data-cache-path", metavar="DIR", help="index maps; default: beside the data")
@@ -200,9 +200,10 @@ def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], sa
 
 def report(found: Likelihoods) -> str:
     """The table and the verdicts, for people."""
+    documents = max(own.documents for own in found.findings)
     lines = [
-        f"{found.samples} samples of {found.seq_length} tokens, {max(own.documents for own in found.findings)} documents; tokens 1 to "
-        f"{found.seq_length - 1} given token 0; nats per token",
+        f"{found.samples} samples of {found.seq_length} tokens, {documents} documents; tokens 1 to {found.seq_length - 1} given "
+        "token 0; nats per token",
         "",
     ]
     rows = [("model", "estimator", "what it is", "NLL", "±95%", "passes", "seconds")]

@@ -80,15 +80,17 @@ def open_samples(
     number: int | None,
     cache_path: str | None,
     name: str = "valid",
+    is_spread: bool = False,
 ) -> Samples:
-    """The first samples of a data set, in the order of a validation.
+    """Samples of a data set, in the order of a validation.
 
     Args:
         models: by name, of one sequence length; their tokenizer must be that of the data.
         paths: one prefix or a blend; where there are none, the validation set that the first model was trained with.
-        number: of samples; None: all.
+        number: of samples, the first ones; None: all.
         cache_path: folder of index maps; None: beside the data.
         name: what the samples are for; only part of the name of that folder.
+        is_spread: take them evenly from the whole set instead, which may be a blend, part after part.
 
     Raises:
         UserError: no data, or data of another tokenizer.
@@ -110,4 +112,6 @@ def open_samples(
     every = build_dataset(
         paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name=name, cache_path=cache_path
     )
-    return Samples.of(every, min(number or len(every), len(every)), seq_length=first.max_length)
+    count = min(number or len(every), len(every))
+    indices = [place * len(every) // count for place in range(count)] if is_spread else range(count)
+    return Samples.of(every, indices, seq_length=first.max_length)

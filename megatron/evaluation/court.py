@@ -46,11 +46,11 @@ class Samples(NamedTuple):
     in_selection: np.ndarray
 
     @classmethod
-    def of(cls, dataset: GPTDataset | BlendedDataset, count: int, *, seq_length: int) -> Samples:
-        """The first ``count`` samples of a validation set."""
+    def of(cls, dataset: GPTDataset | BlendedDataset, indices: Sequence[int], *, seq_length: int) -> Samples:
+        """Some samples of a data set, in order; from here on they are numbered from 0."""
         parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
-        tokens = np.stack([dataset[index][:seq_length] for index in range(count)]).astype(np.int64)
-        documents = np.stack([dataset.pieces(index).documents[:seq_length] for index in range(count)])
+        tokens = np.stack([dataset[index][:seq_length] for index in indices]).astype(np.int64)
+        documents = np.stack([dataset.pieces(index).documents[:seq_length] for index in indices])
         return cls(tokens, documents, selection_half(*(part.documents for part in parts)))
 
     def requests(self, indices: Sequence[int]) -> list[Request]:

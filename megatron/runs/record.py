@@ -4,6 +4,7 @@ RUN/run.json             who the run is: settings it began with, data, and every
 RUN/metrics.jsonl        one row a line: TrainRow or ValidRow
 RUN/validations/*.npz    sums a (sample, document) of each validation
 RUN/evaluations/*.json   evaluations of finished checkpoints: records of their own, they touch no curve
+RUN/generalisation/      losses on seen and unseen documents (runs/generalisation.py)
 RUN/best.json            the best validation so far
 RUN/stopped.json         there while a run is stopped before its end: why, and at which step
 """
@@ -26,7 +27,7 @@ from megatron.objectives.base import EXACT
 
 FORMAT = 1
 METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"
-VALIDATIONS, EVALUATIONS = "validations", "evaluations"
+VALIDATIONS, EVALUATIONS, GENERALISATION = "validations", "evaluations", "generalisation"
 Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
@@ -308,7 +309,7 @@ def clear_run(folder: Path) -> None:
         delete_tag(tag)
     for name in (LATEST, RECORD, METRICS, BEST, STOPPED, "wandb_id"):
         (folder / name).unlink(missing_ok=True)
-    for name in (VALIDATIONS, EVALUATIONS, ABANDONED):
+    for name in (VALIDATIONS, EVALUATIONS, GENERALISATION, ABANDONED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
