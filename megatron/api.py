@@ -72,7 +72,8 @@ def load_model(path: str | Path, *, tag: str | None = None, dtype: str = "float3
     """Load a trained model with its tokenizer, on the GPU where there is one.
 
     Args:
-        path: run directory, one ``global_stepN`` of it, or a folder of ``megatron convert to-hf``.
+        path: run directory, one ``global_stepN`` of it, or a folder of ``megatron convert to-hf``; ``"RUN+RUN"`` or
+            ``"0.7*RUN+0.3*RUN"``: the mean of their probabilities as one model.
         tag: checkpoint of the run, such as ``global_step100``; default: the newest that verifies.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 

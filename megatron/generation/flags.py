@@ -21,7 +21,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
     parser = Parser(description="Generate text with a checkpoint of any layout or an export.", examples=EXAMPLES)
     add = parser.add_argument_group("model").add_argument
-    add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
+    add("--load", required=True, metavar="PATH", help="run directory, tag directory, Hugging Face export, or "
+        "RUN+RUN, the mean of their probabilities")  # fmt: skip
     add(
         "--load-tag",
         metavar="TAG",
