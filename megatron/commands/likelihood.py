@@ -75,8 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = samplers(options)
     is_file = options.output is None or not options.output.is_dir()
     require(is_file, f"--output {options.output}", "it is a folder, and a file is written", "name a file in it")
+    from megatron.inference.ensemble import members_of
     from megatron.inference.processes import start_processes
 
+    require(
+        options.ensemble_weights == "named" or any(len(members_of(run)) > 1 for run in options.runs),
+        f"--ensemble-weights {options.ensemble_weights} without an ensemble",
+        "it chooses the weights of RUN+RUN",
+        "drop it, or name an ensemble",
+    )
     context = start_processes(options.tensor_model_parallel_size)
     judge(options, settings, context)
     context.barrier()
@@ -88,12 +95,6 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
     from megatron.evaluation.bench import load_models, open_samples
 
     models = load_models(options.runs, tag=options.load_tag, context=context)
-    require(
-        options.ensemble_weights == "named" or any(model.members for model in models.values()),
-        f"--ensemble-weights {options.ensemble_weights} without an ensemble",
-        "it chooses the weights of RUN+RUN",
-        "drop it, or name an ensemble",
-    )
     paths = options.valid_data_path or []
     samples = open_samples(models, paths, number=options.samples, cache_path=options.data_cache_path)
     models, ensembles = _with_fits(options, models, samples, context)
