@@ -47,16 +47,11 @@ class Measured:
     loss: np.ndarray
     draws: int = 0
 
-    def sums(self, part: int, *, first_document: int = 0) -> ValidationSums:
-        """Of all (part 0) or of bin ``part − 1``; documents are numbered from ``first_document`` on."""
+    def sums(self, part: int) -> ValidationSums:
+        """Of all (part 0) or of bin ``part − 1``."""
         kept = self.tokens[part] > 0
-        return ValidationSums(
-            self.sample[kept],
-            self.document[kept] + first_document,
-            self.tokens[part, kept],
-            self.loss[part, kept],
-            self.draws,
-        )
+        columns = (self.sample[kept], self.document[kept], self.tokens[part, kept], self.loss[part, kept])
+        return ValidationSums(*columns, draws=self.draws)
 
 
 @dataclass(frozen=True)
@@ -73,26 +68,15 @@ class Point:
     seen: Measured
     unseen: Measured
 
-    @property
-    def terms(self) -> tuple[tuple[int, ValidationSums], ...]:
-        """The gap over all tokens, as :func:`megatron.statistics.combined` takes it."""
-        return self.terms_of(0)
-
-    def terms_of(self, part: int) -> tuple[tuple[int, ValidationSums], ...]:
-        """The same of bin ``part − 1``. Documents of the two sets are apart; a sample of each has the same masks."""
-        behind = int(self.seen.document.max()) + 1
-        return (1, self.unseen.sums(part, first_document=behind)), (-1, self.seen.sums(part))
-
     def loss(self, name: str, part: int = 0) -> Estimate:
         """Nats per token on the set ``seen`` or ``unseen``."""
         return mean_loss((self.seen if name == "seen" else self.unseen).sums(part))
 
     def gap(self, part: int = 0) -> Estimate:
         """Unseen minus seen, nats per token, with its error over documents and masks; NaN where a bin holds nothing."""
-        terms = self.terms_of(part)
-        return (
-            combined(*terms) if all(len(own.sample) for _, own in terms) else Estimate(math.nan, math.nan, 0, math.nan)
-        )
+        if not (self.seen.tokens[part].any() and self.unseen.tokens[part].any()):
+            return Estimate(math.nan, math.nan, 0, math.nan)
+        return _apart(self.loss("unseen", part), self.loss("seen", part))
 
 
 @dataclass(frozen=True)
@@ -202,5 +186,19 @@ class Generalisation:
 
 
 def gap_difference(first: Point, second: Point) -> Estimate:
-    """Gap of ``second`` minus that of ``first``, paired by document: of checkpoints, or of runs, on the same two sets."""
-    return combined(*second.terms, *((-sign, own) for sign, own in first.terms))
+    """Gap of ``second`` minus that of ``first``: of checkpoints, or of runs, on the same two sets, each paired by document."""
+    pairs = ((second.unseen, first.unseen), (second.seen, first.seen))
+    unseen, seen = (combined((1, other.sums(0)), (-1, one.sums(0))) for other, one in pairs)
+    return _apart(unseen, seen)
+
+
+def _apart(unseen: Estimate, seen: Estimate) -> Estimate:
+    """A difference between two sets that share no document: variances add up, degrees of freedom are those of Welch (1947).
+
+    What both have in common, the masks of a sample, would make it a little smaller, and is left out.
+    """
+    parts = [(own.error**2, own.degrees) for own in (unseen, seen)]
+    variance = sum(own for own, _ in parts)
+    degrees = variance**2 / sum(own**2 / degrees for own, degrees in parts) if variance > 0 else seen.degrees
+    number = unseen.num_documents + seen.num_documents
+    return Estimate(unseen.value - seen.value, math.sqrt(variance), number, degrees)

@@ -41,11 +41,23 @@ def test_the_error_of_a_gap_is_that_of_two_sets_of_other_documents(effects) -> N
     own = point(effects)
     gap, apart = own.gap(), math.hypot(own.loss("seen").error, own.loss("unseen").error)
     assert gap.value == pytest.approx(own.loss("unseen").value - own.loss("seen").value)
-    assert gap.error == pytest.approx(apart, rel=0.02)
+    assert gap.error == pytest.approx(apart)
+    assert 39 < gap.degrees <= 78, "between those of one set and of both"
     assert gap.num_documents == 80
     assert own.gap(1).value == pytest.approx(gap.value) and own.loss("seen", 1).value == pytest.approx(
         own.loss("seen").value + 0.1
     )
+
+
+def test_one_set_that_knows_little_says_how_little_is_known(effects) -> None:
+    """A document that holds most of the seen tokens leaves few degrees of freedom, however many unseen documents there are."""
+    own = point([effects[0], 0.1 * effects[1]])
+    tokens = own.seen.tokens.copy()
+    tokens[:, 0] = 400
+    seen = Measured(own.seen.sample, own.seen.document, tokens, own.seen.loss / own.seen.tokens * tokens)
+    skewed = Point(1, 1.0, seen, own.unseen)
+    assert skewed.gap().error > skewed.loss("seen").error
+    assert skewed.gap().degrees < 4 < 30 < own.gap().degrees
 
 
 def test_runs_and_checkpoints_are_paired_by_document(effects) -> None:
