@@ -23,7 +23,7 @@ from megatron.statistics import Estimate
 
 MAX_ROWS = 8  # of a run in the table
 CAPTION = (
-    "Losses of kept checkpoints on documents of the training data (seen) and of the validation data (unseen), without dropout, "
+    "Losses of kept checkpoints on documents of the training data (seen, dotted) and of the validation data, without dropout, "
     "with the same masks for both. The gap is unseen minus seen; bars are 95 % intervals over documents and masks. By what is "
     "hidden: how much of a text a masked model does not see while it predicts, and a causal model has not read yet; at the last "
     "checkpoint of each run. Before the end of the first epoch some of the seen documents are still new. Of a bound both losses "
@@ -131,12 +131,12 @@ def _label(run: Run, record: Generalisation) -> str:
 def _draw_losses(panel: Axes, *, found: Found) -> None:
     for run, record, style in _styles(found):
         points = [point for point in record.points if point.epoch > 0]
-        for name, fill, width in (("unseen", style.color, 1.8), ("seen", "white", 1.0)):
+        for name, dash, width, size in (("unseen", style.dash, 1.8, 4.5), ("seen", ":", 1.0, 3.0)):
             values = [point.loss(name) for point in points]
             panel.errorbar(
                 [point.epoch for point in points], [value.value for value in values], yerr=[_bar(value) for value in values],
-                color=style.color, linestyle=style.dash, linewidth=width, marker=style.marker, markersize=4.5,
-                markerfacecolor=fill, capsize=2, elinewidth=1.0, label=f"{_label(run, record)}, {name}",
+                color=style.color, linestyle=dash, linewidth=width, marker=style.marker, markersize=size,
+                markerfacecolor=style.fill, capsize=2, elinewidth=1.0, label=f"{_label(run, record)}, {name}",
             )  # fmt: skip
     log_axis(panel, "epochs over the unique tokens")
     panel.set_ylabel("nats per token")
