@@ -74,7 +74,8 @@ def load_model(
     """Load a trained model with its tokenizer, on the GPU where there is one.
 
     Args:
-        path: run directory, one ``global_stepN`` of it, or a folder of ``megatron convert to-hf``.
+        path: run directory, one ``global_stepN`` of it, or a folder of ``megatron convert to-hf``; ``"RUN+RUN"`` or
+            ``"0.7*RUN+0.3*RUN"``: the mean of their probabilities as one model.
         tag: checkpoint of the run, such as ``global_step100``; default: the newest that verifies.
         kind: of the weights: ``weight`` (as trained) or ``ema`` (their average).
         dtype: ``float32``, ``bfloat16`` or ``float16``.

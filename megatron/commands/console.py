@@ -24,6 +24,7 @@ VERBS = {
     "train": ("pretrain", "train, or validate (--objective ar, mdm, ...)"),
     "eval": ("downstream", "score a checkpoint on downstream tasks"),
     "likelihood": ("likelihood", "every likelihood of several models, and a verdict"),
+    "generalisation": ("generalisation", "losses of a run on seen and unseen documents"),
     "generate": ("generate", "text from a checkpoint"),
     "report": ("report", "runs as one HTML page with figures"),
     "compare": ("compare", "runs against each other, as text"),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.config.ranges import real, whole
-from megatron.errors import UserError, require
+from megatron.errors import require
 from megatron.screen import Progress
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.evaluation.court import Court, Samples
+    from megatron.evaluation.requests import ResultCache
     from megatron.inference.model import InferenceModel
     from megatron.parallel.context import ParallelContext
-    from megatron.runs.likelihoods import Likelihoods
+    from megatron.runs.likelihoods import EnsembleRecord, Likelihoods
 
 POLICIES = "left-to-right,confidence,entropy,random,confidence-reversed"
 COUNT = whole(1, 10**9)
@@ -30,10 +32,14 @@ def build_parser() -> argparse.ArgumentParser:
         examples=(
             "megatron likelihood runs/ar runs/mdm --output verdict.json",
             "megatron likelihood runs/ar runs/mdm --samples 48 --tokens-per-step 1,4",
+            "megatron likelihood runs/ar-1+runs/ar-2 runs/mdm-1+runs/mdm-2",
         ),
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run, one tag of it, or export; the first is compared with")
+    add("runs", nargs="+", metavar="RUN", help="run, one tag of it, or export; RUN+RUN or '0.7*RUN+0.3*RUN': an ensemble, the "
+        "mean of their probabilities; the first is compared with")  # fmt: skip
+    add("--ensemble-weights", choices=("named", "fitted", "both"), default="named", help="weights of ensembles: those that are "
+        "named, else equal ones (default); fitted on one half of the documents and judged on the other; both")  # fmt: skip
     add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept")
     add_load_kind(parser)
     add("--valid-data-path", nargs="+", metavar="PREFIX", help="data to score; default: the first run's validation set")
@@ -71,8 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = samplers(options)
     is_file = options.output is None or not options.output.is_dir()
     require(is_file, f"--output {options.output}", "it is a folder, and a file is written", "name a file in it")
+    from megatron.inference.ensemble import members_of
     from megatron.inference.processes import start_processes
 
+    require(
+        options.ensemble_weights == "named" or any(len(members_of(run)) > 1 for run in options.runs),
+        f"--ensemble-weights {options.ensemble_weights} without an ensemble",
+        "it chooses the weights of RUN+RUN",
+        "drop it, or name an ensemble",
+    )
     context = start_processes(options.tensor_model_parallel_size)
     judge(options, settings, context)
     context.barrier()
@@ -81,11 +94,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def judge(options: argparse.Namespace, settings: list[Any], context: ParallelContext) -> None:
     """Load, score, print, write; a collective call."""
-    models = _models(options, context)
-    samples = _samples(options, models)
-    court = _hear_all(options, models, samples, settings, context)
+    from megatron.evaluation.bench import load_models, open_samples
+
+    models = load_models(options.runs, tag=options.load_tag, kind=options.load_kind, context=context)
+    paths = options.valid_data_path or []
+    samples = open_samples(models, paths, number=options.samples, cache_path=options.data_cache_path)
+    models, ensembles = _with_fits(options, models, samples, context)
+    fits = {own.name for own in ensembles if own.is_fitted}
+    court = _hear_all(options, models, samples, settings, context, fitted=fits)
     if context.is_first_rank:
-        found = court.record(samples)
+        found = court.record(samples, ensembles)
         print("\n".join(f"{name}: {model.source}{_packing(model)}" for name, model in models.items()))
         print(report(found))
         if options.output:
@@ -94,9 +112,10 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
 
 def _packing(model: InferenceModel) -> str:
     """What is to be said of a model that knows documents only one at a time."""
-    data = model.config.data
     flags = [
-        f"--{name.replace('_', '-')}" for name in ("reset_position_ids", "reset_attention_mask") if getattr(data, name)
+        f"--{name.replace('_', '-')}"
+        for name in ("reset_position_ids", "reset_attention_mask")
+        if any(getattr(own.config.data, name) for own in model.parts)
     ]
     return (
         f" (trained with {' '.join(flags)}; scored here on whole samples, which may hold several documents)"
@@ -130,110 +149,64 @@ def samplers(options: argparse.Namespace) -> list[Any]:
     return found
 
 
-def _models(options: argparse.Namespace, context: ParallelContext) -> dict[str, InferenceModel]:
-    """The models by the names that the table gives them."""
-    from megatron.data.identity import tokenizer_fingerprint
-    from megatron.inference.model import load_model
+def _with_fits(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples,
+               context: ParallelContext) -> tuple[dict[str, InferenceModel], list[EnsembleRecord]]:  # fmt: skip
+    """The models with the weights that were asked for, and what is to be said of their ensembles."""
+    from megatron.evaluation.ensemble_weights import fitted
+    from megatron.runs.likelihoods import FITTED, EnsembleRecord
 
-    paths = list(dict.fromkeys(options.runs))
-    names = [path.name for path in paths]
-    models = {}
-    for path, name in zip(paths, names):
-        model = load_model(path, tag=options.load_tag or _best(path), kind=options.load_kind, context=context)
-        shown = name if names.count(name) == 1 else str(path)
-        for form in filter(None, (model, model.beside)):  # of a dual model both
-            way = "AR" if form.is_causal else "masked diffusion"
-            models[shown if model.beside is None else f"{shown} as {way}"] = form
-    lengths = {name: model.max_length for name, model in models.items()}
-    require(
-        len(set(lengths.values())) == 1,
-        ", ".join(f"{name} has samples of {length} tokens" for name, length in lengths.items()),
-        "likelihoods are compared on the same samples",
-        "name models of one sequence length",
-    )
-    masks = {model.mask_id for model in models.values() if model.is_masked}
-    makers = {
-        name: tokenizer_fingerprint(model.tokenizer, without=masks) for name, model in models.items() if model.tokenizer
-    }
-    require(
-        len(set(makers.values())) <= 1,
-        f"{', '.join(makers)} have different tokenizers",
-        "likelihoods are compared on the same tokens",
-        "name models of one tokenizer",
-    )
-    return models
+    chosen, judged, records = options.ensemble_weights, dict[str, Any](), []
+    how = {"pairs": options.num_mc, "batch_size": options.batch_size, "context": context}
+    for name, model in models.items():
+        if chosen != "fitted" or not model.members:
+            judged[name] = model
+            records += [EnsembleRecord(name, model.source)] if model.members else []
+        if chosen != "named" and model.members:
+            own, fit = fitted(model, samples, **how, cache=_cache(options, model, context))
+            judged[f"{name}, fitted"] = own
+            records.append(EnsembleRecord(f"{name}, fitted", own.source, FITTED, fit.before, fit.after))
+    return judged, records
 
 
-def _best(path: Path) -> str | None:
-    """The tag of the best validation where it is kept; else None, the newest."""
-    from megatron.checkpoint.select import select
+def _cache(options: argparse.Namespace, model: InferenceModel, context: ParallelContext) -> ResultCache:
+    from megatron.evaluation.requests import ResultCache
 
-    try:
-        return "best" if select(path, "best", checksums=False).tag is not None else None
-    except UserError:
-        return None
-
-
-def _samples(options: argparse.Namespace, models: dict[str, InferenceModel]) -> Samples:
-    from megatron.data.dataset import build_dataset
-    from megatron.data.identity import check_vocabulary, tokenizer_fingerprint
-    from megatron.evaluation.court import Samples
-    from megatron.randomness import VALIDATION_SEED
-
-    first = next(iter(models.values()))
-    paths = options.valid_data_path or list(first.config.data.valid_data_path or [])
-    if not paths:
-        raise UserError(
-            f"no --valid-data-path, and {first.source} was trained without one",
-            "likelihoods are of text that no model has seen",
-            "pass --valid-data-path PREFIX",
-        )
-    for model in models.values():
-        rows = (model.config.model.padded_vocab_size or 0) - len(model.unused_ids)
-        masks = (model.mask_id,) if model.is_masked else ()  # an export adds that token, which the data need not know
-        makers = [tokenizer_fingerprint(model.tokenizer, without=ids) for ids in ((), masks) if model.tokenizer]
-        check_vocabulary(paths, vocab_size=rows, fingerprints=makers)
-    dataset = build_dataset(
-        paths, num_samples=None, seq_length=first.max_length, seed=VALIDATION_SEED, name="valid",
-        cache_path=options.data_cache_path,
-    )  # fmt: skip
-    return Samples.of(dataset, min(options.samples or len(dataset), len(dataset)), seq_length=first.max_length)
+    folder = options.output.with_name(f"{options.output.name}.cache") if options.output else None
+    return ResultCache(folder, fingerprint=model.identity, rank=context.rank, write=context.tp.rank == 0)
 
 
 def _hear_all(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples, settings: list[Any],
-              context: ParallelContext) -> Court:  # fmt: skip
+              context: ParallelContext, *, fitted: Collection[str]) -> Court:  # fmt: skip
     from megatron.evaluation.court import Court, hear
-    from megatron.evaluation.requests import ResultCache
     from megatron.evaluation.witnesses import witnesses
 
     court = Court()
     how = {"pairs": options.num_mc, "orders": options.orders, "batch_size": options.batch_size}
-    folder = options.output.with_name(f"{options.output.name}.cache") if options.output else None
     plan = [(name, model, witness) for name, model in models.items() for witness in witnesses(model, settings, **how)]
     for name, model, witness in plan:
-        cache = ResultCache(folder, fingerprint=model.identity, rank=context.rank, write=context.tp.rank == 0)
+        cache = _cache(options, model, context)
         total = len(range(context.dp.rank, len(samples.tokens), context.dp.size))
         title, is_speaker = f"{name}: {witness.name}", context.is_first_rank
         with Progress(title, total, unit="samples", enabled=is_speaker) as bar:
-            court.findings.append(
-                hear(
-                    witness,
-                    samples,
-                    model=name,
-                    cache=cache,
-                    context=context,
-                    chunk=options.batch_size,
-                    on_samples=bar.update,
-                )
+            found = hear(
+                witness,
+                samples,
+                model=name,
+                cache=cache,
+                context=context,
+                chunk=options.batch_size,
+                on_samples=bar.update,
             )
+            court.findings.append(replace(found, is_fitted=name in fitted))
     return court
 
 
 def report(found: Likelihoods) -> str:
     """The table and the verdicts, for people."""
+    documents = max(own.documents for own in found.findings)
     lines = [
-        f"{found.samples} samples of {found.seq_length} tokens, {found.findings[0].documents} documents; tokens 1 to "
-        f"{found.seq_length - 1} given token 0; nats per token",
+        f"{found.samples} samples of {found.seq_length} tokens, {documents} documents; tokens 1 to {found.seq_length - 1} given "
+        "token 0; nats per token",
         "",
     ]
     rows = [("model", "estimator", "what it is", "NLL", "±95%", "passes", "seconds")]
@@ -242,8 +215,23 @@ def report(found: Likelihoods) -> str:
                      f"{own.seconds:.1f}"))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += ["", *_brackets(found), *_near_ties(found), *(f"{own.answer}\n  {own.reason}" for own in found.verdicts)]
+    lines += [
+        "",
+        *_fits(found),
+        *_brackets(found),
+        *_near_ties(found),
+        *(f"{own.answer}\n  {own.reason}" for own in found.verdicts),
+    ]
     return "\n".join(lines).rstrip()
+
+
+def _fits(found: Likelihoods) -> list[str]:
+    """What fitted weights are, what they gained where they were chosen, and that values are of the other documents."""
+    fits = [own for own in found.ensembles if own.is_fitted]
+    rows = [f"  {own.name}: {own.members}; {own.before:.4f} there before, {own.after:.4f} with these" for own in fits]
+    judged = next((own.documents for own in found.findings if fits and own.model == fits[0].name), 0)
+    why = f"weights fitted on the selection half of the documents; the values above are of the other {judged}:"
+    return [why, *rows, ""] if fits else []
 
 
 def _brackets(found: Likelihoods) -> list[str]:

@@ -24,7 +24,7 @@ from megatron.evaluation.scorer import Request
 from megatron.evaluation.witnesses import Witness
 from megatron.generation.policies import NEAR_TIE
 from megatron.parallel.context import ParallelContext
-from megatron.runs.likelihoods import BOUND, EXACT, MIXTURE, Likelihoods, Value, VerdictRecord
+from megatron.runs.likelihoods import BOUND, EXACT, MIXTURE, EnsembleRecord, Likelihoods, Value, VerdictRecord
 from megatron.runs.sums import difference, halves, reach
 from megatron.statistics import Estimate, ValidationSums, mean_loss
 
@@ -46,11 +46,11 @@ class Samples(NamedTuple):
     in_selection: np.ndarray
 
     @classmethod
-    def of(cls, dataset: GPTDataset | BlendedDataset, count: int, *, seq_length: int) -> Samples:
-        """The first ``count`` samples of a validation set."""
+    def of(cls, dataset: GPTDataset | BlendedDataset, indices: Sequence[int], *, seq_length: int) -> Samples:
+        """Some samples of a data set, in order; from here on they are numbered from 0."""
         parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
-        tokens = np.stack([dataset[index][:seq_length] for index in range(count)]).astype(np.int64)
-        documents = np.stack([dataset.pieces(index).documents[:seq_length] for index in range(count)])
+        tokens = np.stack([dataset[index][:seq_length] for index in indices]).astype(np.int64)
+        documents = np.stack([dataset.pieces(index).documents[:seq_length] for index in indices])
         return cls(tokens, documents, selection_half(*(part.documents for part in parts)))
 
     def requests(self, indices: Sequence[int]) -> list[Request]:
@@ -73,6 +73,7 @@ class Finding:
         sums: losses by sample and document.
         near_ties: tokens that were chosen so narrowly that rounding may choose others (``NEAR_TIE`` of generation/policies.py).
         seconds: spent in this call; what was known before costs nothing.
+        is_fitted: the model was fitted to the selection half, so that the other half alone says what it is worth.
     """
 
     model: str
@@ -82,11 +83,12 @@ class Finding:
     sums: ValidationSums
     near_ties: int = 0
     seconds: float = 0.0
+    is_fitted: bool = False
 
     @property
     def value(self) -> Estimate:
-        """Nats per token over all documents."""
-        return mean_loss(self.sums)
+        """Nats per token over all documents, over the report half where the other one was fitted to."""
+        return mean_loss(_half(self, 1) if self.is_fitted else self.sums)
 
     def record(self) -> Value:
         """As it is written."""
@@ -197,11 +199,11 @@ class Court:
         models = list(dict.fromkeys(own.model for own in self.findings))
         return [verdict for model in models[1:] for verdict in self._of(models[0], model)]
 
-    def record(self, samples: Samples) -> Likelihoods:
-        """As it is written."""
+    def record(self, samples: Samples, ensembles: Sequence[EnsembleRecord] = ()) -> Likelihoods:
+        """As it is written; ``ensembles`` are those among the models."""
         findings, verdicts = [own.record() for own in self.findings], [own.record() for own in self.verdicts()]
         count, length = samples.tokens.shape
-        return Likelihoods(count, length, findings, verdicts, near_tie_below=NEAR_TIE)
+        return Likelihoods(count, length, findings, verdicts, near_tie_below=NEAR_TIE, ensembles=[*ensembles])
 
     def _of(self, first: str, second: str) -> Iterator[Verdict]:
         for kinds in ((EXACT,), (BOUND, MIXTURE)):
@@ -218,7 +220,7 @@ def _verdict(ours: Sequence[Finding], theirs: Sequence[Finding]) -> Verdict:
     """Each side's best of several on the selection half, compared on the report half; of one each, on all documents."""
     first, second, where = ours[0], theirs[0], "all documents"
     one, other = first.sums, second.sums
-    if len(ours) > 1 or len(theirs) > 1:
+    if len(ours) > 1 or len(theirs) > 1 or first.is_fitted or second.is_fitted:
         where = "all documents, among which the best was chosen: there are no two halves"
         if all(halves(own.sums) is not None for own in (*ours, *theirs)):
             first, second = (min(side, key=lambda own: mean_loss(_half(own, 0)).value) for side in (ours, theirs))

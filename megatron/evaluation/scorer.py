@@ -88,6 +88,13 @@ class Tally:
         """What each target token adds to the mean of the draws, float64 [target]."""
         return np.asarray(self.token_sums / len(self.values))
 
+    def logprobs(self, draws: Draws) -> np.ndarray:
+        """log p of the scored tokens in each pass of some of its draws, 0 for others: float64 [draws, passes, target]."""
+        scored, found = draws.weights != 0, np.zeros(draws.weights.shape)
+        for place in zip(*scored.any(-1).nonzero()):
+            found[place] = self.token_logprobs[pass_name(draws.masks[place], scored[place])]
+        return found
+
     def estimate(self) -> Estimate:
         """The estimate from the draws so far."""
         return Estimate(
@@ -177,7 +184,7 @@ class MaskedScorer:
                 planned.append((tally, draws))
         self._run_passes(planned)
         for tally, draws in planned:
-            shares = _token_values(tally, draws)
+            shares = (draws.weights * tally.logprobs(draws)).sum(1)  # eq. (1) of estimators.py, what each token adds
             tally.values = np.concatenate([tally.values, shares.sum(-1)])
             tally.token_sums = tally.token_sums + shares.sum(0)
             tally.strata = np.concatenate([tally.strata, draws.strata])
@@ -189,7 +196,7 @@ class MaskedScorer:
             for mask, wanted in zip(
                 draws.masks.reshape(-1, draws.masks.shape[-1]), scored.reshape(-1, scored.shape[-1])
             ):
-                name = np.packbits(np.stack([mask, wanted])).tobytes()
+                name = pass_name(mask, wanted)
                 if wanted.any() and name not in tally.token_logprobs:
                     tally.token_logprobs[name] = np.zeros(len(mask))  # filled below
                     rows.append((tally, np.stack([mask, wanted]), name))
@@ -367,15 +374,9 @@ def _causal_row(request: Request, max_length: int) -> tuple[int, ...]:
     return (request.context + request.target)[-(max_length + 1) :]
 
 
-def _token_values(tally: Tally, draws: Draws) -> np.ndarray:
-    """Eq. (1) of estimators.py, what each token adds, summed over the passes of each draw: [draws, target] float64."""
-    values = np.zeros((len(draws.masks), draws.masks.shape[-1]))
-    for draw, (masks, weights) in enumerate(zip(draws.masks, draws.weights)):
-        for mask, weight in zip(masks, weights):
-            if weight.any():
-                name = np.packbits(np.stack([mask, weight != 0])).tobytes()
-                values[draw] += weight * tally.token_logprobs[name]
-    return values
+def pass_name(masked: np.ndarray, scored: np.ndarray) -> bytes:
+    """Both, bool [target], in few bytes."""
+    return np.packbits(np.stack([masked, scored])).tobytes()
 
 
 def cut_context(request: Request, max_length: int) -> Request:

@@ -15,6 +15,7 @@ import torch
 
 from megatron.evaluation.estimators import noise, stratified_standard_error
 from megatron.evaluation.exact import TokenScores
+from megatron.evaluation.passes import Passes, undivided
 from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
 from megatron.inference.logits import LogitsFn
 from megatron.inference.model import InferenceModel
@@ -157,6 +158,10 @@ class UniformBound:
         """What each token adds to the bound."""
         drawn = self._scorer.token_values(requests, num_draws=self.draws)
         return [TokenScores(own.mean(0), np.zeros(own.shape[1], dtype=bool)) for own in drawn]
+
+    def by_pass(self, requests: Sequence[Request]) -> list[Passes]:
+        """The mean over all passes, each of which predicts every token."""
+        return [undivided(own.logprobs) for own in self.scores(requests)]
 
     def passes(self, num_tokens: int) -> int:
         """Forward passes for a target."""

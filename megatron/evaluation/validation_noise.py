@@ -93,8 +93,11 @@ def repeat_validation(
         batch_size: samples per forward pass.
 
     Raises:
-        UserError: the model is causal, or one of blocks.
+        UserError: the model is causal, one of blocks, or an ensemble.
     """
+    require(
+        not loaded.members, f"the ensemble {loaded.source}", "a validation is of one model", "name one of its members"
+    )
     plain, shift = _plain(loaded, estimator), loaded.objective.decoding.shift
     ids = np.arange(dataset.num_samples)
     tokens = np.stack([dataset[index] for index in ids.tolist()])

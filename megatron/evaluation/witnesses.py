@@ -12,7 +12,8 @@ import torch
 from megatron.evaluation.blocks import scorer_of
 from megatron.evaluation.estimators import Estimator, MaskedBound
 from megatron.evaluation.exact import MIN_ORDERS, PolicyScorer, TokenScores, log_mean_exp, tangent
-from megatron.evaluation.scorer import CausalScorer, Request
+from megatron.evaluation.passes import ByPass, Passes, causal_passes, masked_passes
+from megatron.evaluation.scorer import CausalScorer, Request, Tally
 from megatron.evaluation.uniform import UniformBound
 from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings
@@ -62,6 +63,10 @@ class ChainRule:
         """See :class:`Witness`."""
         return _without_choice(self._scorer.token_logprobs(requests))
 
+    def by_pass(self, requests: Sequence[Request]) -> list[Passes]:
+        """See :class:`ByPass`."""
+        return [causal_passes(own) for own in self._scorer.token_logprobs(requests)]
+
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
         return 1
@@ -72,7 +77,7 @@ class Bound:
     and are exact."""
 
     def __init__(self, logits_fn: BlockLogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
-        self._pairs, self._estimator = pairs, MaskedBound(antithetic=True)
+        self._pairs, self._estimator, self._block_size = pairs, MaskedBound(antithetic=True), loaded.block_size
         self._scorer = scorer_of(loaded, logits_fn, batch_size=batch_size)
         is_exact = self._estimator_for(loaded.max_length - 1).kind == "exact"
         self.kind, self.draws = (EXACT, 0) if is_exact else (BOUND, pairs)
@@ -80,15 +85,22 @@ class Bound:
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""
-        tallies = [self._scorer.tally(request, self._estimator, num_draws=self._pairs) for request in requests]
-        self._scorer.extend(tallies, num_draws=self._pairs)
-        return _without_choice([tally.token_values for tally in tallies])
+        return _without_choice([tally.token_values for tally in self._tallies(requests)])
+
+    def by_pass(self, requests: Sequence[Request]) -> list[Passes]:
+        """See :class:`ByPass`."""
+        return [masked_passes(tally, block_size=self._block_size) for tally in self._tallies(requests)]
 
     def passes(self, num_tokens: int) -> int:
         """See :class:`Witness`."""
         estimator = self._estimator_for(num_tokens)
         draws = estimator.max_draws(num_tokens) or self._pairs
         return draws * estimator.draws(num_tokens, key="", start=0, count=1).masks.shape[1]
+
+    def _tallies(self, requests: Sequence[Request]) -> list[Tally]:
+        tallies = [self._scorer.tally(request, self._estimator, num_draws=self._pairs) for request in requests]
+        self._scorer.extend(tallies, num_draws=self._pairs)
+        return tallies
 
     def _estimator_for(self, num_tokens: int) -> Estimator:
         whole = Request((0,), (0,) * num_tokens)
@@ -197,15 +209,16 @@ def _without_choice(logprobs: Sequence[np.ndarray]) -> list[TokenScores]:
     return [TokenScores(own, np.zeros(len(own), dtype=bool)) for own in logprobs]
 
 
-def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, pairs: int, orders: int,
-              batch_size: int) -> list[Witness]:  # fmt: skip
-    """Everything that can be said of a model.
+class MainWitness(Witness, ByPass, Protocol):
+    """What every model has: its likelihood, or the bound on it."""
+
+
+def main_witness(loaded: InferenceModel, *, pairs: int, batch_size: int) -> MainWitness:
+    """The likelihood of a causal model, the bound of another.
 
     Args:
         loaded: the model.
-        settings: samplers of masked diffusion.
-        pairs: antithetic pairs of masks for the bound.
-        orders: of the bounds of the mixture; 0: without them.
+        pairs: antithetic pairs of noise for a bound.
         batch_size: rows per forward pass.
     """
     shut = torch.tensor(sorted({*loaded.unused_ids, *([loaded.mask_id] if loaded.is_masked else [])}), dtype=torch.long)
@@ -217,10 +230,24 @@ def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, 
         return loaded.logits(input_ids, positions=positions, clean=clean).float().index_fill(-1, shut, -torch.inf)
 
     if loaded.is_causal:
-        return [ChainRule(logits, loaded, batch_size)]
+        return ChainRule(logits, loaded, batch_size)
+    return (Bound if loaded.is_masked else UniformBound)(logits, loaded, batch_size, pairs=pairs)
+
+
+def witnesses(loaded: InferenceModel, settings: Sequence[DiffusionSettings], *, pairs: int, orders: int,
+              batch_size: int) -> list[Witness]:  # fmt: skip
+    """Everything that can be said of a model.
+
+    Args:
+        loaded: the model.
+        settings: samplers of masked diffusion.
+        pairs: antithetic pairs of masks for the bound.
+        orders: of the bounds of the mixture; 0: without them.
+        batch_size: rows per forward pass.
+    """
+    found: list[Witness] = [main_witness(loaded, pairs=pairs, batch_size=batch_size)]
     if not loaded.is_masked:
-        return [UniformBound(logits, loaded, batch_size, pairs=pairs)]
-    found: list[Witness] = [Bound(logits, loaded, batch_size, pairs=pairs)]
+        return found
     if orders:
         random = DiffusionSettings("random", sampling=TokenSampling(temperature=1.0))
         scorer = PolicyScorer(sampler_of(loaded), random, max_length=loaded.max_length, batch_size=batch_size)

@@ -23,7 +23,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     parser = Parser(description="Generate text with a checkpoint of any layout or an export.", examples=EXAMPLES)
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--load", required=True, metavar="PATH", help="run directory, tag directory or Hugging Face export")
+    add("--load", required=True, metavar="PATH", help="run directory, tag directory, Hugging Face export, or "
+        "RUN+RUN, the mean of their probabilities")  # fmt: skip
     add(
         "--load-tag",
         metavar="TAG",

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.inference.decoder import GrowingCache
+from megatron.inference.logits import Predictor
 from megatron.model.batch import Inputs
-from megatron.model.gpt import GPTModel
 from megatron.model.mask import BlockDiffusion, Full
 
 
@@ -33,7 +33,7 @@ class BlockModel:
         mask_id: id of the mask token.
     """
 
-    def __init__(self, model: GPTModel, mask: BlockDiffusion, *, mask_id: int) -> None:
+    def __init__(self, model: Predictor, mask: BlockDiffusion, *, mask_id: int) -> None:
         self.model, self.mask, self.mask_id = model, mask, mask_id
 
     def __call__(
@@ -63,7 +63,7 @@ class CachedBlocks:
     fed once. So it answers rightly in any order of questions, and cheaply where blocks follow each other.
     """
 
-    def __init__(self, model: GPTModel, mask: BlockDiffusion, *, mask_id: int) -> None:
+    def __init__(self, model: Predictor, mask: BlockDiffusion, *, mask_id: int) -> None:
         self.model, self.mask, self.mask_id = model, mask, mask_id
         self._forget()
 

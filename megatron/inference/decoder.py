@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron.inference.logits import Predictor
 from megatron.model.batch import Inputs
-from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal
 
 
@@ -39,9 +39,9 @@ class GrowingCache:
 
 
 class CachedDecoder:
-    """A causal GPTModel that remembers what it was fed (see ``autoregressive.Decoder``)."""
+    """A causal model that remembers what it was fed (see ``autoregressive.Decoder``)."""
 
-    def __init__(self, model: GPTModel) -> None:
+    def __init__(self, model: Predictor) -> None:
         self.model = model
         self.caches = [GrowingCache() for _ in model.layers]
 

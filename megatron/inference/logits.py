@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from megatron.errors import require
+from megatron.model.attention import LayerCache
+from megatron.model.batch import Inputs
+from megatron.model.mask import AttentionMask
 
 
 class LogitsFn(Protocol):
@@ -39,3 +44,29 @@ def at_tokens(logits_fn: LogitsFn, shift: int) -> LogitsFn:
         return logits_fn(input_ids, positions=positions.roll(-shift, dims=1))
 
     return logits
+
+
+class Predictor(Protocol):
+    """One model or the mean of several, as far as caches know it; methods are those of :class:`megatron.model.gpt.GPTModel`."""
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """Blocks, of which each has a cache."""
+        ...
+
+    def logits(
+        self,
+        inputs: Inputs[torch.Tensor],
+        mask: AttentionMask,
+        *,
+        positions: torch.Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> torch.Tensor:
+        """Logits over the padded vocabulary."""
+        ...
+
+    def hidden_states(
+        self, inputs: Inputs[torch.Tensor], mask: AttentionMask, caches: Sequence[LayerCache] | None = None
+    ) -> torch.Tensor:
+        """What the last blocks give; the caches then hold the inputs too."""
+        ...

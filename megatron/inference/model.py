@@ -21,6 +21,7 @@ from megatron.data.tokenizer_types import NullTokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
+from megatron.inference.ensemble import MixedModel, ensemble, members_of
 from megatron.inference.logits import LogitsFn, at_tokens
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
@@ -38,18 +39,19 @@ class InferenceModel:
     """Model, tokenizer and what evaluation and generation ask about them.
 
     Attributes:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device; of an ensemble the mean of its members.
         config: of the run that trained it.
         objective: in its evaluation form: says under which attention mask the model computes and how it is decoded.
         other: another such form that the weights were trained for, too.
         tokenizer: None where none is known (scoring of token ids still works).
         tokenizer_problem: why there is none.
+        members, weights: of an ensemble; else empty.
         context: this process; a model may be split over tensor-parallel ranks.
         source: what was loaded, for people.
         identity: hash of the loaded checkpoint, for caches.
     """
 
-    model: GPTModel
+    model: GPTModel | MixedModel
     config: Config
     objective: Objective
     tokenizer: Tokenizer | None
@@ -58,11 +60,21 @@ class InferenceModel:
     identity: str
     tokenizer_problem: str = ""
     other: Objective | None = None
+    members: tuple[InferenceModel, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def parts(self) -> tuple[InferenceModel, ...]:
+        """The members of an ensemble, else the model itself."""
+        return self.members or (self,)
 
     @property
     def beside(self) -> InferenceModel | None:
         """The same weights under the other form; None where there is none."""
-        return None if self.other is None else dataclasses.replace(self, objective=self.other, other=self.objective)
+        if self.other is None:
+            return None
+        members = tuple(own.beside or own for own in self.members)
+        return dataclasses.replace(self, objective=self.other, other=self.objective, members=members)
 
     def decoded(self, decoding: str) -> InferenceModel:
         """The same weights, "causal" or "masked", as far as they were trained for it; else the model as it is."""
@@ -179,10 +191,10 @@ def load_model(
     context: ParallelContext | None = None,
     tokenizer_options: dict[str, Any] | None = None,
 ) -> InferenceModel:
-    """Load a run, one tag of it, or a Hugging Face export (a folder with config.json).
+    """Load a run, one tag of it, a Hugging Face export (a folder with config.json), or several of them as one.
 
     Args:
-        path: run directory, tag directory or export.
+        path: run directory, tag directory or export; ``RUN+RUN`` or ``0.7*RUN+0.3*RUN``: an ensemble of them.
         tag: such as ``global_step100`` or ``latest``; default: the newest tag that verifies.
         kind: of the weights: ``weight`` (as trained) or ``ema`` (their average); default: as trained, and of the tag ``best``
             those that were validated as the best.
@@ -192,9 +204,16 @@ def load_model(
             those of the run.
 
     Raises:
-        UserError: nothing to load there, a damaged checkpoint, one without such weights, or an unknown dtype.
+        UserError: nothing to load there, a damaged checkpoint, one without such weights, an unknown dtype, or an ensemble of
+            models that do not fit.
     """
     context = context or ParallelContext.create()
+    parts = members_of(path)
+    if len(parts) > 1:
+        how: dict[str, Any] = {"tag": tag, "kind": kind, "dtype": dtype, "context": context,
+                               "tokenizer_options": tokenizer_options}  # fmt: skip
+        weights = [own.weight for own in parts if own.weight is not None]
+        return ensemble([load_model(own.path, **how) for own in parts], weights or None)
     path = Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")

@@ -17,7 +17,8 @@ from megatron.files import read_object, replace_file
 # What a value says of the negative log-likelihood. A bound of the mixture is one of ancestral sampling in many steps.
 EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
 FLOOR = "lower bound of the mixture"
-Record = TypeVar("Record", bound="Value | VerdictRecord | Likelihoods")
+NAMED, FITTED = "named", "fitted on the selection half"  # where the weights of an ensemble come from
+Record = TypeVar("Record", bound="Value | VerdictRecord | EnsembleRecord | Likelihoods")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,29 @@ class VerdictRecord:
 
 
 @dataclass(frozen=True)
+class EnsembleRecord:
+    """A model that is the mean of several.
+
+    Attributes:
+        name: of the model; where its weights are fitted, its values are of the report half of the documents.
+        members: as ``--load`` takes them, with the weights where these are not equal.
+        weights: ``NAMED`` or ``FITTED``.
+        before, after: of fitted ones: nats per token on the selection half with the weights that were named and with these.
+    """
+
+    name: str
+    members: str
+    weights: str = NAMED
+    before: float = math.nan
+    after: float = math.nan
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the weights were chosen on these data."""
+        return self.weights == FITTED
+
+
+@dataclass(frozen=True)
 class Likelihoods:
     """One file.
 
@@ -97,6 +121,7 @@ class Likelihoods:
         findings: every value.
         verdicts: every model against the first.
         near_tie_below: what counts as a near tie.
+        ensembles: which of the models are means of several.
     """
 
     samples: int
@@ -104,6 +129,7 @@ class Likelihoods:
     findings: list[Value]
     verdicts: list[VerdictRecord] = field(default_factory=list)
     near_tie_below: float = math.nan
+    ensembles: list[EnsembleRecord] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -122,7 +148,8 @@ class Likelihoods:
         try:
             findings = [_checked(Value(**row)) for row in record.pop("findings")]
             verdicts = [_checked(VerdictRecord(**row)) for row in record.pop("verdicts")]
-            return _checked(cls(**record, findings=findings, verdicts=verdicts))
+            ensembles = [_checked(EnsembleRecord(**row)) for row in record.pop("ensembles", [])]
+            return _checked(cls(**record, findings=findings, verdicts=verdicts, ensembles=ensembles))
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error})", rule, fix) from None
 

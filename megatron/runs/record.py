@@ -4,6 +4,7 @@ RUN/run.json             who the run is: settings it began with, data, and every
 RUN/metrics.jsonl        one row a line: TrainRow or ValidRow
 RUN/validations/*.npz    sums a (sample, document) of each validation
 RUN/evaluations/*.json   evaluations of finished checkpoints: records of their own, they touch no curve
+RUN/generalisation/      losses on seen and unseen documents (runs/generalisation.py)
 RUN/best.json            the best validation so far
 RUN/stopped.json         there while a run is stopped before its end: why, and at which step
 """
@@ -27,7 +28,7 @@ from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of
 
 FORMAT = 1
 METRICS, STOPPED = "metrics.jsonl", "stopped.json"
-VALIDATIONS, EVALUATIONS = "validations", "evaluations"
+VALIDATIONS, EVALUATIONS, GENERALISATION = "validations", "evaluations", "generalisation"
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 # Kinds of rows: of training, and of validations of the weights as trained and of their average (--ema-decay).
 TRAIN, VALID, VALID_AVERAGE = "train", "valid", "valid_ema"
@@ -340,7 +341,7 @@ def clear_run(folder: Path) -> None:
         delete_tag(tag)
     for name in (LATEST, RECORD, METRICS, BEST, STOPPED, "wandb_id"):
         (folder / name).unlink(missing_ok=True)
-    for name in (VALIDATIONS, EVALUATIONS, ABANDONED):
+    for name in (VALIDATIONS, EVALUATIONS, GENERALISATION, ABANDONED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

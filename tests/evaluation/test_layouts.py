@@ -121,14 +121,15 @@ def test_two_processes_give_the_scores_of_one(setup) -> None:
             assert written["answers"] == {"halves": 28, "words": 5}
         files = sorted(path.name for path in (folder / f"cache-{name}-2").iterdir())
         assert files == ["results-00000.jsonl"], "tensor-parallel peers write one file"
-    judged = [*(folder / name for name in MODELS), "--valid-data-path", folder / "valid", "--num-mc", 2]
+    both = f"3*{folder / 'ar'}+1*{folder / 'ar-tp2'}"
+    judged = [*(folder / name for name in MODELS), both, "--valid-data-path", folder / "valid", "--num-mc", 2]
     for rows, name in ((32, ""), (2, "-rows2")):
         output = ["--output", str(folder / f"court{name}.json"), "--batch-size", str(rows)]
         assert main([*map(str, judged), *output, *COURT]) == 0
     layouts = ("", "-rows2", "-tp1", "-tp2")
     alone, *others = (json.loads((folder / f"court{name}.json").read_text()) for name in layouts)
     for found in others:
-        assert len(found["findings"]) == 12
+        assert len(found["findings"]) == 13
         for one, own in zip(alone["findings"], found["findings"]):
             assert own["nll"] == pytest.approx(one["nll"], abs=1e-5), own["estimator"]
             assert own["standard_error"] == pytest.approx(one["standard_error"], abs=1e-5)

@@ -49,6 +49,7 @@ def main(folder: str, tasks: list[str]) -> None:
                     )
         judged = [
             *(f"{folder}/{name}" for name in MODELS),
+            f"3*{folder}/ar+1*{folder}/ar-tp2",
             "--valid-data-path",
             f"{folder}/valid",
             "--num-mc",

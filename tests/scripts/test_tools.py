@@ -57,6 +57,7 @@ WRONG = {
     "download": ["--ar-checkpoints"],
     "evaluate_downstream": ["--task_list", "arc_easy"],
     "fit_laws": ["absent"],
+    "generalisation": ["absent"],
     "generate": ["--load", "absent"],
     "inspect_data": ["absent"],
     "likelihood": ["absent"],

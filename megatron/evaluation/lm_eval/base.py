@@ -232,7 +232,7 @@ class MegatronLM(GeneratingLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results besides the scores."""
-        parameters = total_parameters(Shape.of(self.loaded.config.model))["total"]
+        parameters = sum(total_parameters(Shape.of(own.config.model))["total"] for own in self.loaded.parts)
         return {
             "model_source": self.loaded.source,
             "model_num_parameters": parameters,

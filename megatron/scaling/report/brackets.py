@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from megatron.runs.likelihoods import EXACT, FLOOR, Likelihoods, Value
+from megatron.runs.likelihoods import EXACT, FLOOR, EnsembleRecord, Likelihoods, Value
 from megatron.runs.run import Run
 from megatron.scaling.report.panels import Chart, Panel, save
 from megatron.scaling.report.style import LineStyle, objective_style
@@ -54,6 +54,7 @@ def brackets_html(runs: Sequence[Run], folder: Path) -> str:
         verdicts = "".join(
             f"<p><b>{html.escape(own.answer)}.</b> {html.escape(_typeset(own.reason))}.</p>" for own in found.verdicts
         )
+        verdicts += "".join(f"<p>{html.escape(_fit(own))}</p>" for own in found.ensembles if own.is_fitted)
         rows = [_row(own) for own in found.findings]
         parts.append(save(chart, folder) + verdicts + table(rows, f"Likelihoods of {file.name}"))
     return section("Likelihoods", "".join(parts)) if parts else ""
@@ -67,7 +68,7 @@ def bracket_chart(found: Likelihoods, runs: Sequence[Run] = (), *, stem: str = "
         runs: of which models have the colour of their objective.
         stem: name of the chart's files.
     """
-    documents = found.findings[0].documents if found.findings else 0
+    documents = max((own.documents for own in found.findings), default=0)
     title = f"{found.samples:,} samples of {found.seq_length:,} tokens, {documents:,} documents"
     draw = partial(_draw, values=found.findings, styles=_styles(found.findings, runs), title=title)
     height = AROUND + (MARK + LINE * _lines(found.findings)) * max(len(found.findings), 2)
@@ -79,7 +80,8 @@ def _styles(values: Sequence[Value], runs: Sequence[Run]) -> dict[str, LineStyle
     """One for each model: that of its objective where it is a run of the report."""
     objectives = {run.name: run.objective for run in runs} | {run.path.name: run.objective for run in runs}
     models = list(dict.fromkeys(own.model for own in values))
-    names = [objectives.get(model, model) for model in models]
+    # An ensemble is of the objective of its members, of which the first is the first in its name.
+    names = [objectives.get(model) or objectives.get(model.split("+")[0], model) for model in models]
     return {model: objective_style(name, names) for model, name in zip(models, names)}
 
 
@@ -139,6 +141,13 @@ def _draw_value(
         label=f"{own.model} – {own.kind}",
     )  # fmt: skip
     write(own.nll + reach + 0.02 * (limits[1] - limits[0]), place, _number(own), va="center")
+
+
+def _fit(own: EnsembleRecord) -> str:
+    return (
+        f"{own.name}: weights fitted on one half of the documents, where they give {own.after:.3f} nats per token instead of "
+        f"{own.before:.3f}; its values are of the other half. {own.members}"
+    )
 
 
 def _name(own: Value) -> str:

@@ -17,6 +17,7 @@ from megatron.scaling.fit import Fit
 from megatron.scaling.laws import DataConstrained
 from megatron.scaling.report import brackets, law_plots, plots
 from megatron.scaling.report.frontier import iso_loss, pareto
+from megatron.scaling.report.generalisation import generalisation_html
 from megatron.scaling.report.look import CSS
 from megatron.scaling.report.pairs import pair_numbers_html
 from megatron.scaling.report.panels import Chart, save
@@ -66,6 +67,7 @@ def write_report(
             section("What these runs show", "".join(f"<p>{html.escape(text)}</p>" for text in conclusion(shown))),
             *[save(chart, folder) for chart in charts(shown, fits)],
             brackets.brackets_html(runs, folder),
+            generalisation_html(runs, folder),
             pair_numbers_html(shown),
             samples_html(runs),
             section("Runs", _runs_html(rows) + problems_html(runs)),
