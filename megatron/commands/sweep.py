@@ -202,6 +202,7 @@ def _run(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int
 
 def _search(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     from megatron.scaling.sweep.runner import make_subsets
+    from megatron.scaling.sweep.state import is_finished
     from megatron.scaling.sweep.verdict import write_result
 
     require(sweep.spaces, f"{sweep.path} has no search", "a search needs trials and coordinates", "see docs/scaling.md")
@@ -212,7 +213,8 @@ def _search(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
     print(f"written: {write_result(searches, sweep.output)}")
     failed = [name for name, outcome in results.items() if outcome == "failed"]
     _name_failed(failed)
-    return 1 if failed else 0 if all(search.is_complete for search in searches) else 130
+    whole = all(search.is_complete and all(map(is_finished, search.members)) for search in searches)
+    return 1 if failed else 0 if whole else 130
 
 
 def _searches(sweep: Sweep, runs: list[SweepRun]) -> list[Search]:

@@ -27,7 +27,7 @@ _KEYS = {
     "search",
 }
 _PRICE = {"device", "devices", "dollars", "mfu", "peak_tflops"}
-_SEARCH = {"trials", "coordinates", "give_up"}
+_SEARCH = {"trials", "coordinates", "give_up", "seeds"}
 _SEE = "see docs/scaling.md"
 
 
@@ -159,6 +159,7 @@ def _is_search(value: Any) -> bool:
         isinstance(value, Mapping)
         and {"trials", "coordinates"} <= value.keys() <= _SEARCH
         and isinstance(value.get("give_up", True), bool)
+        and isinstance(value.get("seeds", []), list)
         and _for_all_or_by_objective(value["trials"], lambda number: not isinstance(number, list))
         and isinstance(value["coordinates"], Mapping)
         and bool(value["coordinates"])
@@ -201,7 +202,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "price": (f"a mapping of {', '.join(sorted(_PRICE))}", _is_price),
     "slurm": ("a mapping of options of sbatch to single values", _are_options),
     "search": (
-        "trials, coordinates (lists of values, or of mappings of flags to them; all of it also by objective) and give_up",
+        "trials, coordinates (lists of values, or of mappings of flags to them; also by objective), give_up and seeds",
         _is_search,
     ),
     "exclude": (f"a list of mappings of {', '.join(GRID)} to values", _are_rules),

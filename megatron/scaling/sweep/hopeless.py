@@ -2,7 +2,8 @@
 
 The price of a mistake is the wrong winner, that of patience some compute. So a trial is given up only where all of this holds:
 
-1. Half of its planned training is done, with :data:`LEAST` validations (MDM stands on its first plateau for long).
+1. It has not been the best so far, and half of its planned training is done, with :data:`LEAST` validations (MDM stands on its
+   first plateau for long).
 2. What it lacks is more than :data:`TIMES` the largest gain that any finished trial has made from that place of its plan to
    its best. Only trials whose learning rate had come at least as far down count, since decay brings a gain of its own.
 3. The law L = E + B/D^beta + P·(D/U − 1)^kappa, fitted to its validations, stays above the best trial up to the planned end
@@ -127,7 +128,7 @@ def given_up_at(curve: Curve, rivals: Sequence[Curve]) -> tuple[int, str] | None
 def _without_hope(curve: Curve, rivals: Sequence[Curve], best: float) -> str | None:
     share, now = float(curve.share[-1]), float(curve.loss[-2:].min())
     lacking = now - best
-    if share < EARLIEST or not lacking > 0:
+    if share < EARLIEST or not curve.loss.min() > best:
         return None
     gains = [gain for rival in rivals if (gain := rival.gain_from(share, float(curve.rate[-1]))) is not None]
     if not gains or lacking <= TIMES * max(gains):
@@ -142,8 +143,8 @@ def _without_hope(curve: Curve, rivals: Sequence[Curve], best: float) -> str | N
 
 
 def _steepest(curve: Curve) -> float:
-    """The steeper slope of the last half and of the last third of the validations, nats per token."""
-    parts = [slice(-max(3, len(curve.loss) // part), None) for part in (2, 3)]
+    """The steepest slope of the last half, the last third and the last three of the validations, nats per token."""
+    parts = [slice(-max(3, number), None) for number in (len(curve.loss) // 2, len(curve.loss) // 3, 3)]
     return min(float(np.polyfit(curve.tokens[part], curve.loss[part], 1)[0]) for part in parts)
 
 

@@ -73,6 +73,16 @@ class Search:
         return len(self.trials) == self.space.trials
 
     @property
+    def members(self) -> list[SweepRun]:
+        """The choice with each of the further seeds; empty before the search is complete."""
+        chosen = self.chosen if self.is_complete else None
+        return (
+            []
+            if chosen is None
+            else [same_run(self.space.run_at(chosen.point, seed=seed)) for seed in self.space.seeds]
+        )
+
+    @property
     def best(self) -> Trial | None:
         """The trial of lowest loss, the earliest of equals; None before the first."""
         return min(self.trials, key=lambda trial: trial.loss, default=None)
@@ -104,6 +114,10 @@ class Search:
             claim(run)
             number, last = len(self.trials) + 1, run.name
             self.say(f"{self.space.title}: trial {number} of {self.space.trials}: {self.space.text(self._point)}")
+            yield run
+        for run in self.members:
+            claim(run)
+            self.say(f"{self.space.title}: the choice with seed {run.seed}")
             yield run
 
     def _next_point(self) -> Point:
@@ -157,6 +171,8 @@ class Search:
         return given_up_at(curve, [trial.curve for trial in self.trials if trial.outcome == FINISHED])
 
     def _outcome(self, run: SweepRun) -> str:
+        if self.is_complete:  # a member
+            return FINISHED if is_finished(run) else ""
         trial = self._judge(run)
         return "" if trial is None else trial.outcome + (f": {trial.note}" if trial.note else "")
 
@@ -164,7 +180,7 @@ class Search:
         """Give the running trial up where it has no hope: write down why, and have it stopped."""
         file = run.folder / "metrics.jsonl"
         seen = (run.name, file.stat().st_size if file.exists() else 0)
-        if self.chosen is None or seen == self._seen:
+        if self.chosen is None or self.is_complete or seen == self._seen:
             return
         self._seen = seen
         result = read_result(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError, require
-from megatron.scaling.sweep.form import count, listed, positive
+from megatron.scaling.sweep.form import count, listed, positive, seed
 from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
 
 Point = tuple[int, ...]
@@ -29,8 +29,9 @@ class Coordinate:
     values: tuple[Mapping[str, Any], ...]
 
     def text(self, index: int) -> str:
-        """One value, for people and for names: "0.003"; of several flags "0.003-0.0003"; "none" where a flag is left out."""
-        return "-".join(dict.fromkeys(map(_text, self.values[index].values())))
+        """One value, for people and for names: of several flags that of the coordinate's own name, else all that differ."""
+        value = self.values[index]
+        return _text(value[self.name]) if self.name in value else "-".join(dict.fromkeys(map(_text, value.values())))
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Space:
         coordinates: what is tuned, in the order in which it is.
         origin: the start as a point.
         trials: how many trials it has.
+        seeds: with which the choice is trained once more at the end: an ensemble, and the spread between seeds.
     """
 
     start: SweepRun
     coordinates: tuple[Coordinate, ...]
     origin: Point
     trials: int
+    seeds: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -57,21 +60,24 @@ class Space:
     def most_flops(self) -> float:
         """Training compute of the search if all trials are as long as the longest."""
         lengths = [value[LENGTH] for item in self.coordinates for value in item.values if LENGTH in value]
-        return self.trials * self.start.flops * max([1.0, *(float(length) / self.start.epochs for length in lengths)])
+        number = self.trials + len(self.seeds)
+        return number * self.start.flops * max([1.0, *(float(length) / self.start.epochs for length in lengths)])
 
-    def run_at(self, point: Point) -> SweepRun:
-        """The run of a trial. That of the origin is the start itself; others are named by what differs from it."""
-        if point == self.origin:
+    def run_at(self, point: Point, *, seed: int | None = None) -> SweepRun:
+        """The run of a trial, or the same with another seed. That of the origin is the start itself; others are named by what
+        differs from it."""
+        if point == self.origin and seed is None:
             return self.start
         flags, name = dict(self.start.flags), ""
         for item, index, first in zip(self.coordinates, point, self.origin):
             flags |= item.values[index]
             if index != first and LENGTH not in item.values[index]:
                 name += f"-{item.name}{re.sub(r'[^A-Za-z0-9.+_-]', '_', item.text(index))}"
-        place = {key: getattr(self.start, key) for key in ("objective", "model", "unique_tokens", "seed")}
-        epochs = float(flags[LENGTH])
-        name = name_of(**place, epochs=epochs) + name
-        return replace(self.start, name=name, folder=self.start.folder.parent / name, epochs=epochs, flags=flags)
+        flags["seed"] = self.start.seed if seed is None else seed
+        changed = replace(self.start, epochs=float(flags[LENGTH]), seed=flags["seed"], flags=flags)
+        places = ("objective", "model", "unique_tokens", "epochs", "seed")
+        name = name_of(**{key: getattr(changed, key) for key in places}) + name
+        return replace(changed, name=name, folder=self.start.folder.parent / name)
 
     def text(self, point: Point) -> str:
         """What differs from the start: "lr 0.003, epochs 40"; "start" where nothing does."""
@@ -135,7 +141,10 @@ def _space(path: Path, search: Mapping[str, Any], start: SweepRun, owned: set[st
     )
     require(number <= size, f"{path}: search.trials of {start.objective} is {number}",
             f"its coordinates have {size} points", "ask for fewer trials, or give more values")  # fmt: skip
-    return Space(start, coordinates, tuple(_index_of(path, item, start) for item in coordinates), number)
+    seeds = tuple(seed(value) for value in search.get("seeds", []))
+    require(len({*seeds, start.seed}) == len(seeds) + 1, f"{path}: search.seeds has {', '.join(map(str, seeds))}",
+            f"they differ from each other and from {start.seed}, that of the grid", "mend the list")  # fmt: skip
+    return Space(start, coordinates, tuple(_index_of(path, item, start) for item in coordinates), number, seeds)
 
 
 def _own(value: Any, objective: str) -> Any:

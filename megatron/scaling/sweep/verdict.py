@@ -13,6 +13,7 @@ from megatron.runs.comparison import plus_minus
 from megatron.runs.run import Run
 from megatron.runs.sums import difference
 from megatron.scaling.sweep.search import FINISHED, Search, Trial
+from megatron.scaling.sweep.state import is_finished
 
 RESULT_FILE = "search.json"
 
@@ -37,13 +38,19 @@ def describe(search: Search) -> list[str]:
     number = search.trials.index(chosen) + 1
     lines.append(f"  chosen: trial {number}, {chosen.run.folder}")
     lines.append(f"  {_reported(chosen)}")
+    for member in search.members:
+        lines.append(
+            f"  the same with seed {member.seed}{'' if is_finished(member) else ' (missing)'}: {member.folder}"
+        )
     if cheaper := cheaper_as_good(search):
         lines.append(
             f"  as good within one standard error, for {cheaper.flops / chosen.flops:.0%} of its FLOPs: "
             f"trial {search.trials.index(cheaper) + 1}"
         )
     if edges := at_edges(search):
-        lines.append(f"  the best value is the last of its list: {', '.join(edges)}; more values may be better")
+        lines.append(f"  at an end of its list: {', '.join(edges)}; values beyond it may be better")
+    if untried := never_tried(search):
+        lines.append(f"  never tried: {', '.join(untried)}")
     return lines
 
 
@@ -95,6 +102,16 @@ def at_edges(search: Search) -> list[str]:
     ]
 
 
+def never_tried(search: Search) -> list[str]:
+    """Values that no trial had."""
+    return [
+        f"{item.name} {item.text(index)}"
+        for number, item in enumerate(search.space.coordinates)
+        for index in range(len(item.values))
+        if all(trial.point[number] != index for trial in search.trials)
+    ]
+
+
 def write_result(searches: Sequence[Search], folder: Path) -> Path:
     """Write ``search.json`` beside the trials, for other programs; everything in it follows from the run directories."""
     record = {"format": 1, "budgets": budgets(searches), "searches": [_record(search) for search in searches]}
@@ -123,6 +140,7 @@ def _record(search: Search) -> dict[str, Any]:
         "planned_trials": space.trials,
         "trials": trials,
         "chosen": None if chosen is None else str(chosen.run.folder),
+        "members": [str(member.folder) for member in search.members],
         "label": None if chosen is None or chosen.result is None else chosen.result.label,
         "report_nll": None if result is None else result.nll,
         "report_nll_se": None if result is None or not math.isfinite(result.nll_se) else result.nll_se,
