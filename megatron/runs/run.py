@@ -200,12 +200,17 @@ class Run:
         reported = mean_loss(report)
         return Result(row, reported.value, reported.error, f"{reported.num_documents:,} documents", chosen_apart=True)
 
+    @property
+    def validations(self) -> tuple[Validation, ...]:
+        """Every validation that a choice is made from."""
+        return self.valid
+
     @cached_property
     def split(self) -> tuple[tuple[Validation, ValidationSums, ValidationSums], ...] | None:
-        """Every validation of the curve with the sums of its selection half, on which all choices are made, and of its
+        """Every one of ``validations`` with the sums of its selection half, on which all choices are made, and of its
         report half; None where one of them has no such sums."""
         found = []
-        for row in self.valid:
+        for row in self.validations:
             sums = self.sums(row)
             parts = None if sums is None else halves(sums)
             if parts is None:

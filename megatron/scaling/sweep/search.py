@@ -194,24 +194,29 @@ class Search:
 
 
 def _curve(result: Run | None) -> Curve:
-    """The validations of a run on the selection half; on all documents where the halves are not known."""
-    rows: list[tuple[Validation, float]] = []
-    if result is not None and result.split is not None:
+    """The validations of a run on the selection half, on all documents where the halves are not known; of several at a step (of
+    weights as trained and averaged) the best."""
+    if result is None:
+        return Curve(np.array([]), np.array([]), np.array([]), np.array([]), unique_tokens=0)
+    rows = [(row, row.nll) for row in result.validations]
+    if result.split is not None:
         rows = [(row, mean_loss(chosen).value) for row, chosen, _ in result.split]
-    elif result is not None:
-        rows = [(row, row.nll) for row in result.valid]
-    wanted = max(1, int(result.info["train_samples"] or 0)) if result is not None else 1
+    best: dict[int, tuple[Validation, float]] = {}
+    for row, loss in rows:
+        if row.step not in best or loss < best[row.step][1]:
+            best[row.step] = row, loss
+    points = [best[step] for step in sorted(best)]
+    wanted = max(1, int(result.info["train_samples"] or 0))
     return Curve(
-        share=np.array([row.samples / wanted for row, _ in rows]),
-        tokens=np.array([float(row.tokens) for row, _ in rows]),
-        loss=np.array([loss for _, loss in rows]),
-        rate=np.array([_decay(result, row.step) for row, _ in rows]),
-        unique_tokens=0 if result is None else result.unique_tokens,
+        share=np.array([row.samples / wanted for row, _ in points]),
+        tokens=np.array([float(row.tokens) for row, _ in points]),
+        loss=np.array([loss for _, loss in points]),
+        rate=np.array([_decay(result, row.step) for row, _ in points]),
+        unique_tokens=result.unique_tokens,
     )
 
 
-def _decay(result: Run | None, step: int) -> float:
+def _decay(result: Run, step: int) -> float:
     """Learning rate at a step as a share of its peak so far; 1 where the log does not say."""
-    train = () if result is None else result.train
-    rates = [float(row["lr"]) for row in train if row.get("lr") is not None and int(row["step"]) <= step]
+    rates = [float(row["lr"]) for row in result.train if row.get("lr") is not None and int(row["step"]) <= step]
     return rates[-1] / max(rates) if rates and max(rates) > 0 else 1.0
