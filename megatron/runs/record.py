@@ -25,13 +25,11 @@ from megatron.files import replace_file, written_whole
 from megatron.objectives.base import EXACT
 
 FORMAT = 1
+DIVERGED = "steps in a row had a NaN or infinite gradient"  # what a run that diverged says last, with their number
 METRICS, RECORD, STOPPED = "metrics.jsonl", "run.json", "stopped.json"
 VALIDATIONS, EVALUATIONS = "validations", "evaluations"
 Record = TypeVar("Record")
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
-DIVERGED = (
-    "steps in a row had a NaN or infinite gradient"  # with how many before it: what a run that diverged says last
-)
 PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
