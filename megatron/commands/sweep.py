@@ -89,11 +89,14 @@ def _selected(sweep: Sweep, only: list[str] | None) -> list[SweepRun]:
     if not only:
         return list(sweep.runs)
     names = {run.name for run in sweep.runs}
-    found = [
-        run for run in sweep.runs if any(text == run.name or (text not in names and text in run.name) for text in only)
-    ]
+    found = [run for run in sweep.runs if any(_is_meant(text, run, names) for text in only)]
     require(found, f"--only {' '.join(only)}", "no run has such a name", "see the names with: list")
     return found
+
+
+def _is_meant(text: str, run: SweepRun, names: set[str]) -> bool:
+    """Whether ``--only`` means a run: by its name, a part of it, or the name of the run that it is a branch of."""
+    return text in (run.name, run.trunk and run.trunk.name) or (text not in names and text in run.name)
 
 
 def _list(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ folder = Path(flags["save"])
 assert flags["load"] == flags["save"]
 objective = "mdm" if "mdm" in Path(program).name else "ar"
 unique = int("".join(filter(str.isdigit, Path(flags["train-data-path"]).name)))
-samples = round(float(flags["train-epochs"]) * unique / 10)
+samples = round(float(flags.get("train-samples", float(flags.get("train-epochs", 0)) * unique / 10)))
 label = "NLL (exact)" if objective == "ar" else "NLL bound"
 with open(folder / "starts.txt", "a") as file:
     file.write(f"{os.getpid()}\n")

@@ -17,6 +17,7 @@ from megatron.errors import UserError, require
 from megatron.model.arithmetic import PEAK_FLOPS, parameters_for_compute
 from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
+from megatron.scaling.sweep.branches import branches_of
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
 from megatron.scaling.sweep.space import Space, spaces_of
 from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
@@ -86,6 +87,10 @@ def load_sweep(path: Path) -> Sweep:
     runs = tuple(_expand(data, flags, Path(data["output"])))
     if not runs:
         raise UserError(f"{path}: the grid is empty", "every axis needs a value", "check grid and exclude")
+    branches = data.get("branches")
+    require(not (branches and data.get("search")), f"{path} has search and branches", "a search tunes runs of their own",
+            "make two files of it")  # fmt: skip
+    runs = tuple(run for trunk in runs for run in (trunk, *branches_of(path, branches, trunk)))
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
@@ -247,4 +252,10 @@ def unmatched(runs: Sequence[SweepRun]) -> list[str]:
 
 def _objective_flags() -> set[str]:
     owned = [item.name for cls in OBJECTIVES.values() for item in fields(cls.Options)]
-    return {name.replace("_", "-") for name in owned} | {"objective", "mask-token-id", "num-mc", "valid-estimator"}
+    return {name.replace("_", "-") for name in owned} | {
+        "objective",
+        "mask-token-id",
+        "num-mc",
+        "valid-estimator",
+        "branch-from",
+    }

@@ -12,20 +12,8 @@ from megatron.errors import UserError, require
 from megatron.objectives import OBJECTIVES
 
 GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
-_KEYS = {
-    "name",
-    "output",
-    "grid",
-    "data",
-    "flags",
-    "objectives",
-    "vocab_size",
-    "launcher",
-    "price",
-    "slurm",
-    "exclude",
-    "search",
-}
+_KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm"}
+_KEYS |= {"exclude", "search", "branches"}
 _PRICE = {"device", "devices", "dollars", "mfu", "peak_tflops"}
 _SEARCH = {"trials", "coordinates", "give_up", "seeds"}
 _SEE = "see docs/scaling.md"
@@ -168,6 +156,16 @@ def _is_search(value: Any) -> bool:
     )
 
 
+def _are_branches(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and {"steps", "decay"} <= value.keys() <= {"steps", "decay", "flags"}
+        and isinstance(value["steps"], list)
+        and bool(value["steps"])
+        and _are_flags(value.get("flags"))
+    )
+
+
 def _for_all_or_by_objective(value: Any, fits: Callable[[Any], bool]) -> bool:
     return (
         (_are_objectives(list(value)) and all(map(fits, value.values()))) if isinstance(value, Mapping) else fits(value)
@@ -201,6 +199,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "launcher": ("a command line, or a list of its words", lambda value: bool(value) and all(map(_is_text, listed(value)))),
     "price": (f"a mapping of {', '.join(sorted(_PRICE))}", _is_price),
     "slurm": ("a mapping of options of sbatch to single values", _are_options),
+    "branches": ("steps, decay as a share of them, and flags of the branches", _are_branches),
     "search": (
         "trials, coordinates (lists of values, or of mappings of flags to them; also by objective), give_up and seeds",
         _is_search,

@@ -77,7 +77,9 @@ class Runner:
         for run in runs:
             claim(run)
         make_subsets(self.sweep, runs, self.say)
-        results = self.follow([Chain(iter([run])) for run in runs])
+        names = {run.name for run in runs}
+        trunks = [run for run in runs if run.trunk is None or run.trunk.name not in names]
+        results = self.follow([Chain(_with_branches(trunk, runs)) for trunk in trunks])
         return {run.name: results.get(run.name, "stopped") for run in runs}
 
     def follow(self, chains: Sequence[Chain]) -> dict[str, str]:
@@ -202,6 +204,13 @@ class Runner:
                 child.terminate()
             else:
                 Path(stop_file).touch()
+
+
+def _with_branches(trunk: SweepRun, runs: Sequence[SweepRun]) -> Iterator[SweepRun]:
+    """A run, and when it is finished its branches among ``runs``."""
+    yield trunk
+    if is_finished(trunk):
+        yield from (run for run in runs if run.trunk is not None and run.trunk.name == trunk.name)
 
 
 def _status(child: subprocess.Popen, seconds: float | None) -> int | None:

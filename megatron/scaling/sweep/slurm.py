@@ -30,6 +30,9 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     given = "a SLURM job from an installed package"
     require(common.is_file(), given, "its script is one of examples_scaling", "use the checkout: python tools/sweep.py")
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        run for run in runs if run.trunk is None
+    ] or runs  # branches come after the run that they leave, in its task
     names = folder / "runs.txt"
     names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
     # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.

@@ -10,7 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run: its place in the grid, its directory and the flags of its program (without leading dashes)."""
+    """One run: its place in the grid, its directory and the flags of its program (without leading dashes).
+
+    Attributes:
+        trunk: the run that it leaves at a checkpoint; None for a run of its own.
+        added_share: of its tokens those that it trains on itself.
+    """
 
     name: str
     objective: str
@@ -21,11 +26,13 @@ class SweepRun:
     folder: Path
     flags: Mapping[str, Any]
     parameters: int
+    trunk: SweepRun | None = None
+    added_share: float = 1.0
 
     @property
     def flops(self) -> float:
-        """Training compute 6*N*D, with the nominal number of unique tokens."""
-        return 6.0 * self.parameters * self.unique_tokens * self.epochs
+        """Training compute 6*N*D, with the nominal number of unique tokens; of a branch what comes after its trunk."""
+        return 6.0 * self.parameters * self.unique_tokens * self.epochs * self.added_share
 
     @property
     def program(self) -> str:
