@@ -27,6 +27,7 @@ from megatron.objectives.base import EXACT
 from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of_known_fields
 
 FORMAT = 1
+DIVERGED = "steps in a row had a NaN or infinite gradient"  # what a run that diverged says last, with their number
 METRICS, STOPPED = "metrics.jsonl", "stopped.json"
 VALIDATIONS, EVALUATIONS, GENERALISATION = "validations", "evaluations", "generalisation"
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)

@@ -214,14 +214,29 @@ class Run:
         best = self.best
         if best is None:
             return None
-        rows = (*self.valid, *self.averaged)
-        split = [(row, halves(sums)) for row in rows if (sums := self.sums(row)) is not None]
-        if len(split) < len(rows) or any(half is None for _, half in split):
+        if self.split is None:
             return Result(best, best.nll, best.nll_se, best.error_unit)
-        row, half = min(split, key=lambda item: mean_loss(item[1][0]).value)  # type: ignore[index]
-        assert half is not None
-        reported = mean_loss(half[1])
+        row, _, report = min(self.split, key=lambda item: mean_loss(item[1]).value)
+        reported = mean_loss(report)
         return Result(row, reported.value, reported.error, f"{reported.num_documents:,} documents", chosen_apart=True)
+
+    @property
+    def validations(self) -> tuple[Validation, ...]:
+        """Every validation that a choice is made from: of the weights as trained, and of their average."""
+        return (*self.valid, *self.averaged)
+
+    @cached_property
+    def split(self) -> tuple[tuple[Validation, ValidationSums, ValidationSums], ...] | None:
+        """Every one of ``validations`` with the sums of its selection half, on which all choices are made, and of its
+        report half; None where one of them has no such sums."""
+        found = []
+        for row in self.validations:
+            sums = self.sums(row)
+            parts = None if sums is None else halves(sums)
+            if parts is None:
+                return None
+            found.append((row, *parts))
+        return tuple(found)
 
     def sums(self, row: Validation) -> ValidationSums | None:
         """The sums kept beside a validation; None where there are none of just this number, and for a mean of runs."""

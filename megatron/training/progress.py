@@ -14,7 +14,7 @@ import torch
 
 from megatron.errors import Failure
 from megatron.model.arithmetic import peak_flops, training_flops
-from megatron.runs.record import TrainRow, ValidRow
+from megatron.runs.record import DIVERGED, TrainRow, ValidRow
 from megatron.training.reporting import Screen
 from megatron.training.step import PendingStep, StepNumbers, StepResult
 
@@ -99,7 +99,7 @@ class Progress:
         self.skipped_steps += int(skipped)
         if self.skipped_in_a_row > limit:
             raise Failure(
-                f"{self.skipped_in_a_row} steps in a row had a NaN or infinite gradient",
+                f"{self.skipped_in_a_row} {DIVERGED}",
                 f"a run that diverges ends (--max-skipped-steps {limit})",
                 "resume from an earlier checkpoint with a lower --lr",
             )

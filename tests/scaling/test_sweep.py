@@ -24,7 +24,7 @@ from megatron.runs.reading import load_run
 from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
 from megatron.scaling.sweep.price import price_of
-from megatron.scaling.sweep.runner import Runner, _last_line, command_line, make_subsets
+from megatron.scaling.sweep.runner import Runner, command_line, last_line, make_subsets
 from megatron.scaling.sweep.state import read_attempts, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,7 @@ def test_what_a_run_said_last_is_its_error_of_this_attempt(tmp_path):
         ("\n$ b\n" + "x" * 5000 + "\nValueError: odd\n", "ValueError: odd"),
     ):
         log.write_text(text)
-        assert _last_line(log) == last
+        assert last_line(log) == last
 
 
 def test_price(tmp_path):

@@ -18,13 +18,15 @@ from prices import MARK, PRICE, first_line, phrase, phrase_of, phrase_of_passes
 from megatron.config import Config
 from megatron.objectives import OBJECTIVES, parse
 from megatron.scaling.sweep.definition import load_sweep
+from megatron.scaling.sweep.runner import command_line
 
 REPO = Path(__file__).resolve().parents[2]
 EXAMPLES = REPO / "examples_scaling"
 PATTERNS = ("quickstart/*_*.sh", "training/*/*.sh", "evaluation/validate_*.sh")
 RUNS = sorted(path for pattern in PATTERNS for path in EXAMPLES.glob(pattern))
 PASSES = sorted([*EXAMPLES.glob("downstream/*.sh"), EXAMPLES / "evaluation/generate.sh"])
-SWEEPS = sorted({*EXAMPLES.glob("sweeps/*.yaml")} - {EXAMPLES / "sweeps/laptop.yaml"})
+LAPTOPS = {*EXAMPLES.rglob("*laptop.*")}
+SWEEPS = sorted({*EXAMPLES.glob("sweeps/*.yaml")} - LAPTOPS)
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
 PROGRAMS = {"pretrain_gpt.py": "ar", "pretrain_mdm.py": "mdm"}
 
@@ -81,13 +83,29 @@ def test_every_example_says_what_it_takes_and_costs() -> None:
     for file in SWEEPS:
         sweep = load_sweep(file)
         assert sweep.price == PRICE
-        assert f": {phrase(sum(run.flops for run in sweep.runs))} ({MARK})." in first_line(file), file
-    told = {*RUNS, *PASSES, *SWEEPS}
+        most = "at most " * bool(sweep.spaces)  # a search may give trials up, or find short ones best
+        assert f": {most}{phrase(sweep.flops)} ({MARK})." in first_line(file), file
+    told = {*RUNS, *PASSES, *SWEEPS, *LAPTOPS}
     others = {path.name for path in {*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.yaml")} - told}
-    assert others == {"common.sh", "cluster.sh", "text.sh", "multi_node.sh", "laptop.sh", "laptop.yaml"}
-    assert all(
-        "minutes" in first_line(path) and "(measured)" in first_line(path) for path in EXAMPLES.rglob("laptop.*")
-    )
+    assert others == {"common.sh", "cluster.sh", "text.sh", "multi_node.sh"}
+    assert all("minutes" in first_line(path) and "measured)." in first_line(path) for path in LAPTOPS)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_every_run_of_a_sweep_and_every_value_of_a_search_parses(file: Path) -> None:
+    sweep = load_sweep(file)
+    runs = list(sweep.runs)
+    for space in sweep.spaces:
+        for number, item in enumerate(space.coordinates):
+            points = ((*space.origin[:number], index, *space.origin[number + 1 :]) for index in range(len(item.values)))
+            runs += [space.run_at(point) for point in points]
+        runs += [space.run_at(space.origin, seed=seed) for seed in space.seeds]
+    world_size = 8 if sweep.launcher[0] == "torchrun" else 1
+    for run in runs:
+        config = parsed(command_line(sweep, run), world_size=world_size)
+        assert config.objective.objective == run.objective
+        assert (config.run.seed, config.run.save) == (run.seed, str(run.folder))
+        assert config.run.train_epochs == (run.epochs if run.trunk is None else None)
 
 
 def test_readme_has_the_same_table() -> None:
@@ -97,7 +115,7 @@ def test_readme_has_the_same_table() -> None:
         found = {path: figures for pattern in re.findall(r"`(.*?)`", cell) for path in EXAMPLES.glob(pattern)}
         assert found, cell
         named |= found
-    assert set(named) == {*RUNS, *PASSES, *SWEEPS, *EXAMPLES.rglob("laptop.*")}
+    assert set(named) == {*RUNS, *PASSES, *SWEEPS, *LAPTOPS}
     for path, figures in named.items():
         said = first_line(path).replace(" on 8 H100", "").replace(" on 1 H100", ", on 1 H100")
         assert f": {figures}" in said, path

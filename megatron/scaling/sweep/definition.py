@@ -17,56 +17,24 @@ from megatron.errors import UserError, require
 from megatron.model.arithmetic import DEVICES, parameters_for_compute
 from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
+from megatron.scaling.sweep.branches import branches_of
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
+from megatron.scaling.sweep.space import Space, spaces_of
+from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
 
 _OWNED = {"save", "load", "kill-switch-file", "train-data-path", "train-epochs", "seed", "model", "objective"}
 """Flags that the grid sets; naming them under flags would contradict it."""
 
 
 @dataclass(frozen=True)
-class SweepRun:
-    """One run: its place in the grid, its directory and the flags of its program (without leading dashes)."""
-
-    name: str
-    objective: str
-    model: str
-    unique_tokens: int
-    epochs: float
-    seed: int
-    folder: Path
-    flags: Mapping[str, Any]
-    parameters: int
-    vocab_size: int = PAPER_VOCAB_SIZE
-
-    @property
-    def flops(self) -> float:
-        """Training compute 6*N*D, with the nominal number of unique tokens."""
-        return 6.0 * self.parameters * self.unique_tokens * self.epochs
-
-    @property
-    def program(self) -> str:
-        return "pretrain_mdm.py" if self.objective == "mdm" else "pretrain_gpt.py"
-
-    @property
-    def stop_file(self) -> Path:
-        """What the trainers look for after every step."""
-        return self.folder / "stop"
-
-    def arguments(self) -> list[str]:
-        """Command-line words after the program. Loading from the run's own directory continues it where it stopped."""
-        words = []
-        for name, value in self.flags.items():
-            if value is True:
-                words.append(f"--{name}")
-            elif value is not False and value is not None:
-                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        own = {"save": self.folder, "load": self.folder, "kill-switch-file": self.stop_file}
-        return [*words, *(word for name, path in own.items() for word in (f"--{name}", str(path)))]
-
-
-@dataclass(frozen=True)
 class Sweep:
-    """The parsed file. ``subset_source``: prefix that missing data subsets are cut from, or None."""
+    """The parsed file.
+
+    Attributes:
+        subset_source: prefix that missing data subsets are cut from, or None.
+        spaces: what a search does with every run of the grid; empty where the file is a grid alone.
+        gives_up: whether a search stops trials without hope.
+    """
 
     name: str
     output: Path
@@ -76,6 +44,13 @@ class Sweep:
     slurm: Mapping[str, Any]
     subset_source: str | None = None
     path: Path = field(default=Path())
+    spaces: tuple[Space, ...] = ()
+    gives_up: bool = True
+
+    @property
+    def flops(self) -> float:
+        """Training compute of all runs; of a search the most that it can take."""
+        return sum([space.most_flops for space in self.spaces] or [run.flops for run in self.runs])
 
 
 class _Loader(yaml.SafeLoader):
@@ -104,7 +79,7 @@ def load_sweep(path: Path) -> Sweep:
             "see docs/scaling.md",
         ) from None
     check_form(path, data)
-    flags = _dashed(data.get("flags") or {})
+    flags = dashed(data.get("flags") or {})
     if wrong := sorted(_OWNED & flags.keys()):
         raise UserError(
             f"{path}: flags name {', '.join(wrong)}", "the grid or the sweep sets these", "remove them from flags"
@@ -112,13 +87,17 @@ def load_sweep(path: Path) -> Sweep:
     runs = tuple(_expand(data, flags, Path(data["output"])))
     if not runs:
         raise UserError(f"{path}: the grid is empty", "every axis needs a value", "check grid and exclude")
+    branches = data.get("branches")
+    require(not (branches and data.get("search")), f"{path} has search and branches", "a search tunes runs of their own",
+            "make two files of it")  # fmt: skip
+    runs = tuple(run for trunk in runs for run in (trunk, *branches_of(path, branches, trunk)))
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
             f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
     dollars(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
-    launcher = data.get("launcher") or ["python"]
+    launcher, search = data.get("launcher") or ["python"], data.get("search")
     return Sweep(
         name=str(data.get("name", path.stem)),
         output=Path(data["output"]),
@@ -128,6 +107,8 @@ def load_sweep(path: Path) -> Sweep:
         slurm=data.get("slurm") or {},
         subset_source=data["data"].get("source"),
         path=path,
+        spaces=spaces_of(path, search, runs, _OWNED),
+        gives_up=(search or {}).get("give_up", True),
     )
 
 
@@ -145,13 +126,13 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
                 "model": str(model),
                 "unique_tokens": count(unique, "unique_tokens"),
             }
-            size = _parameters(str(model), _dashed(models[model] or {}), _vocab_size(data))
+            size = _parameters(str(model), dashed(models[model] or {}), _vocab_size(data))
             place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": seed(number)}
             if matching := {i for i, rule in enumerate(rules) if all(place[key] == rule[key] for key in rule)}:
                 used |= matching
                 continue
-            own = _dashed((data.get("objectives") or {}).get(objective) or {})
-            found.append(_run(place, data, {**flags, **_dashed(models[model] or {}), **own}, output))
+            own = dashed((data.get("objectives") or {}).get(objective) or {})
+            found.append(_run(place, data, {**flags, **dashed(models[model] or {}), **own}, output))
     if idle := [rule for i, rule in enumerate(rules) if i not in used]:
         raise UserError(
             f"exclude has {idle[0]}", "a rule names runs of the grid, and the grid has none such", "mend it"
@@ -181,8 +162,7 @@ def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, 
         flags["objective"] = place["objective"]
     if not explicit:
         flags["model"] = model
-    name = f"{place['objective']}-{model}-{_exact_count(unique)}-{epochs:g}ep-seed{place['seed']}"
-    vocab_size = _vocab_size(data)
+    name, vocab_size = name_of(**place), _vocab_size(data)
     parameters = _parameters(model, explicit, vocab_size)
     return SweepRun(**place, name=name, folder=output / name, flags=flags, parameters=parameters, vocab_size=vocab_size)
 
@@ -272,16 +252,10 @@ def unmatched(runs: Sequence[SweepRun]) -> list[str]:
 
 def _objective_flags() -> set[str]:
     owned = [item.name for cls in OBJECTIVES.values() for item in fields(cls.Options)]
-    return {name.replace("_", "-") for name in owned} | {"objective", "mask-token-id", "num-mc", "valid-estimator"}
-
-
-def _exact_count(count: int) -> str:
-    """A count in a name: short where nothing is lost "1.5M", else all digits, so that names cannot collide."""
-    for scale, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= scale and count * 100 % scale == 0:
-            return f"{count / scale:.10g}{suffix}"
-    return str(count)
-
-
-def _dashed(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(key).lstrip("-").replace("_", "-"): value for key, value in flags.items()}
+    return {name.replace("_", "-") for name in owned} | {
+        "objective",
+        "mask-token-id",
+        "num-mc",
+        "valid-estimator",
+        "branch-from",
+    }

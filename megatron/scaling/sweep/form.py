@@ -12,8 +12,10 @@ from megatron.errors import UserError, require
 from megatron.objectives import OBJECTIVES
 
 GRID = ("objective", "model", "unique_tokens", "epochs", "seed")
-_KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm", "exclude"}
+_KEYS = {"name", "output", "grid", "data", "flags", "objectives", "vocab_size", "launcher", "price", "slurm"}
+_KEYS |= {"exclude", "search", "branches"}
 _PRICE = {"device", "devices", "dollars", "mfu", "peak_tflops"}
+_SEARCH = {"trials", "coordinates", "give_up", "seeds"}
 _SEE = "see docs/scaling.md"
 
 
@@ -139,6 +141,47 @@ def _are_rules(value: Any) -> bool:
     )
 
 
+def _is_search(value: Any) -> bool:
+    """Trials, coordinates with lists of values, each for all objectives or by objective; whether to give up."""
+    return (
+        isinstance(value, Mapping)
+        and {"trials", "coordinates"} <= value.keys() <= _SEARCH
+        and isinstance(value.get("give_up", True), bool)
+        and isinstance(value.get("seeds", []), list)
+        and _for_all_or_by_objective(value["trials"], lambda number: not isinstance(number, list))
+        and isinstance(value["coordinates"], Mapping)
+        and bool(value["coordinates"])
+        and all(map(_is_word, value["coordinates"]))
+        and all(_for_all_or_by_objective(values, _are_values) for values in value["coordinates"].values())
+    )
+
+
+def _are_branches(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and {"steps", "decay"} <= value.keys() <= {"steps", "decay", "flags"}
+        and isinstance(value["steps"], list)
+        and bool(value["steps"])
+        and _are_flags(value.get("flags"))
+    )
+
+
+def _for_all_or_by_objective(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return (
+        (_are_objectives(list(value)) and all(map(fits, value.values()))) if isinstance(value, Mapping) else fits(value)
+    )
+
+
+def _are_values(value: Any) -> bool:
+    """A list of flag values, or of mappings of flags to them."""
+    return isinstance(value, list) and all(
+        _are_flags(part) and bool(part)
+        if isinstance(part, Mapping)
+        else not isinstance(part, list) and _is_flag_value(part)
+        for part in value
+    )
+
+
 _OBJECTIVE = f"one of {', '.join(OBJECTIVES)}"
 # Key of the file → what its value is, in words and as a predicate.
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -156,5 +199,10 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "launcher": ("a command line, or a list of its words", lambda value: bool(value) and all(map(_is_text, listed(value)))),
     "price": (f"a mapping of {', '.join(sorted(_PRICE))}", _is_price),
     "slurm": ("a mapping of options of sbatch to single values", _are_options),
+    "branches": ("steps, decay as a share of them, and flags of the branches", _are_branches),
+    "search": (
+        "trials, coordinates (lists of values, or of mappings of flags to them; also by objective), give_up and seeds",
+        _is_search,
+    ),
     "exclude": (f"a list of mappings of {', '.join(GRID)} to values", _are_rules),
 }  # fmt: skip

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.objectives import parse
-from megatron.scaling.sweep.definition import SweepRun, dollars, hours
+from megatron.scaling.sweep.definition import dollars, hours
+from megatron.scaling.sweep.sweep_run import SweepRun
 from megatron.training.preflight import case_of, footprints
 
 
@@ -44,7 +45,7 @@ def price_of(run: SweepRun, price: Mapping[str, Any]) -> Price:
     default = "mdm" if run.program == "pretrain_mdm.py" else "ar"
     world = _replica(run)
     case = case_of(parse(words, objective=default, world_size=world), world, vocab_size=run.vocab_size)
-    flops = case.flops_per_token * run.unique_tokens * run.epochs
+    flops = case.flops_per_token * run.unique_tokens * run.epochs * run.added_share
     return Price(flops, hours(flops, price), dollars(flops, price), footprints(case)[0].total)
 
 

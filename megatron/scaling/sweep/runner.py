@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,30 @@ from types import FrameType
 
 from megatron.errors import Failure
 from megatron.files import one_at_a_time
-from megatron.scaling.sweep.definition import Sweep, SweepRun
+from megatron.scaling.sweep.definition import Sweep
 from megatron.scaling.sweep.state import claim, is_finished, lock, read_attempts
+from megatron.scaling.sweep.sweep_run import SweepRun
 
 ROOT = Path(__file__).resolve().parents[3]
 POLL_SECONDS = 2.0
+WATCH_SECONDS = 0.5
 # Of a terminal, of SLURM ahead of a time limit, and of a terminal that is closed: trainers are in sessions of their own.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Runs that follow each other; the next one may depend on what the last one showed.
+
+    Attributes:
+        runs: gives the next run when the last one is over. It ends where that one is not.
+        outcome: what came of a run, in a word; "" where it needs another start.
+        watch: looks at a run while it trains, and may stop it through its file.
+    """
+
+    runs: Iterator[SweepRun]
+    outcome: Callable[[SweepRun], str] = lambda run: "finished" if is_finished(run) else ""
+    watch: Callable[[SweepRun], None] | None = None
 
 
 @dataclass
@@ -60,7 +77,18 @@ class Runner:
         for run in runs:
             claim(run)
         make_subsets(self.sweep, runs, self.say)
-        pending = list(runs)
+        names = {run.name for run in runs}
+        trunks = [run for run in runs if run.trunk is None or run.trunk.name not in names]
+        results = self.follow([Chain(_with_branches(trunk, runs)) for trunk in trunks])
+        return {run.name: results.get(run.name, "stopped") for run in runs}
+
+    def follow(self, chains: Sequence[Chain]) -> dict[str, str]:
+        """Bring every chain to its end, ``jobs`` of them at a time and taking turns.
+
+        Returns:
+            {run name: its outcome, or "skipped" | "failed" | "stopped"}.
+        """
+        pending: list[tuple[Chain, SweepRun | None]] = [(chain, None) for chain in chains]
         results: dict[str, str] = {}
         threads = [threading.Thread(target=self._work, args=(slot, pending, results)) for slot in range(self.jobs)]
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup
@@ -74,47 +102,51 @@ class Runner:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        return {run.name: results.get(run.name, "stopped") for run in runs}
+        return results
 
-    def _work(self, slot: int, pending: list[SweepRun], results: dict[str, str]) -> None:
+    def _work(self, slot: int, pending: list[tuple[Chain, SweepRun | None]], results: dict[str, str]) -> None:
         """Take runs until none is left; one that somebody else trains goes back to the end of the queue."""
         while not self._stopping.is_set():
             with self._guard:
                 if not pending:
                     return
-                run = pending.pop(0)
+                chain, run = pending.pop(0)
+            if run is None and (run := next(chain.runs, None)) is None:
+                continue
             with lock(run) as descriptor:
                 if descriptor is None:
                     with self._guard:
-                        pending.append(run)
+                        pending.append((chain, run))
                     self._stopping.wait(POLL_SECONDS)
                     continue
                 try:
-                    results[run.name] = self._bring_to_end(run, slot, descriptor)
+                    results[run.name] = self._bring_to_end(chain, run, slot=slot, descriptor=descriptor)
                 except (OSError, ValueError) as error:  # the other runs go on
                     self.say(f"{run.name}: failed: {error}")
                     results[run.name] = "failed"
+            with self._guard:
+                pending.append((chain, None))
 
-    def _bring_to_end(self, run: SweepRun, slot: int, descriptor: int) -> str:
-        if is_finished(run):
-            self.say(f"{run.name}: already finished, skipped")
+    def _bring_to_end(self, chain: Chain, run: SweepRun, *, slot: int, descriptor: int) -> str:
+        if outcome := chain.outcome(run):
+            self.say(f"{run.name}: already {outcome}, skipped")
             return "skipped"
         for _ in range(self.attempts):
             if self._stopping.is_set():
                 return "stopped"
-            status = self._attempt(run, slot, descriptor)
-            if is_finished(run):
-                self.say(f"{run.name}: finished")
-                return "finished"
+            status = self._attempt(run, slot, descriptor, watch=chain.watch)
+            if outcome := chain.outcome(run):
+                self.say(f"{run.name}: {outcome}")
+                return outcome
             if self._stopping.is_set():
                 return "stopped"
             ending = f"exit status {status}" if status else "stopped before its last step"
-            self.say(
-                f"{run.name}: {ending}: {_last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})"
-            )
+            self.say(f"{run.name}: {ending}: {last_line(run.folder / 'log.txt')} (all of it: {run.folder / 'log.txt'})")
         return "failed"
 
-    def _attempt(self, run: SweepRun, slot: int, descriptor: int) -> int:
+    def _attempt(
+        self, run: SweepRun, slot: int, descriptor: int, *, watch: Callable[[SweepRun], None] | None = None
+    ) -> int:
         """One start of the training program; its output is appended to RUN/log.txt."""
         command = command_line(self.sweep, run)
         environment = self._environment(slot)
@@ -135,7 +167,9 @@ class Runner:
                 self._children[str(run.stop_file)] = child
             if self._stopping.is_set():
                 self._pass_on()
-            status = child.wait()
+            while (status := _status(child, None if watch is None else WATCH_SECONDS)) is None:
+                if watch is not None:
+                    watch(run)
             with self._guard:
                 del self._children[str(run.stop_file)]
         _note(run, {"started": started, "seconds": round(time.time() - started, 1), "returncode": status})
@@ -172,6 +206,21 @@ class Runner:
                 Path(stop_file).touch()
 
 
+def _with_branches(trunk: SweepRun, runs: Sequence[SweepRun]) -> Iterator[SweepRun]:
+    """A run, and when it is finished its branches among ``runs``."""
+    yield trunk
+    if is_finished(trunk):
+        yield from (run for run in runs if run.trunk is not None and run.trunk.name == trunk.name)
+
+
+def _status(child: subprocess.Popen, seconds: float | None) -> int | None:
+    """Exit status of a process; None where it goes on for longer than ``seconds``."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def _note(run: SweepRun, record: dict[str, object]) -> None:
     """Append to the run's attempts; a line torn by a kill is ended first."""
     file = run.folder / "attempts.jsonl"
@@ -180,7 +229,7 @@ def _note(run: SweepRun, record: dict[str, object]) -> None:
         handle.write(("\n" if torn else "") + json.dumps(record) + "\n")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     """What a program said last: its error, where there is one (launchers print more below it), else its last line."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.errors import require
-from megatron.scaling.sweep.definition import Sweep, SweepRun
+from megatron.scaling.sweep.definition import Sweep
 from megatron.scaling.sweep.runner import ROOT
+from megatron.scaling.sweep.sweep_run import SweepRun
 
 # The signal comes to the script alone, two to three minutes before the limit; the trainers save on it.
 OPTIONS = {"open-mode": "append", "requeue": True, "signal": "B:USR1@120"}
@@ -29,6 +30,9 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     given = "a SLURM job from an installed package"
     require(common.is_file(), given, "its script is one of examples_scaling", "use the checkout: python tools/sweep.py")
     folder.mkdir(parents=True, exist_ok=True)
+    runs = [
+        run for run in runs if run.trunk is None
+    ] or runs  # branches come after the run that they leave, in its task
     names = folder / "runs.txt"
     names.write_text("".join(f"{run.name}\n" for run in runs), encoding="utf-8")
     # SLURM makes no folder for the log, and ends a job without a word whose log has none: so not relative to wherever.
@@ -42,7 +46,8 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
         options["array"] = f"{options['array']}%{options.pop('max-running')}"
     chosen = {key: value for key, value in options.items() if value is not None and value is not False}
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in chosen.items()]
-    program = [sys.executable, str(ROOT / "tools/sweep.py"), str(sweep.path.resolve()), "run", "--only"]
+    action = "search" if sweep.spaces else "run"  # a task a run of the grid, or a search that begins with it
+    program = [sys.executable, str(ROOT / "tools/sweep.py"), str(sweep.path.resolve()), action, "--only"]
     lines = [
         "#!/usr/bin/env bash",
         *(f"#SBATCH {word}" for word in words),

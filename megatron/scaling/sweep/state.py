@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from megatron.checkpoint.files import LATEST, name_in
@@ -20,8 +21,9 @@ from megatron.files import replace_file
 from megatron.runs.reading import load_run
 from megatron.runs.record import read_records
 from megatron.runs.run import Run
-from megatron.scaling.sweep.definition import SweepRun
+from megatron.scaling.sweep.sweep_run import SweepRun
 
+OWNER = "sweep.json"
 STOPPED = 75  # exit status of a trainer that was stopped and saved
 
 
@@ -65,7 +67,7 @@ def check_owner(run: SweepRun) -> None:
     Raises:
         UserError: what differs.
     """
-    file = run.folder / "sweep.json"
+    file = run.folder / OWNER
     if not file.exists():
         return
     try:
@@ -87,11 +89,24 @@ def check_owner(run: SweepRun) -> None:
         )
 
 
+def same_run(run: SweepRun) -> SweepRun:
+    """The run of the same configuration that its sweep's folder holds already, under whatever name; else the run itself."""
+    if (run.folder / OWNER).exists():
+        return run
+    for file in sorted(run.folder.parent.glob(f"*/{OWNER}")):
+        try:
+            if json.loads(file.read_bytes())["flags"] == _plain(run):
+                return replace(run, name=file.parent.name, folder=file.parent)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no file of ours
+    return run
+
+
 def claim(run: SweepRun) -> None:
     """Write down whose directory this is; a directory that holds a run of unknown origin is refused."""
     check_owner(run)
     run.folder.mkdir(parents=True, exist_ok=True)
-    file = run.folder / "sweep.json"
+    file = run.folder / OWNER
     if file.exists():
         return
     if (run.folder / "run.json").exists():
