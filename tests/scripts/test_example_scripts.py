@@ -25,6 +25,7 @@ EXAMPLES = REPO / "examples_scaling"
 PATTERNS = ("quickstart/*_*.sh", "training/*/*.sh", "evaluation/validate_*.sh")
 RUNS = sorted(path for pattern in PATTERNS for path in EXAMPLES.glob(pattern))
 PASSES = sorted([*EXAMPLES.glob("downstream/*.sh"), EXAMPLES / "evaluation/generate.sh"])
+LAPTOP_TUNED = [("16000", "3.0", "0.0"), ("32000", "1.0", "0.0")]  # samples, weight decay, dropout of AR and of MDM
 LAPTOPS = {*EXAMPLES.rglob("*laptop.*")}
 SWEEPS = sorted({*EXAMPLES.glob("sweeps/*.yaml")} - LAPTOPS)
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
@@ -248,7 +249,7 @@ def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None
     words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--log-interval", "7", RUN_DIR=str(tmp_path / "run"))
     assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
         "install.sh", "make_sample_corpus.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "make_subset.py", "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "report.py",
+        "make_subset.py", "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "likelihood.py", "report.py",
     ]  # fmt: skip
     assert [after for word, after in itertools.pairwise(words) if word == "--log-interval"] == ["50", "7"] * 2
     assert not list(tmp_path.iterdir())
@@ -269,6 +270,30 @@ def test_memory_of_a_gpu_grows_in_pieces_unless_the_user_says_otherwise(environm
         ["bash", "-c", line], capture_output=True, text=True, env={**clean, **environment}, check=True
     )
     assert result.stdout.strip() == seen
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "expected"),
+    [
+        ({}, "laptop", LAPTOP_TUNED),
+        ({"RECIPE": "plain"}, "laptop-plain", [("20000", "0.1", "0.0")] * 2),
+        ({"RECIPE": "plain", "TEXT": "."}, "laptop-.-plain", [("20000", "0.1", "0.0")] * 2),
+        ({"TRAIN_SAMPLES": "80", "DROPOUT": "0.2"}, "laptop", [("80", own[1], "0.2") for own in LAPTOP_TUNED]),
+    ],
+)
+def test_laptop_trains_each_side_by_its_recipe(
+    given: dict[str, str], name: str, expected: list[tuple[str, str, str]]
+) -> None:
+    words = dry_run(EXAMPLES / "quickstart/laptop.sh", **given)
+    flags = ("--train-samples", "--weight-decay", "--hidden-dropout")
+    values = [[after for word, after in itertools.pairwise(words) if word == flag] for flag in flags]
+    assert list(zip(*values)) == expected
+    assert str(REPO / "runs" / name / "mdm") in words
+
+
+def test_laptop_knows_two_recipes() -> None:
+    with pytest.raises(AssertionError, match=r"RECIPE=fancy; there are tuned and plain; leave it out for tuned"):
+        dry_run(EXAMPLES / "quickstart/laptop.sh", RECIPE="fancy")
 
 
 def test_laptop_takes_one_gpu_of_many(tmp_path: Path) -> None:
@@ -294,7 +319,7 @@ def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Pa
     words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--lr", "7e-4", **flags)
     assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
         "install.sh", "split_data.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "report.py",
+        "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "likelihood.py", "report.py",
     ]  # fmt: skip
     after = [next_word for word, next_word in itertools.pairwise(words) if word in ("--input", "--json-keys", "--save")]
     assert after[0] == str(tmp_path / "Meine Bücher") and "body" in after

@@ -1,4 +1,4 @@
-"""The laptop quickstart in miniature: text, tokenizer, both runs and the report; stopped with Ctrl-C and continued."""
+"""The laptop quickstart in miniature: text, tokenizer, both runs, verdict and report; stopped with Ctrl-C and continued."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ SMALL = {
     "SAVE_INTERVAL": "100",
     "LOG_INTERVAL": "20",
     "NUM_MC": "2",
+    "EXACT_SAMPLES": "4",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -57,6 +58,13 @@ def start(run_dir: Path, **settings: str) -> subprocess.Popen[str]:
 def metrics(run_dir: Path, kind: str) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def settings(run_dir: Path) -> tuple[int, float, float]:
+    """Samples, weight decay and dropout of a run."""
+    config = json.loads((run_dir / "run.json").read_text())["config"]
+    assert config["model"]["attention_dropout"] == config["model"]["hidden_dropout"]
+    return config["run"]["train_samples"], config["optimizer"]["weight_decay"], config["model"]["hidden_dropout"]
 
 
 def wait_for_steps(path: Path, process: subprocess.Popen[str], seconds: float = 300) -> None:
@@ -93,6 +101,13 @@ def test_interrupted_and_continued_to_the_report(tmp_path: Path) -> None:
         assert len((run_dir / name / "samples.jsonl").read_text().splitlines()) == 2  # of the best checkpoint
     page = (run_dir / "report/report.html").read_text()
     assert "NLL bound" in page
+    assert "mdm below ar: " in page and "rests on exact values" in page and "mdm below ar: " in output
+    judged = json.loads((run_dir / "likelihood.json").read_text())
+    assert judged["samples"] == 4
+    assert [(value["model"], value["kind"]) for value in judged["findings"]] == [
+        ("ar", "exact"), ("mdm", "upper bound"), ("mdm", "exact"), ("mdm", "exact"),
+    ]  # fmt: skip
+    assert [settings(run_dir / name)[1] for name in ("ar", "mdm")] == [3.0, 1.0]  # the tuned recipe is the default
     assert list((run_dir / "report").rglob("*.png"))
     assert "matched" in output
     assert str(run_dir / "report/report.html") in output
@@ -104,7 +119,7 @@ def test_own_text_of_nine_kilobytes_to_the_report(tmp_path: Path) -> None:
     (tmp_path / "mein Text").mkdir()
     text = "\n\n".join(f"Absatz {number}: {number * number} Wörter sind {number % 7} zu viel." for number in range(200))
     (tmp_path / "mein Text/größe.md").write_text(text[:9000], encoding="utf-8")
-    small = {"DOCUMENTS": "", "TRAIN_SAMPLES": "16", "EVAL_INTERVAL": "2", "EVAL_ITERS": "full"}
+    small = {"DOCUMENTS": "", "TRAIN_SAMPLES": "16", "EVAL_INTERVAL": "2", "EVAL_ITERS": "full", "RECIPE": "plain"}
     run_dir = tmp_path / "mein Lauf"
     process = start(run_dir, TEXT=str(tmp_path / "mein Text"), PROMPT="Absatz 'zwei'", **small)
     output = process.communicate(timeout=200)[0]
@@ -112,6 +127,7 @@ def test_own_text_of_nine_kilobytes_to_the_report(tmp_path: Path) -> None:
     assert "documents are few: cut" in output
     assert [record["step"] for record in metrics(run_dir / "mdm", "valid")] == [2, 4]
     assert (run_dir / "report/report.html").is_file()
+    assert settings(run_dir / "ar") == settings(run_dir / "mdm") == (16, 0.1, 0.0)
     report, generate = (shlex.split(line) for line in output.splitlines()[-3:-1])  # the next commands run as printed
     assert report == ["megatron", "report", str(run_dir / "ar"), str(run_dir / "mdm"), "--serve"]
     assert generate[3] == str(run_dir / "mdm") and generate[-1] == "Absatz 'zwei'"

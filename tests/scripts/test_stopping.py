@@ -148,6 +148,26 @@ def test_a_tool_is_ended_with_all_its_processes(tmp_path: Path) -> None:
     assert left_behind(process.pid) == []
 
 
+def test_a_stop_while_texts_are_written_ends_the_laptop_script(tmp_path: Path) -> None:
+    """A tool saves nothing and dies of the signal; a failure of its own only leaves the report without texts."""
+    body = (
+        f'cd "{tmp_path}"; program="$1"; set --; source "{REPO}/examples_scaling/common.sh"; RUN_DIR=. PROMPT=a; mkdir -p ar\n'
+        f'source "{REPO}/examples_scaling/quickstart/text.sh"\n'
+        'tool() { echo ready >&2; supervise python3 -c "$program"; }; write_samples ar; echo next'
+    )
+    for program, is_stopped, status, said in (
+        ("import time; time.sleep(60)", True, 128 + signal.SIGTERM, ""),
+        ("raise SystemExit(1)", False, 0, "next\n"),
+    ):
+        process = start(["bash", "-c", body, "script", program])
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if is_stopped:
+            time.sleep(0.5)  # until the program runs in its group
+            process.send_signal(signal.SIGINT)
+        assert (process.communicate(timeout=20)[0], process.returncode) == (said, status)
+        assert list((tmp_path / "ar").iterdir()) == [] and left_behind(process.pid) == []
+
+
 @pytest.mark.parametrize(
     ("status", "expected", "said"),
     [

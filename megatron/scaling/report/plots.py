@@ -84,9 +84,9 @@ def _draw_curves(panel: Axes, *, runs: Sequence[Run], x: str) -> None:
     panel.set_title("Loss against epochs" if x == "epoch" else "Loss against compute")
     limit_height(panel, runs, below=3.0)
     if x == "epoch" and len(runs) <= 4:
-        for run, style in zip(runs, styles):
-            _mark_overfitting(panel, run, style)
         pairs = comparisons(runs)
+        for run, style in zip(runs, styles):
+            _mark_overfitting(panel, run, style, is_above=len(runs) <= 2)  # of several, one may rise to the top
         if len(pairs) == 1:
             _mark_crossing(panel, *pairs[0])
     panel.plot([], [], "*", markersize=11, color="white", markeredgecolor="black", label="best validation")
@@ -173,15 +173,15 @@ def smooth_log(x: np.ndarray, y: np.ndarray, bins: int = 80) -> tuple[np.ndarray
     )
 
 
-def _mark_overfitting(panel: Axes, run: Run, style: LineStyle) -> None:
+def _mark_overfitting(panel: Axes, run: Run, style: LineStyle, *, is_above: bool) -> None:
     turn = overfitting(run)
     if turn is None or not turn.rises:
         return
     panel.axvline(turn.best.epoch, color=style.color, linewidth=0.9, linestyle=":")
     panel.annotate(
         f"{run.objective.upper()} overfits\nfrom epoch {turn.best.epoch:.3g}",
-        (turn.best.epoch, 0.98), xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points",
-        va="top", fontsize=8.5, color=style.color,
+        (turn.best.epoch, 0.98 if is_above else 0.02), xycoords=("data", "axes fraction"), xytext=(5, 0),
+        textcoords="offset points", va="top" if is_above else "bottom", fontsize=8.5, color=style.color,
     )  # fmt: skip
 
 
