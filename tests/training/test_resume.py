@@ -42,6 +42,7 @@ def options(tokens: Path, **changes: Any) -> dict[str, Any]:
         "hidden_dropout": 0.1,
         "attention_dropout": 0.1,
         "lr_warmup_samples": 50,
+        "lr_decay_style": "inverse-square-root",
         **changes,
     }
 
