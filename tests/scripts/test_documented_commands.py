@@ -53,6 +53,7 @@ SMALL = {
     "make_sample_corpus.py": "--max-bytes 60000",
     "preprocess_data.py": "--workers 1",
     "benchmark.py": "--steps 1 --warmup 1 --num-workers 0 --seq-length 32",
+    "pretrain_gpt.py": "--num-workers 0 --seq-length 32",  # whose branches need its length
     "pretrain_mdm.py": "--train-epochs 1 --num-workers 0",
     "compare_estimators.py": "--questions 2 --repeats 2 --answer-tokens 4",
     "push_to_hub.py": "--dry-run --output upload",

@@ -44,6 +44,7 @@ def options(tokens: Path, **changes: Any) -> dict[str, Any]:
         "attention_dropout": 0.1,
         "lr_warmup_samples": 50,
         "ema_decay": 0.9,
+        "lr_decay_style": "inverse-square-root",
         **changes,
     }
 
