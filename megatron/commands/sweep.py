@@ -162,7 +162,8 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
         result = read_result(run)
         done = f" {min(1.0, result.samples_done / max(1, int(result.info['train_samples']))):.0%}" if result else ""
         best = (
-            f", best {plus_minus(result.best.nll, result.best.nll_se)} (± over {result.best.error_unit}) {result.label}"
+            f", best {plus_minus(result.best.nll, result.best.nll_se)} (± over {result.best.error_unit}) "
+            f"{result.best.full_label}"
             if result and result.best
             else ""
         )

@@ -80,7 +80,7 @@ def _evaluation_text(run: Run) -> str:
     """What was measured of a checkpoint whose training is not among the runs: its evaluation with the smallest error."""
     row = min(run.other_valid, key=lambda row: row.nll_se if row.nll_se == row.nll_se else float("inf"))
     return (
-        f"{run.name} is an evaluation: {run.title} at step {row.step:,} has {row.label} "
+        f"{run.name} is an evaluation: {run.title} at step {row.step:,} has {row.full_label} "
         f"{plus_minus(row.nll, row.nll_se)} nats/token over {row.error_unit}."
     )
 

@@ -69,6 +69,11 @@ class Validation(Position):
         return kind_of(self.label, self.num_mc, self.estimator, self.weights)
 
     @property
+    def full_label(self) -> str:
+        """Label, and of which weights where they are averaged."""
+        return kind_of(self.label, 1, "", self.weights)
+
+    @property
     def error_unit(self) -> str:
         """What ± is over: "37 documents", or "160 samples"."""
         if self.se_kind == OVER_DOCUMENTS and self.num_documents is not None:

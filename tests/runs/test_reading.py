@@ -216,7 +216,7 @@ def test_averaged_weights_are_a_curve_of_their_own_and_may_be_the_best(tmp_path)
     assert run.best is not None and plain.best is not None
     assert (run.best.weights, run.best.step) == ("ema", plain.best.step)
     assert run.best.nll == pytest.approx(plain.best.nll - 0.01)
-    assert summary_row(run)["Kind"] == "NLL (exact) of the averaged weights"
+    assert summary_row(run)["Kind"] == run.best.full_label == "NLL (exact) of the averaged weights"
     turn, before = overfitting(run), overfitting(plain)
     assert turn is not None and before is not None and turn.rise == pytest.approx(before.rise)
     assert "averaged weights" in write_report([run], tmp_path / "report.html").read_text()

@@ -139,6 +139,7 @@ class Shards:
         return self.flat_partitions()[mapping.param_group_index], lp.start, hp.start, hp.numel
 
     def flat_partitions(self) -> list[torch.Tensor]:
+        """This rank's partitions of the fp32 masters, each of them one tensor."""
         if self.is_zero3:
             return self.optimizer.fp32_partitioned_groups_flat
         return [group["params"][0] for group in self.optimizer.optimizer.param_groups]
