@@ -91,7 +91,7 @@ def test_its_flag_is_in_the_help_and_belongs_to_it_alone(capsys: pytest.CaptureF
         make_objective("--help", "all")
     text = " ".join(capsys.readouterr().out.split())
     assert "--span-length TOKENS span_mdm: tokens that are masked together" in text
-    assert "exact_count_mdm, block_diffusion, uniform_diffusion, span_mdm: draw the diffusion time" in text
+    assert "exact_count_mdm, block_diffusion, uniform_diffusion, dual, span_mdm: draw the diffusion time" in text
     for other in ("mdm", "ar"):
         with pytest.raises(UserError, match="--span-length with objective"):
             make_objective("--objective", other, "--span-length", "4")
