@@ -152,6 +152,7 @@ def samplers(options: argparse.Namespace) -> list[Any]:
 def _with_fits(options: argparse.Namespace, models: dict[str, InferenceModel], samples: Samples,
                context: ParallelContext) -> tuple[dict[str, InferenceModel], list[EnsembleRecord]]:  # fmt: skip
     """The models with the weights that were asked for, and what is to be said of their ensembles."""
+    from megatron.evaluation.court import fitted_name
     from megatron.evaluation.ensemble_weights import fitted
     from megatron.runs.likelihoods import FITTED, EnsembleRecord
 
@@ -163,8 +164,8 @@ def _with_fits(options: argparse.Namespace, models: dict[str, InferenceModel], s
             records += [EnsembleRecord(name, model.source)] if model.members else []
         if chosen != "named" and model.members:
             own, fit = fitted(model, samples, **how, cache=_cache(options, model, context))
-            judged[f"{name}, fitted"] = own
-            records.append(EnsembleRecord(f"{name}, fitted", own.source, FITTED, fit.before, fit.after))
+            judged[fitted_name(name)] = own
+            records.append(EnsembleRecord(fitted_name(name), own.source, FITTED, fit.before, fit.after))
     return judged, records
 
 

@@ -195,9 +195,12 @@ class Court:
     findings: list[Finding] = field(default_factory=list)
 
     def verdicts(self) -> list[Verdict]:
-        """B against A for every other model B: by its best exact value, and by its bound."""
+        """B against A for every other model B, and fitted weights against those they replace: by the best exact value of B, and
+        by its bound."""
         models = list(dict.fromkeys(own.model for own in self.findings))
-        return [verdict for model in models[1:] for verdict in self._of(models[0], model)]
+        pairs = [(models[0], model) for model in models[1:]]
+        pairs += [(model, fitted_name(model)) for model in models[1:] if fitted_name(model) in models]
+        return [verdict for pair in pairs for verdict in self._of(*pair)]
 
     def record(self, samples: Samples, ensembles: Sequence[EnsembleRecord] = ()) -> Likelihoods:
         """As it is written; ``ensembles`` are those among the models."""
@@ -214,6 +217,11 @@ class Court:
 
     def _named(self, model: str, kinds: Sequence[str]) -> list[Finding]:
         return [own for own in self.findings if own.model == model and own.kind in kinds]
+
+
+def fitted_name(model: str) -> str:
+    """What an ensemble is called once its weights are fitted."""
+    return f"{model}, fitted"
 
 
 def _verdict(ours: Sequence[Finding], theirs: Sequence[Finding]) -> Verdict:

@@ -112,6 +112,7 @@ def test_weights_are_fitted_on_one_half_and_judged_on_the_other(runs, capsys, mo
         own for own in found.verdicts if own.second == "mdm+mdm-2, fitted" and own.rests_on == "exact values"
     )
     assert verdict.measured_on == "documents that no choice saw"
+    assert {(own.first, own.second) for own in found.verdicts} >= {("mdm+mdm-2", "mdm+mdm-2, fitted")}
     monkeypatch.setattr("megatron.evaluation.ensemble_weights.fit_weights", None)
     again = judge(runs, models, "--ensemble-weights", "both", output="fitted.json")
     assert [own.nll for own in again.findings] == [own.nll for own in found.findings], "nothing is fitted twice"
