@@ -36,7 +36,7 @@ class Gap:
 @dataclass(frozen=True)
 class Overfitting:
     """``best`` is the lowest validation. ``rises``: the last validation lies above it beyond the error of the
-    difference. ``at_end``: the best validation is the last one, so training longer may still help."""
+    difference. ``at_end``: the best of several validations is the last one, so training longer may still help."""
 
     best: Validation
     rises: bool
@@ -61,7 +61,7 @@ def overfitting(run: Run) -> Overfitting | None:
     last = [row for row in run.curve_of(best) if math.isfinite(row.nll)][-1]
     rise = last.nll - best.nll
     if last is best:
-        return Overfitting(best, rises=False, at_end=True, rise=0.0)
+        return Overfitting(best, rises=False, at_end=len(run.valid) > 1, rise=0.0)
     gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
     return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
 
@@ -90,7 +90,8 @@ def summary_row(run: Run) -> dict[str, str]:
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
     draws = result.row.num_mc if result else 1
     state = "evaluation only" if run.is_evaluation else "" if run.is_finished else "unfinished"
-    notes = ", ".join(note for note in (run.origin, state) if note)
+    imported = f"imported: {run.source}" if run.source else ""
+    notes = ", ".join(note for note in (run.origin, state, imported) if note)
     row = {
         "Run": run.name + f" ({notes})" * bool(notes),
         "Objective": run.objective.upper(),
@@ -124,18 +125,19 @@ def summary_row(run: Run) -> dict[str, str]:
 
 def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     """(best AR run, best run of another objective) for every unique-token budget and other objective, best first by
-    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part."""
-    best: dict[tuple[int, str], Run] = {}
+    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part; imported
+    runs meet those of their source only."""
+    best: dict[tuple[int, str, str], Run] = {}
     for run in runs:
         if run.best is None or not run.is_likelihood or not run.unique_tokens:
             continue
-        key = (run.unique_tokens, run.objective)
+        key = (run.unique_tokens, run.objective, run.source)
         champion = best.get(key)
         if champion is None or champion.best is None or run.best.nll < champion.best.nll:
             best[key] = run
     pairs = []
-    for (unique, objective), run in sorted(best.items()):
-        baseline = best.get((unique, "ar"))
+    for (unique, objective, source), run in sorted(best.items()):
+        baseline = best.get((unique, "ar", source))
         if objective != "ar" and baseline is not None:
             pairs.append((baseline, run))
     return pairs

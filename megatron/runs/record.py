@@ -90,6 +90,7 @@ class RunRecord:
         origins: where the settings come from that were not left at their defaults, by field.
         branch: the run that this one left; None for all others.
         branches: runs that left this one. Theirs to add (:func:`add_branch`): the run keeps what stands there.
+        imported: of a run that others made (imported.py): source, licence, file and its SHA-256, fields; else empty.
     """
 
     objective: str
@@ -115,6 +116,7 @@ class RunRecord:
     origins: dict[str, str] = field(default_factory=dict)
     branch: Branch | None = None
     branches: list[Link] = field(default_factory=list)
+    imported: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, run_dir: Path) -> None:
