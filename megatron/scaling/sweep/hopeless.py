@@ -71,6 +71,7 @@ class OneRun:
     name: str = "one_run"
     names: tuple[str, ...] = ("E", "B", "beta", "P", "kappa")
     equation: str = "L = E + B/D^beta + P*(D/U - 1)^kappa"
+    can_rise: bool = True
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
         """Loss [s, n] and gradient [s, n, p]; B is carried at the reference, P at ten repetitions."""
