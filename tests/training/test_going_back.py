@@ -23,17 +23,17 @@ def train_with_validations(results: list[float], argv: list[str], *, dies_before
     """Training whose validations give these losses, in order; killed before one of its steps."""
     from megatron.training.validation import Validator
 
-    queue, original = iter(results), Validator.measure
+    queue, original = iter(results), Validator._measure
 
-    def measure(self: Any, stop: Any = None) -> Any:
-        found, sums = original(self, stop)
+    def measure(self: Any, kind: str, stop: Any) -> Any:
+        found, sums = original(self, kind, stop)
         return {**found, "nll": next(queue)}, sums
 
     def begins(number: int) -> None:
         if number == dies_before:
             os._exit(9)
 
-    with mock.patch.object(Validator, "measure", measure):
+    with mock.patch.object(Validator, "_measure", measure):
         return jobs.train("mdm", argv, begins=begins)
 
 
