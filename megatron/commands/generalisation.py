@@ -155,7 +155,7 @@ def table(run: Run, record: Generalisation) -> str:
     """Every checkpoint in a row, for people."""
     own = record.protocol
     lines = [
-        f"{run.name}: {own.label}{f', {own.estimator}' if own.estimator else ''}, nats per token, ± 95 %; seen: "
+        f"{run.name}: {own.kind}, nats per token, ± 95 %; seen: "
         f"{own.seen['samples']} samples of {own.seen['documents']} documents, unseen: {own.unseen['samples']} of "
         f"{own.unseen['documents']}",
         f"  {'step':>8}  {'epoch':>8}  {'seen':>16}  {'unseen':>16}  {'unseen − seen':>16}",

@@ -100,6 +100,11 @@ class Protocol:
     seen: dict[str, Any]
     unseen: dict[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """Label and estimator, for people, such as ``NLL bound, 16 passes``."""
+        return self.label + self.estimator.removeprefix("bound")
+
     def is_comparable(self, other: Protocol) -> bool:
         """Whether gaps of two runs are of the same documents."""
         return (self.seen, self.unseen, self.seq_length) == (other.seen, other.unseen, other.seq_length)

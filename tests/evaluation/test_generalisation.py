@@ -94,7 +94,7 @@ def test_every_checkpoint_is_scored_once_and_kept(runs, monkeypatch, capsys) -> 
     assert record.protocol.seen["samples"] <= record.protocol.unseen["samples"]
     gap = record.points[1].gap()
     said = capsys.readouterr().out
-    assert "mdm: NLL bound, bound, 2 passes, nats per token, ± 95 %; seen: " in said
+    assert "mdm: NLL bound, 2 passes, nats per token, ± 95 %; seen: " in said
     assert said.splitlines()[-1].split()[0] == "4" and f"{gap.value:.4f} ± " in said.splitlines()[-1]
     with monkeypatch.context() as patch:
         patch.setattr("megatron.evaluation.generalisation.measure", None)

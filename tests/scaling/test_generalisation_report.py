@@ -20,7 +20,9 @@ def runs(tmp_path_factory):
     for name, label, draws, rise in (("ar", "NLL (exact)", 0, 0.3), ("mdm", "NLL bound", 2, 0.05)):
         write_run(folder / name, name, epochs=40)
         sets = {"samples": 30, "documents": 30, "tokens": "x"}
-        record = Generalisation.begin(folder / name, Protocol(name, label, "bound" * bool(draws), 2, 65, sets, sets))
+        record = Generalisation.begin(
+            folder / name, Protocol(name, label, "bound, 2 passes" * bool(draws), 2, 65, sets, sets)
+        )
         for epoch in (1, 10, 40):
             place = np.arange(30, dtype=np.int32)
             losses = [
@@ -35,7 +37,7 @@ def test_the_page_has_losses_gaps_and_who_forgets_more(runs, tmp_path) -> None:
     text = write_report(find_runs([runs]), tmp_path / "out").read_text()
     assert "<h2>Seen and unseen documents</h2>" in text and (tmp_path / "out/generalisation.svg").is_file()
     assert "Unseen minus seen, nats per token, mdm against ar: at the lowest loss on unseen documents" in text
-    assert "NLL bound (bound)" in text
+    assert "<td>NLL bound, 2 passes</td>" in text
     for run in runs.iterdir():
         assert run.name in {"ar", "mdm"}
     alone = write_report(find_runs([write_run(tmp_path / "new", "ar", validations=2)]), tmp_path / "alone").read_text()

@@ -104,7 +104,7 @@ def _row(run: Run, record: Generalisation, point: Point) -> dict[str, str]:
         "Run": run.name,
         "Epoch": epoch_text(point.epoch),
         "Step": f"{point.step:,}",
-        "Kind": record.protocol.label + (f" ({record.protocol.estimator})" if record.protocol.estimator else ""),
+        "Kind": record.protocol.kind,
         "Seen, ± 95 %": _number(point.loss("seen")),
         "Unseen, ± 95 %": _number(point.loss("unseen")),
         "Unseen − seen, ± 95 %": _number(point.gap()),
