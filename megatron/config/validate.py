@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.option import LARGEST, PACKAGES, check_range, idle_options, is_installed, spelling
-from megatron.config.schema import Config
+from megatron.config.schema import Config, RunConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
 
@@ -159,6 +159,16 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
     )
 
 
+def _validate_branch(run: RunConfig) -> None:
+    for other in ("skip_train", "finetune"):
+        require(
+            run.branch_from is None or not getattr(run, other),
+            f"--branch-from with --{other.replace('_', '-')}",
+            "a branch trains on from a checkpoint, with its optimizer state",
+            "drop one of them",
+        )
+
+
 def _validate_run(config: Config) -> None:
     """Length, schedule, validation and the files that the run reads."""
     run, optimizer, parallel = config.run, config.optimizer, config.parallel
@@ -181,13 +191,7 @@ def _validate_run(config: Config) -> None:
         "the warm-up has one length",
         "drop one",
     )
-    for other in ("skip_train", "finetune"):
-        require(
-            run.branch_from is None or not getattr(run, other),
-            f"--branch-from with --{other.replace('_', '-')}",
-            "a branch trains on from a checkpoint, with its optimizer state",
-            "drop one of them",
-        )
+    _validate_branch(run)
     require(
         optimizer.optimizer != "muon" or not optimizer.cpu_optimizer,
         "--optimizer muon with --cpu-optimizer",

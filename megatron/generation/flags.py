@@ -21,26 +21,7 @@ EXAMPLES = (
 def build_generate_parser() -> argparse.ArgumentParser:
     """Flags of tools/generate.py."""
     parser = Parser(description="Generate text with a checkpoint of any layout or an export.", examples=EXAMPLES)
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--load", required=True, metavar="PATH", help="run directory, tag directory, Hugging Face export, or "
-        "RUN+RUN, the mean of their probabilities")  # fmt: skip
-    add(
-        "--load-tag",
-        metavar="TAG",
-        help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
-    )
-    add_load_kind(group)
-    add(
-        "--decoding",
-        choices=("causal", "masked"),
-        help="dual models: how to write; default: as --dual-decoding of the run",
-    )
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
-    add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
-    add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
-    add("--tokenizer-model", metavar="PATH", help="Hugging Face tokenizer or SentencePiece model")
-    add("--tokenizer-type", metavar="TYPE", help="see pretrain_gpt.py --help")
+    _add_model_flags(parser)
     add = parser.add_argument_group("text").add_argument
     add(
         "--prompt",
@@ -80,6 +61,29 @@ def build_generate_parser() -> argparse.ArgumentParser:
     )
     _add_output_flags(parser)
     return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--load", required=True, metavar="PATH", help="run directory, tag directory, Hugging Face export, or "
+        "RUN+RUN, the mean of their probabilities")  # fmt: skip
+    add(
+        "--load-tag",
+        metavar="TAG",
+        help="checkpoint, such as global_step100 or latest; default: the newest that verifies",
+    )
+    add_load_kind(group)
+    add(
+        "--decoding",
+        choices=("causal", "masked"),
+        help="dual models: how to write; default: as --dual-decoding of the run",
+    )
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: float32")
+    add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
+    add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
+    add("--tokenizer-model", metavar="PATH", help="Hugging Face tokenizer or SentencePiece model")
+    add("--tokenizer-type", metavar="TYPE", help="see pretrain_gpt.py --help")
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -214,40 +214,54 @@ def load_model(
                                "tokenizer_options": tokenizer_options}  # fmt: skip
         weights = [own.weight for own in parts if own.weight is not None]
         return ensemble([load_model(own.path, **how) for own in parts], weights or None)
-    path = Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
-    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-        from megatron.wiring import read_foreign
-
-        is_whole = f"{path} is an export and --load-kind is {kind}"
-        require(kind in (None, WEIGHT), is_whole, "an export has one set of weights", "drop --load-kind")
-        config, tensors = read_foreign(path)
-        stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
-        source, identity = str(path), _hash("\n".join(stamps).encode())
-        tensor_of = tensors.__getitem__
-    else:
-        found = select(path, tag)
-        if found.tag is None:
-            raise UserError(
-                f"{path} holds no checkpoint", "a run has global_stepN folders, an export config.json", "correct --load"
-            )
-        if found.warning and context.is_first_rank:
-            print(found.warning, flush=True)
-        kind = kind or found.weights
-        reader = open_whole_model(found.tag, kind)
-        config, tensor_of = reader.config, reader.tensor
-        source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
-        if kind != WEIGHT:
-            source, identity = f"{source} (averaged weights)", f"{identity}{kind}"
+    path = Path(path)
+    is_export = (path / "config.json").is_file() and not (path / MANIFEST).is_file()
+    stored = _open_export(path, kind) if is_export else _open_checkpoint(path, tag, kind, context)
+    config, source, identity = stored.config, stored.source, stored.identity
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
     trained = build_objective(config)
     objective = trained.for_eval()
     model = GPTModel(Shape.of(config.model), context)
-    _load_tensors(model, tensor_of, context)
+    _load_tensors(model, stored.tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
     told = (tokenizer, context, source, identity + dtype, problem)
     return InferenceModel(model, config, objective, *told, other=trained.beside)
+
+
+class _Stored(NamedTuple):
+    """Weights on disk: their configuration, each tensor by its canonical name, what they are called, and a hash of them."""
+
+    config: Config
+    tensor_of: Callable[[str], torch.Tensor]
+    source: str
+    identity: str
+
+
+def _open_export(path: Path, kind: str | None) -> _Stored:
+    from megatron.wiring import read_foreign
+
+    is_whole = f"{path} is an export and --load-kind is {kind}"
+    require(kind in (None, WEIGHT), is_whole, "an export has one set of weights", "drop --load-kind")
+    config, tensors = read_foreign(path)
+    stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
+    return _Stored(config, tensors.__getitem__, str(path), _hash("\n".join(stamps).encode()))
+
+
+def _open_checkpoint(path: Path, tag: str | None, kind: str | None, context: ParallelContext) -> _Stored:
+    found = select(path, tag)
+    if found.tag is None:
+        raise UserError(
+            f"{path} holds no checkpoint", "a run has global_stepN folders, an export config.json", "correct --load"
+        )
+    if found.warning and context.is_first_rank:
+        print(found.warning, flush=True)
+    reader = open_whole_model(found.tag, kind := kind or found.weights)
+    source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
+    if kind != WEIGHT:
+        source, identity = f"{source} (averaged weights)", f"{identity}{kind}"
+    return _Stored(reader.config, reader.tensor, source, identity)
 
 
 def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> None:
