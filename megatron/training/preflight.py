@@ -21,7 +21,7 @@ from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.indexed import read_meta
 from megatron.data.tokenizer import build_tokenizer
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.model.arithmetic import Device, model_flops_per_token, positions_per_token
 from megatron.model.gpt import build_layers
 from megatron.model.mask import within_segments
@@ -107,6 +107,12 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
     Raises:
         UserError: data or tokenizer are here and cannot be used.
     """
+    require(
+        flags.optimizer.optimizer != "muon",
+        "--optimizer muon",
+        "preflight counts the memory of AdamW, which keeps two moments of every weight",
+        "plan without the flag; Muon keeps one of a matrix, and takes a step's 8 bytes a weight of the matrices besides",
+    )
     notes: list[str] = []
     size = vocab_size or _vocabulary(flags, notes)
     parallel, run = flags.parallel, flags.run
@@ -178,7 +184,8 @@ def held_by(case: Case, stage: int) -> Held:
     parameters = _stage_parameters(case, stage)
     partition = Partition(optimizer_groups(parameters), case.layout.dp_size)
     settings = deepspeed_settings(case.config, dp_size=case.layout.dp_size, num_parameters=partition.elements)
-    return held(settings, partition, is_pipeline=case.layout.pp_size > 1)
+    has_average = case.config.optimizer.ema_decay is not None
+    return held(settings, partition, is_pipeline=case.layout.pp_size > 1, has_average=has_average)
 
 
 def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:

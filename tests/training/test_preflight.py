@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron.errors import UserError
 from megatron.model.arithmetic import DEVICES
 from megatron.objectives import parse
 from megatron.training.layouts import flags_of, remedies, suggestions
@@ -191,3 +192,8 @@ def test_what_is_not_here_is_assumed_and_said(token_files: Any) -> None:
     assert run.tokens is None and len(run.notes) == 2
     here = case(model="7M", train_iters=False, train_epochs=2, train_data_path=f"{token_files}/train", seq_length=32)
     assert here.tokens is not None and 30_000 < here.tokens < 60_000
+
+
+def test_muon_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match="--optimizer muon"):
+        case(model="140M", optimizer="muon")

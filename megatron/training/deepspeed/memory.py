@@ -6,7 +6,7 @@ A test counts every tensor of real engines and finds the same number (DeepSpeed 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -37,6 +37,13 @@ class Held:
     backward: Parts
     update: Parts
     host: int = 0
+
+    def with_state(self, more: int, *, on_host: bool) -> Held:
+        """The same with more bytes of optimizer state."""
+        if on_host:
+            return replace(self, host=self.host + more)
+        moments = (self.between, self.forward, self.backward, self.update)
+        return Held(*({**parts, "optimizer": parts["optimizer"] + more} for parts in moments), self.host)
 
 
 @dataclass(frozen=True)
@@ -102,22 +109,33 @@ def blocks_of_stages(num_layers: int, pp_size: int) -> list[int]:
     return [num_layers // pp_size + (stage < num_layers % pp_size) for stage in range(pp_size)]
 
 
-def held(settings: Mapping[str, Any], partition: Partition, *, is_pipeline: bool = False, rank: int = 0) -> Held:
-    """What the engine of one rank holds besides activations.
+def held(
+    settings: Mapping[str, Any],
+    partition: Partition,
+    *,
+    is_pipeline: bool = False,
+    has_average: bool = False,
+    rank: int = 0,
+) -> Held:
+    """What the engine of one rank holds besides activations, with AdamW.
 
     Args:
         settings: of :func:`megatron.training.deepspeed.settings.deepspeed_settings`.
         partition: the parameters of this rank.
         is_pipeline: whether the engine is that of a pipeline.
+        has_average: whether an average of the weights is kept (``--ema-decay``): fp32, beside the masters.
         rank: of the data-parallel ranks, which differ by what they own of gradients in fp32 under ZeRO 2.
     """
     zero, is_bf16 = settings["zero_optimization"], settings.get("bf16", {}).get("enabled", False)
     is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    width, average = 2 if is_bf16 else FLOAT, FLOAT * has_average
     if zero["stage"] == 3:
-        return _zero3(settings, partition, 2 if is_bf16 else FLOAT)
+        return _zero3(settings, partition, width).with_state(average * partition.own_by_tensor, on_host=is_offloaded)
     if is_bf16 and zero["stage"] == 1 and not is_offloaded:
-        return _zero1_bf16(settings, partition)
-    return _zero2(settings, partition, 2 if is_bf16 else FLOAT, rank=rank, is_pipeline=is_pipeline)
+        found = _zero1_bf16(settings, partition)
+    else:
+        found = _zero2(settings, partition, width, rank=rank, is_pipeline=is_pipeline)
+    return found.with_state(average * partition.own, on_host=is_offloaded)
 
 
 def _zero1_bf16(settings: Mapping[str, Any], partition: Partition) -> Held:

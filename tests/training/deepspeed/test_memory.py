@@ -60,6 +60,7 @@ def census(argv: list[str]) -> dict[str, Any]:
                 (getattr(p, "ds_numel", p.numel()), len(getattr(p, "ds_shape", p.shape))) for p in parameters
             ]
             found["settings"] = engine._deepspeed._config._param_dict
+            found["has_average"] = engine.shards.average is not None
             found["dp"] = (engine.context.dp.rank, engine.context.dp.size)
             for module in engine.module.modules():
                 if isinstance(module, Embedding):
@@ -81,7 +82,8 @@ def census(argv: list[str]) -> dict[str, Any]:
             rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
             # The engine of a pipeline also keeps the last micro-batches, and what travelled between stages.
             aside = [self, *[engine._deepspeed] * engine.is_pipeline]
-            return sum(storages((engine.module, engine._optimizer, engine._deepspeed), aside).values()) - rotary
+            roots = (engine.module, engine._optimizer, engine._deepspeed, engine.shards)
+            return sum(storages(roots, aside).values()) - rotary
 
     assert main("mdm", argv, observer=Counter()) == 0
     return found
@@ -98,6 +100,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2 tp2": (2, {"bf16": True, "zero_stage": 2, "tp_size": 2}),
     "zero1 pp2": (2, {"bf16": True, "pp_size": 2}),
     "fp32 dp2": (2, {}),
+    "averaged zero1 dp2": (2, {"bf16": True, "ema_decay": 0.9}),
+    "averaged zero3 dp2": (2, {"bf16": True, "zero_stage": 3, "ema_decay": 0.9}),
 }  # fmt: skip
 # While a pass runs it depends on the moment which tensors are whole, and on the stage which gradient comes last.
 BETWEEN_ONLY = ("zero3 dp2, all cut", "zero1 pp2")
@@ -106,7 +110,8 @@ BETWEEN_ONLY = ("zero3 dp2, all cut", "zero1 pp2")
 def claimed(found: dict[str, Any]) -> Held:
     """What is said of the engine that was counted."""
     rank, size = found["dp"]
-    return held(found["settings"], Partition(optimizer_groups(found["parameters"]), size), rank=rank)
+    partition = Partition(optimizer_groups(found["parameters"]), size)
+    return held(found["settings"], partition, has_average=found["has_average"], rank=rank)
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
