@@ -148,8 +148,8 @@ def test_options_are_flags(models: dict[str, Any]) -> None:
     from megatron.generation.flags import build_generate_parser
 
     every = vars(build_generate_parser().parse_args(["--load", "x"])).keys()
-    others = {"prompt", "prompt_file", "show_steps", "animate", "json", "load", "load_tag", "dtype", "vocab_file",
-              "merge_file", "tokenizer_model", "tokenizer_type"}  # fmt: skip
+    others = {"prompt", "prompt_file", "show_steps", "animate", "json", "load", "load_tag", "decoding", "dtype",
+              "vocab_file", "merge_file", "tokenizer_model", "tokenizer_type"}  # fmt: skip
     assert every - others == _FOR_TEXT
     how = {"max_new_tokens": 8, "temperature": 1.0}
     (whole,) = megatron.generate(models["ar"], "Return", **how)
