@@ -94,7 +94,7 @@ def problem_of(words: list[str], *, world_size: int) -> str:
     program = Path(words[1]).name
     if program in PROGRAMS:
         return said_by(lambda: parse(words[2:], objective="mdm" if "mdm" in program else "ar", world_size=world_size))
-    module = next(module for module, path in DOORS.items() if path.name == program)
+    module = DOORS[program]
     take = ArgumentParser.parse_args
 
     def stop(first: object, *arguments: object, **options: object) -> None:
@@ -121,7 +121,8 @@ def said_by(call: Callable[[], object]) -> str:
     return ""
 
 
-DOORS = {path.read_text().split('door("')[1].split('"')[0]: path for path in (REPO / "tools").glob("[!_]*.py")}
+# Program → module of megatron.commands; the doctor has two doors.
+DOORS = {path.name: path.read_text().split('door("')[1].split('"')[0] for path in (REPO / "tools").glob("[!_]*.py")}
 
 
 def as_program(command: Command) -> list[str]:
@@ -135,8 +136,9 @@ def as_program(command: Command) -> list[str]:
         verb = next((verb for verb in (" ".join(words[1:3]), words[1]) if verb in console.VERBS), None)
         assert verb, f"megatron has no verb {words[1]}"
         module = console.VERBS[verb][0]
-        if module in DOORS:  # the others are train and compare, of which no page names a flag in this way
-            words = ["python", f"tools/{DOORS[module].name}", *words[1 + len(verb.split()) :]]
+        door = next((name for name, behind in DOORS.items() if behind == module), None)
+        if door is not None:  # the others are train and compare, of which no page names a flag in this way
+            words = ["python", f"tools/{door}", *words[1 + len(verb.split()) :]]
     return words if words[0] == "python" and len(words) > 2 and words[1].endswith(".py") else []
 
 
@@ -309,7 +311,7 @@ def defaults() -> dict[str, set[str]]:
         raise Parsed
 
     with mock.patch.object(ArgumentParser, "parse_args", note), contextlib.suppress(Parsed):
-        for module in DOORS:
+        for module in set(DOORS.values()):
             if module not in ("benchmark", "torchrun"):  # whose own flags no page gives a default
                 said_by(import_module(f"megatron.commands.{module}").main)
     return found
