@@ -20,6 +20,7 @@ import numpy as np
 from megatron.errors import UserError
 from megatron.files import replace_file
 from megatron.runs.sums import t_quantile
+from megatron.scaling.adequacy import doubts, r_squared
 from megatron.scaling.interval import Interval
 from megatron.scaling.laws import LAWS, Law, Points, Reference
 from megatron.scaling.solve import Problem, minimize
@@ -44,6 +45,9 @@ class Fit:
         ranges: {"parameters" | "tokens" | "unique_tokens" | "epochs" | "flops": (low, high)} of the data.
         objective, label: whose losses these are and what they are ("NLL (exact)", "NLL bound").
         num_points, num_runs: size of the data.
+        r_squared: share of the variance of the loss (not of its logarithm) that the law explains.
+        doubts: why not to believe it, in words (adequacy.py); empty where nothing speaks against it.
+        source: whose runs these are, where they were imported; "" for own runs.
     """
 
     law: Law
@@ -57,6 +61,9 @@ class Fit:
     label: str = ""
     num_points: int = 0
     num_runs: int = 0
+    r_squared: float = math.nan
+    doubts: tuple[str, ...] = ()
+    source: str = ""
 
     def interval(self, name: str) -> Interval:
         """Value and 95 % interval of one parameter."""
@@ -115,6 +122,9 @@ class Fit:
             "ranges": self.ranges,
             "num_points": self.num_points,
             "num_runs": self.num_runs,
+            "r_squared": self.r_squared,
+            "doubts": list(self.doubts),
+            "source": self.source,
         }
 
     @staticmethod
@@ -143,6 +153,9 @@ class Fit:
             label=data["label"],
             num_points=data["num_points"],
             num_runs=data["num_runs"],
+            r_squared=data.get("r_squared", math.nan),
+            doubts=tuple(data.get("doubts", ())),
+            source=data.get("source", ""),
         )
 
 
@@ -184,6 +197,7 @@ def fit_law(
     phi, noise = _best_fit(problem, log_loss, num_starts=num_starts, rng=rng)
     samples = _bootstrap(problem, phi, log_loss, group=group, noise=noise, size=num_bootstrap, rng=rng)
     held_out = _held_out(problem, phi, log_loss, group=group, noise=noise, rng=rng)
+    predicted = law.loss(phi[None], points, reference)[0][0]
     return Fit(
         law=law,
         theta=law.to_theta(phi[None], reference)[0],
@@ -194,6 +208,8 @@ def fit_law(
         ranges=_ranges(points),
         num_points=len(points),
         num_runs=int(group.max()) + 1,
+        r_squared=r_squared(predicted, losses),
+        doubts=doubts(law, points, losses, predicted, groups=group, noise=noise),
     )
 
 

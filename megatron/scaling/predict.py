@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron.scaling.fit import Fit
 from megatron.scaling.interval import Interval
-from megatron.scaling.laws import Coefficients, Points, UShaped
+from megatron.scaling.laws import Coefficients, Points
 
 Array = np.ndarray
 Model = Fit | Coefficients
@@ -52,7 +52,7 @@ def best_epochs(model: Model, parameters: float, unique_tokens: float) -> Interv
 
     Infinite where the loss still falls after 100,000 epochs.
     """
-    if not isinstance(model.law, UShaped):
+    if not model.law.can_rise:
         return None
     epochs = np.geomspace(1, 1e5, 1501)
     central, samples = losses(model, Points.of(parameters, epochs * unique_tokens, unique_tokens))

@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter
 from megatron.runs.comparison import comparisons
 from megatron.runs.counts import format_count
 from megatron.runs.run import Run
+from megatron.scaling.chinchilla import DataConstrained
 from megatron.scaling.fit import Fit
-from megatron.scaling.laws import DataConstrained
 from megatron.scaling.literature import CRITICAL_RANGE_TOKENS, PUBLISHED, critical_flops
 from megatron.scaling.predict import critical_compute
 from megatron.scaling.report.panels import Chart, Panel

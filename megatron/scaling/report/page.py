@@ -13,8 +13,8 @@ from megatron.runs.comparison import summary_row
 from megatron.runs.conclusion import conclusion
 from megatron.runs.replicates import average_seeds
 from megatron.runs.run import Run
+from megatron.scaling.chinchilla import DataConstrained
 from megatron.scaling.fit import Fit
-from megatron.scaling.laws import DataConstrained
 from megatron.scaling.report import brackets, law_plots, plots
 from megatron.scaling.report.frontier import iso_loss, pareto
 from megatron.scaling.report.look import CSS
