@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.scaling.fit import Fit
     from megatron.scaling.observations import Observations
 
-LAW_NAMES = ("chinchilla", "data_constrained", "u_shaped")
+LAW_NAMES = ("chinchilla", "data_constrained", "prescriptive", "u_shaped", "memorisation")
 POINTS = ("final", "best", "curve")
 
 

@@ -61,7 +61,7 @@ class Fit:
     label: str = ""
     num_points: int = 0
     num_runs: int = 0
-    r_squared: float = math.nan
+    r_squared: float | None = None
     doubts: tuple[str, ...] = ()
     source: str = ""
 
@@ -153,7 +153,7 @@ class Fit:
             label=data["label"],
             num_points=data["num_points"],
             num_runs=data["num_runs"],
-            r_squared=data.get("r_squared", math.nan),
+            r_squared=data.get("r_squared"),
             doubts=tuple(data.get("doubts", ())),
             source=data.get("source", ""),
         )

@@ -33,7 +33,8 @@ LAWS: dict[str, Law] = {law.name: law for law in (CHINCHILLA, DATA_CONSTRAINED, 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Published values of one law. ``theta`` in the order of the law's ``names``; R_N may be infinite (N' = N)."""
+    """Published values of one law. ``theta`` in the order of the law's ``names``; R_N may be infinite (N' = N), and a
+    coefficient may be 0 (its term is not there)."""
 
     law: Law
     theta: tuple[float, ...]
@@ -45,5 +46,6 @@ class Coefficients:
 
     def loss(self, parameters: object, tokens: object, unique_tokens: object) -> Array:
         """Loss in nats per token; arguments broadcast; shape [points]."""
-        phi = self.law.to_phi(np.array([self.theta]), Reference())
+        with np.errstate(divide="ignore"):  # a coefficient of 0
+            phi = self.law.to_phi(np.array([self.theta]), Reference())
         return self.law.loss(phi, Points.of(parameters, tokens, unique_tokens), Reference())[0][0]

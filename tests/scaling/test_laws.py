@@ -35,6 +35,14 @@ DESIGNS = {
         MUENNIGHOFF.theta,
         grid(np.geomspace(1e6, 1e9, 6), np.geomspace(3e6, 3e9, 5), [1, 4, 16, 60]),
     ),
+    "prescriptive": (
+        (1.8, 400.0, 0.34, 1500.0, 0.35, 0.05, 0.5, 0.6),
+        grid(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e10, 4), [1, 3, 10, 40, 150]),
+    ),
+    "memorisation": (
+        (1.8, 400.0, 0.34, 1500.0, 0.35, 0.6, 1.0, 2.0, 63_400.0, 0.2, 1.8),
+        grid(np.geomspace(1e6, 3e9, 6), np.geomspace(1e7, 1e10, 4), [1, 3, 10, 40, 150, 600]),
+    ),
     "u_shaped": (U_SHAPED_THETA, grid(np.geomspace(1e6, 1e9, 5), np.geomspace(1e7, 1e10, 4), [1, 3, 10, 40, 150])),
 }
 
