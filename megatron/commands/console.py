@@ -28,6 +28,7 @@ VERBS = {
     "report": ("report", "runs as one HTML page with figures"),
     "compare": ("compare", "runs against each other, as text"),
     "compare-estimators": ("compare_estimators", "likelihood estimators of a checkpoint"),
+    "import": ("import_runs", "runs of others: tables and TensorBoard logs"),
     "sweep": ("sweep", "a grid of runs, here or on SLURM"),
     "fit": ("fit", "scaling laws fitted to runs"),
     "plan": ("plan", "objective, size and epochs for given data and compute"),

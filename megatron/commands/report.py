@@ -29,6 +29,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--output", type=Path, default=Path("report"), metavar="DIR", help="folder (default: %(default)s)"
     )
     parser.add_argument("--fits", type=Path, metavar="FILE", help="laws of tools/fit_laws.py, for their figures")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="runs of a recipe on two or more amounts of data: how many times its own data would each run save it?",
+    )
     parser.add_argument("--title", default="AR and masked diffusion compared", help="heading of the page")
     parser.add_argument(
         "--serve",
@@ -53,12 +60,14 @@ def _report(options: argparse.Namespace) -> None:
     # After the flags are read, so that --help does not wait for matplotlib.
     from megatron.runs.reading import find_runs
     from megatron.scaling.fit import load_fits
+    from megatron.scaling.multiplier import Baseline
     from megatron.scaling.report.page import write_report
 
     fits = load_fits(options.fits) if options.fits else []
+    baseline = Baseline.of_runs(find_runs(options.baseline), "the baseline") if options.baseline else None
 
     def write() -> Path:
-        return write_report(find_runs(options.runs), options.output, options.title, fits=fits)
+        return write_report(find_runs(options.runs), options.output, options.title, fits=fits, baseline=baseline)
 
     page = write()
     print(wrapped("\n".join([*comparison(find_runs(options.runs)), "", f"report: {page}"])), flush=True)

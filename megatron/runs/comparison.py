@@ -90,6 +90,7 @@ def summary_row(run: Run) -> dict[str, str]:
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
     draws = result.row.num_mc if result else 1
     state = " (evaluation only)" if run.is_evaluation else "" if run.is_finished else " (unfinished)"
+    state += f" (imported: {run.source})" if run.source else ""
     row = {
         "Run": run.name + state,
         "Objective": run.objective.upper(),
@@ -123,18 +124,19 @@ def summary_row(run: Run) -> dict[str, str]:
 
 def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
     """(best AR run, best run of another objective) for every unique-token budget and other objective, best first by
-    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part."""
-    best: dict[tuple[int, str], Run] = {}
+    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part; imported
+    runs meet those of their source only."""
+    best: dict[tuple[int, str, str], Run] = {}
     for run in runs:
         if run.best is None or not run.is_likelihood or not run.unique_tokens:
             continue
-        key = (run.unique_tokens, run.objective)
+        key = (run.unique_tokens, run.objective, run.source)
         champion = best.get(key)
         if champion is None or champion.best is None or run.best.nll < champion.best.nll:
             best[key] = run
     pairs = []
-    for (unique, objective), run in sorted(best.items()):
-        baseline = best.get((unique, "ar"))
+    for (unique, objective, source), run in sorted(best.items()):
+        baseline = best.get((unique, "ar", source))
         if objective != "ar" and baseline is not None:
             pairs.append((baseline, run))
     return pairs

@@ -105,10 +105,12 @@ def differences(first: Run, second: Run) -> list[Difference]:
 
 
 def matched_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Difference]]]:
-    """For each run of another objective than AR, the AR run that it matches best, and what differs between them."""
-    baselines = [run for run in runs if run.objective == "ar" and not run.is_evaluation]
+    """For each run of another objective than AR, the AR run of its source that it matches best, and what differs."""
     pairs = []
     for run in runs:
+        baselines = [
+            one for one in runs if one.objective == "ar" and not one.is_evaluation and one.source == run.source
+        ]
         if run.objective == "ar" or run.is_evaluation or not baselines:
             continue
         partner = min(baselines, key=lambda other: len(differences(other, run)))

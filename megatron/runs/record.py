@@ -83,6 +83,7 @@ class RunRecord:
         data, tokenizer: fingerprints: what the data are, wherever they lie.
         attempts: every start of the program on this run.
         origins: where the settings come from that were not left at their defaults, by field.
+        imported: of a run that others made (imported.py): source, licence, file and its SHA-256, fields; else empty.
     """
 
     objective: str
@@ -106,6 +107,7 @@ class RunRecord:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
+    imported: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     def write(self, run_dir: Path) -> None:

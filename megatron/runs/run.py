@@ -69,7 +69,7 @@ class Validation(Position):
         """What ± is over: "37 documents", or "160 samples"."""
         if self.se_kind == OVER_DOCUMENTS and self.num_documents is not None:
             return f"{self.num_documents:,} documents"
-        return f"{self.num_samples:,} samples"
+        return f"{self.num_samples:,} samples" if self.num_samples else "what its source does not say"
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ class Run:
         return not self.train and not self.valid and bool(self.other_valid)
 
     @property
+    def source(self) -> str:
+        """Whose run it is, where it was imported; "" for one of our own."""
+        return str((self.info.get("imported") or {}).get("source", ""))
+
+    @property
     def parameters(self) -> int:
         """All parameters; where a pipeline run did not count them, the compute formula's."""
         return int(self.info["parameters"].get("total") or self.compute_parameters)
@@ -175,7 +180,7 @@ class Run:
     def title(self) -> str:
         """Objective and size, for legends and sentences."""
         mean = f" (mean of {len(self.seeds)} seeds)" if self.seeds else ""
-        return f"{self.objective.upper()} {self.size_name}".rstrip() + mean
+        return f"{self.objective.upper()} {self.size_name}".rstrip() + mean + " (imported)" * bool(self.source)
 
     def setting(self, section: str, name: str) -> Any:
         """One field of the configuration, or None where it was not recorded."""

@@ -87,6 +87,7 @@ PUBLISHED_RANGES: dict[str, dict[str, tuple[float, float]]] = {
 }
 """Of the runs behind these coefficients: the 182 of arXiv 2305.16264's fit; those of Quokka are not known to this project."""
 
+
 @dataclass(frozen=True)
 class Frontier:
     """Lowest loss that a budget of C FLOPs reaches, ``floor + 10^log10_factor * C^exponent``, and how it is spent there:

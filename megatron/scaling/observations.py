@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,8 @@ CHOICES = ("final", "best", "curve")
 
 @dataclass(frozen=True)
 class Observations:
-    """Losses of one objective. ``groups`` is the run of every point; ``skipped`` says which runs are not in it."""
+    """Losses of one objective. ``groups`` is the run of every point; ``skipped`` says which runs are not in it; ``source``
+    whose runs they are, where they were imported."""
 
     objective: str
     label: str
@@ -26,10 +27,11 @@ class Observations:
     losses: np.ndarray
     groups: np.ndarray
     skipped: tuple[str, ...]
+    source: str = ""
 
 
 def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
-    """Collect the losses of every objective whose number is a likelihood.
+    """Collect the losses of every objective whose number is a likelihood; imported runs of each source apart, before own.
 
     Args:
         which: "final": the last validation of every finished run, after its learning rate has decayed (use this for
@@ -43,8 +45,11 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
         which in CHOICES, f"points {which!r} were asked for", f"known are {', '.join(CHOICES)}", "choose one of them"
     )
     found = []
-    for objective in sorted({run.objective for run in runs if run.is_likelihood and not run.is_evaluation}):
-        members = [run for run in runs if run.objective == objective and not run.is_evaluation]
+    kinds = {
+        (run.source == "", run.source, run.objective) for run in runs if run.is_likelihood and not run.is_evaluation
+    }
+    for _, source, objective in sorted(kinds):
+        members = [run for run in runs if (run.source, run.objective) == (source, objective) and not run.is_evaluation]
         labels = {run.label for run in members}
         if len(labels) > 1:
             raise UserError(
@@ -62,7 +67,7 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
         table = np.array(rows, dtype=np.float64).reshape(-1, 5)
         points = Points.of(table[:, 0], table[:, 1], table[:, 2])
         found.append(
-            Observations(objective, labels.pop(), points, table[:, 3], table[:, 4].astype(int), tuple(skipped))
+            Observations(objective, labels.pop(), points, table[:, 3], table[:, 4].astype(int), tuple(skipped), source)
         )
     return found
 
@@ -74,7 +79,7 @@ def fit_observations(law: Law, data: Observations, *, num_bootstrap: int = 400, 
         UserError: too few points for the law.
     """
     fitted = fit_law(law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed)
-    return Fit(**{**vars(fitted), "objective": data.objective, "label": data.label})
+    return replace(fitted, objective=data.objective, label=data.label, source=data.source)
 
 
 def _choose(run: Run, which: str) -> list[Validation]:

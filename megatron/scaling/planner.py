@@ -244,7 +244,7 @@ def _choice(objective: str, model: Model, budget: Budget, row: int, tokens: floa
         label=model.label if isinstance(model, Fit) else ("NLL (exact)" if objective == "ar" else "NLL bound"),
         source=model.source
         if isinstance(model, Coefficients)
-        else f"fit of {model.num_runs} runs, {model.law.equation}",
+        else f"fit of {model.num_runs} runs{' imported from ' * bool(model.source)}{model.source}, {model.law.equation}",
         optimal_epochs=optimum.value if optimum else None,
         notes=tuple(_notes(objective, model, point, budget, names[row])),
     )
@@ -268,6 +268,7 @@ def _notes(objective: str, model: Model, point: Points, budget: Budget, size: st
         )
     if isinstance(model, Fit):
         notes += [f"outside of the fitted range: {text}" for text in model.outside(point)]
+        notes += [f"the law does not describe its runs well: {text}" for text in model.doubts]
         if model.undetermined:
             notes.append(f"these runs leave {', '.join(model.undetermined)} of the law open: trust no extrapolation")
         if model.extrapolation is not None:

@@ -15,6 +15,7 @@ from megatron.runs.replicates import average_seeds
 from megatron.runs.run import Run
 from megatron.scaling.chinchilla import DataConstrained
 from megatron.scaling.fit import Fit
+from megatron.scaling.multiplier import Baseline
 from megatron.scaling.report import brackets, law_plots, plots
 from megatron.scaling.report.frontier import iso_loss, pareto
 from megatron.scaling.report.look import CSS
@@ -25,6 +26,7 @@ from megatron.scaling.report.tables import (
     downstream_html,
     evaluations_html,
     laws_html,
+    multipliers_html,
     notes_html,
     pairs_html,
     problems_html,
@@ -40,7 +42,12 @@ COSTS = ("Parameters", "Unique tokens", "Epochs", "Seed", "Training FLOPs", "Tok
 
 
 def write_report(
-    runs: Sequence[Run], folder: Path, title: str = "AR and masked diffusion compared", *, fits: Sequence[Fit] = ()
+    runs: Sequence[Run],
+    folder: Path,
+    title: str = "AR and masked diffusion compared",
+    *,
+    fits: Sequence[Fit] = (),
+    baseline: Baseline | None = None,
 ) -> Path:
     """Write report.html, and each figure as PNG and SVG, into ``folder``.
 
@@ -48,6 +55,7 @@ def write_report(
 
     Args:
         fits: laws fitted to these or other runs (tools/fit_laws.py), for the figures and the table of laws.
+        baseline: a recipe by which the data efficiency of every run is measured.
 
     Returns:
         the path of report.html, which needs no other file.
@@ -70,6 +78,7 @@ def write_report(
             samples_html(runs),
             section("Runs", _runs_html(rows) + problems_html(runs)),
             evaluations_html(runs),
+            multipliers_html(shown, baseline),
             section("Matched pairs", pairs_html(runs)),
             laws_html(fits),
             downstream_html(runs),

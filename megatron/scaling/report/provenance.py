@@ -153,7 +153,11 @@ def _attempts_html(runs: Sequence[Run]) -> str:
 
 def _attempt(entry: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (entry.get("versions") or {}).items())
+    imported = entry.get("imported") or {}
     facts = {
+        "Imported from": imported.get("source"),
+        "Licence": imported.get("licence"),
+        "File": imported and f"{imported.get('file')} (SHA-256 {str(imported.get('sha256'))[:16]})",
         "Started": entry.get("started"),
         "From step": entry.get("from_step"),
         "Commit": entry.get("commit"),
@@ -164,7 +168,7 @@ def _attempt(entry: Mapping[str, Any]) -> str:
         "Ended": ", ".join(f"{name} {value}" for name, value in (entry.get("ended") or {}).items()),
     }
     items = "".join(
-        f"<li>{name}: {html.escape(str(value))}</li>" for name, value in facts.items() if value not in (None, "")
+        f"<li>{name}: {html.escape(str(value))}</li>" for name, value in facts.items() if value not in (None, "", {})
     )
     command = entry.get("command")
     line = f"<pre><code>{html.escape(shlex.join(map(str, command)))}</code></pre>" if command else ""

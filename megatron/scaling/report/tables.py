@@ -10,9 +10,11 @@ from pathlib import Path
 from megatron.errors import UserError
 from megatron.files import read_object
 from megatron.runs.comparison import plus_minus
+from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, matched_pairs
 from megatron.runs.run import Run
 from megatron.scaling.fit import Fit
+from megatron.scaling.multiplier import Baseline, of_run
 
 
 def section(title: str, body: str) -> str:
@@ -119,19 +121,59 @@ def laws_html(fits: Sequence[Fit]) -> str:
         shown = ["–" if value is None else f"{value:.2%}" for value in errors]
         rows.append(
             {
-                "Objective": fit.objective.upper(),
+                "Objective": fit.objective.upper() + (f" (imported: {fit.source})" if fit.source else ""),
                 "Kind": fit.label,
                 "Law": fit.law.equation,
                 "Parameters, 95 % intervals": ", ".join(f"{name} = {fit.interval(name)}" for name in fit.law.names),
                 "Losses (runs)": f"{fit.num_points} ({fit.num_runs})",
+                "R²": "–" if fit.r_squared is None else f"{fit.r_squared:.3f}",
                 "Residual": shown[0],
                 "Left-out runs": shown[1],
                 "Largest left-out runs": shown[2],
             }
         )
-    return section(
-        "Laws", table(rows, "Laws") + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>"
+    warnings = "".join(
+        f'<p><span class="warn">Do not trust the law of {fit.objective.upper()}</span>: {html.escape(text)}.</p>'
+        for fit in fits
+        for text in fit.doubts
     )
+    return section(
+        "Laws",
+        table(rows, "Laws")
+        + warnings
+        + "<p>A law says nothing about sizes, budgets and epochs far from these runs.</p>",
+    )
+
+
+def multipliers_html(runs: Sequence[Run], baseline: Baseline | None) -> str:
+    """With how many times its data the baseline reaches each run's loss; nothing without a baseline."""
+    if baseline is None:
+        return ""
+    rows = []
+    for run in runs:
+        found = of_run(run, baseline)
+        if found is None or run.result is None:
+            continue
+        reached = "–" if found.refusal else format_count(found.equivalent_tokens)
+        rows.append(
+            {
+                "Run": run.name,
+                "Unique tokens": format_count(run.unique_tokens),
+                "Nats/token": plus_minus(run.result.nll, run.result.nll_se),
+                "The baseline needs": reached,
+                "Times the data, 95 % interval": found.text(),
+            }
+        )
+    known = "; ".join(
+        f"{format_count(unique)} tokens {plus_minus(loss, error)}"
+        for unique, loss, error in zip(baseline.unique_tokens, baseline.losses, baseline.errors)
+    )
+    text = (
+        f"<p>A run with a multiplier x equals {html.escape(baseline.name)} with x times its unique data, by interpolation between "
+        f"{known}. Where the loss is a bound, x is one from below. The interval has the noise of the run and of the baseline; "
+        "∞ and 0 are ends beyond its rows.</p>"
+    )
+    return section("Data efficiency", text + table(rows, "Data efficiency"))
 
 
 def downstream_html(runs: Sequence[Run]) -> str:

@@ -1,0 +1,324 @@
+"""Runs that others made, as run directories of ours: a record that says whose they are, and their validation losses.
+
+A table has one row a run, or (``curve``) one row a validation; an event log of TensorBoard is a curve. Nothing is made up:
+what a source does not say is empty in the record, and reports and fits name the source beside every number.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megatron.errors import Failure, UserError, require
+from megatron.files import replace_file
+from megatron.runs.counts import parse_count
+from megatron.runs.record import METRICS, RunRecord, ValidRow, holds_run, json_line
+
+ALL = "all"
+"""``unique_tokens`` of runs that read every token once."""
+STEP = "step"
+EVENTS = "events.out.tfevents"
+"""Names of TensorBoard's event files begin like this."""
+Row = Mapping[str, str | float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns. ``name``: of the run, where the whole table is one."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    place: Path
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where each field comes from: a column, a column times a factor (``tokens_M*1e6``), or one number for all rows.
+
+    Attributes:
+        loss: validation loss, nats per token.
+        parameters: N of C = 6·N·D.
+        unique_tokens: tokens of one epoch; ``all`` where every token was read once.
+        tokens, flops: training tokens, or the FLOPs that they follow from, D = C/(6·N); one of them.
+        loss_se: standard error of the loss; "" where it is not known.
+        name: column with the name of the run; "" numbers the rows.
+    """
+
+    loss: str
+    parameters: str
+    unique_tokens: str
+    tokens: str = ""
+    flops: str = ""
+    loss_se: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.tokens) != bool(self.flops),
+            f"tokens {self.tokens or 'not given'}, flops {self.flops or 'not given'}",
+            "training tokens are given, or follow from the FLOPs of 6·N·D",
+            "name one of --tokens and --flops",
+        )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose runs these are. ``label``: what their loss is, "NLL (exact)" or "NLL bound"."""
+
+    source: str
+    licence: str
+    objective: str
+    label: str
+
+    def __post_init__(self) -> None:
+        for name in ("source", "licence"):
+            require(
+                bool(getattr(self, name).strip()),
+                f"no {name}",
+                "runs of others carry their source and licence wherever they are shown",
+                f"name it with --{name}",
+            )
+
+
+@dataclass
+class Imported:
+    """One run to be: its size, its data, and (step, tokens, loss, standard error) of its validations."""
+
+    name: str
+    parameters: float
+    unique_tokens: float
+    points: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+
+def read_table(path: Path) -> Table:
+    """A CSV file with a line of column names.
+
+    Raises:
+        UserError: no such table.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = tuple(reader)
+            columns = tuple(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: {error}", "a table is CSV in UTF-8", "write it as such") from None
+    rule, fix = "a table has a line of column names and rows of as many values", "write it as CSV with commas"
+    require(len(columns) > 1 and len(rows), f"{path} has {len(columns)} columns and {len(rows)} rows", rule, fix)
+    broken = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    require(broken is None, f"{path}, row {broken}: more or fewer values than column names", rule, fix)
+    return Table(columns, rows, path)
+
+
+def read_event_logs(place: Path) -> list[Table]:
+    """TensorBoard's scalars, one table for each folder with event files at any depth: ``step`` and a column a tag.
+
+    Raises:
+        UserError: no scalar there.
+        Failure: TensorBoard is not installed.
+    """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        raise Failure(
+            f"{place} is a TensorBoard log, and the package tensorboard is not installed",
+            "TensorBoard's own reader reads its logs",
+            "pip install tensorboard, or import a CSV of them",
+        ) from None
+    files = [place] if place.is_file() else sorted(place.glob(f"**/{EVENTS}*"))
+    tables = []
+    for folder in dict.fromkeys(file.parent if place.is_dir() else file for file in files):
+        log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        tags = tuple(log.Tags()["scalars"])
+        by_step: dict[int, dict[str, str | float]] = {}
+        for tag in tags:
+            for event in log.Scalars(tag):
+                by_step.setdefault(event.step, {STEP: float(event.step)})[tag] = event.value
+        name = folder.resolve().name if folder.is_dir() else folder.resolve().parent.name
+        if tags:
+            rows = tuple(by_step[step] for step in sorted(by_step))
+            tables.append(Table((STEP, *tags), rows, folder, name))
+    require(
+        bool(tables), f"{place} holds no scalars of TensorBoard", f"its files are called {EVENTS}…", "name their folder"
+    )
+    return tables
+
+
+def collect(table: Table, fields: Fields, *, curve: bool = False) -> tuple[list[Imported], list[str]]:
+    """The runs of a table, and in words the rows that are left out (no finite, positive loss).
+
+    Args:
+        table: rows; in an event log a value that a step lacks is that of the step before.
+        fields: which column is what.
+        curve: rows of one name are validations of one run; else every row is a finished run.
+
+    Raises:
+        UserError: a column that is not there, a value that is no count, or a run of two sizes.
+    """
+    runs: dict[str, Imported] = {}
+    left_out: list[str] = []
+    values: dict[str, str | float] = {}
+    for number, row in enumerate(table.rows, 1):
+        where = f"{table.place}, row {number}"
+        values = {**values, **row} if table.name else dict(row)
+        loss = _loss(values, row, fields, table)
+        if loss is None:
+            if not table.name:  # most steps of a log have no validation
+                left_out.append(f"{where}: no finite, positive loss")
+            continue
+        name = table.name or str(values[fields.name] if fields.name else f"{table.place.stem}-{number}")
+        found = _run(values, fields, table, _safe(name), where)
+        if curve or table.name:
+            kept = runs.setdefault(found.name, found)
+            same = math.isclose(kept.parameters, found.parameters, rel_tol=1e-6)
+            require(same, f"{where}: run {name} has two sizes", "a run has one", "correct the table")
+            found, kept.unique_tokens = kept, max(kept.unique_tokens, found.unique_tokens)
+        else:
+            found.name = _free(found.name, runs)
+            runs[found.name] = found
+        step = int(float(values[STEP])) if STEP in table.columns else len(found.points) + 1
+        tokens = _tokens(values, fields, table, found.parameters, where)
+        error = _value(values, fields.loss_se, table, where) if fields.loss_se else math.nan
+        found.points.append((step, tokens, loss, error))
+    return list(runs.values()), left_out
+
+
+def write_run(run: Imported, folder: Path, *, origin: Origin, place: Path, fields: Fields) -> None:
+    """Write ``run.json`` and ``metrics.jsonl`` of an imported run.
+
+    Raises:
+        UserError: the folder holds a run.
+    """
+    require(
+        not holds_run(folder), f"{folder} holds a run", "an import overwrites none", "remove it or name another folder"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    last = max(tokens for _, tokens, _, _ in run.points)
+    record = RunRecord(
+        objective=origin.objective,
+        label=origin.label,
+        train_label="",
+        config={},
+        parameters={"total": round(run.parameters), "embedding": 0, "for_compute": round(run.parameters)},
+        unique_tokens=round(run.unique_tokens),
+        train_samples=0,
+        train_tokens=round(last),
+        epochs=last / run.unique_tokens,
+        train_flops=6.0 * run.parameters * last,
+        layout={},
+        versions={},
+        device="",
+        started="",
+        text_bytes_per_token=None,
+        imported={
+            "source": origin.source,
+            "licence": origin.licence,
+            "file": place.name,
+            "sha256": _sha256(place),
+            "fields": json.dumps({name: value for name, value in asdict(fields).items() if value}),
+        },
+    )
+    rows = [json_line(_row(run, point, label=origin.label)) for point in run.points]
+    replace_file(folder / METRICS, "".join(rows))
+    record.write(folder)
+
+
+def _row(run: Imported, point: tuple[int, float, float, float], *, label: str) -> ValidRow:
+    step, tokens, loss, error = point
+    return ValidRow(
+        step=step,
+        samples=0,
+        tokens=round(tokens),
+        epoch=tokens / run.unique_tokens,
+        flops=6.0 * run.parameters * tokens,
+        nll=loss,
+        nll_se=error,
+        label=label,
+        num_mc=1,
+        num_samples=0,
+        ppl=math.exp(min(loss, 700.0)),
+        bits_per_byte=None,
+        best=False,
+    )
+
+
+def _run(values: Row, fields: Fields, table: Table, name: str, where: str) -> Imported:
+    parameters = _value(values, fields.parameters, table, where)
+    tokens = _tokens(values, fields, table, parameters, where)
+    unique = tokens if fields.unique_tokens == ALL else _value(values, fields.unique_tokens, table, where)
+    return Imported(name, parameters, min(unique, tokens) if not table.name else unique)
+
+
+def _tokens(values: Row, fields: Fields, table: Table, parameters: float, where: str) -> float:
+    if fields.tokens:
+        return _value(values, fields.tokens, table, where)
+    return _value(values, fields.flops, table, where) / (6 * parameters)
+
+
+def _loss(values: Row, row: Row, fields: Fields, table: Table) -> float | None:
+    """The loss of a row; None where it has none that can be used. The column must be there."""
+    column, factor = _column(fields.loss, table)
+    if column is None:
+        raise UserError(
+            f"loss {fields.loss}", f"the columns are {', '.join(table.columns)}", "name the one with the loss"
+        )
+    try:
+        loss = float(row.get(column, math.nan)) * factor
+    except ValueError:
+        return None
+    return loss if math.isfinite(loss) and loss > 0 else None
+
+
+def _value(values: Row, given: str, table: Table, where: str) -> float:
+    """A positive number from what a field was given as."""
+    column, factor = _column(given, table)
+    text = given if column is None else values.get(column, "")
+    try:
+        return (text if isinstance(text, float) else parse_count(str(text).strip(), least=1e-12)) * factor
+    except UserError:
+        known = f"the columns are {', '.join(table.columns)}"
+        rule = (
+            f"a number is needed there, such as 1e9 or 100M; {known}" if column is None else "a number is needed there"
+        )
+        raise UserError(
+            f"{where}: {given} is {str(text)!r}", rule, "name another column or correct the table"
+        ) from None
+
+
+def _column(given: str, table: Table) -> tuple[str | None, float]:
+    """(column, factor) of ``column`` or ``column*factor``; no column for a plain number."""
+    if given in table.columns:
+        return given, 1.0
+    name, _, factor = given.rpartition("*")
+    if name.strip() in table.columns:
+        return name.strip(), parse_count(factor.strip(), least=1e-30)
+    return None, 1.0
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "run"
+
+
+def _free(name: str, taken: Mapping[str, Imported]) -> str:
+    """``name``, or with a number behind it: runs of one name that differ in their seed."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+def _sha256(place: Path) -> str:
+    """Of the file, or of all event files of a folder one after the other."""
+    files: Sequence[Path] = [place] if place.is_file() else sorted(place.glob(f"{EVENTS}*"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
