@@ -69,7 +69,8 @@ def _fit_one(data: Observations, options: argparse.Namespace) -> Fit:
     for fit in fits:
         chosen = " <- chosen" if fit is best and len(fits) > 1 else ""
         _print(f"  {fit.law.name}: R² {fit.r_squared:.4f}, residual {fit.noise:.2%}, "
-              f"left-out runs {_percent(fit.cross_validation)}, largest left-out runs {_percent(fit.extrapolation)}{chosen}")  # fmt: skip
+              f"left-out runs {_percent(fit.cross_validation)}, "
+              f"largest left-out runs {_percent(fit.extrapolation)}{chosen}")  # fmt: skip
     _print(f"  {best.law.equation}")
     for name in best.law.names:
         _print(f"    {name:6} {best.interval(name)}")

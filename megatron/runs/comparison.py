@@ -36,7 +36,7 @@ class Gap:
 @dataclass(frozen=True)
 class Overfitting:
     """``best`` is the lowest validation. ``rises``: the last validation lies above it beyond the error of the
-    difference. ``at_end``: the best validation is the last one, so training longer may still help."""
+    difference. ``at_end``: the best of several validations is the last one, so training longer may still help."""
 
     best: Validation
     rises: bool
@@ -61,7 +61,7 @@ def overfitting(run: Run) -> Overfitting | None:
     last = [row for row in run.valid if math.isfinite(row.nll)][-1]
     rise = last.nll - best.nll
     if last is best:
-        return Overfitting(best, rises=False, at_end=True, rise=0.0)
+        return Overfitting(best, rises=False, at_end=len(run.valid) > 1, rise=0.0)
     gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
     return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
 

@@ -19,7 +19,7 @@ from megatron.runs.run import Run
 from megatron.scaling.interval import Interval
 
 Array = np.ndarray
-DRAWS = 2000
+DRAWS = 400
 """Of the noise of run and baseline, for the interval."""
 MOST_RISE_IN_SE = 3.0
 """A baseline whose loss rises from one row to the next by more than this many standard errors is no baseline."""
@@ -136,8 +136,8 @@ def multiplier(
         seed: of the noise.
 
     Returns:
-        the multiplier; its interval has the noise of the run and of the baseline's rows, taken as independent. Where the loss
-        lies outside of the baseline's rows, a refusal in words.
+        the multiplier; its interval has the noise of the run and of the baseline's rows, taken as independent (none where
+        neither is known). Where the loss lies outside of the baseline's rows, a refusal in words.
 
     Raises:
         UserError: the loss is no number, or the run has no data.
@@ -155,6 +155,8 @@ def multiplier(
         )
         refusal = f"none: {loss:.3f} is {side}, {baseline.losses[end]:.3f} at {format_count(baseline.unique_tokens[end])} tokens"
         return Multiplier(nowhere, value, refusal, at_least)
+    if not (np.nan_to_num(error) > 0 or baseline.errors.any()):
+        return Multiplier(Interval(value / unique_tokens, math.nan, math.nan), value, at_least=at_least)
     rng = np.random.default_rng(seed)
     runs = loss + np.nan_to_num(error) * rng.standard_normal(DRAWS)
     tables = baseline.losses + baseline.errors * rng.standard_normal((DRAWS, len(baseline.losses)))

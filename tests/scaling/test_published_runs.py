@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.scaling.adequacy import r_squared
 from megatron.scaling.fit import fit_law
-from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, Points, Reference
+from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, LAWS, Points, Reference
+from megatron.scaling.literature import BESIROGLU, MUENNIGHOFF
 
 FOLDER = Path(os.environ.get("MEGATRON_PUBLISHED_RUNS", "../shared/facts/runs"))
 C4_THETA = (1.869146, 520.825, 0.3526596, 1487.71, 0.3526596, 15.387756, 5.309743)
@@ -32,8 +34,8 @@ def columns(name, *fields):
     return [np.array([float(row[field]) for row in rows]) for field in fields]
 
 
-def c4():
-    n, d, u, loss = columns("muennighoff_c4_fit182.csv", "params", "tokens", "unique_tokens", "final_validation_loss")
+def c4(name="muennighoff_c4_fit182.csv"):
+    n, d, u, loss = columns(name, "params", "tokens", "unique_tokens", "final_validation_loss")
     return Points.of(n, d, u), loss
 
 
@@ -84,3 +86,49 @@ def test_the_replication_of_chinchilla_comes_back_within_our_intervals():
         assert abs(interval.value - value) < error, (name, interval)
         assert interval.high - interval.low < 6 * error, "an interval far too wide would hold anything"
     assert fit.undetermined == []
+    assert fit.doubts == (), "a law that describes its losses is not doubted"
+    assert fit.cross_validation < 0.01
+    assert fit.r_squared > 0.99
+    predicted = BESIROGLU.loss(points.parameters, points.tokens, points.unique_tokens)
+    # With the exponents rounded to five digits; published: 0.00101827.
+    assert huber(np.log(predicted / loss[keep])) == pytest.approx(0.00101827, rel=1e-2)
+
+
+# File → runs; R² that the published law reaches with its published coefficients; by law the least R² and the most held-out error
+# (five folds of runs). Reached on 26 November 2026: docs/scaling.md.
+C4 = {
+    "muennighoff_c4_fit182.csv": (
+        182,
+        0.7722046,
+        {"chinchilla": (0.90, 0.09), "data_constrained": (0.935, 0.07), "prescriptive": (0.96, 0.06),
+         "u_shaped": (0.97, 0.055), "memorisation": (0.985, 0.033)},
+    ),
+    "muennighoff_c4_all.csv": (
+        296,
+        0.447,
+        {"chinchilla": (0.30, 0.24), "data_constrained": (0.50, 0.18), "prescriptive": (0.77, 0.105),
+         "u_shaped": (0.755, 0.105), "memorisation": (0.88, 0.07)},
+    ),
+}  # fmt: skip
+
+
+@needs_runs
+@pytest.mark.parametrize("name", C4)
+def test_laws_describe_the_runs_of_muennighoff(name):
+    """The published law has its published R²; ours reach what is asked (0.97 and 0.76) and more, and leave what they leave."""
+    points, loss = c4(name)
+    count, published, bounds = C4[name]
+    assert len(loss) == count
+    predicted = MUENNIGHOFF.loss(points.parameters, points.tokens, points.unique_tokens)
+    assert r_squared(predicted, loss) == pytest.approx(published, abs=1e-3)
+    fits = {law: fit_law(LAWS[law], points, loss, num_bootstrap=20) for law in LAWS}
+    for law, (least, most) in bounds.items():
+        assert fits[law].r_squared == pytest.approx(r_squared(fits[law].loss(points), loss), rel=1e-6)
+        assert fits[law].r_squared >= least, law
+        assert fits[law].cross_validation <= most, law
+    best = min(fits.values(), key=lambda fit: fit.cross_validation)
+    assert best.law.name == "memorisation"
+    for fit in fits.values():
+        rising = any("the loss rises with epochs" in text for text in fit.doubts)
+        assert rising is not fit.law.can_rise, "these losses rise by half and more"
+        assert any("neighbouring runs" in text for text in fit.doubts), "the rest is no noise: seeds differ by 0.1 %"

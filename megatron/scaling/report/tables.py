@@ -169,9 +169,9 @@ def multipliers_html(runs: Sequence[Run], baseline: Baseline | None) -> str:
         for unique, loss, error in zip(baseline.unique_tokens, baseline.losses, baseline.errors)
     )
     text = (
-        f"<p>A run with a multiplier x equals {html.escape(baseline.name)} with x times its unique data, by interpolation between "
-        f"{known}. Where the loss is a bound, x is one from below. The interval has the noise of the run and of the baseline; "
-        "∞ and 0 are ends beyond its rows.</p>"
+        f"<p>A run with a multiplier x equals {html.escape(baseline.name)} with x times its unique data, by interpolation "
+        f"between {known}. Where the loss is a bound, x is one from below. The interval has the noise of the run and of the "
+        f"baseline{'' if baseline.errors.all() else ', as far as it is known'}; ∞ and 0 are ends beyond its rows.</p>"
     )
     return section("Data efficiency", text + table(rows, "Data efficiency"))
 
