@@ -235,6 +235,9 @@ def furnish(house: Path) -> None:
     for number, text in enumerate(words[:40]):
         (house / f"my-notes/{number}.md").write_text(text)
     write_settings(house)
+    sizes = [(n, d, u) for n in (10**7, 10**8, 10**9) for d, u in ((10**9, 10**9), (10**10, 10**9), (10**10, 10**10))]
+    table = [f"r{at},{n},{d},{u},{2 + 400 / n**0.34 + 400 / d**0.28:.4f}\n" for at, (n, d, u) in enumerate(sizes)]
+    (house / "theirs.csv").write_text("".join(["run,params,tokens,unique_tokens,final_validation_loss\n", *table]))
     (house / "hosts.txt").write_text("n0 slots=8\nn1 slots=8\n")
     lines = {key: "".join(json.dumps({key: text}) + "\n" for text in words) for key in ("text", "body")}
     (house / "data/c4_100m/c4_100m.jsonl").write_text(lines["text"])
