@@ -43,7 +43,8 @@ class Held:
         if on_host:
             return replace(self, host=self.host + more)
         moments = (self.between, self.forward, self.backward, self.update)
-        return Held(*({**parts, "optimizer": parts["optimizer"] + more} for parts in moments), self.host)
+        between, forward, backward, update = ({**parts, "optimizer": parts["optimizer"] + more} for parts in moments)
+        return Held(between, forward, backward, update, self.host)
 
 
 @dataclass(frozen=True)
