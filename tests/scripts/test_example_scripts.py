@@ -345,7 +345,7 @@ def test_shellcheck(script: Path) -> None:
 def test_scripts_are_short_and_harmless() -> None:
     for script in EXAMPLES.rglob("*.sh"):
         text = script.read_text()
-        limit = {"common.sh": 200, "cluster.sh": 125, "multi_node.sh": 35}.get(script.name, 25)
+        limit = {"common.sh": 200, "cluster.sh": 125, "multi_node.sh": 35, "laptop.sh": 40}.get(script.name, 25)
         assert len(text.splitlines()) <= limit, f"{script} is longer than {limit} lines"
         assert "/dev/shm" not in text
         assert "NCCL_IB_DISABLE" not in text
