@@ -59,6 +59,10 @@ WRONG = {
     "fit_laws": ["absent"],
     "generalisation": ["absent"],
     "generate": ["--load", "absent"],
+    "import_runs": [
+        *("absent", "--output", "out", "--source", "s", "--licence", "l", "--objective", "ar"),
+        *("--loss", "loss", "--parameters", "n", "--unique-tokens", "u", "--tokens", "d"),
+    ],
     "inspect_data": ["absent"],
     "likelihood": ["absent"],
     "make_sample_corpus": ["--output-dir", "out", "--validation-fraction", "7"],
