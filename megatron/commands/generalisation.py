@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags of tools/generalisation.py."""
     parser = Parser(
         description=__doc__,
-        examples=("megatron generalisation runs/ar runs/mdm", "megatron report runs/ar runs/mdm --output report"),
+        examples=("megatron generalisation runs/ar runs/mdm", "megatron report runs/ar runs/mdm"),
     )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run directory; each is scored on its own data")
