@@ -36,6 +36,14 @@ class Help(argparse.HelpFormatter):
         return super()._format_action_invocation(action).replace(" ,", ",").rstrip()
 
 
+def _in_lines(command: str) -> str:
+    """A command in lines of at most 80 columns, which a shell reads as one; quoted words stay whole."""
+    lines = [""]
+    for word in re.findall(r"(?:'[^']*'|\"[^\"]*\"|\S)+", command):
+        lines += [word] if len(lines[-1]) + len(word) > 68 else [f"{lines.pop()} {word}".strip()]
+    return "    " + " \\\n        ".join(lines)
+
+
 class Parser(argparse.ArgumentParser):
     """What argparse does, with the manners above.
 
@@ -44,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, examples: Sequence[str] = (), epilog: str = "", **more: Any) -> None:
-        shown = "\n".join(["  examples:", *(f"    {line}" for line in examples)]) if examples else ""
+        shown = "\n".join(["  examples:", *map(_in_lines, examples)]) if examples else ""
         parts = {"allow_abbrev": False, "formatter_class": Help, **more}
         super().__init__(epilog="\n\n".join(part for part in (epilog, shown) if part) or None, **parts)
         self.examples = tuple(examples)

@@ -105,7 +105,9 @@ def usage_line(parser: Parser) -> str:
             words.append(values)
         elif action.required:
             words.append(f"{action.option_strings[0]} {values.replace(' [', ' ...[').partition('[')[0]}")
-    return " ".join([*words, "[flags]"])
+    first = " " * (len("usage: ") + len(parser.prog) - len(words[0]))  # as wide as what stands there in the end
+    lines = textwrap.wrap(" ".join([*words, "[flags]"]), 80, initial_indent=first, subsequent_indent=" " * 7)
+    return "\n".join(lines).lstrip()
 
 
 def not_a_choice(action: argparse.Action, value: Any) -> argparse.ArgumentError:
