@@ -202,20 +202,6 @@ def hub() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    *(
-        versions,
-        driver,
-        gpus,
-        nccl,
-        shared_memory,
-        files,
-        locked_memory,
-        processes,
-        cores,
-        memory,
-        clock,
-        disk,
-        host,
-        hub,
-    ),
+    *(versions, driver, gpus, nccl, shared_memory, files, locked_memory),
+    *(processes, cores, memory, clock, disk, host, hub),
 )

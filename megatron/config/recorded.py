@@ -53,7 +53,6 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
         scheme = record.get("noise_scheme", 1)
         run = replace(
             run,
-            **ONE_FOLDER,  # type: ignore[arg-type]
             save=None if run.save is None else str(path.parent),
             load=None if is_resumable else run.load,
             load_tag=None if is_resumable else run.load_tag or (Path(tag).name if tag else None),
@@ -64,7 +63,8 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
             for name, (before, now, *_) in (attempt.get("changed") or {}).items():
                 step = f"; from step {attempt['from_step']} on the run had {now}"
                 lines.append(f"{path}: {name} is {before}, with which the run began{step}")
-        return flags_of({**record, "config": {**sections, "run": asdict(run)}}, registry), lines
+        flags = flags_of({**record, "config": {**sections, "run": asdict(run)}}, registry)
+        return {**flags, **ONE_FOLDER}, lines  # last: what has an effect only with one of them is kept for another one
     except UserError as error:
         raise UserError(f"{path}: {error.given}", error.rule, error.fix) from error
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as error:

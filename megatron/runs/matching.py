@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 from megatron.config import config_to_dict
@@ -95,7 +96,7 @@ def differences(first: Run, second: Run) -> list[Difference]:
         layout = name.startswith("parallel.") or name in _LAYOUT_FIELDS
         if name in by_content or (_says_nothing(name) and not layout):
             continue
-        one, other = (record.get(name, _DEFAULTS.get(name)) for record in (left, right))
+        one, other = (record.get(name, _defaults().get(name)) for record in (left, right))
         if one != other:
             found.append(Difference(name, one, other, "layout" if layout else "result"))
     found += _data_differences(first, second)
@@ -250,5 +251,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-_DEFAULTS = _flatten(config_to_dict(Config()))
-"""What a record that lacks a setting, because it is older, did."""
+@cache
+def _defaults() -> dict[str, Any]:
+    """What a record that lacks a setting, because it is older, did."""
+    return _flatten(config_to_dict(Config()))

@@ -28,7 +28,7 @@ from checkpoint.saved import save
 
 from megatron.config import config_to_dict, values_of
 from megatron.config.cli import build_parser
-from megatron.config.option import default_of, idle_options, spelling
+from megatron.config.option import idle_options, spelling
 from megatron.config.recorded import ONE_FOLDER
 from megatron.config.schema import Config
 from megatron.data.prepare.writer import IndexedDatasetWriter
@@ -209,9 +209,7 @@ def lost(flags: Config, plan: Plan, line: Line) -> list[str]:
         path.write_text(json.dumps(record))
         elsewhere = [] if plan.settings.run.save is None else ["--save", "elsewhere"]
         again = start(["--config", str(path), *elsewhere], line.world_size)[1]
-        # Its places are not taken over, nor is what has an effect only with one of them.
-        kept = [(item, default_of(item) if item.name in PLACES else value) for item, value in given_items(plan)]
-        found = differing(plan, again, without=(*PLACES, *(idle for idle, _ in idle_options(kept))))
+        found = differing(plan, again, without=(*PLACES, *(idle for idle, _ in idle_options(given_items(plan)))))
         wrong += [f"run.json loses {name}: {values}" for name, values in found.items()]
         path.unlink()
     return wrong

@@ -126,6 +126,7 @@ def test_what_a_repetition_takes_over_and_what_not() -> None:
     changes = {
         "overwrite": True,
         "tensorboard_dir": "tb",
+        "log_validation_ppl_to_tensorboard": True,
         "kill_switch_file": "stop",
         "load": "other",
         "save_interval": 7,
@@ -141,6 +142,7 @@ def test_what_a_repetition_takes_over_and_what_not() -> None:
     record["config"]["run"]["noise_scheme"] = record["noise_scheme"] = 2
     assert repeated(record, Path("there/run.json"), OBJECTIVES)[0]["noise_scheme"] == 2
     assert not values["overwrite"] and values["tensorboard_dir"] is None and values["save_interval"] == 7
+    assert values["log_validation_ppl_to_tensorboard"]  # for another --tensorboard-dir
     assert lines == [
         "there/run.json: not taken over: --overwrite True, --kill-switch-file stop, --tensorboard-dir tb",
         "there/run.json: optimizer.lr is 0.001, with which the run began; from step 20 on the run had 0.0002",
