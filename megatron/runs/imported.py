@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron.errors import Failure, UserError, require
-from megatron.files import replace_file
+from megatron.files import replace_file, sha256_of
 from megatron.runs.counts import parse_count
 from megatron.runs.record import METRICS, RunRecord, ValidRow, holds_run, json_line
 
@@ -316,9 +316,7 @@ def _free(name: str, taken: Mapping[str, Imported]) -> str:
 
 
 def _sha256(place: Path) -> str:
-    """Of the file, or of all event files of a folder one after the other."""
-    files: Sequence[Path] = [place] if place.is_file() else sorted(place.glob(f"{EVENTS}*"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """Of the file; of a folder with event files that of theirs, in hexadecimal, one after the other."""
+    if place.is_file():
+        return sha256_of(place)
+    return hashlib.sha256("".join(map(sha256_of, sorted(place.glob(f"{EVENTS}*")))).encode()).hexdigest()
