@@ -1,4 +1,4 @@
-"""Dual language modelling (arXiv 2512.14549): AR and masked diffusion on shifted labels, in one model, by sample."""
+"""Dual modelling: autoregressive and masked diffusion in one model, by sample, on shifted labels (arXiv 2512.14549)."""
 
 from __future__ import annotations
 
