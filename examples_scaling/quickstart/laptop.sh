@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a bare machine to a verdict: 7 to 10 minutes on 2 CPU cores, and 3 or more to install (from processor time, measured). A small model
+# From a bare machine to a verdict: 7 to 10 minutes on 2 CPU cores, and 3 or more to install (measured). A small transformer
 # learns one text as a causal (AR) and as a masked-diffusion model (MDM), each by the best of equally many trials (docs/benchmarks.md);
 # exact likelihoods judge them. RECIPE=plain trains both as is usual for much text, into runs/laptop-plain: also for TEXT of megabytes.
 # Ctrl-C stops it, the same command continues; all is in RUN_DIR.
