@@ -28,6 +28,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=whole(1, 10**6), default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=whole(0, 10**6), default=3, help="steps before them (default: 3)")
     parser.add_argument("--compare-plain", action="store_true", help="alternate with plain PyTorch steps (one process)")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="record two further steps here (.json or .json.gz, for chrome://tracing), and name their largest costs",
+    )
     parser.add_argument("--json", type=Path, default=None, help="also write the result here")
     options, flags = parser.parse_known_args(argv)
     from megatron.commands.speed import benchmark_config, measure
@@ -41,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
             "the plain step is one process and one micro-batch",
             "make --global-batch-size equal to --micro-batch-size",
         )
-    result = measure(config, steps=options.steps, warmup=options.warmup, compare_plain=options.compare_plain)
+    counts = {"steps": options.steps, "warmup": options.warmup}
+    result = measure(config, **counts, compare_plain=options.compare_plain, trace=options.trace)
     if Launch.from_environment().is_first_rank:
         text = json.dumps(result, indent=1)
         print(text)

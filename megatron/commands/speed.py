@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from megatron.training.deepspeed.engine import Engine
 from megatron.training.optimizer import build_optimizer
 
 VOCAB_SIZE = 50257  # GPT-2
+TRACED = 2  # steps of a trace
 
 
 class RandomTokens:
@@ -100,8 +102,10 @@ def timed(action: Callable[[], Any], context: ParallelContext) -> float:
     return time.perf_counter() - started
 
 
-def measure(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> dict[str, Any]:
-    """Time ``steps`` steps after ``warmup`` ones; see the module's docstring."""
+def measure(
+    config: Config, *, steps: int, warmup: int, compare_plain: bool = False, trace: Path | None = None
+) -> dict[str, Any]:
+    """Time ``steps`` steps after ``warmup`` ones; see the module's docstring. With ``trace``, one more step is recorded."""
     connection = connect(Launch.from_environment(), timeout_minutes=config.parallel.distributed_timeout_minutes)
     context = ParallelContext.create(
         tp_size=config.parallel.tensor_model_parallel_size, pp_size=config.parallel.pipeline_model_parallel_size
@@ -114,7 +118,7 @@ def measure(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> 
         objective,
         context,
         micro_batch_size=config.run.micro_batch_size,
-        last_sample=(warmup + steps) * config.run.global_batch_size * (2 if compare_plain else 1),
+        last_sample=(warmup + steps + TRACED) * config.run.global_batch_size * (2 if compare_plain else 1),
         num_workers=config.data.num_workers,
     )
     plain = plain_step(config, objective) if compare_plain else None
@@ -126,8 +130,38 @@ def measure(config: Config, *, steps: int, warmup: int, compare_plain: bool) -> 
             times["engine"].append(timed(step, context))
             if plain is not None:
                 times["plain"].append(timed(partial(plain, next(batches)), context))
+        peak_memory = _peak_memory_gib(context)
+        step = partial(engine.train_step, batches, consumed_samples=0)
+        costs = None if trace is None else _traced(step, trace, context)
     connection.leave()
-    return report(config, objective, context, {name: values[warmup:] for name, values in times.items() if values})
+    result = report(config, objective, context, {name: values[warmup:] for name, values in times.items() if values})
+    return {**result, "peak_memory_gib": peak_memory, **({} if costs is None else {"largest_costs": costs})}
+
+
+def _traced(step: Callable[[], Any], path: Path, context: ParallelContext) -> list[dict[str, Any]]:
+    """Record steps into ``path`` (Chrome's trace format, gzip where it ends so; on a GPU its kernels), and where their time went:
+    the ten largest costs by kernel or operator, [{name, share, milliseconds and calls a step}]."""
+    from torch.profiler import ProfilerActivity, profile
+
+    is_gpu = context.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]) as profiler:
+        for _ in range(TRACED):
+            timed(step, context)
+    if context.rank == 0:
+        profiler.export_chrome_trace(str(path))
+    events = profiler.key_averages()
+    spent = {event.key: event.self_device_time_total if is_gpu else event.self_cpu_time_total for event in events}
+    calls, total = {event.key: event.count for event in events}, sum(spent.values()) or 1.0
+    largest = sorted(spent, key=lambda name: -spent[name])[:10]
+    return [
+        {
+            "name": name[:100],
+            "share": spent[name] / total,
+            "ms": spent[name] / 1e3 / TRACED,
+            "calls": calls[name] / TRACED,
+        }
+        for name in largest
+    ]
 
 
 def report(
@@ -153,7 +187,6 @@ def report(
         "flops_per_token": flops,
         "tflops_per_device": per_device / 1e12,
         "mfu": None if peak is None else per_device / peak,
-        "peak_memory_gib": _peak_memory_gib(context),
         "machine": _machine(context),
     }
     if "plain" in times:

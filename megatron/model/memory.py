@@ -63,10 +63,10 @@ def mask_bytes(mask: AttentionMask, shape: Shape, *, samples: int, positions: in
 
 
 def head_bytes(shape: Shape, *, rows: int, tp_size: int, width: int) -> int:
-    """Bytes that the loss needs at once, for ``rows`` positions: one chunk of logits (as computed, in fp32, and their error),
-    the gradient of the output matrix in fp32 with one product, the rows and their gradient."""
+    """Bytes that the cross-entropy needs at once, for ``rows`` positions: one chunk of logits, over which their error is written,
+    the gradient of the output matrix in fp32 and as it is handed on, the rows and their gradient."""
     chunk = min(CHUNK_ROWS["cuda"], rows)
     vocabulary = shape.padded_vocab_size // tp_size
-    logits = chunk * vocabulary * (width + FLOAT + width)
+    logits = chunk * vocabulary * width
     matrix = vocabulary * shape.hidden_size * (FLOAT + width)
     return logits + matrix + 2 * rows * shape.hidden_size * width

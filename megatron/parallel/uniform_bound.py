@@ -55,6 +55,7 @@ def linear_uniform_bound(
 
     def row_loss(logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         tokens, noised, odds = (state[rows] for state in states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return divergences(logits, torch.stack((tokens, noised)), odds, context, vocab_size=vocab_size)
 
     return linear_loss(hidden, weight, row_loss, loss_weights, context)

@@ -23,13 +23,13 @@ def first_line(path: Path) -> str:
     return next(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#!"))
 
 
-def phrase(flops: float, *, amount: str = "", devices: int = 8) -> str:
+def phrase(flops: float, *, amount: str = "", devices: int = 8, mfu: float = PRICE["mfu"]) -> str:
     """Of so many FLOPs: ``11 h and $260 on 8 H100``. Two digits are more than it is worth."""
-    price = {**PRICE, "devices": devices}
+    price = {**PRICE, "devices": devices, "mfu": mfu}
     time, cost = hours(flops, price), dollars(flops, price)
     assert time is not None and cost is not None
     rounded = [f"{float(f'{value:.2g}'):,g}" for value in (time, cost)]
-    return f"{rounded[0]} h and ${rounded[1]}{amount} on {devices} H100"
+    return f"{rounded[0]} h and ${rounded[1]}{amount} on {devices} H100" + f" at {mfu:.0%}" * (mfu != PRICE["mfu"])
 
 
 def phrase_of_passes(script: Path) -> str:

@@ -83,9 +83,11 @@ def test_every_example_says_what_it_takes_and_costs() -> None:
         assert f": {phrase_of_passes(script)} ({MARK})." in first_line(script), script
     for file in SWEEPS:
         sweep = load_sweep(file)
-        assert sweep.price == PRICE
+        # Small models fill no GPU: of these one shares it among runs, at a lower part of its peak.
+        own = {"devices": 1, "mfu": 0.1} if file.stem == "crossover_1m" else {}
+        assert sweep.price == {**PRICE, **own}
         most = "at most " * bool(sweep.spaces)  # a search may give trials up, or find short ones best
-        assert f": {most}{phrase(sweep.flops)} ({MARK})." in first_line(file), file
+        assert f": {most}{phrase(sweep.flops, **own)} ({MARK})." in first_line(file), file
     told = {*RUNS, *PASSES, *SWEEPS, *LAPTOPS}
     others = {path.name for path in {*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.yaml")} - told}
     assert others == {"common.sh", "cluster.sh", "text.sh", "multi_node.sh"}

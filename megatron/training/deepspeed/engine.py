@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,11 @@ class Engine:
         settings = deepspeed_settings(config, dp_size=context.dp.size, num_parameters=num_parameters)
         self.num_micro_batches: int = settings["gradient_accumulation_steps"]
         optimizer = build_optimizer(module.parameters(), config.optimizer)
-        self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=settings,
-            mpu=TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None,
-            dist_init_required=False,
-        )
+        mpu = TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None
+        with redirect_stdout(StringIO()):  # of its bf16 optimizer, eighteen lines on memory
+            self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
+            )
         self.module = self._deepspeed.module
         decay = None if config.run.skip_train else config.optimizer.ema_decay
         self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
