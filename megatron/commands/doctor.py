@@ -145,7 +145,7 @@ def main() -> int:
         groups |= requirements(["eval", "logging", "test"])
         print_table(groups)
         print_namesakes()
-        if not missing(requirements([])):
+        if installed_version("torch"):
             print("this machine:")
             print("\n".join(import_module("megatron.commands.environment").lines()))
         return 1 if missing(requirements([])) else 0

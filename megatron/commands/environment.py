@@ -189,8 +189,10 @@ def hub() -> Finding:
     """Whether downloads can work."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return Finding("hub", "offline by HF_HUB_OFFLINE")
-    from huggingface_hub.constants import ENDPOINT
-
+    try:
+        from huggingface_hub.constants import ENDPOINT
+    except ImportError:
+        return Finding("hub", "huggingface_hub is not installed", "bash install.sh")
     try:
         with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_SECONDS):
             return Finding("hub", f"{ENDPOINT} answers")

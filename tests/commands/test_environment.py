@@ -7,6 +7,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections import namedtuple
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.commands import environment
+from megatron.commands import doctor, environment
 from megatron.commands.environment import Finding
 
 Usage = namedtuple("Usage", "total used free")
@@ -74,6 +75,11 @@ FAULTS: dict[str, tuple[Callable[[], Finding], Callable[[pytest.MonkeyPatch], No
     ),
     "no name": (environment.host, lambda patch: patch.setattr(socket, "gethostbyname", refuse), "/etc/hosts"),
     "no hub": (environment.hub, lambda patch: patch.setattr(urllib.request, "urlopen", refuse), "HF_ENDPOINT"),
+    "no hub package": (
+        environment.hub,
+        lambda patch: patch.setitem(sys.modules, "huggingface_hub.constants", None),
+        "install.sh",
+    ),
 }
 
 
@@ -86,6 +92,16 @@ def test_a_fault_has_its_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n
         break_it(patch)
         finding = check()
     assert cure in finding.fix, finding
+
+
+def test_the_machine_is_told_where_a_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    monkeypatch.setattr(doctor, "satisfied", lambda item: not item.startswith("datasets"))
+    assert doctor.main() == 1
+    told = capsys.readouterr().out
+    assert "MISSING (needs datasets" in told and "this machine:" in told and "/dev/shm" in told
 
 
 def test_gpus_that_differ_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
