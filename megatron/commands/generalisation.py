@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
+from megatron.config.schema import WEIGHT
 from megatron.errors import require
 from megatron.screen import Progress
 
@@ -35,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TAG",
         help="this checkpoint only; default: every one that is kept and was not scored before",
     )
+    add_load_kind(parser)
     add("--samples", type=COUNT, metavar="N", help="of each set; default: as many as the validation set has")
     add(
         "--bins",
@@ -85,7 +89,8 @@ def score(run: Run, options: argparse.Namespace, context: ParallelContext) -> Ge
     from megatron.runs.generalisation import Generalisation, Point
 
     tags = _tags(run.path, options.load_tag)
-    first = load_model(tags[0], context=context)
+    load = partial(load_model, kind=options.load_kind or WEIGHT, context=context)
+    first = load(tags[0])
     sets = _sets(options, first)
     record = Generalisation.begin(run.path, _protocol(run, first, sets, options))
     how = {"pairs": options.num_mc, "bins": options.bins, "batch_size": options.batch_size}
@@ -93,7 +98,7 @@ def score(run: Run, options: argparse.Namespace, context: ParallelContext) -> Ge
         step = step_of(tag)
         if step in record.epochs:
             continue
-        model = first if tag == tags[0] else load_model(tag, context=context)
+        model = first if tag == tags[0] else load(tag)
         total = sum(len(range(context.dp.rank, len(own.tokens), context.dp.size)) for own in sets.values())
         with Progress(f"{run.name}: step {step}", total, unit="samples", enabled=context.is_first_rank) as bar:
             measured = {name: measure(model, own, **how, on_samples=bar.update) for name, own in sets.items()}
@@ -148,7 +153,10 @@ def _protocol(run: Run, model: InferenceModel, sets: dict[str, Samples], options
     parts: dict[str, Any] = {name: described(own) for name, own in sets.items()}
     estimator = witness.name if witness.draws else ""
     label = model.objective.label
-    return Protocol(str(run.info.get("run_id", "")), label, estimator, options.bins, model.max_length, **parts)
+    weights = options.load_kind or WEIGHT
+    return Protocol(
+        str(run.info.get("run_id", "")), label, estimator, options.bins, model.max_length, weights=weights, **parts
+    )
 
 
 def table(run: Run, record: Generalisation) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
 from megatron.files import read_object, replace_file
 from megatron.runs.record import GENERALISATION
@@ -90,6 +91,7 @@ class Protocol:
         bins: of the share that is hidden.
         seq_length: tokens of a sample, of which the first is given.
         seen, unseen: of each set: samples, documents, and a fingerprint of its tokens.
+        weights: as trained, or their average.
     """
 
     run_id: str
@@ -99,11 +101,13 @@ class Protocol:
     seq_length: int
     seen: dict[str, Any]
     unseen: dict[str, Any]
+    weights: str = WEIGHT  # of records from before there were others
 
     @property
     def kind(self) -> str:
         """Label and estimator, for people, such as ``NLL bound, 16 passes``."""
-        return self.label + self.estimator.removeprefix("bound")
+        averaged = ", averaged weights" if self.weights == AVERAGE else ""
+        return self.label + self.estimator.removeprefix("bound") + averaged
 
     def is_comparable(self, other: Protocol) -> bool:
         """Whether gaps of two runs are of the same documents."""

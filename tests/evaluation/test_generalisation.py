@@ -105,6 +105,24 @@ def test_every_checkpoint_is_scored_once_and_kept(runs, monkeypatch, capsys) -> 
     assert sorted(file.name for file in (runs / "mdm/generalisation").iterdir()) == ["4.npz", "record.json"]
 
 
+def test_averaged_weights_are_scored_where_asked_for(runs, tmp_path, capsys) -> None:
+    config = tiny.config_for("ar", runs / "tokenizer", vocab_size=VOCAB, seq_length=SEQ)
+    kinds = {kind: tiny.random_tensors(config, seed=seed, scale=2.0) for seed, kind in enumerate(("weight", "ema"))}
+    tiny.make_averaged_run(write_run(tmp_path / "run", "ar", validations=1), config, kinds)
+    tiny.make_averaged_run(write_run(tmp_path / "other", "ar", validations=1), config, {"weight": kinds["ema"]})
+    data = ["--train-data-path", str(runs / "train"), "--valid-data-path", str(runs / "valid")]
+    losses = {}
+    for name, kind in (("run", "weight"), ("run", "ema"), ("other", "weight")):
+        main([str(tmp_path / name), *data, "--load-kind", kind])
+        record = Generalisation.load(tmp_path / name)
+        assert record is not None and record.protocol.weights == kind
+        losses[name, kind] = record.points[0].loss("unseen").value
+    assert losses["run", "ema"] == losses["other", "weight"] != losses["run", "weight"]
+    assert capsys.readouterr().out.count("NLL (exact), averaged weights") == 1
+    with pytest.raises(UserError, match="--load-kind"):
+        main([str(tmp_path / "other"), *data, "--load-kind", "ema"])
+
+
 def test_wrong_input_is_named(runs, tmp_path) -> None:
     with pytest.raises(UserError, match="no --valid-data-path"):
         main([str(runs / "ar")])

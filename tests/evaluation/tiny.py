@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.checkpoint.tensors import save_full_checkpoint
+from megatron.checkpoint.files import Fragment
+from megatron.checkpoint.tensors import model_tensors, save_full_checkpoint
+from megatron.checkpoint.writer import write_checkpoint
 from megatron.config import Config
 from megatron.config.shape import Shape
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.model.gpt import GPTModel
 from megatron.objectives import needs_mask_token, parse, with_vocabulary
+from megatron.parallel.context import ParallelContext
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",
@@ -88,6 +91,20 @@ def random_tensors(config: Config, *, seed: int = 0, scale: float = 6.0) -> dict
 def make_run(folder: Path, config: Config, *, seed: int = 0, step: int = 3, scale: float = 6.0) -> Path:
     """A run directory with one checkpoint of random weights."""
     save_full_checkpoint(folder, config, random_tensors(config, seed=seed, scale=scale), step=step)
+    return folder
+
+
+def make_averaged_run(
+    folder: Path, config: Config, kinds: dict[str, dict[str, torch.Tensor]], *, step: int = 3
+) -> Path:
+    """A run directory with one checkpoint of ``kinds``: weights as trained and their average."""
+    fragments = [
+        Fragment(kind, name, 0, 1, 0, tensor.reshape(-1)) for kind, own in kinds.items() for name, tensor in own.items()
+    ]
+    state = {"step": step, "consumed_samples": 8, "optimizer_steps": step, "config": config}
+    state |= {"average_updates": step} if "ema" in kinds else {}
+    specs = model_tensors(config.model, num_tensors=99, source="")
+    write_checkpoint(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext())
     return folder
 
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.checkpoint.files import Fragment
-from megatron.checkpoint.tensors import model_tensors
-from megatron.checkpoint.writer import write_checkpoint
 from megatron.convert.run_folder import read_run
 from megatron.errors import UserError
 from megatron.inference.model import load_model
-from megatron.parallel.context import ParallelContext
 from tests.evaluation import tiny
 
 
@@ -88,12 +84,7 @@ def test_nothing_to_load(tmp_path) -> None:
 def test_averaged_weights_are_loaded_where_they_are_asked_for_or_were_the_best(tmp_path, tokenizer) -> None:
     config = tiny.config_for("ar", tokenizer, vocab_size=600)
     kinds = {kind: tiny.random_tensors(config, seed=seed) for seed, kind in enumerate(("weight", "ema"))}
-    specs = model_tensors(config.model, num_tensors=99, source="")
-    fragments = [
-        Fragment(kind, name, 0, 1, 0, tensor.reshape(-1)) for kind, own in kinds.items() for name, tensor in own.items()
-    ]
-    state = {"step": 3, "consumed_samples": 8, "optimizer_steps": 3, "average_updates": 3, "config": config}
-    write_checkpoint(tmp_path, fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    tiny.make_averaged_run(tmp_path, config, kinds)
     (tmp_path / "best.json").write_text('{"step": 3, "weights": "ema"}')
     for options, kind in (({}, "weight"), ({"kind": "ema"}, "ema"), ({"tag": "best"}, "ema"),
                           ({"tag": "best", "kind": "weight"}, "weight")):  # fmt: skip
