@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         UserError: wrong flags, no run, no checkpoint, or no data.
     """
     options = build_parser().parse_args(arguments)
-    from megatron.inference.processes import start_processes
+    from megatron.inference.processes import processes
     from megatron.runs.reading import load_run
 
     runs = [load_run(path) for path in dict.fromkeys(options.runs)]
-    context = start_processes(options.tensor_model_parallel_size)
-    for run in runs:
-        record = score(run, options, context)
-        if context.is_first_rank:
-            print(table(run, record), flush=True)
-    context.barrier()
+    with processes(options.tensor_model_parallel_size) as context:
+        for run in runs:
+            record = score(run, options, context)
+            if context.is_first_rank:
+                print(table(run, record), flush=True)
+        context.barrier()
     return 0
 
 

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_file = options.output is None or not options.output.is_dir()
     require(is_file, f"--output {options.output}", "it is a folder, and a file is written", "name a file in it")
     from megatron.inference.ensemble import members_of
-    from megatron.inference.processes import start_processes
+    from megatron.inference.processes import processes
 
     require(
         options.ensemble_weights == "named" or any(len(members_of(run)) > 1 for run in options.runs),
@@ -86,9 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "it chooses the weights of RUN+RUN",
         "drop it, or name an ensemble",
     )
-    context = start_processes(options.tensor_model_parallel_size)
-    judge(options, settings, context)
-    context.barrier()
+    with processes(options.tensor_model_parallel_size) as context:
+        judge(options, settings, context)
+        context.barrier()
     return 0
 
 

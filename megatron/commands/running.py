@@ -42,8 +42,17 @@ REFUSED = {
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and leave with the status of the table above."""
-    sys.exit(status_of(main))
+    """Call ``main`` and leave with the status of the table above. A process of several that fails ends at once: on Python's way
+    out it would wait for the others, which may wait for it."""
+    try:
+        status = status_of(main)
+    except BaseException as error:
+        if not _is_one_of_several():
+            raise
+        _end(error)
+    if _is_one_of_several():  # it did not part from them
+        _end(status)
+    sys.exit(status)
 
 
 def status_of(main: Callable[[], int | None]) -> int:
@@ -73,6 +82,23 @@ def status_of(main: Callable[[], int | None]) -> int:
         kind = UserError if error.errno in WRONG_NAMES else Failure
         given = f"{_named(error)}: {os.strerror(error.errno).lower()}"
         return _say(kind(given, *(WRONG_NAMES | REFUSED)[error.errno]))
+
+
+def _is_one_of_several() -> bool:
+    if "megatron.parallel.connection" not in sys.modules:
+        return False
+    from megatron.parallel.connection import is_connected
+
+    return is_connected()
+
+
+def _end(how: BaseException | int) -> NoReturn:
+    from megatron.parallel.connection import end_process, show
+    from megatron.parallel.launch import Launch
+
+    if isinstance(how, BaseException):
+        show(how, rank=Launch.from_environment().rank)
+    end_process(1 if isinstance(how, BaseException) else how)
 
 
 def missing_package(error: ModuleNotFoundError) -> int:

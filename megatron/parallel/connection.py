@@ -11,18 +11,21 @@ import re
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron.errors import Failure
-from megatron.parallel.launch import Launch, local_device
+from megatron.parallel.launch import Launch, complain, local_device
+from megatron.parallel.watch import POLL_SECONDS, Watch
 
 AGENT_SECONDS = 60.0
+LEFT = "left"  # key of the first rank that went after an error: which, and why
 NOTICE_SECONDS = 15.0  # before the first line; each next one comes after twice as long
 # How gloo, NCCL and the store word it when the other end of a connection is gone.
 GONE = re.compile(
@@ -44,16 +47,23 @@ class Connection:
         launch: this process.
         hosts: host name of every rank.
         store: the key-value store where they met; None where they were connected by someone else, who also parts them.
+        watch: ends this process when it waits for one that is gone; None for a process alone.
     """
 
     launch: Launch
     hosts: tuple[str, ...] = ()
     store: dist.Store | None = field(default=None, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
 
     @property
     def is_shared(self) -> bool:
         """Whether :func:`connect` has tied this process to others."""
         return self.store is not None and self.launch.world_size > 1
+
+    def beat(self) -> None:
+        """Tell the watch that this process goes on."""
+        if self.watch is not None:
+            self.watch.beat()
 
     def leave(self, error: BaseException | None = None) -> None:
         """Part from the others.
@@ -61,13 +71,20 @@ class Connection:
         After an error nothing is destroyed: that would wait for peers that may be waiting for this process. They are told
         why it goes; the caller then ends the process (:func:`end_process`).
         """
+        if self.watch is not None:
+            self.watch.stop()
         if error is None:
             if self.store is not None:
                 dist.destroy_process_group()
             return
-        if self.store is not None and not isinstance(error, PeerFailure):
-            with suppress(RuntimeError):  # its keeper is gone: nobody is left to be told
-                self.store.set(f"left/{self.launch.rank}", f"{type(error).__name__}: {error}"[:500])
+        if self.store is None or isinstance(error, PeerFailure):
+            return
+        rank, host = self.launch.rank, self.hosts[self.launch.rank]
+        reason = f"rank {rank} on {host} failed ({type(error).__name__}: {error})"[:500]
+        with suppress(RuntimeError):  # its keeper is gone: nobody is left to be told
+            self.store.compare_set(LEFT, "", reason)
+        if self.watch is not None and self.launch.keeps_meeting_place:
+            time.sleep(POLL_SECONDS + 1)  # the message is gone with this process
 
     def peer_failure(self, error: BaseException) -> PeerFailure | None:
         """One line for an error that only says that a peer is gone; None for any other error.
@@ -77,30 +94,46 @@ class Connection:
         """
         if self.launch.world_size == 1 or not isinstance(error, RuntimeError) or not GONE.search(str(error)):
             return None
-        found = "; ".join(self._departed())
+        found = self._news()
         if not found:
             address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
             where = f" at {address.group(1)}" if address else ""
             found = f"a process{where} is gone without a word (killed, or its host is down)"
+        return self._lost(found)
+
+    def _news(self) -> str:
+        """What the first rank that left after an error had to say."""
+        if self.store is None:
+            return ""
+        try:
+            return self.store.get(LEFT).decode() if self.store.check([LEFT]) else ""
+        except RuntimeError:  # no answer
+            is_kept = self.launch.agent_attempt is None
+            return f"rank 0 on {self.hosts[0]} is gone, and with it the meeting place" if is_kept else ""
+
+    def _end(self, news: str) -> None:
+        """End this process, which waits for one that is gone."""
+        complain(f"error: {self._lost(news)}", is_speaker=True)
+        end_process(PeerFailure.exit_status)
+
+    def _lost(self, news: str) -> PeerFailure:
         return PeerFailure(
-            f"rank {self.launch.rank} lost a peer: {found}",
+            f"rank {self.launch.rank} lost a peer: {news}",
             "a run needs all its ranks",
             "see the messages of that rank, then start again with --load",
         )
 
-    def _departed(self) -> list[str]:
-        """What ranks that left after an error had to say."""
-        found: list[str] = []
-        if self.store is None:
-            return found
-        try:
-            for rank, host in enumerate(self.hosts):
-                if self.store.check([f"left/{rank}"]):
-                    found.append(f"rank {rank} on {host} failed ({self.store.get(f'left/{rank}').decode()})")
-        except RuntimeError:  # no answer
-            if self.launch.agent_attempt is None:
-                found.append(f"rank 0 on {self.hosts[0]} is gone, and with it the meeting place")
-        return found
+
+def is_connected() -> bool:
+    """Whether this process is one of several that are connected: its end is no private matter."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def show(error: BaseException, *, rank: int) -> None:
+    """Print the traceback of a rank that failed, and see to it that the error is the last thing on the screen."""
+    traceback.print_exception(error)
+    what = traceback.format_exception_only(error)[-1].strip()
+    complain(f"error: rank {rank} failed: {what}; its traceback is above", is_speaker=False)
 
 
 def end_process(status: int) -> NoReturn:
@@ -142,13 +175,18 @@ def connect(launch: Launch, *, timeout_minutes: float = 30.0) -> Connection:
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
-    return Connection(launch, hosts, store)
+    connection = Connection(launch, hosts, store)
+    if launch.world_size == 1:
+        return connection
+    return replace(
+        connection, watch=Watch(timeout_seconds=60 * timeout_minutes, news=connection._news, end=connection._end)
+    )
 
 
 def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
     """Open the meeting place, or call there until it opens."""
     assert launch.master_addr is not None and launch.master_port is not None
-    is_keeper = launch.rank == 0 and launch.agent_attempt is None
+    is_keeper = launch.keeps_meeting_place
     address = (launch.master_addr, launch.master_port)
     if not is_keeper:
         _wait_for_answer(launch, address, timeout)

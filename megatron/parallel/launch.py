@@ -77,6 +77,11 @@ class Launch:
         return self.rank == 0
 
     @property
+    def keeps_meeting_place(self) -> bool:
+        """Whether the ranks meet at this process, and not at an agent of torchrun."""
+        return self.rank == 0 and self.agent_attempt is None
+
+    @property
     def is_abandoned(self) -> bool:
         """Whether a launcher above this process is gone: nobody else would ever stop it."""
         return any(_parent(child) != parent for child, parent in self.chain)

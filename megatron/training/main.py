@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -124,7 +123,7 @@ def _take(run_dir: Path, exits: ExitStack) -> None:
 def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | None) -> int:
     # DeepSpeed takes seconds to import; wrong flags and a folder in use are reported before.
     from megatron.data.batches import loss_of
-    from megatron.parallel.connection import Connection, connect, end_process
+    from megatron.parallel.connection import Connection, connect, end_process, show
     from megatron.training.stop import STOPPED_STATUS
     from megatron.training.train import evaluate_checkpoint, train
 
@@ -132,6 +131,7 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
     failed: BaseException | None = None
     try:
         connection = connect(launch, timeout_minutes=plan.settings.parallel.distributed_timeout_minutes)
+        connection.beat()
         if plan.settings.run.skip_train:
             reason = evaluate_checkpoint(plan, connection, observer=observer, probe=probe)
         else:
@@ -149,9 +149,7 @@ def _run(plan: Plan, launch: Launch, observer: Observer | None, probe: Probe | N
                 raise
             raise failed from error
         else:
-            traceback.print_exception(failed)
-            what = traceback.format_exception_only(failed)[-1].strip()
-            complain(f"error: rank {launch.rank} failed: {what}; its traceback is above", is_speaker=False)
+            show(failed, rank=launch.rank)
     connection.leave(failed)
     if failed is not None and connection.is_shared:
         end_process(status)

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 from layouts import jobs
-from layouts.pool import ENVIRONMENT, WorkerPool
+from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -152,19 +152,17 @@ def train_until_signal(rank: int, step: int, argv: list[str]) -> jobs.Trace:
     return jobs.train("mdm", argv, begins=begins)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+@pytest.mark.parametrize(("layout", "log_interval", "last"), [("dp2", 1, 4), ("pp2", 100, 5), ("tp2", 100, 5)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(
-    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: str
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: str, log_interval: int, last: int
 ) -> None:
+    """What a rank wishes is added up with the losses of step 4, which are read one step late, or at once for a log line."""
     size, changes = LAYOUTS[layout]
-    argv = jobs.flags(token_files, tmp_path / "run", **changes)
+    argv = jobs.flags(token_files, tmp_path / "run", log_interval=log_interval, **changes)
     traces = pools(size).run(train_until_signal, 1, 4, argv)
-    assert [(trace.status, len(trace.losses)) for trace in traces] == [
-        (75, 5),
-        (75, 5),
-    ]  # asked for, without a wait, in step 4
-    assert (tmp_path / "run" / "latest").read_text() == "global_step5"
-    assert "stopped by a signal to another rank at step 5" in pools(size).output(0)
+    assert [(trace.status, len(trace.losses)) for trace in traces] == [(75, last), (75, last)]
+    assert (tmp_path / "run" / "latest").read_text() == f"global_step{last}"
+    assert f"stopped by a signal to another rank at step {last}" in pools(size).output(0)
 
 
 PROGRAM = """
@@ -213,3 +211,53 @@ def test_the_job_ends_at_once_when_one_rank_does(token_files: Path, tmp_path: Pa
     ]
     (line,) = own
     assert line.startswith(f"error: rank 0 lost a peer: {reason}; a run needs all its ranks; ")
+
+
+def run_with_a_stuck_rank(troubled: int, argv: list[str]) -> int:
+    """Training in which one rank raises while the other waits for ever, as in a collective of NCCL, and so would whoever
+    destroyed a process group."""
+    import threading
+
+    import torch.distributed as dist
+
+    from megatron.parallel import watch
+    from megatron.training.main import main
+    from megatron.training.step import Observer
+
+    watch.POLL_SECONDS, watch.GRACE_SECONDS = 1.0, 1.0
+    dist.destroy_process_group = lambda *_: threading.Event().wait()  # type: ignore[assignment]
+
+    class Trouble(Observer):
+        steps = 0
+
+        def step_begins(self, engine: Any, consumed_samples: int) -> None:
+            self.steps += 1
+            if self.steps == 3:
+                if engine.context.rank == troubled:
+                    raise KeyError("token 7")
+                threading.Event().wait()
+
+    return main("mdm", argv, observer=Trouble())
+
+
+@pytest.mark.parametrize(("troubled", "layout"), [(0, "dp2"), (1, "pp2")])
+def test_a_rank_in_a_stuck_collective_hears_that_another_has_failed(
+    token_files: Path, tmp_path: Path, troubled: int, layout: str
+) -> None:
+    """Under a launcher that ends nobody (srun), with the meeting place at rank 0, which fails or waits."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    argv = jobs.flags(token_files, tmp_path / "run", **LAYOUTS[layout][1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        Process(run_with_a_stuck_rank, troubled, argv, environment={**place, "RANK": str(rank)}) for rank in range(2)
+    ]
+    ranks[troubled].wait_until(lambda: "KeyError" in ranks[troubled].output)
+    assert [rank.wait(30) for rank in ranks] == [1, 1]
+    host, waiting = socket.gethostname(), 1 - troubled
+    assert ranks[troubled].output.endswith("KeyError: 'token 7'\n")
+    last = ranks[waiting].output.splitlines()[-1]
+    assert last.startswith(
+        f"error: rank {waiting} lost a peer: rank {troubled} on {host} failed (KeyError: 'token 7'); "
+    )

@@ -210,6 +210,8 @@ def test_row(name: str, launcher: str, layout: str, begin: Callable[[Row, str, s
     ending = end_of(job, row)
     print(f"{name}, {launcher}, {layout}: status {ending.status}, {ending.seconds:.1f} s", file=sys.stderr)
     assert row.says in ending.output
+    if name == "error of a trainer" and launcher == "torchrun":  # the first error is the last line
+        assert ending.output.rstrip().splitlines()[-1].startswith(f"error: rank 1 failed: {row.says}"), ending.output
     own = ending.output.split("Original Traceback")[0]  # a loader process prints its own
     assert (
         own.count("Traceback") <= (1 if name in ("error of a trainer", "too few open files") else 0)

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.config import ModelConfig, build_parser
 from megatron.errors import UserError, require
@@ -16,6 +16,9 @@ from megatron.evaluation.lm_eval.flags import build_downstream_parser
 from megatron.evaluation.lm_eval.tasks import parse_task_list, task_loader
 from megatron.files import replace_file
 from megatron.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from megatron.parallel.context import ParallelContext
 
 DEFAULT_DRAWS = 128
 # Flags of training that evaluation reads; model sizes are compared with the checkpoint; others have no effect here.
@@ -55,9 +58,16 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
         return 0
-    from megatron.inference.processes import start_processes
+    from megatron.inference.processes import processes
 
-    context = start_processes(getattr(arguments, "tensor_model_parallel_size", 1))
+    with processes(getattr(arguments, "tensor_model_parallel_size", 1)) as context:
+        _evaluate(arguments, tasks, loader, context)
+        context.barrier()
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, tasks: list[str], loader: Any, context: ParallelContext) -> None:
+    """Load, evaluate, print, write; a collective call."""
     lm = build_lm(arguments, context)
     if arguments.gen_kwargs is not None:
         from lm_eval.utils import simple_parse_args_string
@@ -78,8 +88,6 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         if arguments.results_path:
             _write(Path(arguments.results_path), results)
         print(table(results))
-    context.barrier()
-    return 0
 
 
 def build_lm(arguments: argparse.Namespace, context: Any) -> Any:
