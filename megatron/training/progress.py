@@ -140,7 +140,11 @@ class Throughput:
 
 
 class Interval:
-    """Steps since the last log line. Nothing waits for the device until :meth:`row`."""
+    """Steps since the last log line. Nothing waits for the device until :meth:`row`.
+
+    Attributes:
+        wishes: of the last step that was read, the same on every rank; see :class:`StepNumbers`.
+    """
 
     def __init__(self, progress: Progress, screen: Screen, throughput: Throughput, *, max_skipped: int) -> None:
         """Args:
@@ -150,6 +154,7 @@ class Interval:
         max_skipped: steps in a row that may be skipped.
         """
         self.progress, self.screen, self.throughput, self.max_skipped = progress, screen, throughput, max_skipped
+        self.wishes: tuple[int, ...] = ()
         self._sum = torch.tensor(progress.loss_sum, device=throughput.device)
         self._count = torch.tensor(progress.loss_count, device=throughput.device)
         self._pending: tuple[int, PendingStep] | None = None
@@ -208,6 +213,7 @@ class Interval:
 
     def _read(self, step: int, pending: PendingStep) -> StepNumbers:
         numbers = pending.read()
+        self.wishes = numbers.wishes
         self.progress.count_skip(numbers.skipped, limit=self.max_skipped)
         if numbers.skipped:
             total = self.progress.skipped_steps

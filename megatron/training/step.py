@@ -22,12 +22,14 @@ class StepResult:
         grad_norm: [] fp32, global gradient norm before clipping; infinite when the step was skipped.
         skipped: [] bool, whether a NaN or infinite gradient kept the weights from changing.
         lr: learning rate of the step.
+        wishes: [n] fp32, ranks that wished to stop when they had queued the step, by reason; None: nobody was asked.
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     lr: float
+    wishes: torch.Tensor | None = None
 
     def to_host(self) -> PendingStep:
         """Start the copy to the host and return at once."""
@@ -42,6 +44,7 @@ class StepNumbers:
     grad_norm: float
     skipped: bool
     lr: float
+    wishes: tuple[int, ...] = ()
 
 
 class PendingStep:
@@ -54,9 +57,12 @@ class PendingStep:
     def __init__(self, result: StepResult) -> None:
         self._lr = result.lr
         self._numbers = torch.stack((result.loss, result.grad_norm, result.skipped.to(result.loss.dtype)))
+        if result.wishes is not None:
+            self._numbers = torch.cat((self._numbers, result.wishes))
         self._arrived: torch.cuda.Event | None = None
         if self._numbers.device.type == "cuda":
-            on_device, self._numbers = self._numbers, torch.empty(3, dtype=self._numbers.dtype, pin_memory=True)
+            on_device = self._numbers
+            self._numbers = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
             self._numbers.copy_(on_device, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
@@ -70,8 +76,8 @@ class PendingStep:
         """The numbers; waits for the device if the step has not ended."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, grad_norm, skipped = self._numbers.tolist()
-        return StepNumbers(loss, grad_norm, bool(skipped), self._lr)
+        loss, grad_norm, skipped, *wishes = self._numbers.tolist()
+        return StepNumbers(loss, grad_norm, bool(skipped), self._lr, tuple(map(int, wishes)))
 
 
 class Observer:

@@ -1,9 +1,14 @@
-"""The ways to stop a run from outside: signals, a kill-switch file, a time limit, a launcher that is gone. All ranks agree."""
+"""The ways to stop a run from outside: signals, a kill-switch file, a time limit, a launcher that is gone. All ranks agree.
+
+In training what a rank wishes is added up with the losses of the step (:meth:`StopRequest.wishes`, :meth:`StopRequest.hear`),
+which costs nothing. In a validation, which has no such sum, the hosts ask each other (:meth:`StopRequest.poll`).
+"""
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -20,7 +25,7 @@ STOPPED_STATUS = 75
 
 
 class StopRequest:
-    """Asks all ranks, without waiting for them, whether one of them was told to stop.
+    """Knows whether this rank was told to stop, and hears from all ranks, without waiting for them, whether one of them was.
 
     A context manager: the signal handlers that were there before are put back on leaving.
 
@@ -68,6 +73,20 @@ class StopRequest:
             raise KeyboardInterrupt  # Ctrl-C twice: do not wait for the checkpoint
         self.signal_name = signal.Signals(number).name
 
+    def wishes(self) -> list[bool]:
+        """Whether this rank was told to stop, by reason."""
+        return [
+            self.signal_name is not None,
+            self.switch is not None and Path(self.switch).exists(),
+            self.deadline is not None and time.monotonic() > self.deadline,
+            self.launch is not None and self.launch.is_abandoned,
+        ]
+
+    def hear(self, wishes: Sequence[float]) -> str | None:
+        """Why to stop now, or None: what the sum of all ranks' :meth:`wishes` says. A process alone needs no sum."""
+        self.reason = self.reason or self._reason(self.wishes() if self.context.world_size == 1 else wishes)
+        return self.reason
+
     def poll(self) -> str | None:
         """Why to stop now, or None. A collective call: every rank makes the same calls in the same order.
 
@@ -79,29 +98,21 @@ class StopRequest:
 
     def _poll(self) -> str | None:
         group = self.context.control_group
-        own = torch.tensor(self._flags(), dtype=torch.uint8)
         if group is None:
-            return self._reason(own)
+            return self._reason(self.wishes())
+        own = torch.tensor(self.wishes(), dtype=torch.uint8)
         before, self._asked = self._asked, (own, dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group, async_op=True))
         if before is None:
             return None
         flags, work = before
         work.wait()
-        return self._reason(flags)
+        return self._reason(flags.tolist())
 
-    def _flags(self) -> list[bool]:
-        return [
-            self.signal_name is not None,
-            self.switch is not None and Path(self.switch).exists(),
-            self.deadline is not None and time.monotonic() > self.deadline,
-            self.launch is not None and self.launch.is_abandoned,
-        ]
-
-    def _reason(self, flags: torch.Tensor) -> str | None:
+    def _reason(self, wishes: Sequence[float]) -> str | None:
         names = (
             str(self.signal_name or "a signal to another rank"),
             f"the kill-switch file {self.switch}",
             "--exit-duration-in-mins",
             "the end of its launcher",
         )
-        return next((name for flag, name in zip(flags.tolist(), names) if flag), None)
+        return next((name for wish, name in zip(wishes, names) if wish), None)

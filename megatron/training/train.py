@@ -99,7 +99,7 @@ def train(
         if is_owed and progress.step not in folder.validated_steps:
             reason = validator.run(folder, stop)
         while not is_last and reason is None:
-            result = engine.train_step(batches, consumed_samples=progress.consumed_samples)
+            result = engine.train_step(batches, consumed_samples=progress.consumed_samples, wishes=stop.wishes)
             progress.advance(samples=batch_size, tokens=batch_size * seq_length)
             is_last = progress.consumed_samples + batch_size > schedule.train_samples
             interval.add(result)
@@ -107,7 +107,7 @@ def train(
             if is_last or progress.step % run.log_interval == 0:
                 folder.write(interval.row(folder.position()))
             with interval.paused():
-                reason = None if is_last else stop.poll() or _exit_at(progress.step, run.exit_interval)
+                reason = None if is_last else stop.hear(interval.wishes) or _exit_at(progress.step, run.exit_interval)
                 is_saved = folder.save(engine, interval, at_once=is_last or reason is not None)
                 if reason is None and validator.is_due(progress.step, is_last):  # after the save: it may take long
                     reason = validator.run(folder, stop)

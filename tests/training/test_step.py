@@ -18,6 +18,12 @@ def test_numbers_are_those_of_the_step_also_when_it_has_gone_on() -> None:
     assert pending.is_here and pending.read() == StepNumbers(2.5, 0.5, False, 1e-3)
 
 
+def test_what_ranks_wish_travels_with_the_numbers() -> None:
+    wishes = torch.tensor([0.0, 3.0])
+    pending = StepResult(torch.tensor(2.5), torch.tensor(0.5), torch.tensor(False), 1e-3, wishes).to_host()
+    assert pending.read() == StepNumbers(2.5, 0.5, False, 1e-3, (0, 3))
+
+
 def test_fp32_on_a_gpu_is_named() -> None:
     assert "--bf16" in (precision_warning("cuda", bf16=False) or "")
     assert precision_warning("cuda", bf16=True) is precision_warning("cpu", bf16=False) is None

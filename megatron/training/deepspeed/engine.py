@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -35,6 +35,8 @@ from megatron.training.muon import MuonAdamW
 from megatron.training.optimizer import build_optimizer
 from megatron.training.schedule import learning_rate
 from megatron.training.step import Observer, StepResult
+
+Wishes = Callable[[], Sequence[bool]]
 
 
 class Engine:
@@ -82,30 +84,33 @@ class Engine:
         self._compile_blocks()
         self.observer.built(self)
 
-    def train_step(self, data: Iterator[ModelBatch[torch.Tensor]], *, consumed_samples: int) -> StepResult:
+    def train_step(
+        self,
+        data: Iterator[ModelBatch[torch.Tensor]],
+        *,
+        consumed_samples: int,
+        wishes: Wishes = tuple,
+    ) -> StepResult:
         """One optimizer step over ``num_micro_batches`` micro-batches. Nothing here waits for the device.
 
         Args:
             data: this rank's micro-batches; stages in the middle of a pipeline do not read it.
             consumed_samples: samples of the stream before this step; sets learning rate and dropout.
+            wishes: what this rank has to say to all, as many on each; asked when the step is queued.
         """
         self.observer.step_begins(self, consumed_samples)
         rate = learning_rate(consumed_samples, self.config.optimizer)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._seed_dropout(consumed_samples)
-        data = self._watched(data)
-        if self.is_pipeline:
-            loss = self._deepspeed.train_batch(pipeline_batches(data, self.mode, self.context.device))
-            self._deepspeed.data_iterator = None  # kept, it would keep the loader's workers alive at the end
-        else:
-            loss = self._accumulate(data)
+        run = self._run_pipeline if self.is_pipeline else self._accumulate
+        loss, counts = run(self._watched(data), wishes)
         # DeepSpeed decides on the host whether it skips, so it has read this flag already (which waited for the device).
         skipped = bool(getattr(self._optimizer, "overflow", False))
         if self.shards.average is not None and not skipped:
             self.shards.average.update()
         norm = float("inf") if skipped else self._deepspeed.get_global_grad_norm()
-        result = StepResult(loss.detach().float(), self._scalar(norm), self._scalar(skipped, torch.bool), rate)
+        result = StepResult(loss, self._scalar(norm), self._scalar(skipped, torch.bool), rate, counts)
         self.observer.step_ended(result)
         return result
 
@@ -199,7 +204,25 @@ class Engine:
         self.observer.loss_asked(batch.targets)
         return self._deepspeed(batch, mode.mask, mode.objective.loss, per_token=mode.per_token)
 
-    def _accumulate(self, data: Iterator[ModelBatch[torch.Tensor]]) -> torch.Tensor:
+    def _run_pipeline(
+        self, data: Iterator[ModelBatch[torch.Tensor]], wishes: Wishes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def aggregate() -> torch.Tensor:
+            """In place of DeepSpeed's sum over the last stage and broadcast to the others."""
+            found.append(self._shared(self._deepspeed.total_loss, wishes()))
+            return found[0][0]
+
+        assert hasattr(self._deepspeed, "_aggregate_total_loss"), "deepspeed changed; see FACTS on 0.19.8"
+        self._deepspeed._aggregate_total_loss = aggregate
+        self._deepspeed.train_batch(pipeline_batches(data, self.mode, self.context.device))
+        self._deepspeed.data_iterator = None  # kept, it would keep the loader's workers alive at the end
+        return found[0]
+
+    def _accumulate(
+        self, data: Iterator[ModelBatch[torch.Tensor]], wishes: Wishes
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.module.train()
         total = torch.zeros((), device=self.context.device)
         for _ in range(self.num_micro_batches):
@@ -207,11 +230,20 @@ class Engine:
             self._deepspeed.backward(loss)
             self._deepspeed.step()  # updates the weights after the last micro-batch only
             total += loss.detach()
-        total /= self.num_micro_batches
-        if self.context.dp.size > 1:
-            dist.all_reduce(total, group=self.context.dp.group)
-            total /= self.context.dp.size
-        return total
+        return self._shared(total, wishes())
+
+    def _shared(self, total: torch.Tensor | None, wishes: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss of the global batch, and how many ranks have each wish: one sum over all ranks, of the losses of those that
+        have one (the first tensor-parallel rank of the last stage speaks for the others)."""
+        sums, context = torch.zeros(1 + len(wishes), device=self.context.device), self.context
+        if total is not None and context.pp.is_last and context.tp.rank == 0:
+            sums[0] = total.detach() / self.num_micro_batches
+        for number, wish in enumerate(wishes, 1):
+            if wish:
+                sums[number] = 1  # filled in on the device: nothing is copied to it
+        if context.world_size > 1:
+            dist.all_reduce(sums)
+        return sums[0] / context.dp.size, sums[1:]
 
     def _watched(self, data: Iterator[ModelBatch[torch.Tensor]]) -> Iterator[ModelBatch[torch.Tensor]]:
         for batch in data:

@@ -1,12 +1,15 @@
-"""Nothing of ours waits for the device within a step. What DeepSpeed waits for is counted, so that a change is noticed."""
+"""Nothing of ours waits for the device within a step, and no host for another. What DeepSpeed does is counted, so that a change
+is noticed."""
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from layouts import jobs
@@ -21,6 +24,7 @@ READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 
 def count_reads(argv: list[str]) -> dict[str, int]:
     """Reads of device values in the third step of a run, by the file that asks for them."""
+    from deepspeed.accelerator import get_accelerator
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megatron.training.main import main
@@ -46,8 +50,53 @@ def count_reads(argv: list[str]) -> dict[str, int]:
         def step_ended(self, result: Any) -> None:
             if self.mode is not None:
                 self.mode.__exit__(None, None, None)
+            self.mode = None
 
-    assert main("mdm", argv, observer=Watcher()) == 0
+    watcher = Watcher()
+
+    def synchronize(*_: Any) -> None:
+        if watcher.mode is not None:
+            found["synchronize"] += 1
+
+    with mock.patch.object(type(get_accelerator()), "synchronize", synchronize):
+        assert main("mdm", argv, observer=watcher) == 0
+    return dict(found)
+
+
+COLLECTIVES = ("all_reduce", "broadcast", "reduce", "barrier", "all_gather", "all_gather_object", "gather_object")
+
+
+def count_collectives(argv: list[str]) -> dict[str, int]:
+    """Collective calls of a rank from the third step to the fourth, those between hosts with their group's name before."""
+    import torch.distributed as dist
+
+    from megatron.training.main import main
+    from megatron.training.step import Observer
+
+    found: Counter[str] = Counter()
+
+    class Watcher(Observer):
+        steps = 0
+
+        def step_begins(self, engine: Any, consumed_samples: int) -> None:
+            self.steps += 1
+            self.control_group = engine.context.control_group
+
+    watcher = Watcher()
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            if watcher.steps == 3:
+                is_host = watcher.control_group in (*arguments, options.get("group"))
+                found[f"host {name}" if is_host else name] += 1
+            return call(*arguments, **options)
+
+        return counting
+
+    with contextlib.ExitStack() as patches:
+        for name in COLLECTIVES:
+            patches.enter_context(mock.patch.object(dist, name, counted(name, getattr(dist, name))))
+        assert main("mdm", argv, observer=watcher) == 0
     return dict(found)
 
 
@@ -83,7 +132,28 @@ def test_a_step_waits_only_where_deepspeed_does(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: str
 ) -> None:
     size, changes, expected = EXPECTED[layout]
-    flags = {"train_iters": 4, "log_interval": 100, "micro_batch_size": 2, **changes}
+    dp = size // (changes.get("tp_size", 1) * changes.get("pp_size", 1))  # four micro-batches everywhere
+    flags = {"train_iters": 4, "log_interval": 100, "micro_batch_size": 2, "global_batch_size": 8 * dp, **changes}
     for found in pools(size).run(count_reads, jobs.flags(token_files, tmp_path / "run", **flags)):
         assert not [place for place in found if not place.startswith("deepspeed/")], found
         assert found == expected
+
+
+# All-reduces of the first rank in a step with two micro-batches: one over all ranks, of losses and of what each rank wishes;
+# the others are of gradients and their norm, and of tensor-parallel layers.
+CALLS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "dp2": (2, {}, 1 + 1),
+    "tp2": (2, {"tp_size": 2}, 1 + 26),
+    "pp2": (2, {"pp_size": 2}, 1 + 3),
+    "pp2 tp2": (4, {"pp_size": 2, "tp_size": 2}, 1 + 13),
+}
+
+
+@pytest.mark.parametrize("layout", list(CALLS))
+def test_no_host_asks_another_within_a_step(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: str
+) -> None:
+    size, changes, expected = CALLS[layout]
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=5, log_interval=100, bf16=True, **changes)
+    found = pools(size).run(count_collectives, argv)
+    assert found[0] == {"all_reduce": expected} and all(set(calls) == {"all_reduce"} for calls in found)
