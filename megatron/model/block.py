@@ -14,7 +14,6 @@ from megatron.config.shape import Shape
 from megatron.model.attention import LayerCache, SelfAttention
 from megatron.model.batch import Stream
 from megatron.model.kernels import silu_mul
-from megatron.model.mask import AttentionMask
 from megatron.model.visibility import Visible
 from megatron.parallel.sharding import ShardSpec
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
@@ -84,23 +83,21 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = Norm(shape, factory.child("post_attention_layernorm"))
         self.mlp = MLP(shape, factory.child("mlp"))
 
-    def forward(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> Stream:
+    def forward(self, stream: Stream, visible: Visible, cache: LayerCache | None = None) -> Stream:
         """New hidden states in the same stream.
 
         Args:
             stream: see :class:`Stream`.
-            mask: which keys a query sees.
+            visible: which keys a query sees, from :meth:`SelfAttention.visible`; made once for all blocks, and not again where
+                they are recomputed.
             cache: keys and values of earlier tokens.
         """
+        given = stream.hidden, visible, stream.position_ids
         if self.recompute and torch.is_grad_enabled():
-            hidden = checkpoint(self._masked_transform, stream, mask, use_reentrant=False)
+            hidden = checkpoint(self.transform, *given, use_reentrant=False)
         else:
-            hidden = self._masked_transform(stream, mask, cache)
+            hidden = self.transform(*given, cache)
         return stream._replace(hidden=hidden)
-
-    def _masked_transform(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> torch.Tensor:
-        visible = self.self_attention.visible(stream, mask, cache)
-        return self.transform(stream.hidden, visible, stream.position_ids, cache)
 
     def transform(
         self, hidden: torch.Tensor, visible: Visible, position_ids: torch.Tensor | None, cache: LayerCache | None = None

@@ -114,8 +114,11 @@ class GPTModel(nn.Module):
             places = caches[0].length + torch.arange(ids.shape[1], device=ids.device)
             inputs = inputs._replace(position_ids=places.expand(ids.shape))
         stream = self.embedding(inputs)
-        for index, layer in enumerate(self.layers):
-            stream = layer(stream, mask, None if caches is None else caches[index])
+        first, own = self.layers[0], [None] * len(self.layers) if caches is None else caches
+        assert isinstance(first, TransformerBlock)
+        visible = first.self_attention.visible(stream, mask, own[0])
+        for layer, cache in zip(self.layers, own):
+            stream = layer(stream, visible, cache)
         return self.final_layernorm(stream.hidden)
 
     def head(self, hidden: torch.Tensor) -> HeadOutput:

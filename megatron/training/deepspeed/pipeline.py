@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
 import torch
 
 from megatron.data.loader import to_device
+from megatron.model.attention import SelfAttention
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
 from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding
 from megatron.model.gpt import Layer
 from megatron.model.loss import HeadOutput
 from megatron.model.mask import AttentionMask, differs_between_samples, within_segments
+from megatron.model.visibility import Visible
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 
@@ -36,12 +38,21 @@ class Mode:
     objective: Objective
     within_documents: bool
     per_token: bool = False
+    _made: tuple[tuple[object, ...], Visible] | None = field(default=None, repr=False)
 
     @property
     def mask(self) -> AttentionMask:
         """Which keys a query sees."""
         mask = self.objective.attention_mask
         return within_segments(mask) if self.within_documents else mask
+
+    def visible(self, stream: Stream, attention: SelfAttention) -> Visible:
+        """The mask of a micro-batch, made once for all blocks of a stage, which follow each other and hand on the very tensors
+        that it is made of."""
+        made_of = (self.mask, attention.training, stream.hidden.shape, *stream[1:])
+        if self._made is None or not _are_same(self._made[0], made_of):
+            self._made = made_of, attention.visible(stream, self.mask)
+        return self._made[1]
 
 
 class PipelineBlock(TransformerBlock):
@@ -53,7 +64,8 @@ class PipelineBlock(TransformerBlock):
 
     def forward(self, tensors: Tensors) -> Tensors:  # type: ignore[override]
         """The tensors of the next stream."""
-        return _tensors(super().forward(_stream(tensors), self.mode.mask))
+        stream = _stream(tensors)
+        return _tensors(super().forward(stream, self.mode.visible(stream, self.self_attention)))
 
 
 def pipeline_loss(
@@ -136,6 +148,11 @@ def pipeline_batches(
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
         segments = torch.zeros_like(ids) if segments is None else segments
         yield (ids, positions, samples, segments, *([] if is_causal is None else [is_causal])), labels
+
+
+def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
+    """Whether they are equal, and tensors the same ones."""
+    return all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(these, those))
 
 
 def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
