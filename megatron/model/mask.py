@@ -96,6 +96,9 @@ def within_segments(mask: AttentionMask) -> WithinSegments:
     return mask if isinstance(mask, WithinSegments) else WithinSegments(mask)
 
 
-def differs_between_samples(mask: AttentionMask) -> bool:
-    """Whether a mask is made from what travels with each sample: its id, its segments, its kind."""
-    return isinstance(mask, RandomKeyDrop | PerSample | WithinSegments)
+def made_of(mask: AttentionMask) -> tuple[str, ...]:
+    """What a mask is made of, of that which travels with each sample: names of fields of a ``Stream``, in their order there."""
+    if isinstance(mask, WithinSegments):
+        names = {"segment_ids", *made_of(mask.kind)}
+        return tuple(name for name in ("sample_ids", "segment_ids", "is_causal") if name in names)
+    return ("sample_ids",) * isinstance(mask, RandomKeyDrop) + ("is_causal",) * isinstance(mask, PerSample)

@@ -17,7 +17,7 @@ from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding
 from megatron.model.gpt import Layer
 from megatron.model.loss import HeadOutput
-from megatron.model.mask import AttentionMask, differs_between_samples, within_segments
+from megatron.model.mask import AttentionMask, WithinSegments, made_of, within_segments
 from megatron.model.visibility import Visible
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
@@ -46,6 +46,23 @@ class Mode:
         mask = self.objective.attention_mask
         return within_segments(mask) if self.within_documents else mask
 
+    def packed(self, parts: Inputs[torch.Tensor] | Stream) -> Tensors:
+        """What is handed on as bare tensors: ids or hidden states, positions where a batch has them, and what masks need."""
+        first = parts[0]
+        positions = () if parts.position_ids is None else (parts.position_ids,)
+        tensors = (first, *positions, *(getattr(parts, name) for name in made_of(self.mask)))
+        return tensors if len(tensors) > 1 else first
+
+    def fields(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """By name again, but for the first."""
+        names = made_of(self.mask)
+        has_positions = len(tensors) > 1 + len(names)
+        return dict(zip(("position_ids",) * has_positions + names, tensors[1:]))
+
+    def stream(self, tensors: Tensors) -> Stream:
+        """What :meth:`packed` was given."""
+        return Stream(tensors[0], **self.fields(tensors)) if isinstance(tensors, tuple) else Stream(tensors)
+
     def visible(self, stream: Stream, attention: SelfAttention) -> Visible:
         """The mask of a micro-batch, made once for all blocks of a stage, which follow each other and hand on the very tensors
         that it is made of."""
@@ -64,8 +81,8 @@ class PipelineBlock(TransformerBlock):
 
     def forward(self, tensors: Tensors) -> Tensors:  # type: ignore[override]
         """The tensors of the next stream."""
-        stream = _stream(tensors)
-        return _tensors(super().forward(stream, self.mode.visible(stream, self.self_attention)))
+        stream = self.mode.stream(tensors)
+        return self.mode.packed(super().forward(stream, self.mode.visible(stream, self.self_attention)))
 
 
 def pipeline_loss(
@@ -117,7 +134,11 @@ def stage_layers(layers: Iterable[Layer], mode: Mode) -> list[Any]:
 
     embedding, *blocks, norm, head = layers
     tied = {"tied_weight_attr": ["word_embeddings.weight"], **embedding.arguments}
-    specs = [TiedLayerSpec(embedding.tied_to, Embedding, forward_fn=_embed, **tied)]
+
+    def embed(module: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
+        return mode.packed(module(Inputs(inputs[0], **mode.fields(inputs))))
+
+    specs = [TiedLayerSpec(embedding.tied_to, Embedding, forward_fn=embed, **tied)]
     specs += [LayerSpec(PipelineBlock, mode=mode, **block.arguments) for block in blocks]
     specs += [_hidden, LayerSpec(norm.module, **norm.arguments)]
     if head.tied_to is None:
@@ -134,20 +155,20 @@ def pipeline_batches(
 
     They are moved here, because DeepSpeed's own copies wait for the device.
 
-    Either ids alone travel or everything does, filled in where a batch lacks it: the receiving stages expect the form of
-    the first micro-batch for ever. Positions and segments are filled in only where a batch may have them at all.
+    The receiving stages expect the form of the first micro-batch for ever. So segments and positions are filled in where a batch
+    lacks them though others have them, which is only where sequences may be cut: where masks end with segments.
     """
     for batch in data:
         inputs, targets = to_device(batch, device)
-        ids, positions, samples, segments, is_causal = inputs
         labels = tuple(part for part in targets if part is not None)
-        if positions is None and not differs_between_samples(mode.mask):
-            yield (ids,), labels
-            continue
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
-        segments = torch.zeros_like(ids) if segments is None else segments
-        yield (ids, positions, samples, segments, *([] if is_causal is None else [is_causal])), labels
+        if isinstance(mode.mask, WithinSegments):
+            ids, positions, _, segments, _ = inputs
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+            segments = torch.zeros_like(ids) if segments is None else segments
+            inputs = inputs._replace(position_ids=positions, segment_ids=segments)
+        tensors = mode.packed(inputs)
+        yield (tensors if isinstance(tensors, tuple) else (tensors,)), labels
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
@@ -155,21 +176,8 @@ def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
     return all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(these, those))
 
 
-def _embed(embedding: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
-    return _tensors(embedding(Inputs(*inputs)))
-
-
 def _hidden(tensors: Tensors) -> torch.Tensor:
-    return _stream(tensors).hidden
-
-
-def _stream(tensors: Tensors) -> Stream:
-    return Stream(*tensors) if isinstance(tensors, tuple) else Stream(tensors)
-
-
-def _tensors(stream: Stream) -> Tensors:
-    present = tuple(part for part in stream if part is not None)
-    return present if len(present) > 1 else stream.hidden
+    return tensors[0] if isinstance(tensors, tuple) else tensors
 
 
 def _matrix_in_graph(output: HeadOutput) -> HeadOutput:
