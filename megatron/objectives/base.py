@@ -193,6 +193,12 @@ def flops_per_token(shape: Shape, objective: Objective) -> float:
     return model_flops_per_token(shape, mask=objective.attention_mask, loss_fraction=share, num_views=views)
 
 
+def head_in_blocks(shape: Shape, objective: Objective) -> float:
+    """FLOPs of the head (the output matrix, at the positions in the loss) over those of one block."""
+    head = 6 * shape.padded_vocab_size * shape.hidden_size * objective.loss_fraction
+    return head * shape.num_layers / (flops_per_token(shape, objective) - head)
+
+
 def is_exact(objective: Objective) -> bool:
     """Whether the loss is a likelihood, not a bound on one."""
     return objective.label == EXACT

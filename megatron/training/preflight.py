@@ -28,7 +28,7 @@ from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
 from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
 from megatron.parallel.context import Axis, ParallelContext
-from megatron.training.deepspeed.memory import Held, Partition, blocks_of_stages, held, optimizer_groups
+from megatron.training.deepspeed.memory import Held, Partition, held, optimizer_groups, stages
 from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
 from megatron.training.plan import Layout
 
@@ -197,13 +197,13 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
         gpus_per_node: processes of a node at most.
     """
     ranks = min(gpus_per_node, case.layout.world_size)
-    stages = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
+    sizes = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
     largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = 0 if offloaded else 3 * FLOAT * max(stages) // case.layout.dp_size
+    saved = 0 if offloaded else 3 * FLOAT * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
-        "building": ranks * FLOAT * (max(stages) + largest),
+        "building": ranks * FLOAT * (max(sizes) + largest),
         "saving": ranks * saved,
         "optimizer": ranks * offloaded,
     }
@@ -280,7 +280,7 @@ def _stage_parameters(case: Case, stage: int) -> Parameters:
     """Those of one rank of a stage, in the order of the module; both ends of a pipeline hold a tied embedding."""
     embedding, block, norm, head = _layer_parameters(case.shape, case.layout.tp_size)
     pp = case.layout.pp_size
-    own = block * blocks_of_stages(case.shape.num_layers, pp)[stage]
+    own = block * stages(case.shape, case.objective, case.config.parallel)[stage]
     if stage == 0:
         own = embedding + own
     if stage == pp - 1:
@@ -317,7 +317,7 @@ def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]
     is_compiled = case.is_compiled
     kept = sum(kept_by_block(shape, tp_size=layout.tp_size, width=width, is_compiled=is_compiled).values())
     boundary = float(width * shape.hidden_size)
-    blocks = blocks_of_stages(shape.num_layers, layout.pp_size)[stage]
+    blocks = stages(shape, case.objective, case.config.parallel)[stage]
     in_flight = min(layout.pp_size - stage, layout.num_micro_batches)
     is_recomputed = case.config.parallel.recompute_activations
     # A stage hands one tensor on and keeps it; the last one has the input and the output of the norm.

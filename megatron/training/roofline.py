@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron.model.arithmetic import Device, keys_per_token, positions_per_token
 from megatron.model.memory import kept_by_block
+from megatron.training.deepspeed.memory import stages
 from megatron.training.preflight import Case, num_parameters
 
 # Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the
@@ -51,7 +52,6 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     passes = 4 / 3 if is_recomputed else 1.0  # a third of the work is forward, and done twice
     embedding = shape.padded_vocab_size * shape.hidden_size
     blocks = num_parameters(case) - embedding * (1 + shape.untie_embeddings_and_output_weights)
-    share = 1 / (tp * pp)
     heads = shape.num_attention_heads * shape.kv_channels
     keys = keys_per_token(mask, shape.seq_length)
     kept = sum(kept_by_block(shape, tp_size=tp, width=case.width, is_compiled=case.is_compiled).values())
@@ -60,28 +60,34 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth
     matrix = peak * MATRIX * width / (width + HALF_WIDTH)
     fused = peak * ATTENTION * shape.kv_channels / (shape.kv_channels + HALF_HEAD)
-    micro = {
-        "blocks": 6 * blocks * positions * passes * share / matrix,
-        "attention": 12 * shape.num_layers * heads * keys * tokens * passes * share / fused,
-        "head": rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) * share,
-        "elementwise": BLOCK_TRAFFIC * kept * positions * shape.num_layers * passes / pp / bandwidth,
+    block = {
+        "blocks": 6 * blocks * positions * passes / tp / matrix,
+        "attention": 12 * shape.num_layers * heads * keys * tokens * passes / tp / fused,
+        "elementwise": BLOCK_TRAFFIC * kept * positions * shape.num_layers * passes / bandwidth,
         "tensor": _tensor_seconds(case, cluster, positions, passes),
     }
+    head = rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) / tp
+    shares = [count / shape.num_layers for count in stages(shape, case.objective, case.config.parallel)]
+    ends = [0.0] * (pp - 1) + [head]
+    share, end = max(
+        zip(shares, ends), key=lambda stage: stage[0] * sum(block.values()) + stage[1]
+    )  # the slowest stage's
+    micro = {name: share * seconds for name, seconds in block.items()} | {"head": end}
     busy = {name: seconds * micro_batches for name, seconds in micro.items()}
-    parameters = num_parameters(case) * share
+    parameters = num_parameters(case) / (tp * pp)
     traffic = parameters * (GRADIENT_TRAFFIC * micro_batches + UPDATE_TRAFFIC / dp) / bandwidth
     reduced = _reduction_seconds(case, cluster, parameters, sum(micro.values()))
     return {**busy, "gradients": traffic + reduced, "bubble": sum(micro.values()) * (pp - 1)}
 
 
 def _tensor_seconds(case: Case, cluster: Cluster, positions: int, passes: float) -> float:
-    """Four all-reduces of the activations of each block of a stage, and two more where it is recomputed."""
+    """Four all-reduces of the activations of each block, and two more where it is recomputed."""
     tp = case.layout.tp_size
     if tp == 1:
         return 0.0
     link = cluster.device.link if tp <= cluster.gpus_per_node else cluster.network
     bytes_moved = 2 * (tp - 1) / tp * positions * case.shape.hidden_size * case.width
-    count = 4 * case.shape.num_layers / case.layout.pp_size * (1.5 if passes > 1 else 1)
+    count = 4 * case.shape.num_layers * (1.5 if passes > 1 else 1)
     return count * bytes_moved / (link * LINK)
 
 

@@ -78,6 +78,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     {"lr_decay_style": "WSD", "lr_wsd_decay_samples": 40},
     {"lr_decay_style": "inverse-square-root", "lr_warmup_samples": 16},
 )
+VARIANTS["four_blocks"] = {"num_layers": 4}  # three and one: the head is worth more than a block here
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
 LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
                 "cpu_optimizer")  # fmt: skip
@@ -136,6 +137,7 @@ def test_layout_equals_one_process(compare: Callable, objective: str, layout: st
     [
         ("untied_gqa", "tp2"),
         ("untied_gqa", "pp2"),
+        ("four_blocks", "pp2"),
         ("untied_gqa", "zero3"),
         ("classic", "tp2"),
         ("classic", "pp2"),

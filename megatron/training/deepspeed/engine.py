@@ -23,6 +23,7 @@ from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
 from megatron.randomness import named_seed
 from megatron.training.deepspeed.matrices import Matrices
+from megatron.training.deepspeed.memory import stages
 from megatron.training.deepspeed.pipeline import Mode, build_stage, pipeline_batches
 from megatron.training.deepspeed.settings import (
     TensorParallelGroups,
@@ -191,7 +192,8 @@ class Engine:
         if not self.is_pipeline:
             return GPTModel(self.shape, self.context, **options).to(self.context.device)
         layers = build_layers(self.shape, self.context, **options)
-        return build_stage(layers, self.mode, self.context, self.observer.loss_asked)
+        blocks = stages(self.shape, self.objective, self.config.parallel)
+        return build_stage(layers, self.mode, self.context, self.observer.loss_asked, blocks=blocks)
 
     def _enter(self, objective: Objective, *, training: bool) -> None:
         self.module.train(training)

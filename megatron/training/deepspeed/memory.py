@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
+from megatron.config.schema import ParallelConfig
+from megatron.config.shape import Shape
+from megatron.objectives.base import Objective, head_in_blocks
+
 FLOAT = 4
 # Flat partitions begin at multiples of four bytes in 16 bits.
 ALIGNMENT = 2
@@ -105,9 +109,28 @@ def optimizer_groups(parameters: Sequence[tuple[int, int]]) -> tuple[tuple[int, 
     return tuple(group for group in groups if group)
 
 
-def blocks_of_stages(num_layers: int, pp_size: int) -> list[int]:
-    """Blocks of each pipeline stage, as DeepSpeed deals them out."""
-    return [num_layers // pp_size + (stage < num_layers % pp_size) for stage in range(pp_size)]
+def blocks_of_stages(num_layers: int, pp_size: int, *, head: float) -> list[int]:
+    """Blocks of each pipeline stage, at least one: the last stage has the head, too, and so few blocks that the slowest stage is
+    fastest; the others share the rest equally, those that hold fewer micro-batches at a time get what is over.
+
+    Args:
+        num_layers: blocks of the model.
+        pp_size: stages.
+        head: work of the head, in blocks.
+    """
+    if pp_size == 1:
+        return [num_layers]
+    others = pp_size - 1
+    most = num_layers - others  # each of them has one
+    last = min(range(most, 0, -1), key=lambda count: max(ceil((num_layers - count) / others), count + head))
+    rest = num_layers - last
+    return [rest // others + (others - stage <= rest % others) for stage in range(others)] + [last]
+
+
+def stages(shape: Shape, objective: Objective, parallel: ParallelConfig) -> list[int]:
+    """Blocks of each stage of a run; a block that is recomputed works a third more."""
+    head = head_in_blocks(shape, objective) / (4 / 3 if parallel.recompute_activations else 1)
+    return blocks_of_stages(shape.num_layers, parallel.pipeline_model_parallel_size, head=head)
 
 
 def held(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
@@ -106,17 +106,39 @@ def pipeline_loss(
 
 
 def build_stage(
-    layers: Iterable[Layer], mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
+    layers: Sequence[Layer],
+    mode: Mode,
+    context: ParallelContext,
+    asked: Callable[[Targets[torch.Tensor]], None],
+    *,
+    blocks: Sequence[int],
 ) -> torch.nn.Module:
-    """This rank's stage: as many blocks as any other, the embedding on the first and the head on the last."""
+    """This rank's stage: its blocks, the embedding on the first and the head on the last.
+
+    Args:
+        layers: of the model, see :func:`megatron.model.gpt.build_layers`.
+        mode: what the model computes.
+        context: this process.
+        asked: told of the targets before every loss.
+        blocks: of each stage.
+    """
     from deepspeed.pipe import PipelineModule
 
-    with redirect_stdout(StringIO()):  # it prints its partition
-        return PipelineModule(
-            layers=stage_layers(layers, mode),
+    specs = stage_layers(layers, mode)
+    ends = [0, *(1 + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(specs)]
+
+    class Stage(PipelineModule):
+        """Partitioned as we say."""
+
+        def _partition_layers(self, method: str = "") -> None:
+            self.parts = ends
+            self._set_bounds(start=ends[context.pp.rank], stop=ends[context.pp.rank + 1])
+
+    with redirect_stdout(StringIO()):  # it prints what it builds
+        return Stage(
+            layers=specs,
             topology=topology(context),
             loss_fn=pipeline_loss(mode, context, asked),
-            partition_method=f"type:{PipelineBlock.__name__}",
             activation_checkpoint_interval=0,  # blocks recompute themselves
         )
 

@@ -130,10 +130,21 @@ def test_bytes_equal_the_census_of_a_real_engine(
             assert found["backward"] == sum(said.backward.values()), (name, said.backward)
 
 
-def test_stages_are_dealt_out_as_deepspeed_does() -> None:
-    from deepspeed.runtime.utils import partition_balanced
+def test_stages_are_dealt_out_by_their_work() -> None:
+    """No other way makes the slowest stage faster; of equal ones the first stages, which hold most activations, have fewest."""
+    for layers, count, head in itertools.product((2, 3, 7, 24, 26), (1, 2, 3, 4), (0.0, 0.4, 1.0, 1.7, 30.0)):
+        if count > layers:
+            continue
+        found = blocks_of_stages(layers, count, head=head)
+        assert len(found) == count and sum(found) == layers and min(found) >= 1
+        assert count == 1 or found[:-1] == sorted(found[:-1])
 
-    for layers, stages in ((26, 4), (18, 4), (3, 2), (5, 4), (10, 8), (15, 2), (7, 3)):
-        weights = [0] + [1] * layers + [0] * 4  # embedding; hidden states, norm, head, matrix
-        cuts = partition_balanced(weights, stages)
-        assert blocks_of_stages(layers, stages) == [sum(weights[a:b]) for a, b in itertools.pairwise(cuts)]
+        def slowest(blocks: Sequence[int], head: float = head) -> float:
+            return max([*blocks[:-1], blocks[-1] + head])
+
+        cuts = itertools.combinations(range(1, layers), count - 1)
+        every = [[b - a for a, b in itertools.pairwise((0, *cut, layers))] for cut in cuts] if layers < 24 else []
+        assert all(slowest(found) <= slowest(other) for other in every)
+    assert blocks_of_stages(24, 2, head=0.0) == [12, 12]
+    assert blocks_of_stages(26, 4, head=1.7) == [7, 7, 7, 5]
+    assert blocks_of_stages(26, 4, head=0.0) == [6, 6, 7, 7]
