@@ -44,19 +44,17 @@ class Layer:
         return self.module(**self.arguments)
 
 
-def build_layers(shape: Shape, context: ParallelContext, *, seed: int, recompute: bool = False) -> list[Layer]:
+def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = False) -> list[Layer]:
     """Describe the model: embedding, blocks, final norm, head.
 
     Args:
         shape: resolved model configuration.
-        context: this process; decides which slice of every tensor is made.
-        seed: seed of the initial weights.
+        root: makes the parameters: which slice of every tensor, from which seed.
         recompute: recompute each block in the backward pass.
 
     Returns:
         ``num_layers + 3`` layers. The last one returns hidden states and this rank's rows of the output matrix.
     """
-    root = ParameterFactory(context, seed)
     vocab = {"vocab_size": shape.padded_vocab_size}
     embedding = {"shape": shape, "factory": root, **vocab}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
@@ -75,12 +73,26 @@ class GPTModel(nn.Module):
     """All layers in one module: training without pipeline stages, inference and export."""
 
     def __init__(
-        self, shape: Shape, context: ParallelContext | None = None, *, seed: int = 1234, recompute: bool = False
+        self,
+        shape: Shape,
+        context: ParallelContext | None = None,
+        *,
+        seed: int = 1234,
+        recompute: bool = False,
+        root: ParameterFactory | None = None,
     ) -> None:
+        """Args:
+        shape: resolved model configuration.
+        context: this process; default: a process alone.
+        seed: seed of the initial weights.
+        recompute: recompute each block in the backward pass.
+        root: makes the parameters; default: of that seed for that process.
+        """
         super().__init__()
         self.shape = shape
-        self.context = context or ParallelContext()
-        described = build_layers(shape, self.context, seed=seed, recompute=recompute)
+        root = root or ParameterFactory(context or ParallelContext(), seed)
+        self.context = root.context
+        described = build_layers(shape, root, recompute=recompute)
         embedding = described[0].build()
         assert isinstance(embedding, Embedding)
         self.embedding = embedding

@@ -7,7 +7,7 @@ feed-forward block costs one all-reduce in the forward and one in the backward p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,25 +26,31 @@ class ParameterFactory:
         context: this process.
         seed: seed of the run.
         prefix: canonical name of the owning layer, such as ``layers.3.mlp``.
+        dtype: of the parameters; a tensor is drawn in fp32, and rounded before the next one is made.
+        is_drawn: False where another rank's weights will come in their place: there is no telling what they are until then.
     """
 
     context: ParallelContext
     seed: int
     prefix: str = ""
+    dtype: torch.dtype = torch.float32
+    is_drawn: bool = True
 
     def child(self, name: str) -> ParameterFactory:
         """The factory of a sub-module."""
-        return ParameterFactory(self.context, self.seed, f"{self.prefix}.{name}" if self.prefix else name)
+        return replace(self, prefix=f"{self.prefix}.{name}" if self.prefix else name)
 
     def normal(self, name: str, spec: ShardSpec, std: float) -> nn.Parameter:
         """A parameter drawn from N(0, std)."""
         record, tp = self._record(name, spec), self.context.tp
+        if not self.is_drawn:
+            return sharded_parameter(torch.empty(spec.local_shape(tp.size), dtype=self.dtype), record)
         data = initial_shard(spec, name=record.name, std=std, seed=self.seed, tp_rank=tp.rank, tp_size=tp.size)
-        return sharded_parameter(data, record)
+        return sharded_parameter(data.to(self.dtype), record)
 
     def constant(self, name: str, spec: ShardSpec, value: float) -> nn.Parameter:
         """A parameter filled with ``value``."""
-        data = torch.full(spec.local_shape(self.context.tp.size), value)
+        data = torch.full(spec.local_shape(self.context.tp.size), value, dtype=self.dtype)
         return sharded_parameter(data, self._record(name, spec))
 
     def _record(self, name: str, spec: ShardSpec) -> ShardedParameter:

@@ -28,6 +28,7 @@ from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
 from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
 from megatron.parallel.context import Axis, ParallelContext
+from megatron.parallel.tensor import ParameterFactory
 from megatron.training.deepspeed.memory import Held, Partition, held, optimizer_groups, stages
 from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
 from megatron.training.plan import Layout
@@ -189,8 +190,9 @@ def held_by(case: Case, stage: int) -> Held:
 
 
 def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
-    """Host memory of one node, by moment: processes with their loaders, the models as they are built (whole, fp32, on the
-    host), masters and moments on their way to a checkpoint, and an optimizer that is kept there.
+    """Host memory of one node, by moment: processes with their loaders, the models as they are built (in the precision of the
+    run; where weights are drawn, the largest tensor whole and in fp32 besides), masters and moments on their way to a
+    checkpoint, and an optimizer that is kept there.
 
     Args:
         case: the run.
@@ -199,11 +201,12 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     ranks = min(gpus_per_node, case.layout.world_size)
     sizes = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
     largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
+    drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
     saved = 0 if offloaded else 3 * FLOAT * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
-        "building": ranks * FLOAT * (max(sizes) + largest),
+        "building": ranks * case.width * max(sizes) + min(ranks, drawing) * 2 * FLOAT * largest,
         "saving": ranks * saved,
         "optimizer": ranks * offloaded,
     }
@@ -269,7 +272,7 @@ def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Parameters, Parameter
     """(elements, dimensions) of a rank's parameters in the embedding, one block, the last norm and the head, by building
     them without memory; a head that is tied has none."""
     with torch.device("meta"):
-        layers = build_layers(shape, ParallelContext(tp=Axis(size=tp_size)), seed=0)
+        layers = build_layers(shape, ParameterFactory(ParallelContext(tp=Axis(size=tp_size)), seed=0))
         parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
         sizes = [tuple((p.numel(), p.dim()) for p in part.build().parameters()) for part in parts]
     embedding, block, norm, head = [*sizes, ()][:4]
@@ -295,7 +298,7 @@ def _elements(parameters: Parameters) -> int:
 def _moments(case: Case, stage: int) -> list[Footprint]:
     """The moments at which a stage may be fullest."""
     state = held_by(case, stage)
-    building = {"weights": FLOAT * _elements(_stage_parameters(case, stage))}
+    building = {"weights": case.width * _elements(_stage_parameters(case, stage))}
     passes = _activations(case, stage)
     steps: list[tuple[str, dict[str, int]]] = [
         ("building", building),

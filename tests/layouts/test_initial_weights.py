@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from layouts.jobs import Run
+from layouts.jobs import Run, flags
+from layouts.pool import WorkerPool
 from layouts.test_parity import LAYOUTS, VARIANTS
 
 
@@ -44,6 +46,34 @@ def test_initial_weights_do_not_depend_on_the_layout(runs: Callable[..., Run], v
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def drawn_elements(argv: list[str]) -> int:
+    """Elements that this rank draws until its engine stands."""
+    from unittest import mock
+
+    from layouts import jobs
+    from megatron.parallel import tensor
+
+    original, found = tensor.initial_shard, []
+
+    def initial_shard(spec: object, **options: object) -> torch.Tensor:
+        made = original(spec, **options)  # type: ignore[arg-type]
+        found.append(0 if made.is_meta else made.numel())  # sizes are asked of models that hold nothing
+        return made
+
+    with mock.patch.object(tensor, "initial_shard", initial_shard):
+        assert jobs.train("mdm", argv).status == 0
+    return sum(found)
+
+
+@pytest.mark.parametrize(("size", "changes"), [(2, {"bf16": True}), (2, {"zero_stage": 3}), (4, {"pp_size": 2})])
+def test_only_the_first_data_parallel_rank_draws(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int, changes: dict
+) -> None:
+    argv = flags(token_files, tmp_path / "run", train_iters=1, micro_batch_size=2, **changes)
+    found = pools(size).run(drawn_elements, argv)
+    assert [count > 0 for count in found] == [rank % 2 == 0 for rank in range(size)]
 
 
 def test_another_seed_gives_other_weights(runs: Callable[..., Run]) -> None:

@@ -16,6 +16,7 @@ from megatron.model.gpt import GPTModel, build_layers
 from megatron.model.mask import AttentionMask, Full, RandomKeyDrop, within_segments
 from megatron.objectives import build_objective, parse
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.tensor import ParameterFactory
 from megatron.training.deepspeed.pipeline import Mode, PipelineBlock
 
 MASKS = [RandomKeyDrop(0.5, 7), within_segments(Full())]
@@ -69,7 +70,8 @@ def test_of_a_stage_of_a_pipeline() -> None:
     mode = Mode(build_objective(config), within_documents=False)
     shape = shape_of(4)
     blocks = [
-        PipelineBlock(mode=mode, **layer.arguments) for layer in build_layers(shape, ParallelContext(), seed=1)[1:-2]
+        PipelineBlock(mode=mode, **layer.arguments)
+        for layer in build_layers(shape, ParameterFactory(ParallelContext(), 1))[1:-2]
     ]
     plain = GPTModel(shape, seed=1)
 

@@ -21,6 +21,7 @@ from megatron.model.block import TransformerBlock
 from megatron.model.gpt import GPTModel, build_layers
 from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.tensor import ParameterFactory
 from megatron.randomness import named_seed
 from megatron.training.deepspeed.matrices import Matrices
 from megatron.training.deepspeed.memory import stages
@@ -185,13 +186,13 @@ class Engine:
 
     def _build_module(self) -> torch.nn.Module:
         """The plain model, or this rank's stage of the pipeline, from the same list of layers."""
-        options: dict[str, Any] = {
-            "seed": self.config.run.seed,
-            "recompute": self.config.parallel.recompute_activations,
-        }
+        # DeepSpeed hands on the weights of the first data-parallel rank, in the precision of the run: no other draws any.
+        dtype = torch.bfloat16 if self.config.run.bf16 else torch.float32
+        root = ParameterFactory(self.context, self.config.run.seed, dtype=dtype, is_drawn=self.context.dp.rank == 0)
+        recompute = self.config.parallel.recompute_activations
         if not self.is_pipeline:
-            return GPTModel(self.shape, self.context, **options).to(self.context.device)
-        layers = build_layers(self.shape, self.context, **options)
+            return GPTModel(self.shape, root=root, recompute=recompute).to(self.context.device)
+        layers = build_layers(self.shape, root, recompute=recompute)
         blocks = stages(self.shape, self.objective, self.config.parallel)
         return build_stage(layers, self.mode, self.context, self.observer.loss_asked, blocks=blocks)
 
