@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from megatron.errors import require
@@ -35,6 +37,24 @@ class Axis:
     def is_last(self) -> bool:
         """Whether this process ends the axis."""
         return self.rank == self.size - 1
+
+
+def group_of_line(lines: Sequence[list[int]]) -> dist.ProcessGroup:
+    """The group of this process's line; a collective call.
+
+    Args:
+        lines: ranks of each group, every rank in one of them.
+
+    Returns:
+        Made by one split of the world where NCCL is bound to a device; else every process helps to make each group.
+    """
+    if getattr(dist.group.WORLD, "bound_device_id", None) is not None:
+        group = distributed_c10d.split_group(split_ranks=lines)
+    else:
+        made = {tuple(line): dist.new_group(line) for line in lines}
+        group = next(group for line, group in made.items() if dist.get_rank() in line)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 @dataclass(frozen=True)

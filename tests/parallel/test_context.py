@@ -80,6 +80,62 @@ def made_by_engine(context: ParallelContext, made: list[object]) -> int:
     return len(made) - before
 
 
+def start_as_on_cuda(path: str, world_sizes: list[int]) -> int:
+    """Write how many calls that make groups the last rank of fake worlds makes; the world is bound to a device, as NCCL's is."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import device_mesh, distributed_c10d
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron.parallel.context import group_of_line
+
+    calls = {"new_group": 0, "split_group": 0}
+    original = dist.new_group
+
+    def make(ranks: list[int] | None) -> object:
+        world = distributed_c10d._get_default_group()
+        world.bound_device_id = None  # there is no device to split on
+        made = original(ranks, backend="fake")
+        world.bound_device_id = torch.device("cuda", 0)
+        return made
+
+    def new_group(ranks: list[int] | None = None, **_: object) -> object:
+        calls["new_group"] += 1
+        return make(ranks)
+
+    def split_group(*_: object, split_ranks: list[list[int]], **__: object) -> object:
+        calls["split_group"] += 1
+        return make(next(ranks for ranks in split_ranks if dist.get_rank() in ranks))
+
+    for module in (dist, device_mesh, distributed_c10d):
+        module.new_group, module.split_group = new_group, split_group  # type: ignore[attr-defined]
+    torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
+    found = []
+    for world_size in world_sizes:
+        dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
+        distributed_c10d._get_default_group().bound_device_id = torch.device("cuda", 0)
+        context = ParallelContext.create(tp_size=8, pp_size=4 if world_size > 32 else 1, device=torch.device("cpu"))
+        assert context.tp.group is not None and dist.get_world_size(context.tp.group) == 8
+        found.append([world_size, dict(calls)])
+        if world_size == 8:
+            alone = group_of_line([[rank] for rank in range(world_size)])
+            assert dist.get_process_group_ranks(alone) == [7] and calls["split_group"] == 1
+        calls.update(dict.fromkeys(calls, 0))
+        dist.destroy_process_group()
+    Path(path).write_text(json.dumps(found))
+    return 0
+
+
+def test_on_cuda_the_calls_do_not_grow_with_the_world(tmp_path: Path) -> None:
+    """One split for each axis that is longer than one and shorter than the world, and the control group."""
+    process = Process(start_as_on_cuda, str(tmp_path / "found.json"), [8, 64, 512, 4096])
+    assert process.wait(60) == 0, process.output
+    splits = {8: 0, 64: 3, 512: 3, 4096: 3}
+    assert json.loads((tmp_path / "found.json").read_text()) == [
+        [world_size, {"new_group": 1, "split_group": count}] for world_size, count in splits.items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def surveyed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], list[dict]]:
     path = tmp_path_factory.mktemp("grid") / "found.json"

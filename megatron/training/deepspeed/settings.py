@@ -9,12 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron.config.schema import Config, ParallelConfig
 from megatron.errors import require
 from megatron.files import read_object
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import ParallelContext, group_of_line
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
 MAX_BUCKET_ELEMENTS = 500_000_000
@@ -213,10 +211,8 @@ class TensorParallelGroups:
 
     def __init__(self, context: ParallelContext) -> None:
         self._tp, self._dp, self._dp_group = context.tp, context.dp, context.dp.group
-        if (
-            self._dp_group is None
-        ):  # DeepSpeed wants a real one, also of a process alone; every process helps to make each
-            self._dp_group = [dist.new_group([rank]) for rank in range(context.world_size)][context.rank]
+        if self._dp_group is None:  # DeepSpeed wants a real one, also of a process alone
+            self._dp_group = group_of_line([[rank] for rank in range(context.world_size)])
 
     def get_model_parallel_rank(self) -> int:
         return self._tp.rank
