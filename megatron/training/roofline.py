@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.model.arithmetic import Device, keys_per_token, positions_per_token
-from megatron.model.memory import kept_by_block
 from megatron.training.preflight import Case, num_parameters
 
 # Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the
@@ -54,7 +53,6 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     share = 1 / (tp * pp)
     heads = shape.num_attention_heads * shape.kv_channels
     keys = keys_per_token(mask, shape.seq_length)
-    kept = sum(kept_by_block(shape, tp_size=tp, width=case.width, is_compiled=case.is_compiled).values())
     rows = tokens * case.objective.loss_fraction
     width = shape.hidden_size / tp
     peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth
@@ -64,7 +62,7 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
         "blocks": 6 * blocks * positions * passes * share / matrix,
         "attention": 12 * shape.num_layers * heads * keys * tokens * passes * share / fused,
         "head": rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) * share,
-        "elementwise": BLOCK_TRAFFIC * kept * positions * shape.num_layers * passes / pp / bandwidth,
+        "elementwise": BLOCK_TRAFFIC * case.kept * positions * shape.num_layers * passes / pp / bandwidth,
         "tensor": _tensor_seconds(case, cluster, positions, passes),
     }
     busy = {name: seconds * micro_batches for name, seconds in micro.items()}
@@ -75,13 +73,14 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
 
 
 def _tensor_seconds(case: Case, cluster: Cluster, positions: int, passes: float) -> float:
-    """Four all-reduces of the activations of each block of a stage, and two more where it is recomputed."""
+    """Four all-reduces of the activations of each block of a stage, and two more where it is recomputed; with sequence
+    parallelism as much as one more, because the inputs of its products are gathered again."""
     tp = case.layout.tp_size
     if tp == 1:
         return 0.0
     link = cluster.device.link if tp <= cluster.gpus_per_node else cluster.network
     bytes_moved = 2 * (tp - 1) / tp * positions * case.shape.hidden_size * case.width
-    count = 4 * case.shape.num_layers / case.layout.pp_size * (1.5 if passes > 1 else 1)
+    count = (4 * (1.5 if passes > 1 else 1) + case.is_split) * case.shape.num_layers / case.layout.pp_size
     return count * bytes_moved / (link * LINK)
 
 

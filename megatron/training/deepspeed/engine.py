@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class Engine:
         """
         adopt_process_groups(context)
         import deepspeed
+
+        is_split = config.parallel.splits_sequence(config.model.seq_length)
+        context = replace(context, sequence_parallel=is_split)
 
         self.config, self.objective, self.context, self.shape = config, objective, context, Shape.of(config.model)
         self.observer = observer or Observer()
@@ -225,8 +229,10 @@ class Engine:
         return torch.full((), value, dtype=dtype, device=self.context.device)
 
     def _seed_dropout(self, consumed_samples: int) -> None:
-        """Dropout is a function of (seed, step, data-parallel rank, stage), so that a resumed run repeats it."""
+        """Dropout is a function of (seed, step, data-parallel rank, stage), so that a resumed run repeats it; and of the
+        tensor-parallel rank where each holds tokens of its own."""
         name = f"dropout:{consumed_samples}:{self.context.dp.rank}:{self.context.pp.rank}"
+        name += f":{self.context.tp.rank}" * self.context.sequence_parallel
         torch.manual_seed(named_seed(self.config.run.seed, name))
 
     def _compile_blocks(self) -> None:
