@@ -207,10 +207,18 @@ class ParallelConfig:
         flags=("--deepspeed_config", "--deepspeed-config"))
     recompute_activations: bool = option(False, "activation checkpointing: recompute each block in the backward pass",
         flags=("--recompute-activations", "--checkpoint-activations"))
+    sequence_parallel: bool | None = option(None, "tensor-parallel ranks share the sequence between their products, which saves "
+        "activations in training; default: on where --seq-length is divisible by their number",
+        needs=("tensor_model_parallel_size!=1",), published=True)
     compile: bool | None = option(None, "torch.compile each block; default: on with CUDA below ZeRO 3 (its hooks break graphs)")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
         range=Range(at_least=0.1, at_most=MINUTES.at_most))
     # fmt: on
+
+    def splits_sequence(self, seq_length: int) -> bool:
+        """Whether sequence parallelism is on: as the flag says, else where it can be."""
+        is_possible = self.tensor_model_parallel_size > 1 and seq_length % self.tensor_model_parallel_size == 0
+        return is_possible and self.sequence_parallel is not False
 
 
 @dataclass(frozen=True)
@@ -248,6 +256,8 @@ class RunConfig:
         "--load-tag best those that were validated as the best", choices=(WEIGHT, AVERAGE), needs=("finetune", "skip_train"))
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
+    async_save: bool = option(False, "copy what a checkpoint holds to host memory, and write it while training goes on",
+        needs=SAVE, published=True)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
         range=POSITIVE, needs=SAVE)
     save_best: bool = option(False, "save also when a validation is the best so far; --load-tag best loads it",

@@ -125,6 +125,12 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
             f"use --tensor-model-parallel-size {options}",
         )
     require(
+        not parallel.sequence_parallel or model.seq_length % tp == 0,
+        f"--sequence-parallel with --seq-length {model.seq_length} and tensor-parallel size {tp}",
+        "each tensor-parallel rank holds an equal part of every sequence",
+        f"use --seq-length {model.seq_length // tp * tp or tp}, or drop the flag",
+    )
+    require(
         world % (tp * pp) == 0,
         f"{world} processes cannot hold tensor-parallel {tp} x pipeline {pp}",
         f"the number of processes must be a multiple of {tp * pp}",

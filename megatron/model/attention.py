@@ -15,7 +15,7 @@ from megatron.model.batch import Stream
 from megatron.model.kernels import can_flash, flash_attention
 from megatron.model.mask import AttentionMask, Causal, Full
 from megatron.model.visibility import Visible, attend_flex, visible_keys
-from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
+from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear, TensorParallelModule
 
 
 class LayerCache(Protocol):
@@ -27,16 +27,15 @@ class LayerCache(Protocol):
         """Add new positions [batch, groups, new, channels]; returns all of them."""
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(TensorParallelModule):
     """Multi-head or grouped-query attention. Rows of the fused projection are [Q; K; V], heads are split over ranks.
 
     ``kv_channels · heads`` need not equal the hidden size. The softmax scale is 1/√kv_channels.
     """
 
     def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
-        super().__init__()
+        super().__init__(factory.context)
         tp_size = factory.context.tp.size
-        self.tp_size = tp_size
         self.head_size = shape.kv_channels
         self.num_heads = shape.num_attention_heads // tp_size
         self.num_groups = shape.num_query_groups // tp_size
@@ -69,6 +68,9 @@ class SelfAttention(nn.Module):
         """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph."""
         has_dropout = self.training and self.dropout > 0.0
         use_flex = stream.hidden.is_cuda and not has_dropout and self.head_size >= 16
+        if self.is_split:  # only sizes and device are asked
+            batch, own, _ = stream.hidden.shape
+            stream = stream._replace(hidden=stream.hidden.new_empty(1).expand(batch, own * self.context.tp.size, 1))
         return visible_keys(mask, stream, use_flex=use_flex, past=0 if cache is None else cache.length)
 
     def forward(
@@ -78,7 +80,7 @@ class SelfAttention(nn.Module):
         position_ids: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        """Attend: [batch, seq, hidden] → [batch, seq, hidden].
+        """Attend: [batch, seq, hidden] → [batch, seq, hidden]; of this rank's tokens with sequence parallelism.
 
         Args:
             hidden: normalised input.
@@ -86,8 +88,9 @@ class SelfAttention(nn.Module):
             position_ids: [batch, seq] when tokens are out of order, else None.
             cache: keys and values of earlier tokens, which the input continues.
         """
-        batch, seq, _ = hidden.shape
-        heads = self.query_key_value(hidden).view(batch, seq, self.num_heads + 2 * self.num_groups, self.head_size)
+        heads = self.query_key_value(hidden)
+        batch, seq, _ = heads.shape
+        heads = heads.view(batch, seq, self.num_heads + 2 * self.num_groups, self.head_size)
         query, key, value = heads.transpose(1, 2).split((self.num_heads, self.num_groups, self.num_groups), dim=1)
         if self.rotary is not None:
             cos, sin = self.rotary(seq, position_ids)
@@ -101,7 +104,7 @@ class SelfAttention(nn.Module):
         """softmax(QKᵀ/√d)V: [batch, heads, seq, channels]. Only a dense mask makes a [seq, seq] tensor."""
         if isinstance(visible, BlockMask):
             return attend_flex(query, key, value, visible)
-        if self.training and self.dropout > 0.0 and self.tp_size > 1:
+        if self.training and self.dropout > 0.0 and self.context.tp.size > 1 and not self.is_split:
             return self._attend_with_own_dropout(query, key, value, visible)
         return self._attend_by_product(query, key, value, visible)
 
@@ -122,10 +125,11 @@ class SelfAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: Causal | Full | torch.Tensor
     ) -> torch.Tensor:
         """Heads are split over ranks, so each rank must drop other probabilities than its peers do, while the random
-        stream that the ranks share (dropout of whole activations) must advance alike on all of them."""
+        stream that the ranks share (dropout of whole activations) must advance alike on all of them. With sequence
+        parallelism nothing is shared: every rank has a stream of its own."""
         seed = int(torch.randint(2**62, ()))  # host-side stream: the same on all ranks, restored on recomputation
         with torch.random.fork_rng(devices=[query.device] if query.is_cuda else []):
-            torch.manual_seed(seed + self.query_key_value.context.tp.rank)
+            torch.manual_seed(seed + self.context.tp.rank)
             return self._attend_by_product(query, key, value, visible)
 
 

@@ -16,25 +16,33 @@ from megatron.model.batch import Stream
 from megatron.model.kernels import silu_mul
 from megatron.model.visibility import Visible
 from megatron.parallel.sharding import ShardSpec
-from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear
+from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear, TensorParallelModule
 
 
-class Norm(nn.Module):
+class Norm(TensorParallelModule):
     """Normalisation of the last axis, its weights whole on every tensor-parallel rank: RMSNorm,
     ``x / √(mean(x²) + ε) · weight`` (Zhang and Sennrich, arXiv 1910.07467), or LayerNorm, ``(x − mean) / √(var + ε) · weight +
     bias``.
     """
 
     def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
-        super().__init__()
+        super().__init__(factory.context)
         spec, self.epsilon = ShardSpec((shape.hidden_size,)), shape.layernorm_epsilon
         self.weight = factory.constant("weight", spec, 1.0)
         self.bias = factory.constant("bias", spec, 0.0) if shape.normalization == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.own(self.weight)
         if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, self.own(self.bias), self.epsilon)
+
+
+class FinalNorm(Norm):
+    """The last norm, of which every tensor-parallel rank has all tokens: the loss picks from the whole sequence."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gathered(super().forward(x))
 
 
 class MLP(nn.Module):
@@ -72,7 +80,8 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, each with dropout on what is added."""
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, each with dropout on what is added. With sequence parallelism
+    all but the insides of attention and feed-forward layer is [batch, seq / tp, hidden]."""
 
     def __init__(self, shape: Shape, factory: ParameterFactory, *, recompute: bool = False) -> None:
         super().__init__()

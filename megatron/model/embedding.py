@@ -10,7 +10,7 @@ from megatron.config.shape import Shape
 from megatron.model.batch import Inputs, Stream
 from megatron.model.loss import HeadOutput
 from megatron.parallel.sharding import ShardSpec
-from megatron.parallel.tensor import ParameterFactory, VocabParallelEmbedding
+from megatron.parallel.tensor import ParameterFactory, TensorParallelModule, VocabParallelEmbedding
 
 
 class Embedding(nn.Module):
@@ -33,21 +33,21 @@ class Embedding(nn.Module):
         """Ids become hidden states; what else a batch brings travels with them."""
         hidden = self.word_embeddings(inputs.input_ids)
         if self.position_embeddings is not None:
-            hidden = hidden + self.position_embeddings(inputs.position_ids, hidden)
+            hidden = hidden + self.position_embeddings(inputs.position_ids, inputs.input_ids.shape[1])
         hidden = F.dropout(hidden, self.hidden_dropout, self.training)
         return Stream(hidden, *inputs[1:])
 
 
-class PositionTable(nn.Module):
+class PositionTable(TensorParallelModule):
     """Learned absolute positions."""
 
     def __init__(self, factory: ParameterFactory, rows: int, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(factory.context)
         self.weight = factory.normal("weight", ShardSpec((rows, shape.hidden_size)), shape.init_method_std)
 
-    def forward(self, position_ids: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-        """Rows of the table, broadcastable to ``hidden`` [batch, seq, hidden]."""
-        return self.weight[: hidden.shape[1]] if position_ids is None else self.weight[position_ids]
+    def forward(self, position_ids: torch.Tensor | None, width: int) -> torch.Tensor:
+        """Rows of the table for a sequence of ``width`` tokens, broadcastable to its hidden states."""
+        return self.scattered(self.weight[None, :width] if position_ids is None else self.weight[position_ids])
 
 
 class LMHead(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron.config.shape import Shape
 from megatron.model.attention import LayerCache
-from megatron.model.block import Norm, TransformerBlock
+from megatron.model.block import FinalNorm, TransformerBlock
 from megatron.model.embedding import Embedding, LMHead, tied_head
 from megatron.model.loss import HeadOutput, LossKind
 from megatron.model.mask import AttentionMask
@@ -61,7 +61,7 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     for index in range(shape.num_layers):
         arguments = {"shape": shape, "factory": root.child(f"layers.{index}"), "recompute": recompute}
         layers.append(Layer(TransformerBlock, arguments))
-    layers.append(Layer(Norm, {"shape": shape, "factory": root.child("final_layernorm")}))
+    layers.append(Layer(FinalNorm, {"shape": shape, "factory": root.child("final_layernorm")}))
     if shape.untie_embeddings_and_output_weights:
         layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))
     else:

@@ -10,7 +10,9 @@ FLOAT = 4
 TILE = 128  # of a block mask, a quarter of a byte an entry at most: index and count of each tile, twice
 
 
-def kept_by_block(shape: Shape, *, tp_size: int, width: int, is_compiled: bool) -> dict[str, float]:
+def kept_by_block(
+    shape: Shape, *, tp_size: int, width: int, is_compiled: bool, sequence_parallel: bool = False
+) -> dict[str, float]:
     """Bytes a position that one block keeps for its backward pass, by what they are.
 
     Every matrix product keeps its input, attention what its fused kernel needs. A compiled block recomputes the
@@ -21,12 +23,14 @@ def kept_by_block(shape: Shape, *, tp_size: int, width: int, is_compiled: bool) 
         tp_size: tensor-parallel ranks, which share all but what enters and leaves each half of the block.
         width: bytes of an activation.
         is_compiled: whether the block runs as one graph.
+        sequence_parallel: they share that too.
     """
-    hidden, ffn = width * shape.hidden_size, width * shape.ffn_hidden_size / tp_size
+    share = tp_size if sequence_parallel else 1
+    hidden, ffn = width * shape.hidden_size / share, width * shape.ffn_hidden_size / tp_size
     head = width * shape.kv_channels / tp_size
     queries, groups = shape.num_attention_heads, shape.num_query_groups
     rotated = head * (queries + groups) if shape.use_rotary_position_embeddings else 0.0
-    statistics = FLOAT if shape.normalization == "rmsnorm" else 2 * width
+    statistics = (FLOAT if shape.normalization == "rmsnorm" else 2 * width) / share
     silu = 0.0 if is_compiled else ffn
     return {
         "inputs of the block and of its second half": 2 * hidden,
@@ -34,7 +38,7 @@ def kept_by_block(shape: Shape, *, tp_size: int, width: int, is_compiled: bool) 
         "queries, keys, values": head * (queries + 2 * groups) + rotated,
         "attention": head * queries + FLOAT * queries / tp_size,
         "feed-forward": 3 * ffn + silu if shape.swiglu else 2 * ffn,
-        "dropout masks": 2.0 * shape.hidden_size if shape.hidden_dropout else 0.0,
+        "dropout masks": 2.0 * shape.hidden_size / share if shape.hidden_dropout else 0.0,
     }
 
 

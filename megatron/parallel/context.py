@@ -69,6 +69,8 @@ class ParallelContext:
         ep: experts (of size one: no layer has any).
         cp: parts of a sequence (of size one).
         tp: tensor-parallel shards.
+        sequence_parallel: between the products that they share, each of these holds a part of the sequence; only with two
+            or more of them.
         control_group: gloo over all ranks, for small host-side messages; None for a process alone.
         device: accelerator of this process, or the CPU.
     """
@@ -80,6 +82,7 @@ class ParallelContext:
     ep: Axis = field(default=Axis())
     cp: Axis = field(default=Axis())
     tp: Axis = field(default=Axis())
+    sequence_parallel: bool = False
     control_group: dist.ProcessGroup | None = None
     device: torch.device = torch.device("cpu")
 
@@ -116,7 +119,7 @@ class ParallelContext:
         axes = {name: Axis(mesh.get_local_rank(name), sizes[name], mesh.get_group(name)) for name in names}
         timeout = datetime.timedelta(minutes=timeout_minutes)
         control_group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(rank=rank, world_size=world_size, control_group=control_group, device=device, **axes)
+        return cls(rank=rank, world_size=world_size, control_group=control_group, device=device, **axes)  # type: ignore[arg-type]
 
     @property
     def is_first_rank(self) -> bool:

@@ -71,6 +71,23 @@ class Case:
         return compiles_blocks(self.config.parallel, device="cuda")
 
     @property
+    def is_split(self) -> bool:
+        """Whether tensor-parallel ranks hold parts of the sequence, as the engine decides it."""
+        return self.config.parallel.splits_sequence(self.shape.seq_length)
+
+    @property
+    def kept(self) -> float:
+        """Bytes a position that a block keeps for its backward pass."""
+        parts = kept_by_block(
+            self.shape,
+            tp_size=self.layout.tp_size,
+            width=self.width,
+            is_compiled=self.is_compiled,
+            sequence_parallel=self.is_split,
+        )
+        return sum(parts.values())
+
+    @property
     def flops_per_token(self) -> float:
         """Of the model, attention counted, recomputation not."""
         fraction = self.objective.loss_fraction
@@ -203,7 +220,7 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
     drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = 0 if offloaded else 3 * FLOAT * max(sizes) // case.layout.dp_size
+    saved = 0 if offloaded and not case.config.run.async_save else 3 * FLOAT * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
         "building": ranks * case.width * max(sizes) + min(ranks, drawing) * 2 * FLOAT * largest,
@@ -317,9 +334,8 @@ def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]
         mask = within_segments(mask)
     length = shape.seq_length * positions_per_token(mask)
     rows = layout.micro_batch_size * length
-    is_compiled = case.is_compiled
-    kept = sum(kept_by_block(shape, tp_size=layout.tp_size, width=width, is_compiled=is_compiled).values())
-    boundary = float(width * shape.hidden_size)
+    kept = case.kept
+    boundary = width * shape.hidden_size / (layout.tp_size if case.is_split else 1)
     blocks = stages(shape, case.objective, case.config.parallel)[stage]
     in_flight = min(layout.pp_size - stage, layout.num_micro_batches)
     is_recomputed = case.config.parallel.recompute_activations

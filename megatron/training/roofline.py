@@ -1,5 +1,5 @@
 """Seconds of one training step on paper, to rank layouts: what each part needs of arithmetic, memory and links, at rates that
-kernels reach. Nothing here was measured on the layouts that it ranks.
+kernels reach. Measured on one H100 alone; links, and so all layouts of several GPUs, are on paper.
 """
 
 from __future__ import annotations
@@ -7,17 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.model.arithmetic import Device, keys_per_token, positions_per_token
-from megatron.model.memory import kept_by_block
 from megatron.training.deepspeed.memory import stages
 from megatron.training.preflight import Case, num_parameters
 
 # Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the
-# share of a link that collectives reach. They give what a study of this code on paper found for 8 H100 within 5 points.
+# share of a link that collectives reach. For one H100 they give the measured seconds of a step within 3 % (docs/benchmarks.md).
 MATRIX, HALF_WIDTH, ATTENTION, HALF_HEAD, LINK = 0.75, 400, 0.65, 64, 0.75
 PLAIN = 0.07  # of the bf16 peak, where fp32 does not use the matrix units (TF32 stays off)
 # Bytes that elementwise kernels move for each byte that a block keeps, there and back; for each logit; for each parameter
 # and micro-batch (a gradient is added), and each parameter and step (moments, masters, weights, norm).
-BLOCK_TRAFFIC, LOGIT_TRAFFIC, GRADIENT_TRAFFIC, UPDATE_TRAFFIC = 4.0, 36.0, 10.0, 34.0
+BLOCK_TRAFFIC, LOGIT_TRAFFIC, GRADIENT_TRAFFIC, UPDATE_TRAFFIC = 4.0, 6.0, 10.0, 34.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     blocks = num_parameters(case) - embedding * (1 + shape.untie_embeddings_and_output_weights)
     heads = shape.num_attention_heads * shape.kv_channels
     keys = keys_per_token(mask, shape.seq_length)
-    kept = sum(kept_by_block(shape, tp_size=tp, width=case.width, is_compiled=case.is_compiled).values())
     rows = tokens * case.objective.loss_fraction
     width = shape.hidden_size / tp
     peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth
@@ -63,7 +61,7 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     block = {
         "blocks": 6 * blocks * positions * passes / tp / matrix,
         "attention": 12 * shape.num_layers * heads * keys * tokens * passes / tp / fused,
-        "elementwise": BLOCK_TRAFFIC * kept * positions * shape.num_layers * passes / bandwidth,
+        "elementwise": BLOCK_TRAFFIC * case.kept * positions * shape.num_layers * passes / bandwidth,
         "tensor": _tensor_seconds(case, cluster, positions, passes),
     }
     head = rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) / tp
@@ -81,13 +79,14 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
 
 
 def _tensor_seconds(case: Case, cluster: Cluster, positions: int, passes: float) -> float:
-    """Four all-reduces of the activations of each block, and two more where it is recomputed."""
+    """Four all-reduces of the activations of each block, and two more where it is recomputed; with sequence
+    parallelism as much as one more, because the inputs of its products are gathered again."""
     tp = case.layout.tp_size
     if tp == 1:
         return 0.0
     link = cluster.device.link if tp <= cluster.gpus_per_node else cluster.network
     bytes_moved = 2 * (tp - 1) / tp * positions * case.shape.hidden_size * case.width
-    count = 4 * case.shape.num_layers * (1.5 if passes > 1 else 1)
+    count = (4 * (1.5 if passes > 1 else 1) + case.is_split) * case.shape.num_layers
     return count * bytes_moved / (link * LINK)
 
 

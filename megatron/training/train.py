@@ -87,7 +87,7 @@ def train(
 
         # 3. The record: who the run is, what it did so far.
         folder = RunFolder(plan, start, progress, context, screen=screen)
-        exits.callback(folder.close)
+        exits.push(folder.leave)
         flops = flops_per_token(plan.shape, objective)
         throughput = Throughput(batch_size, seq_length, flops, num_devices=context.world_size, device=context.device)
         interval = Interval(progress, screen, throughput, max_skipped=settings.optimizer.max_skipped_steps)
@@ -225,7 +225,7 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
         f"(padded {shape.padded_vocab_size})"
     )
     screen.print(
-        f"tp {layout.tp_size} x pp {layout.pp_size} x dp {layout.dp_size}, ZeRO {layout.zero_stage}"
+        f"tp {layout.tp_size}{_sequence_note(plan)} x pp {layout.pp_size} x dp {layout.dp_size}, ZeRO {layout.zero_stage}"
         f"{zero_note}, {precision} | global batch {layout.global_batch_size} = micro {layout.micro_batch_size} x dp "
         f"{layout.dp_size} x {layout.num_micro_batches} accumulated | run directory {plan.run_dir}"
     )
@@ -242,3 +242,12 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
         what = f"{weights} and optimizer" if start.with_optimizer else weights
         verb = "branching" if start.is_branching else "continuing" if start.is_continued else "starting"
         screen.print(f"loaded {what} of {start.tag}; {verb} at step {progress.step}")
+
+
+def _sequence_note(plan: Plan) -> str:
+    """What tensor-parallel ranks do with a sequence, where it was not the flag that decided otherwise."""
+    parallel, tp, length = plan.settings.parallel, plan.layout.tp_size, plan.shape.seq_length
+    if parallel.splits_sequence(length):
+        return " (sequence parallel)"
+    is_open = tp > 1 and parallel.sequence_parallel is None
+    return f" (sequence whole on each: {tp} does not divide {length})" if is_open else ""

@@ -41,7 +41,7 @@ def test_all_unknown_flags_are_named_at_once_with_their_counterparts() -> None:
         "--frobnicate",
         "--lr-decay-iters",
         "x",
-        "--sequence-parallel",
+        "--use-distributed-optimizer",
         "3",
     ]
     head, *lines = refused(*wrong)
@@ -55,7 +55,7 @@ def test_all_unknown_flags_are_named_at_once_with_their_counterparts() -> None:
         "  unknown argument '--hiden-size'; did you mean --hidden-size?",
         "  unknown argument '--frobnicate'; it is no flag of Megatron's either",
         "  --lr-decay-iters x: it takes a whole number",
-        "  --sequence-parallel 3: it takes no value",
+        "  --use-distributed-optimizer 3: it takes no value",
     ]
 
 
@@ -147,7 +147,7 @@ def test_a_constant_rate_needs_no_decay() -> None:
 def test_flags_of_ours_that_do_nothing_in_a_foreign_script_are_named_and_not_refused() -> None:
     """Megatron takes a final rate with a constant one, and an interval of validations without data for them."""
     words = ["--lr-decay-style", "constant", "--min-lr", "1e-6", "--eval-interval", "100", "--lr-decay-samples=80"]
-    config, said = read(*words, "--sequence-parallel", "--data-path", "a", "--split", "100,0,0", "--position-embedding-type",
+    config, said = read(*words, "--DDP-impl", "local", "--data-path", "a", "--split", "100,0,0", "--position-embedding-type",
                         "learned_absolute", "--rotary-base", "20000")  # fmt: skip
     assert (config.optimizer.min_lr, config.run.eval_interval, config.optimizer.lr_decay_samples) == (0, None, None)
     assert "--min-lr (it needs another --lr-decay-style than constant)" in said
@@ -163,7 +163,7 @@ def test_first_lines_say_what_was_read_what_has_no_effect_and_which_defaults_dif
         "12",
         "--hysteresis",
         "2",
-        "--sequence-parallel",
+        "--use-distributed-optimizer",
         "--swiglu",
         "--tensor-model-parallel-size",
         "2",
@@ -174,7 +174,7 @@ def test_first_lines_say_what_was_read_what_has_no_effect_and_which_defaults_dif
         "  --fp16 as --bf16 (runs as bf16: the same memory, no loss scale; numbers differ in rounding)",
         "without effect here:",
         "  --loss-scale, --hysteresis (bf16 needs no loss scale)",
-        "  --sequence-parallel (memory only, the same numbers)",
+        "  --use-distributed-optimizer (ZeRO stage 1 always shards the state of the optimizer)",
         "defaults that differ, --megatron-defaults takes theirs:",
         "  --normalization is rmsnorm (Megatron: layernorm)",
         "  --use-rotary-position-embeddings is True (Megatron: False)",
@@ -211,7 +211,7 @@ def foreign_script() -> list[str]:
     text = (
         "--fp16 --loss-scale 0 --initial-loss-scale 65536 --distributed-backend nccl --lr-decay-iters 10 --lr-warmup-iters 1 "
         "--position-embedding-type learned_absolute --no-masked-softmax-fusion --no-bias-gelu-fusion "
-        "--no-gradient-accumulation-fusion --use-distributed-optimizer --transformer-impl local --sequence-parallel "
+        "--no-gradient-accumulation-fusion --use-distributed-optimizer --transformer-impl local "
         "--recompute-granularity full --recompute-method uniform --dataloader-type single --no-query-key-layer-scaling "
         "--attention-softmax-in-fp32 --DDP-impl local --num-experts 1 --moe-loss-coeff 0.01 --use-flash-attn"
     )

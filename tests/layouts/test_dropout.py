@@ -1,8 +1,9 @@
-"""Dropout under tensor parallelism: whole activations are dropped alike on all ranks, split heads independently."""
+"""Dropout under tensor parallelism: whole activations are dropped alike on all ranks, split heads and tokens independently."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from layouts.jobs import Run
 from layouts.pool import WorkerPool
 
 BOTH = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 5}
+UNSPLIT = {"tp_size": 2, "no_sequence_parallel": True}
 
 
 def test_hidden_dropout_does_not_depend_on_tensor_parallelism(runs: Callable[..., Run]) -> None:
     options = {"hidden_dropout": 0.1, "train_iters": 5}
     expected = runs("ar", 1, **options).traces[0].losses
-    for trace in runs("ar", 2, tp_size=2, **options).traces:
+    for trace in runs("ar", 2, **UNSPLIT, **options).traces:
         assert trace.losses == pytest.approx(expected, abs=1e-5, rel=0)
     assert runs("ar", 1, train_iters=5).traces[0].losses[0] != expected[0]  # something was dropped
 
@@ -27,36 +29,37 @@ def test_hidden_dropout_does_not_depend_on_tensor_parallelism(runs: Callable[...
 def test_replicated_activations_agree_across_ranks(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
 ) -> None:
-    argv = jobs.flags(token_files, tmp_path / "run", tp_size=2, **BOTH)
+    argv = jobs.flags(token_files, tmp_path / "run", **UNSPLIT, **BOTH)
     one, other = pools(2).run(jobs.train, "ar", argv, ("hidden",))
     assert one.losses == other.losses
     assert len(one.hidden) == 5 * 2 * 2  # steps, micro-batches, blocks
     assert all(torch.equal(a, b) for a, b in zip(one.hidden, other.hidden))
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_recomputation_repeats_the_dropout(runs: Callable[..., Run], size: int) -> None:
-    plain, again = (runs("ar", size, tp_size=size, recompute_activations=on, **BOTH) for on in (False, True))
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, UNSPLIT), (2, {"tp_size": 2})])
+def test_recomputation_repeats_the_dropout(runs: Callable[..., Run], size: int, layout: dict[str, Any]) -> None:
+    plain, again = (runs("ar", size, recompute_activations=on, **layout, **BOTH) for on in (False, True))
     assert [t.losses for t in plain.traces] == [t.losses for t in again.traces]
     assert [t.grad_norms for t in plain.traces] == [t.grad_norms for t in again.traces]
 
 
-def test_data_parallel_ranks_drop_differently(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
-    patterns = pools(2).run(dropped_by_the_step)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_ranks_with_tokens_of_their_own_drop_differently(pools: Callable[[int], WorkerPool], tp_size: int) -> None:
+    """Data-parallel ranks, and those that share a sequence."""
+    patterns = pools(2).run(dropped_by_the_step, tp_size)
     assert patterns[0][0] == patterns[0][1]  # the same step again: the same dropout
     assert len({patterns[0][0], patterns[1][0], patterns[0][2], patterns[1][2]}) == 4  # other rank or other step
 
 
-def dropped_by_the_step() -> list[tuple[bool, ...]]:
+def dropped_by_the_step(tp_size: int) -> list[tuple[bool, ...]]:
     """Which of 64 numbers are dropped at samples 8, 8 and 16, from the engine's own seeding."""
     from types import SimpleNamespace
 
     from megatron.parallel.context import ParallelContext
     from megatron.training.deepspeed.engine import Engine
 
-    engine: Any = SimpleNamespace(
-        context=ParallelContext.create(), config=SimpleNamespace(run=SimpleNamespace(seed=1234))
-    )
+    context = replace(ParallelContext.create(tp_size=tp_size), sequence_parallel=tp_size > 1)
+    engine: Any = SimpleNamespace(context=context, config=SimpleNamespace(run=SimpleNamespace(seed=1234)))
     patterns = []
     for samples in (8, 8, 16):
         Engine._seed_dropout(engine, samples)

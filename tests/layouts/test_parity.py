@@ -25,6 +25,7 @@ TOLERANCE, MUON_TOLERANCE = 1e-5, 1e-4  # Muon's iteration runs in bf16
 # Processes and flags. Pipelines get more micro-batches than stages, so that several are in flight.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp_size": 2}),
+    "tp2_unsplit": (2, {"tp_size": 2, "no_sequence_parallel": True}),
     "pp2": (2, {"pp_size": 2, "micro_batch_size": 2}),
     "dp2": (2, {}),
     "zero2": (2, {"zero_stage": 2, "micro_batch_size": 2}),
@@ -81,7 +82,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
 VARIANTS["four_blocks"] = {"num_layers": 4}  # three and one: the head is worth more than a block here
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
 LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
-                "cpu_optimizer")  # fmt: skip
+                "cpu_optimizer", "no_sequence_parallel")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +124,49 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
         (layout, objective)
         for layout in LAYOUTS
         for objective in ("ar", "mdm")
-        if "dp2" not in layout[1:] or objective == "mdm"
+        if layout != "pp2_dp2" or objective == "mdm"
     ],
 )
 def test_layout_equals_one_process(compare: Callable, objective: str, layout: str) -> None:
     """With masked diffusion, the averaged weights too, which take the place of the trained ones for a validation in between."""
     size, changes = LAYOUTS[layout]
     compare(objective, size, **changes, **({"ema_decay": 0.9} if objective == "mdm" else {}))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_unsplit", "tp2_dp2"])
+def test_packed_documents_equal_one_process_whether_a_sequence_is_split_or_not(compare: Callable, layout: str) -> None:
+    size, changes = LAYOUTS[layout]
+    compare("ar", size, **changes, **PACKED)
+
+
+def train_with_gradients_of_own_tokens(argv: list[str]) -> jobs.Trace:
+    """Sequence parallelism that forgets to sum the gradients of what is whole on every rank."""
+    from megatron.parallel.tensor import TensorParallelModule
+
+    with mock.patch.object(TensorParallelModule, "own", lambda module, parameter: parameter):
+        return jobs.train("ar", argv)
+
+
+def test_gradients_of_a_part_of_the_tokens_would_show(
+    pools: Callable[[int], WorkerPool], runs: Callable[..., Run], token_files: Path, tmp_path: Path
+) -> None:
+    options = {"train_iters": 5, **VARIANTS["classic"]}
+    traces = pools(2).run(train_with_gradients_of_own_tokens, jobs.flags(token_files, tmp_path, tp_size=2, **options))
+    right = runs("ar", 1, **options).traces[0]
+    assert abs(traces[0].losses[-1] - right.losses[-1]) > 10 * TOLERANCE
+    assert abs(traces[0].grad_norms[0] - right.grad_norms[0]) > 10 * TOLERANCE
+
+
+def test_a_sequence_that_has_no_equal_parts_stays_whole_and_the_first_lines_say_so(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    said = {}
+    for length in (32, 33):
+        argv = jobs.flags(token_files, tmp_path / str(length), tp_size=2, seq_length=length, train_iters=1)
+        assert [trace.status for trace in pools(2).run(jobs.train, "ar", argv)] == [0, 0]
+        said[length] = pools(2).output(0)
+    assert "tp 2 (sequence parallel) x pp 1" in said[32]
+    assert "tp 2 (sequence whole on each: 2 does not divide 33) x pp 1" in said[33]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ CHAIN: list[tuple[int, dict[str, Any]]] = [
     (2, {"zero_stage": 1}),
     (1, {}),
     (2, {"zero_stage": 3}),
-    (4, {"tp_size": 2, "zero_stage": 2}),
+    (4, {"tp_size": 2, "zero_stage": 2, "no_sequence_parallel": True}),
     (2, {"cpu_optimizer": True}),
     (1, {}),
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from layouts.pool import WorkerPool
 
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import Shape
@@ -17,6 +20,7 @@ from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 
 BATCH, LENGTH = 2, 32
+ALONE = ParallelContext()
 CLASSIC = {"swiglu": False, "normalization": "layernorm", "use_rotary_position_embeddings": False}
 
 
@@ -27,9 +31,9 @@ def shape_of(**changes: Any) -> Shape:
     )
 
 
-def kept(shape: Shape, *, compiled: bool) -> int:
+def kept(shape: Shape, *, compiled: bool, context: ParallelContext = ALONE) -> int:
     """Bytes that the backward pass of one block will read, parameters and rotary tables aside."""
-    block = TransformerBlock(shape, ParameterFactory(ParallelContext(), 1)).bfloat16()
+    block = TransformerBlock(shape, ParameterFactory(context, 1)).bfloat16()
     if compiled:  # the partition of forward and backward that inductor works with, without its code
         torch._dynamo.reset()
         block.transform = torch.compile(block.transform, dynamic=False, backend="aot_eager_decomp_partition")
@@ -45,7 +49,8 @@ def kept(shape: Shape, *, compiled: bool) -> int:
             found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    x = torch.randn(BATCH, LENGTH, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    tokens = LENGTH // (context.tp.size if context.sequence_parallel else 1)
+    x = torch.randn(BATCH, tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(Stream(x), Full())
     return sum(found.values())
@@ -74,6 +79,22 @@ def test_tensor_parallel_ranks_share_the_inside_of_a_block() -> None:
     for part in ("queries, keys, values", "attention", "feed-forward"):
         assert two[part] == one[part] / 2
     assert two["normalised inputs"] == one["normalised inputs"]
+
+
+def kept_by_rank(is_split: bool) -> int:
+    context = replace(ParallelContext.create(tp_size=2), sequence_parallel=is_split)
+    return kept(shape_of(), compiled=True, context=context)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_what_a_rank_of_a_block_keeps_is_counted_to_the_byte(
+    pools: Callable[[int], WorkerPool], is_split: bool
+) -> None:
+    """With sequence parallelism its share of everything: a compiled graph, too, gathers the tokens again."""
+    said = kept_by_block(shape_of(), tp_size=2, width=2, is_compiled=True, sequence_parallel=is_split)
+    assert pools(2).run(kept_by_rank, is_split) == [BATCH * LENGTH * sum(said.values())] * 2
+    whole = kept_by_block(shape_of(), tp_size=1, width=2, is_compiled=True)
+    assert (sum(said.values()) == sum(whole.values()) / 2) == is_split
 
 
 def test_only_masks_that_are_tensors_take_memory() -> None:

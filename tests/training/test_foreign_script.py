@@ -51,6 +51,7 @@ def test_a_foreign_script_trains_megatrons_model_on_the_parts_of_its_split(
     said = pools(1).output(0)
     assert "--fp16 as --bf16 (runs as bf16" in said and "defaults of Megatron taken:" in said
     assert f"{megatron_parameters():,} parameters" in said
+    assert "--sequence-parallel (needs another --tensor-model-parallel-size than 1)" in said
 
     documents_alone(whole, tmp_path / "train", 0, 270)
     documents_alone(whole, tmp_path / "valid", 270, 294)

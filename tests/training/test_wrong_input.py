@@ -109,6 +109,14 @@ def test_broken_rule(token_files: Path, tmp_path: Path, rule: str) -> None:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "heads": (3, {"tp_size": 3}, ["num_attention_heads 4 is not divisible by tensor-parallel size 3", "1, 2, 4"]),
+    "sequence": (
+        2,
+        {"tp_size": 2, "seq_length": 33, "sequence_parallel": True},
+        [
+            "--sequence-parallel with --seq-length 33 and tensor-parallel size 2",
+            "use --seq-length 32, or drop the flag",
+        ],
+    ),
     "processes": (2, {"tp_size": 4}, ["2 processes cannot hold tensor-parallel 4", "start 4"]),
     "stages": (4, {"pp_size": 4}, ["4 pipeline stages for 2 layers", "at most 2"]),
     "zero": (2, {"pp_size": 2, "zero_stage": 2}, ["--zero-stage 2 with 2 pipeline stages", "--zero-stage 1"]),

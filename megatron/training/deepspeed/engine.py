@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving, Staging
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.data.loader import to_device
@@ -64,6 +65,9 @@ class Engine:
         adopt_process_groups(context)
         import deepspeed
 
+        is_split = config.parallel.splits_sequence(config.model.seq_length)
+        context = replace(context, sequence_parallel=is_split)
+
         self.config, self.objective, self.context, self.shape = config, objective, context, Shape.of(config.model)
         self.observer = observer or Observer()
         self.is_pipeline = context.pp.size > 1
@@ -81,6 +85,7 @@ class Engine:
         self.module = self._deepspeed.module
         decay = None if config.run.skip_train else config.optimizer.ema_decay
         self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
+        self._staging = Staging() if config.run.async_save else None
         if isinstance(optimizer, MuonAdamW):
             optimizer.matrices = Matrices(self.shards, context)
         self._compile_blocks()
@@ -158,22 +163,21 @@ class Engine:
         yield
         self.shards.exchange()  # not after an error, which other ranks may not share
 
-    def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
-        """Write a checkpoint of weights and optimizer; a collective call.
+    def save(self, run_dir: Path, state: dict[str, Any]) -> Saving:
+        """Write a checkpoint of weights and optimizer, or with ``--async-save`` begin to; it is complete once all ranks have
+        published it.
 
         Args:
             run_dir: folder of the run.
             state: fields of the manifest, "step" and "config" among them; see :func:`write_checkpoint`.
-
-        Raises:
-            OSError: a rank could not write; earlier checkpoints are untouched.
         """
-        return write_checkpoint(
+        return Saving(
             run_dir,
             fragments=self.shards.fragments_to_save(),
             specs=self.shards.specs(),
             state={**state, **self.shards.updates()},
             context=self.context,
+            staging=self._staging,
         )
 
     def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
@@ -260,8 +264,10 @@ class Engine:
         return torch.full((), value, dtype=dtype, device=self.context.device)
 
     def _seed_dropout(self, consumed_samples: int) -> None:
-        """Dropout is a function of (seed, step, data-parallel rank, stage), so that a resumed run repeats it."""
+        """Dropout is a function of (seed, step, data-parallel rank, stage), so that a resumed run repeats it; and of the
+        tensor-parallel rank where each holds tokens of its own."""
         name = f"dropout:{consumed_samples}:{self.context.dp.rank}:{self.context.pp.rank}"
+        name += f":{self.context.tp.rank}" * self.context.sequence_parallel
         torch.manual_seed(named_seed(self.config.run.seed, name))
 
     def _compile_blocks(self) -> None:

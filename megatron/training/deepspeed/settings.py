@@ -58,6 +58,9 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
         # It synchronises the device twice a micro-batch; step times are measured in the loop.
         "timers": {"throughput": {"enabled": False}},
     }
+    if config.parallel.splits_sequence(config.model.seq_length):
+        # By default DeepSpeed takes the activations of tensor-parallel ranks for equal, and lets each send a share of them.
+        settings["pipeline"] |= {"pipe_partitioned": False, "grad_partitioned": False}
     if run.bf16:
         # Each gradient goes into the fp32 sum as soon as it is made, so no bf16 copy of all of them lives until the step.
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
@@ -95,6 +98,7 @@ OWNED = {
     "bf16.check_grad_overflow": "nothing (such steps are skipped)",
     "zero_optimization.compute_grad_norm": "nothing (such steps are skipped)",
 }
+OWNED_IF_SPLIT = dict.fromkeys(("pipeline.pipe_partitioned", "pipeline.grad_partitioned"), "--no-sequence-parallel")
 REFUSED = {
     "optimizer": "the optimizer is set by --optimizer, --lr, --weight-decay and --adam-*",
     "scheduler": "the schedule is set by --lr-decay-style, --lr-warmup-samples and --min-lr",
@@ -150,9 +154,10 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         "bf16.check_grad_overflow": True,
         "zero_optimization.compute_grad_norm": True,
     }
-    wrong = [name for name in OWNED if stated.get(name) is not None and stated[name] != expected.get(name)]
+    owned = OWNED | (OWNED_IF_SPLIT if config.parallel.splits_sequence(config.model.seq_length) else {})
+    wrong = [name for name in owned if stated.get(name) is not None and stated[name] != expected.get(name)]
     told = " and ".join(f"{name} to {stated[name]}, the flags to {expected.get(name)}" for name in wrong)
-    fix = f"change the file or {' and '.join(OWNED[name] for name in wrong)}"
+    fix = f"change the file or {' and '.join(owned[name] for name in wrong)}"
     require(not wrong, f"--deepspeed_config {path} sets {told}", "they must agree", fix)
     merged = dict(settings)
     for key, value in given.items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
 
@@ -64,6 +65,16 @@ def test_a_file_adds_settings_and_may_agree_with_the_flags(tmp_path: Path) -> No
                 "zero_optimization": {"stage": 1, "allgather_bucket_size": "auto"}, "bf16": {"enabled": False},
                 "fp16": {"enabled": False}, "steps_per_print": "auto"}  # fmt: skip
     assert {**settings(tmp_path, agreeing), "bf16": 0, "fp16": 0} == {**plain, "bf16": 0, "fp16": 0}
+
+
+def test_no_file_lets_ranks_send_shares_of_tokens_that_are_not_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"pipeline": {"pipe_partitioned": true}}')
+    words = [*BASE, "--tensor-model-parallel-size", "2", "--deepspeed_config", str(path)]
+    with pytest.raises(UserError, match=r"pipe_partitioned to True, the flags to False(.|\n)*--no-sequence-parallel"):
+        deepspeed_settings(parse(words, world_size=2), dp_size=1, num_parameters=1000)
+    whole = parse([*words, "--no-sequence-parallel"], world_size=2)
+    assert deepspeed_settings(whole, dp_size=1, num_parameters=1000)["pipeline"]["pipe_partitioned"]
 
 
 def test_auto_is_ours_at_any_depth(tmp_path: Path) -> None:
