@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +38,7 @@ class Axis:
         return self.rank == self.size - 1
 
 
-def group_of_line(lines: Sequence[list[int]]) -> dist.ProcessGroup:
+def group_of_line(lines: list[list[int]]) -> dist.ProcessGroup:
     """The group of this process's line; a collective call.
 
     Args:

@@ -32,7 +32,7 @@ class ParameterFactory:
         context: this process.
         seed: seed of the run.
         prefix: canonical name of the owning layer, such as ``layers.3.mlp``.
-        dtype: of the parameters; a tensor is drawn in fp32, and rounded before the next one is made.
+        dtype, device: of the parameters; a tensor is drawn in fp32 on the host, and goes there before the next one is made.
         is_drawn: False where another rank's weights will come in their place: there is no telling what they are until then.
     """
 
@@ -40,6 +40,7 @@ class ParameterFactory:
     seed: int
     prefix: str = ""
     dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
     is_drawn: bool = True
 
     def child(self, name: str) -> ParameterFactory:
@@ -50,13 +51,15 @@ class ParameterFactory:
         """A parameter drawn from N(0, std)."""
         record, tp = self._record(name, spec), self.context.tp
         if not self.is_drawn:
-            return sharded_parameter(torch.empty(spec.local_shape(tp.size), dtype=self.dtype), record)
+            return sharded_parameter(
+                torch.empty(spec.local_shape(tp.size), dtype=self.dtype, device=self.device), record
+            )
         data = initial_shard(spec, name=record.name, std=std, seed=self.seed, tp_rank=tp.rank, tp_size=tp.size)
-        return sharded_parameter(data.to(self.dtype), record)
+        return sharded_parameter(data.to(dtype=self.dtype, device=self.device), record)
 
     def constant(self, name: str, spec: ShardSpec, value: float) -> nn.Parameter:
         """A parameter filled with ``value``."""
-        data = torch.full(spec.local_shape(self.context.tp.size), value, dtype=self.dtype)
+        data = torch.full(spec.local_shape(self.context.tp.size), value, dtype=self.dtype, device=self.device)
         return sharded_parameter(data, self._record(name, spec))
 
     def _record(self, name: str, spec: ShardSpec) -> ShardedParameter:

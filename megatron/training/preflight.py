@@ -207,9 +207,8 @@ def held_by(case: Case, stage: int) -> Held:
 
 
 def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
-    """Host memory of one node, by moment: processes with their loaders, the models as they are built (in the precision of the
-    run; where weights are drawn, the largest tensor whole and in fp32 besides), masters and moments on their way to a
-    checkpoint, and an optimizer that is kept there.
+    """Host memory of one node, by moment: processes with their loaders, the largest tensor in fp32 where weights are drawn
+    (whole, and this rank's part), masters and moments on their way to a checkpoint, and an optimizer that is kept there.
 
     Args:
         case: the run.
@@ -223,7 +222,7 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     saved = 0 if offloaded and not case.config.run.async_save else 3 * FLOAT * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
-        "building": ranks * case.width * max(sizes) + min(ranks, drawing) * 2 * FLOAT * largest,
+        "building": min(ranks, drawing) * 2 * FLOAT * largest,
         "saving": ranks * saved,
         "optimizer": ranks * offloaded,
     }

@@ -192,7 +192,13 @@ class Engine:
         """The plain model, or this rank's stage of the pipeline, from the same list of layers."""
         # DeepSpeed hands on the weights of the first data-parallel rank, in the precision of the run: no other draws any.
         dtype = torch.bfloat16 if self.config.run.bf16 else torch.float32
-        root = ParameterFactory(self.context, self.config.run.seed, dtype=dtype, is_drawn=self.context.dp.rank == 0)
+        root = ParameterFactory(
+            self.context,
+            self.config.run.seed,
+            dtype=dtype,
+            device=self.context.device,
+            is_drawn=self.context.dp.rank == 0,
+        )
         recompute = self.config.parallel.recompute_activations
         if not self.is_pipeline:
             return GPTModel(self.shape, root=root, recompute=recompute).to(self.context.device)
