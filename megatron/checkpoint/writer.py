@@ -10,31 +10,160 @@ together again, so a run saved with one tensor/pipeline/data/ZeRO layout continu
 
 A tag is written under another name and renamed when its manifest is complete; ``latest`` moves last. An interrupted
 save therefore leaves the earlier checkpoints as they were, and :mod:`megatron.checkpoint.upkeep` clears it away.
+
+Either the ranks wait for their files, or each copies what it holds to host memory and a thread of its own writes it while
+training goes on (``--async-save``); manifest and renames come later then, in the same way, when all files are there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch.distributed as dist
 
 from megatron.checkpoint.files import LATEST, NEXT, Fragment, write_manifest
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
-from megatron.files import replace_file, sha256_of
+from megatron.files import replace_file
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 
 Result = TypeVar("Result")
+BLOCK = 1 << 22  # bytes of a file that are hashed and written at a time
+# As safetensors names them.
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+class Staging:
+    """Host memory for what a rank saves, kept from save to save, because to pin it takes long."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def copy(self, fragments: Iterable[Fragment]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+        """Start to copy: the tensors of the file, and when they are there; None: now.
+
+        Whatever the device is given from now on comes after the copies, so that it may change what was copied.
+        """
+        found = list(fragments)
+        is_on_device = any(fragment.data.is_cuda for fragment in found)
+        sizes = [fragment.data.numel() for fragment in found]
+        if self._buffer.numel() < sum(sizes):
+            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=is_on_device)
+        parts = self._buffer[: sum(sizes)].split(sizes)
+        for part, fragment in zip(parts, found):
+            part.copy_(fragment.data.detach(), non_blocking=True)
+        copied = torch.cuda.Event() if is_on_device else None
+        if copied is not None:
+            copied.record()
+        return {fragment.key: part for part, fragment in zip(parts, found)}, copied
+
+
+class Saving:
+    """One tag on its way to the disk. Every rank makes one, and all of them complete it together.
+
+    Attributes:
+        tag: the folder that it becomes.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        fragments: Iterable[Fragment],
+        specs: Mapping[str, ShardSpec],
+        state: dict[str, Any],
+        context: ParallelContext,
+        staging: Staging | None = None,
+    ) -> None:
+        """Write this rank's file, or begin to.
+
+        Args:
+            run_dir, fragments, specs, state, context: see :func:`write_checkpoint`.
+            staging: copy the fragments there, and write them in a thread; None: write them now.
+        """
+        self.tag, self._specs, self._state, self._context = (
+            run_dir / f"global_step{state['step']}",
+            specs,
+            state,
+            context,
+        )
+        self._scratch = run_dir / f"{self.tag.name}.saving"
+        self._report: tuple[str | None, dict[str, Any] | None] = ("the thread that writes it was lost", None)
+        self._thread: Thread | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
+        if staging is None:
+            self._write(lambda: {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments})
+            return
+        tensors, copied = staging.copy(fragments)
+
+        def arrived() -> dict[str, torch.Tensor]:
+            if copied is not None:
+                copied.synchronize()
+            return tensors
+
+        self._thread = Thread(target=self._write, args=(arrived,), daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether the files of all ranks are there, or have failed; a collective call that waits for nobody. With several
+        processes the answer is that to the call before."""
+        is_there = self._thread is None or not self._thread.is_alive()
+        if self._context.control_group is None:
+            return is_there
+        before, own = self._asked, torch.tensor(is_there, dtype=torch.uint8)
+        work = dist.all_reduce(own, op=dist.ReduceOp.MIN, group=self._context.control_group, async_op=True)
+        self._asked = own, work
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0])
+
+    def publish(self) -> Path:
+        """Wait for the files of all ranks and complete the tag; a collective call.
+
+        Returns:
+            The folder of the tag.
+
+        Raises:
+            Failure: on every rank, if any rank could not write. The tag does not exist then, older ones are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._asked is not None:
+            self._asked[1].wait()
+        context, scratch = self._context, self._scratch
+        reports = context.gather_objects((*self._report, dict(self._specs)))
+        failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
+        if failure is None and context.is_first_rank:
+            tensors = {name: spec for report in reports for name, spec in report[2].items()}
+            files = {name: file for report in reports for name, file in report[1].items()}
+            manifest = _manifest(self._state, tensors, files)
+            failure, _ = _attempt(lambda: _publish(self.tag.parent, scratch, self.tag, manifest))
+        failure = context.gather_objects(failure)[0]
+        if failure is not None:
+            if context.is_first_rank:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise Failure(
+                f"checkpoint {self.tag} could not be written ({failure})",
+                "saving needs a writable folder with room for 12 to 16 bytes per parameter",
+                "free space, change --save, or raise ulimit -n; earlier checkpoints are complete and untouched",
+            )
+        return self.tag
+
+    def _write(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._report = _attempt(lambda: _write_shard(self._scratch, tensors(), self._context))
 
 
 def write_checkpoint(
@@ -59,27 +188,9 @@ def write_checkpoint(
         The folder of the tag.
 
     Raises:
-        Failure: on every rank, if any rank could not write. The tag does not exist then, older ones are untouched.
+        Failure: see :meth:`Saving.publish`.
     """
-    tag = run_dir / f"global_step{state['step']}"
-    scratch = run_dir / f"{tag.name}.saving"
-    error, written = _attempt(lambda: _write_shard(scratch, fragments, context))
-    reports = context.gather_objects((error, written, dict(specs)))
-    failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
-    if failure is None and context.is_first_rank:
-        tensors = {name: spec for report in reports for name, spec in report[2].items()}
-        files = {name: file for report in reports for name, file in report[1].items()}
-        failure, _ = _attempt(lambda: _publish(run_dir, scratch, tag, _manifest(state, tensors, files)))
-    failure = context.gather_objects(failure)[0]
-    if failure is not None:
-        if context.is_first_rank:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise Failure(
-            f"checkpoint {tag} could not be written ({failure})",
-            "saving needs a writable folder with room for 12 to 16 bytes per parameter",
-            "free space, change --save, or raise ulimit -n; earlier checkpoints are complete and untouched",
-        )
-    return tag
+    return Saving(run_dir, fragments=fragments, specs=specs, state=state, context=context).publish()
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
@@ -92,13 +203,12 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
         return f"{error.filename}: {error.strerror}" if error.filename else f"{type(error).__name__}: {error}", None
 
 
-def _write_shard(scratch: Path, fragments: Iterable[Fragment], context: ParallelContext) -> dict[str, Any]:
+def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: ParallelContext) -> dict[str, Any]:
     """Returns name, size and checksum of the file, as the manifest lists it."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"shard-{context.rank:05d}.safetensors"
-    tensors = {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments}
-    save_tensors(path, tensors)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}}
+    checksum = save_tensors(path, tensors)
+    return {path.name: {"bytes": path.stat().st_size, "sha256": checksum}}
 
 
 def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:
@@ -132,22 +242,54 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file to the disk, with the permissions that the umask gives (the library makes 0600).
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file to the disk, with the permissions that the umask gives.
+
+    Returns:
+        Its SHA-256, in hexadecimal, of what was to be written: nothing is read again.
 
     Raises:
         Failure: it could not be written.
     """
     try:
-        path.touch()
-        mode = stat.S_IMODE(path.stat().st_mode)
-        save_file(tensors, path, metadata)
-        path.chmod(mode)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
+        return save_file(tensors, path, metadata)
+    except OSError as error:
         raise Failure(
             f"{path} could not be written ({error})",
             "tensors need a writable folder with room for them",
             "free space or choose another folder",
         ) from error
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> str:
+    """The file that ``safetensors.torch.save_file`` writes, byte for byte; other threads run meanwhile, as in the library they
+    do not. Returns its SHA-256."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for part in (head, *(_bytes_of(tensors[name]) for name in order)):
+            for begin in range(0, len(part), BLOCK):
+                block = part[begin : begin + BLOCK]
+                digest.update(block)
+                _write_all(file, block)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: FileIO, block: memoryview) -> None:
+    """A nearly full disk takes part of a block, and says at the next one why."""
+    while block:
+        block = block[file.write(block) :]

@@ -256,6 +256,8 @@ class RunConfig:
         "--load-tag best those that were validated as the best", choices=(WEIGHT, AVERAGE), needs=("finetune", "skip_train"))
     save_interval: int | None = option(None, "steps between checkpoints; the last step is always saved", unit="ITERS",
         range=POSITIVE, needs=SAVE)
+    async_save: bool = option(False, "copy what a checkpoint holds to host memory, and write it while training goes on",
+        needs=SAVE, published=True)
     keep_last: int | None = option(None, "checkpoints to keep besides the best one; default: all", unit="COUNT",
         range=POSITIVE, needs=SAVE)
     save_best: bool = option(False, "save also when a validation is the best so far; --load-tag best loads it",

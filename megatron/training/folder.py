@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib import import_module
+from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
 from megatron.checkpoint.files import BEST
 from megatron.checkpoint.upkeep import remove_old_checkpoints, set_back
+from megatron.checkpoint.writer import Saving
 from megatron.config import config_to_dict
 from megatron.data.blend import parse_blend
 from megatron.data.dataset import text_bytes_per_token
+from megatron.errors import Failure
 from megatron.files import replace_file, written_whole
 from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
 from megatron.parallel.context import ParallelContext
@@ -53,6 +57,7 @@ class RunFolder:
         self.plan, self.progress, self.context, self.screen = plan, progress, context, screen
         self.parameters = parameters_for_compute(plan.shape, plan.vocabulary.size)
         self.is_best = False
+        self._saving: tuple[Saving, float, float] | None = None  # when it began, and how long training waited then
         self._log: MetricsLog | None = None
         self._record: RunRecord | None = None
         if context.is_first_rank:
@@ -107,7 +112,7 @@ class RunFolder:
         self._prune()
 
     def save(self, engine: Engine, interval: Interval, *, at_once: bool) -> bool:
-        """Write a checkpoint if one is due; a collective call.
+        """Write a checkpoint if one is due, and complete one that was begun; a collective call.
 
         Args:
             engine: weights and moments.
@@ -115,11 +120,14 @@ class RunFolder:
             at_once: whatever ``--save-interval`` says.
 
         Returns:
-            Whether it was written.
+            Whether it was written; with ``--async-save``, begun.
         """
         plan, progress, run = self.plan, self.progress, self.plan.settings.run
-        is_due = run.save_interval is not None and progress.step % run.save_interval == 0
-        if run.save is None or not (at_once or is_due):
+        is_due = at_once or (run.save_interval is not None and progress.step % run.save_interval == 0)
+        is_due = is_due and run.save is not None
+        if self._saving is not None and (is_due or self._saving[0].is_written()):
+            self._complete()
+        if not is_due:
             return False
         started = time.perf_counter()
         interval.store()
@@ -134,10 +142,25 @@ class RunFolder:
             "config": plan.settings,
             "branch": plan.start.branch and asdict(plan.start.branch),
         }
-        tag = engine.save(plan.run_dir, state)
-        self.screen.print(f"saved {tag} in {time.perf_counter() - started:.1f} s")
-        self._prune()
+        saving = engine.save(plan.run_dir, state)
+        self._saving = saving, started, time.perf_counter() - started
+        if not run.async_save:
+            self._complete()
         return True
+
+    def _complete(self) -> None:
+        """Publish the checkpoint that was begun, if any; a collective call.
+
+        Raises:
+            Failure: a rank could not write its file.
+        """
+        if self._saving is None:
+            return
+        (saving, started, seconds), self._saving = self._saving, None
+        tag, took = saving.publish(), time.perf_counter() - started
+        beside = f" ({seconds:.1f} s of them waited for)" if self.plan.settings.run.async_save else ""
+        self.screen.print(f"saved {tag} in {took:.1f} s{beside}")
+        self._prune()
 
     def _remember_best(self) -> None:
         """Name the best validation of this branch, as its metrics tell it, in best.json; on the first rank."""
@@ -160,7 +183,8 @@ class RunFolder:
                 self.screen.print(line)
 
     def end(self, reason: str | None) -> None:
-        """Record how the run ended, and say it in the last line."""
+        """Complete the last checkpoint, record how the run ended, and say it in the last line; a collective call."""
+        self._complete()
         progress, run_dir = self.progress, self.plan.run_dir
         is_saved = self.plan.settings.run.save is not None
         if self._record is not None:
@@ -178,8 +202,14 @@ class RunFolder:
         best = f"; best validation {progress.best_text} at step {progress.best_step}" if progress.best_text else ""
         self.screen.print(f"done: {progress.step} steps{best}; metrics in {run_dir}")
 
-    def close(self) -> None:
-        """Flush and close the sinks."""
+    def leave(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Flush and close the sinks. After an error a process alone completes the checkpoint that it began before; several do
+        not, because the others may be gone."""
+        if isinstance(error, Exception) and self.context.world_size == 1:
+            with suppress(Failure):
+                self._complete()
         if self._log is not None:
             self._log.close()
 

@@ -217,7 +217,7 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     stages = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
     largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = 0 if offloaded else 3 * FLOAT * max(stages) // case.layout.dp_size
+    saved = 0 if offloaded and not case.config.run.async_save else 3 * FLOAT * max(stages) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
         "building": ranks * FLOAT * (max(stages) + largest),

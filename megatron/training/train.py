@@ -87,7 +87,7 @@ def train(
 
         # 3. The record: who the run is, what it did so far.
         folder = RunFolder(plan, start, progress, context, screen=screen)
-        exits.callback(folder.close)
+        exits.push(folder.leave)
         flops = flops_per_token(plan.shape, objective)
         throughput = Throughput(batch_size, seq_length, flops, num_devices=context.world_size, device=context.device)
         interval = Interval(progress, screen, throughput, max_skipped=settings.optimizer.max_skipped_steps)

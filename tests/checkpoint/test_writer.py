@@ -1,17 +1,27 @@
-"""Writing a tag that exists already: the new one takes its place, and the old one goes last."""
+"""Writing a tag: what its file holds; beside the training or not; over one that exists already."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
+import signal
+import time
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from layouts.pool import Process
 
-from megatron.checkpoint.files import Fragment
+from megatron.checkpoint import writer
+from megatron.checkpoint.files import Fragment, complaints, tag_folders
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.upkeep import sweep_leftovers
+from megatron.checkpoint.writer import Saving, Staging, write_checkpoint
 from megatron.errors import Failure
 from megatron.objectives import parse
 from megatron.parallel.context import ParallelContext
@@ -79,3 +89,124 @@ def test_a_failure_after_the_exchange_loses_neither(tmp_path: Path, monkeypatch:
     save(tmp_path, 3.0)
     assert value(tmp_path) == 3.0
     assert not list(tmp_path.glob("*.replaced"))
+
+
+CONFIG = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
+IS_STORM = os.environ.get("STORM") == "1"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_is_that_of_the_library_and_hashed_as_it_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {f"b/é{size}": torch.randn(size, 3).to(dtype) for size in (1, 7, 500_000)}
+    tensors |= {"a/empty": torch.empty(0, dtype=dtype), "a/transposed": torch.randn(5, 4).to(dtype).t()}
+    for metadata in (None, {"format": "pt"}):
+        checksum = writer.save_tensors(tmp_path / "ours", tensors, metadata=metadata)
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(plain, tmp_path / "theirs", metadata)
+        content = (tmp_path / "ours").read_bytes()
+        assert content == (tmp_path / "theirs").read_bytes()
+        assert checksum == hashlib.sha256(content).hexdigest()
+
+
+def begin(run_dir: Path, data: torch.Tensor, step: int, staging: Staging | None) -> Saving:
+    """Weights and a moment of one tensor."""
+    kinds = [Fragment(kind, "w", 0, 1, 0, data) for kind in ("weight", "exp_avg")]
+    state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, "config": CONFIG}
+    specs = {"w": ShardSpec((data.numel(),))}
+    return Saving(run_dir, fragments=kinds, specs=specs, state=state, context=ParallelContext(), staging=staging)
+
+
+def test_a_save_beside_the_training_holds_what_was_there_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held up until the weights have changed: the files are those of a save that was waited for."""
+    staging, go, save_file = Staging(), Event(), writer.save_file
+
+    def slow(tensors: Any, path: Path, metadata: Any) -> str:
+        assert go.wait(60)
+        return save_file(tensors, path, metadata)
+
+    for step in (5, 6):  # the second in the same memory
+        data = torch.full((3000,), float(step))
+        begin(tmp_path / "waited", data, step, None).publish()
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "save_file", slow)
+            saving = begin(tmp_path / "beside", data, step, staging)
+            data.fill_(-1.0)
+            assert not saving.is_written()
+            go.set()
+            deadline = time.monotonic() + 60
+            while not saving.is_written():
+                assert time.monotonic() < deadline
+            go.clear()
+        assert not (tmp_path / f"beside/global_step{step}").exists()
+        tag = saving.publish()
+        assert (tmp_path / "beside/latest").read_text() == tag.name
+        shard = "shard-00000.safetensors"
+        assert (tag / shard).read_bytes() == (tmp_path / "waited" / tag.name / shard).read_bytes()
+        manifests = [CheckpointReader(tmp_path / name / tag.name).manifest for name in ("waited", "beside")]
+        assert {**manifests[0], "saved_at": 0, "sha256": 0} == {**manifests[1], "saved_at": 0, "sha256": 0}
+
+
+def save_beside_and_die(run_dir: Path, number: int) -> None:
+    """Saves beside a training that changes its one tensor; the process is killed at a seeded byte of a write, or of the moves."""
+    chance, written, write = random.Random(number), 0, writer._write_all
+    limit = chance.randrange(6 * 2 * 4 * 50_000)  # of six files
+
+    def write_and_die(file: Any, block: memoryview) -> None:
+        nonlocal written
+        for start in range(0, len(block), 4096):
+            write(file, block[start : start + 4096])
+            written += 4096
+            if written > limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    writer._write_all = write_and_die  # type: ignore[assignment]
+    data, staging, saving = torch.zeros(50_000), Staging(), None
+    for step in range(1, 100):
+        data.fill_(step)
+        if saving is not None and (step % 3 == 0 or saving.is_written()):
+            saving, _ = None, saving.publish()
+        if step % 3 == 0:
+            saving = begin(run_dir, data, step, staging)
+
+
+@pytest.mark.parametrize("kills", [50 if IS_STORM else 10])
+def test_killed_while_a_thread_writes_an_earlier_checkpoint_is_whole(tmp_path: Path, kills: int) -> None:
+    """Each one that is there holds its own step everywhere; a later run clears the half away and saves again."""
+    found = []
+    for number in range(kills):
+        run_dir = tmp_path / str(number)
+        process = Process(save_beside_and_die, run_dir, number)
+        assert process.wait() == -signal.SIGKILL, process.output
+        halves = list(run_dir.glob("*.saving"))
+        tags = [int(tag.name.removeprefix("global_step")) for tag in tag_folders(run_dir)]
+        assert tags == sorted(tags, reverse=True) and tags == list(range(3 * len(tags), 0, -3))
+        for step in tags:
+            reader = CheckpointReader(run_dir / f"global_step{step}")
+            assert not [*complaints(reader.path)]
+            assert all((reader.tensor("w", kind) == step).all() for kind in ("weight", "exp_avg"))
+        newest = select(run_dir).tag
+        assert (newest and newest.name) == (f"global_step{tags[0]}" if tags else None)
+        sweep_leftovers(run_dir)
+        assert not list(run_dir.glob("*.saving"))
+        found.append((len(tags), bool(halves)))
+    print(
+        f"{kills} kills: {sum(half for _, half in found)} within a write, {sum(count for count, _ in found)} checkpoints whole"
+    )
+    assert sum(half for _, half in found) >= 0.8 * kills and len({count for count, _ in found}) >= 3
+
+
+def test_a_disk_without_room_fails_when_the_save_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, torch.ones(8), 3, None).publish()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write_all", full)
+    saving = begin(tmp_path, torch.ones(8), 6, Staging())
+    with pytest.raises(
+        Failure, match=r"global_step6 could not be written \(rank 0: .*No space left on device(.|\n)*untouched"
+    ):
+        saving.publish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step3", "latest"]

@@ -111,26 +111,27 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
     original = writer.save_file
     calls = 0
 
-    def save_file(tensors: Any, path: Path, metadata: Any) -> None:
+    def save_file(tensors: Any, path: Path, metadata: Any) -> str:
         nonlocal calls
         calls += 1
         if calls == 2 and dist.get_rank() == rank:
             Path(path).write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
-        original(tensors, path, metadata)
+        return original(tensors, path, metadata)
 
     with mock.patch.object(writer, "save_file", save_file):
         return jobs.train("mdm", argv)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "is_beside"), [(0, False), (1, False), (1, True)])
 def test_a_failed_save_fails_on_all_ranks_and_leaves_the_earlier_one(
-    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, rank: int
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, rank: int, is_beside: bool
 ) -> None:
+    """Also one that is written beside the training, at the end of a later step."""
     from megatron.checkpoint.select import select
 
     run_dir = tmp_path / "run"
-    argv = jobs.flags(token_files, run_dir, train_iters=6, save_interval=2)
+    argv = jobs.flags(token_files, run_dir, train_iters=6, save_interval=2, async_save=is_beside)
     traces, output = pools(2).run(save_with_full_disk, rank, argv), pools(2).output(rank)
     assert [trace.status for trace in traces] == [1, 1]
     shard = run_dir / "global_step4.saving" / f"shard-{rank:05d}.safetensors"

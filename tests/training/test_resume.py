@@ -156,13 +156,14 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_shard(tensors: Any, path: Path, metadata: Any) -> None:
-        save_file(tensors, path, metadata)
+    def save_shard(tensors: Any, path: Path, metadata: Any) -> str:
+        checksum = save_file(tensors, path, metadata)
         if f"global_step{step}." in str(path):
             if moment == "in the middle of a shard":
                 os.truncate(path, os.path.getsize(path) // 2)
             if "shard" in moment:
                 die()
+        return checksum
 
     def write(path: Path, text: str) -> None:
         is_manifest = path.name == "manifest.json" and f"global_step{step}." in str(path)
@@ -188,20 +189,28 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("moment", "survivor"),
+    ("moment", "survivor", "is_beside"),
     [
-        ("in the middle of a shard", 5),
-        ("after a shard", 5),
-        ("in the middle of the manifest", 5),
-        ("after the manifest", 5),
-        ("before latest moves", 10),
+        ("in the middle of a shard", 5, False),
+        ("in the middle of a shard", 5, True),
+        ("after a shard", 5, False),
+        ("in the middle of the manifest", 5, False),
+        ("after the manifest", 5, True),
+        ("before latest moves", 10, False),
     ],
 )
 def test_killed_while_saving_loses_no_checkpoint(
-    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, straight: Path, moment: str, survivor: int
+    pools: Callable[[int], WorkerPool],
+    token_files: Path,
+    tmp_path: Path,
+    straight: Path,
+    moment: str,
+    survivor: int,
+    is_beside: bool,
 ) -> None:
+    """Also in a thread, beside the training."""
     run_dir = tmp_path / "run"
-    argv = jobs.flags(token_files, run_dir, **options(token_files))
+    argv = jobs.flags(token_files, run_dir, **options(token_files, async_save=is_beside))
     process = Process(train_and_die_while_saving, 10, moment, argv)
     assert process.wait() == -signal.SIGKILL, process.output
     found = select(run_dir)
@@ -210,6 +219,57 @@ def test_killed_while_saving_loses_no_checkpoint(
     assert f"continuing at step {survivor}" in resume(pools, token_files, run_dir)
     assert_same_run(run_dir, straight)
     assert not list(run_dir.glob("*.saving")) and not list(run_dir.rglob("*.tmp"))
+
+
+def train_with_slow_writes(argv: list[str]) -> list[tuple[int, list[str]]]:
+    """Training whose files take longer than a step to write. Returns, at the beginning of each step, which tags are there."""
+    import time
+
+    from megatron.checkpoint import writer
+    from megatron.checkpoint.files import tag_folders
+
+    seen: list[tuple[int, list[str]]] = []
+    run_dir = Path(argv[argv.index("--save") + 1])
+
+    def write_slowly(*given: Any) -> str:
+        time.sleep(0.5)
+        return save_file(*given)
+
+    def begins(step: int) -> None:
+        seen.append((step, [tag.name for tag in tag_folders(run_dir)]))
+        time.sleep(0.1)
+
+    save_file = writer.save_file
+    with mock.patch.object(writer, "save_file", write_slowly):
+        trace = jobs.train("mdm", argv, begins=begins)
+    assert trace.status == 0
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_saves_beside_the_training_are_those_that_it_waits_for(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int
+) -> None:
+    """Bit for bit, --keep-last and --save-best included; a tag is there some steps later, and every tag at the end."""
+    changes = {"save_interval": 8, "keep_last": 1, "save_best": True, "eval_interval": 6, "train_iters": 20}
+    changes |= {"tp_size": size, "load": None}
+    folders = {}
+    for is_beside in (False, True):
+        run_dir = folders[is_beside] = tmp_path / f"beside_{is_beside}"
+        argv = jobs.flags(token_files, run_dir, **options(token_files, **changes, async_save=is_beside))
+        seen = pools(size).run(train_with_slow_writes, argv)[0]
+        known = dict(seen)
+        assert ("global_step8" in known[9]) != is_beside
+        assert "global_step8" in known[16] or "global_step12" in known[16]
+        said = pools(size).output(0)
+        assert ("s of them waited for)" in said) == is_beside
+    names = [sorted(tag.name for tag in tag_folders(folder)) for folder in folders.values()]
+    assert names[0] == names[1] and "global_step20" in names[0]
+    for name in names[0]:
+        shards = [sorted((folder / name).glob("*.safetensors")) for folder in folders.values()]
+        assert [path.read_bytes() for path in shards[0]] == [path.read_bytes() for path in shards[1]]
+    assert (folders[True] / "latest").read_text() == "global_step20"
+    assert not list(folders[True].glob("*.saving"))
 
 
 def test_resume_with_more_data_parallel_ranks(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving, Staging
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.data.loader import to_device
@@ -81,6 +81,7 @@ class Engine:
         self.module = self._deepspeed.module
         decay = None if config.run.skip_train else config.optimizer.ema_decay
         self.shards = Shards(self.module, self._optimizer, context, ema_decay=decay)
+        self._staging = Staging() if config.run.async_save else None
         if isinstance(optimizer, MuonAdamW):
             optimizer.matrices = Matrices(self.shards, context)
         self._compile_blocks()
@@ -155,22 +156,21 @@ class Engine:
         yield
         self.shards.exchange()  # not after an error, which other ranks may not share
 
-    def save(self, run_dir: Path, state: dict[str, Any]) -> Path:
-        """Write a checkpoint of weights and optimizer; a collective call.
+    def save(self, run_dir: Path, state: dict[str, Any]) -> Saving:
+        """Write a checkpoint of weights and optimizer, or with ``--async-save`` begin to; it is complete once all ranks have
+        published it.
 
         Args:
             run_dir: folder of the run.
             state: fields of the manifest, "step" and "config" among them; see :func:`write_checkpoint`.
-
-        Raises:
-            OSError: a rank could not write; earlier checkpoints are untouched.
         """
-        return write_checkpoint(
+        return Saving(
             run_dir,
             fragments=self.shards.fragments_to_save(),
             specs=self.shards.specs(),
             state={**state, **self.shards.updates()},
             context=self.context,
+            staging=self._staging,
         )
 
     def load(self, reader: CheckpointReader, *, with_optimizer: bool) -> None:
