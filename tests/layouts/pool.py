@@ -219,9 +219,11 @@ def _serve(rank: int, size: int, rendezvous: str, log: str, pipe: Connection) ->
 def forget_process_groups() -> None:
     """Undo what ``deepspeed.initialize`` leaves in the process, except for the default group."""
     import torch.distributed as dist
+    from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
     from torch.distributed.distributed_c10d import _world
 
+    p2p._groups = p2p._grid = None
     groups._release_process_group_references()  # what deepspeed.comm.destroy_process_group() does for its part
     for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,15 +209,26 @@ def adopt_process_groups(context: ParallelContext) -> None:
     )
 
 
+@contextmanager
+def without_compiling() -> Iterator[None]:
+    """Within it ``torch.compile`` leaves functions as they are. While it builds an engine DeepSpeed imports its own Muon, which
+    nothing here uses; to decorate it would load torch's compiler: a second at every start."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE", "")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it at every decoration
+    try:
+        yield
+    finally:
+        os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 class TensorParallelGroups:
     """The methods that DeepSpeed asks of a Megatron ``mpu``, answered by the context. Without tensor parallelism it needs
     none."""
 
     def __init__(self, context: ParallelContext) -> None:
         self._tp, self._dp, self._dp_group = context.tp, context.dp, context.dp.group
-        if (
-            self._dp_group is None
-        ):  # DeepSpeed wants a real one, also of a process alone; every process helps to make each
+        if self._dp_group is None:
+            # DeepSpeed wants a real one, also of a process alone; every process helps to make each.
             self._dp_group = [dist.new_group([rank]) for rank in range(context.world_size)][context.rank]
 
     def get_model_parallel_rank(self) -> int:
