@@ -27,6 +27,7 @@ export PATH
 # One thread a process: several gloo ranks share the cores, and sums keep one order.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false WANDB_MODE=offline HF_HUB_OFFLINE=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset PYTHONDONTWRITEBYTECODE   # hundreds of programs are started: none compiles the package again
 
 echo "== ruff"; "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check --quiet .
 echo "== mypy"; "$PYTHON" -m mypy

@@ -116,6 +116,7 @@ def train(
 
         # 5. The end, and why.
         folder.end(reason)
+        engine.close()
     return reason
 
 
@@ -139,6 +140,7 @@ def evaluate_checkpoint(
     validator = Validator(plan, engine, probe=probe, screen=screen)
     with StopRequest(context, minutes=plan.settings.run.exit_duration_in_mins) as stop:
         measured = validator.measure(stop)
+        engine.close()
         if measured is None:
             screen.print(f"stopped by {stop.reason}; nothing was recorded")
             return stop.reason

@@ -26,10 +26,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# The last line is what DeepSpeed imports when an engine is built.
+# The second line is what DeepSpeed imports when an engine is built, the third what is ours.
 PRELOAD = [
     *("pytest", "torch", "deepspeed", "deepspeed.pipe", "torch._inductor.compile_fx", "safetensors.torch"),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer", "numpy.ma"),
+    *("megatron.training.train", "megatron.objectives.ar", "megatron.objectives.mdm"),
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 START_SECONDS = 240.0  # the first start imports torch and DeepSpeed, on cores that others use too
@@ -63,9 +64,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# Engines of DeepSpeed stay alive (hooks of C++ tensors hold them), each with its groups and about ten of their threads.
-# New workers are forked from a process with everything imported, in less than a second.
-JOBS_PER_GENERATION = 16
+# Engines of ZeRO 3, of last stages and of jobs that failed stay alive (hooks of C++ tensors hold them), each with its groups,
+# whose threads look for messages a hundred times a second. New workers are forked in less than a second.
+JOBS_PER_GENERATION = 32
 
 
 class WorkerPool:
@@ -219,9 +220,11 @@ def _serve(rank: int, size: int, rendezvous: str, log: str, pipe: Connection) ->
 def forget_process_groups() -> None:
     """Undo what ``deepspeed.initialize`` leaves in the process, except for the default group."""
     import torch.distributed as dist
+    from deepspeed.runtime.pipe import p2p
     from deepspeed.utils import groups
     from torch.distributed.distributed_c10d import _world
 
+    p2p._groups = p2p._grid = None
     groups._release_process_group_references()  # what deepspeed.comm.destroy_process_group() does for its part
     for group in [group for group in _world.pg_map if group is not dist.group.WORLD]:
         dist.destroy_process_group(group)

@@ -33,6 +33,7 @@ MUON = {"optimizer": "muon"}
 VARIANT = {"untie_embeddings_and_output_weights": True, "num_query_groups": 2, "no_disable_bias_linear": True}
 
 
+@pytest.mark.timeout(900)  # eleven jobs, of which the pool watches each
 @pytest.mark.parametrize(("optimizer", "chain", "tolerance"), [("adam", CHAIN, 1e-5), ("muon", MUON_CHAIN, 1e-4)])
 def test_losses_continue_through_every_layout(
     pools: Callable[[int], WorkerPool],

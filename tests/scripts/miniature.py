@@ -24,7 +24,9 @@ def main() -> None:
     sys.path.insert(0, str(REPO))
     import torch  # these take seconds to load
 
-    for name in ("deepspeed", "transformers", "datasets", "matplotlib.pyplot"):
+    # torch.optim asks for the compiler's first part, DeepSpeed for the last of these when an engine is built.
+    engine = ("torch._dynamo", "deepspeed.module_inject.auto_ep_layer")
+    for name in ("deepspeed", "transformers", "datasets", "matplotlib.pyplot", *engine):
         import_module(name)
 
     torch.set_num_threads(1)

@@ -58,6 +58,7 @@ SMALL = {
     "compare_estimators.py": "--questions 2 --repeats 2 --answer-tokens 4",
     "push_to_hub.py": "--dry-run --output upload",
     "evaluate_downstream.py": "--num-mc 4",
+    "likelihood.py": "--samples 8 --num-mc 2",
 }
 # What stands for something of the reader's → what it is here.
 STANDS_FOR = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,22 @@ def start(command: list[str], **variables: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def left_behind(session: int) -> list[str]:
-    """Command lines of the processes of a session that still run."""
-    found = []
+def pids_left_behind(session: int) -> dict[int, str]:
+    """Command lines of the processes of a session that still run, by their ids."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, _, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(own) == session and state != "Z":
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue  # it has just ended
-    return [words for words in found if words]  # one that is being torn down has none
+    return {pid: words for pid, words in found.items() if words}  # one that is being torn down has none
+
+
+def left_behind(session: int) -> list[str]:
+    """Their command lines."""
+    return list(pids_left_behind(session).values())
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -86,9 +92,12 @@ def test_a_stop_is_saved_under_every_launcher(
         assert (run_dir / (run_dir / "latest").read_text().strip() / "manifest.json").exists()
         assert not (tmp_path / "run.stop").exists()
         assert left_behind(process.pid) == []
-    finally:
-        for pid in [process.pid] if process.poll() is None else []:
-            os.killpg(pid, signal.SIGKILL)
+    finally:  # launchers begin groups of their own, which would train on for ever
+        while left := pids_left_behind(process.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 # What the scripts do, with a stand-in for the trainer: it says "ready", and ends with 75 when its file appears.

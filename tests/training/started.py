@@ -121,13 +121,13 @@ class Job:
                 ranks[int(rank.group(1)) if rank else 0] = pid
         return [ranks[rank] for rank in sorted(ranks)]
 
-    def wait_until(self, condition: Callable[[], Any], *, seconds: float = 120) -> None:
+    def wait_until(self, condition: Callable[[], Any], *, seconds: float = 240) -> None:
         """Return when the condition holds; fail when the job ends before."""
         deadline, has_ended = time.monotonic() + seconds, False
         while not condition():  # once more after the end, which may have brought it about
             assert not has_ended and time.monotonic() < deadline, self.output[-4000:]
             has_ended = self.process.poll() is not None
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:
         """Return when the metrics show this step."""
@@ -144,7 +144,7 @@ class Job:
         while (left := self.processes()) or self.process.poll() is None:
             taken = time.monotonic() - since
             assert taken < seconds, f"{len(left)} processes left after {taken:.1f} s\n{self.output[-4000:]}"
-            time.sleep(0.01)
+            time.sleep(0.05)  # each look reads every process of the machine
         taken = time.monotonic() - since
         self._reader.join(5)
         return Ending(self.process.returncode, taken, self.output)

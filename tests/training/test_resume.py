@@ -104,7 +104,7 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + 180
     while last_step(run_dir) < step:
         assert process.poll() is None and time.monotonic() < deadline, Path(f"{run_dir}.log").read_text()
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 
 def test_killed_program_resumes_bit_for_bit(token_files: Path, tmp_path: Path, straight: Path) -> None:

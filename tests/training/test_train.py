@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,3 +102,25 @@ def test_saves_fall_on_the_interval_and_on_the_last_step(
     order = [line.split()[0] for line in lines if line.startswith(("saved", "validation at"))]
     assert order == ["saved", "saved", "validation", "saved", "validation"]
     assert list(jobs.records(tmp_path)) == [3, 5]
+
+
+def engines_kept(argv: list[str]) -> int:
+    """Engines that a run leaves in its process."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(each, DeepSpeedEngine) for each in gc.get_objects())
+
+    before = count()
+    jobs.train("mdm", argv)
+    return count() - before
+
+
+def test_a_finished_run_lets_go_of_its_engine(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """Hooks of DeepSpeed would keep weights, optimizer and process groups until the end of a process that trains twice."""
+    for number, layout in enumerate([{}, {"tp_size": 2}]):
+        argv = jobs.flags(token_files, tmp_path / str(number), train_iters=2, **layout)
+        assert pools(2).run(engines_kept, argv) == [0, 0], layout

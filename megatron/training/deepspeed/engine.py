@@ -32,6 +32,7 @@ from megatron.training.deepspeed.settings import (
     adopt_process_groups,
     compiles_blocks,
     deepspeed_settings,
+    without_compiling,
 )
 from megatron.training.deepspeed.shards import Shards
 from megatron.training.muon import MuonAdamW
@@ -78,7 +79,7 @@ class Engine:
         self.num_micro_batches: int = settings["gradient_accumulation_steps"]
         optimizer = build_optimizer(module.parameters(), config.optimizer)
         mpu = TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None
-        with redirect_stdout(StringIO()):  # of its bf16 optimizer, eighteen lines on memory
+        with redirect_stdout(StringIO()), without_compiling():  # its bf16 optimizer prints eighteen lines on memory
             self._deepspeed, self._optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
             )
@@ -187,6 +188,11 @@ class Engine:
             UserError: tensors are missing from the checkpoint or have other shapes.
         """
         self.shards.load(reader, with_optimizer=with_optimizer)
+
+    def close(self) -> None:
+        """Let go of weights and optimizer, which hooks of DeepSpeed would keep to the end of the process, and with them the
+        process groups and their threads. Not after an error: this waits for the device."""
+        self._deepspeed.destroy()
 
     def _build_module(self) -> torch.nn.Module:
         """The plain model, or this rank's stage of the pipeline, from the same list of layers."""

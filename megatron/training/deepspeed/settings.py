@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,21 @@ def adopt_process_groups(context: ParallelContext) -> None:
     deepspeed.init_distributed(
         dist_backend="gloo" if context.device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
     )
+
+
+@contextmanager
+def without_compiling() -> Iterator[None]:
+    """Within it ``torch.compile`` leaves functions as they are. While it builds an engine DeepSpeed imports its own Muon, which
+    nothing here uses; to decorate it would load torch's compiler: a second at every start."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it at every decoration
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 class TensorParallelGroups:
