@@ -43,7 +43,7 @@ speed() {   # speed NAME FLAGS...
 for model in $MODELS; do
   for objective in $OBJECTIVES; do
     if does speed; then speed "speed_${model}_$objective" --model "$model" --objective "$objective" --trace "$OUT/trace_${model}_$objective.json.gz"; fi
-    if does plain; then speed "plain_${model}_$objective" --model "$model" --objective "$objective" --global-batch-size 8 --compare-plain; fi
+    if does plain; then speed "plain_${model}_$objective" --model "$model" --objective "$objective" --micro-batch-size 8 --global-batch-size 8 --compare-plain; fi
   done
 done
 "$PYTHON" - "$OUT" <<'TABLE'

@@ -93,12 +93,8 @@ class Saving:
             run_dir, fragments, specs, state, context: see :func:`write_checkpoint`.
             staging: copy the fragments there, and write them in a thread; None: write them now.
         """
-        self.tag, self._specs, self._state, self._context = (
-            run_dir / f"global_step{state['step']}",
-            specs,
-            state,
-            context,
-        )
+        self._specs, self._state, self._context = specs, state, context
+        self.tag = run_dir / f"global_step{state['step']}"
         self._scratch = run_dir / f"{self.tag.name}.saving"
         self._report: tuple[str | None, dict[str, Any] | None] = ("the thread that writes it was lost", None)
         self._thread: Thread | None = None

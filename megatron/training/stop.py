@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
-from megatron.parallel.launch import Launch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Exit status of a run that was stopped before its end (EX_TEMPFAIL: start it again), so that `train && eval` stops too.
@@ -36,18 +36,18 @@ class StopRequest:
     def __init__(
         self,
         context: ParallelContext,
+        connection: Connection,
         *,
         minutes: float | None = None,
         switch: str | None = None,
-        launch: Launch | None = None,
     ) -> None:
         """Args:
         context: this process.
+        connection: tells whether a launcher of this process is gone, and is told that the process goes on.
         minutes: time limit from now on, or None.
         switch: kill-switch file, or None.
-        launch: tells whether a launcher of this process is gone; None: that is not asked.
         """
-        self.context, self.launch, self.switch = context, launch, switch
+        self.context, self.connection, self.switch = context, connection, switch
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.signal_name: str | None = None
         self.reason: str | None = None
@@ -74,12 +74,14 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
 
     def wishes(self) -> list[bool]:
-        """Whether this rank was told to stop, by reason."""
+        """Whether this rank was told to stop, by reason. Asked in every step and within a validation, which the watch
+        hears of, too."""
+        self.connection.beat()
         return [
             self.signal_name is not None,
             self.switch is not None and Path(self.switch).exists(),
             self.deadline is not None and time.monotonic() > self.deadline,
-            self.launch is not None and self.launch.is_abandoned,
+            self.connection.launch.is_abandoned,
         ]
 
     def hear(self, wishes: Sequence[float]) -> str | None:

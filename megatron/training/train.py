@@ -52,7 +52,7 @@ def train(
         # 1. Model and optimizer, from the checkpoint that --load means.
         context, engine, start = _build(plan, connection, observer)
         limit, switch = run.exit_duration_in_mins, run.kill_switch_file
-        stop = exits.enter_context(StopRequest(context, minutes=limit, switch=switch, launch=connection.launch))
+        stop = exits.enter_context(StopRequest(context, connection, minutes=limit, switch=switch))
         before = start.manifest if start.is_continued else {}
         progress = Progress.of(before, unique_tokens=plan.sources.unique_tokens)
         num_steps = (schedule.train_samples - progress.consumed_samples) // batch_size
@@ -138,7 +138,7 @@ def evaluate_checkpoint(
     progress = Progress.of(start.manifest, unique_tokens=unique_tokens)
     _introduce(plan, start, progress, screen, label=plan.objective.for_eval().label)
     validator = Validator(plan, engine, probe=probe, screen=screen)
-    with StopRequest(context, minutes=plan.settings.run.exit_duration_in_mins) as stop:
+    with StopRequest(context, connection, minutes=plan.settings.run.exit_duration_in_mins) as stop:
         measured = validator.measure(stop)
         engine.close()
         if measured is None:

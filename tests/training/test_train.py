@@ -124,3 +124,28 @@ def test_a_finished_run_lets_go_of_its_engine(
     for number, layout in enumerate([{}, {"tp_size": 2}]):
         argv = jobs.flags(token_files, tmp_path / str(number), train_iters=2, **layout)
         assert pools(2).run(engines_kept, argv) == [0, 0], layout
+
+
+def beats(argv: list[str]) -> int:
+    """How often a run says that it goes on."""
+    from megatron.parallel.connection import Connection
+
+    heard: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Connection, "beat", lambda self: heard.append(None))
+        assert jobs.train("mdm", argv).status == 0
+    return len(heard)
+
+
+def test_a_run_that_goes_on_says_so_in_every_step_and_within_a_validation(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """Else its watch takes it for one that hangs, and shows its stacks."""
+    plain = {"train_iters": 6, "log_interval": 3}
+    validated = {**plain, "valid_data_path": token_files / "valid", "eval_interval": 6, "eval_iters": 4}
+    found = [
+        pools(2).run(beats, jobs.flags(token_files, tmp_path / str(number), **flags))
+        for number, flags in enumerate((plain, validated))
+    ]
+    assert min(found[0]) >= 6, found
+    assert all(more > count for count, more in zip(*found)), found

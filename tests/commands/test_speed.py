@@ -1,0 +1,29 @@
+"""Where the time of a profiled step went."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron.commands.speed import TRACED, largest_costs
+
+CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+
+def event(key: str, device: object, time: float) -> SimpleNamespace:
+    return SimpleNamespace(key=key, device_type=device, self_device_time_total=time, self_cpu_time_total=1.0, count=4)
+
+
+def test_on_a_gpu_the_time_of_a_kernel_counts_once() -> None:
+    """The profiler gives an operator the time of its kernels, too."""
+    events = [event("aten::mm", CPU, 3000.0), event("kernel of mm", CUDA, 3000.0), event("softmax", CUDA, 1000.0)]
+    found = largest_costs(events, is_gpu=True)
+    assert [(cost["name"], cost["share"]) for cost in found] == [("kernel of mm", 0.75), ("softmax", 0.25)]
+    assert found[0]["ms"] == 3.0 / TRACED and found[0]["calls"] == 4 / TRACED
+
+
+def test_on_a_cpu_operators_count() -> None:
+    found = largest_costs([event(f"aten::{number}", CPU, 0.0) for number in range(12)], is_gpu=False)
+    assert len(found) == 10 and sum(cost["share"] for cost in found) == pytest.approx(10 / 12)
