@@ -6,6 +6,7 @@
 # STEPS: which of "tests speed plain crossover". MODELS: presets whose speed is measured.
 set -uo pipefail
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit $(( $# ? 0 : 2 )); }
+case "${2:-60}" in ''|*[!0-9]*) echo "gpu_day.sh: error: MINUTES is $2; it is a whole number; for example 60" >&2; exit 2 ;; esac
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 mkdir -p "$1" && OUT="$(cd "$1" && pwd)" || exit 1
 : "${PYTHON:=python3}" "${WHEELS:=}" "${STEPS=tests speed plain crossover}" "${MODELS:=140M 425M}" "${OBJECTIVES:=ar mdm}" "${TEST_JOBS:=8}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.files import replace_file
 
 EXAMPLES = (
@@ -49,7 +49,14 @@ def main(argv: list[str] | None = None) -> None:
             "make --global-batch-size equal to --micro-batch-size",
         )
     counts = {"steps": options.steps, "warmup": options.warmup}
-    result = measure(config, **counts, compare_plain=options.compare_plain, trace=options.trace)
+    trace = options.trace
+    require(
+        trace is None or trace.parent.is_dir(),
+        f"--trace {trace}",
+        "its folder must be there",
+        "make it, or name another",
+    )
+    result = measure(config, **counts, compare_plain=options.compare_plain, trace=trace)
     if Launch.from_environment().is_first_rank:
         text = json.dumps(result, indent=1)
         print(text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron.commands.benchmark import main
 from megatron.commands.speed import TRACED, largest_costs
+from megatron.errors import UserError
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -27,3 +30,8 @@ def test_on_a_gpu_the_time_of_a_kernel_counts_once() -> None:
 def test_on_a_cpu_operators_count() -> None:
     found = largest_costs([event(f"aten::{number}", CPU, 0.0) for number in range(12)], is_gpu=False)
     assert len(found) == 10 and sum(cost["share"] for cost in found) == pytest.approx(10 / 12)
+
+
+def test_a_trace_that_could_not_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--trace .*its folder must be there"):
+        main(["--model", "7M", "--trace", str(tmp_path / "none/trace.json")])

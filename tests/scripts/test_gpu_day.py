@@ -59,3 +59,5 @@ def test_no_step_and_no_folder(tmp_path: Path) -> None:
     told = run("--help")
     assert told.returncode == 0 and "gpu_day.sh OUT [MINUTES]" in told.stdout
     assert run().returncode == 2
+    wrong = run(tmp_path / "out", "soon")
+    assert wrong.returncode == 2 and "MINUTES is soon; it is a whole number" in wrong.stderr
