@@ -22,8 +22,9 @@ from megatron.convert.hf_folder import CONFIG_FILES
 from megatron.convert.hf_tokenizer import copy_tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_folder
-from megatron.model.arithmetic import parameters_for_compute, training_flops
-from megatron.objectives import evaluation_objective
+from megatron.model.arithmetic import parameters_for_compute
+from megatron.objectives import build_objective
+from megatron.objectives.base import compute_per_token
 from megatron.screen import Progress
 
 ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
@@ -110,11 +111,11 @@ def _run_json(config: Config, tensors: Mapping[str, Tensor], source: str | Path)
     parameters = parameters_for_compute(
         Shape.of(config.model), config.data.vocab_size or config.model.padded_vocab_size or 0
     )
-    tokens = samples * config.model.seq_length
+    tokens, trained = samples * config.model.seq_length, build_objective(config)
     return {
         "format": 1,
         "objective": config.objective.objective,
-        "label": evaluation_objective(config).label,
+        "label": trained.for_eval().label,
         "config": config_to_dict(config),
         "parameters": {
             "total": sum(tensor.numel() for tensor in tensors.values()),
@@ -125,7 +126,7 @@ def _run_json(config: Config, tensors: Mapping[str, Tensor], source: str | Path)
         "train_samples": samples,
         "train_tokens": tokens,
         "epochs": 0.0,
-        "train_flops": training_flops(parameters, tokens),
+        "train_flops": compute_per_token(parameters, trained) * tokens,
         "versions": {},
         "device": "converted",
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def training_flops(parameters: int, tokens: float) -> float:
-    """Training compute C = 6·N·D in FLOPs (Kaplan et al., arXiv 2001.08361)."""
-    return 6.0 * parameters * tokens
-
-
 @dataclass(frozen=True)
 class Device:
     """One GPU.

@@ -14,7 +14,7 @@ import numpy as np
 from megatron.config.option import TOKENS, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.config.shape import Shape
-from megatron.model.arithmetic import model_flops_per_token
+from megatron.model.arithmetic import model_flops_per_token, positions_per_token
 from megatron.model.batch import ModelBatch, Samples
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask
@@ -124,7 +124,7 @@ class Objective(Protocol):
         loss: from predictions to a loss.
         decoding: how its model is sampled and scored.
         label: what its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`.
-        loss_fraction: expected share of tokens in the loss (for FLOP counts).
+        loss_fraction: expected share of tokens in the loss, of all views together (for FLOP counts).
         num_views: rows of a batch for every sample of it, each with as many positions (for FLOP counts).
         beside: another objective in its evaluation form for which the same weights are validated, too; None: there is none.
         needs_mask_token: whether the vocabulary must have room for a mask token.
@@ -191,6 +191,17 @@ def flops_per_token(shape: Shape, objective: Objective) -> float:
     """FLOPs of a training step per token of data, see :func:`megatron.model.arithmetic.model_flops_per_token`."""
     share, views = objective.loss_fraction, objective.num_views
     return model_flops_per_token(shape, mask=objective.attention_mask, loss_fraction=share, num_views=views)
+
+
+def computed_positions(objective: Objective) -> int:
+    """Positions that the transformer computes in training per token of data: of every view, and of both copies of a sequence."""
+    return objective.num_views * positions_per_token(objective.attention_mask)
+
+
+def compute_per_token(parameters: int, objective: Objective) -> float:
+    """C/D of C = 6·N·D in FLOPs (Kaplan et al., arXiv 2001.08361), D being tokens of data; a token that is computed twice counts
+    twice."""
+    return 6.0 * parameters * computed_positions(objective)
 
 
 def head_in_blocks(shape: Shape, objective: Objective) -> float:

@@ -227,8 +227,8 @@ class MaskedDiffusion:
 
     @property
     def loss_fraction(self) -> float:
-        """Expected share of masked tokens."""
-        return mean_mask_probability(self.schedule)
+        """Expected share of masked tokens; a mask and its complement cover all of them."""
+        return 1.0 if self.complementary else mean_mask_probability(self.schedule)
 
     def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
         """Mask the first seq tokens, which are input and label alike; see :class:`Objective`.

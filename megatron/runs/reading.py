@@ -113,15 +113,17 @@ def _evaluated(folder: Path) -> dict[str, Any] | None:
     """What stands in for run.json where checkpoints of elsewhere were evaluated into a folder: what the first record there
     says that can be read; None without one.
 
-    Parameters are those of the compute formula, from the FLOPs of the training; what no record says is 0.
+    Parameters are those of the compute formula, in records of earlier versions from the FLOPs of the training; what no record
+    says is 0.
     """
     for file in sorted((folder / EVALUATIONS).glob("*.json")):
         try:
             record = json.loads(file.read_bytes())
             row = _validation(record.get("result", record))
+            counted = round(row.flops / row.tokens / 6) if row.tokens and math.isfinite(row.flops) else 0
+            parameters = int(record.get("parameters", counted))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue  # named by _add_evaluations
-        parameters = round(row.flops / row.tokens / 6) if row.tokens and math.isfinite(row.flops) else 0
         attempt, protocol = record.get("attempt") or {}, record.get("protocol") or {}
         return {
             "objective": str(record.get("objective", "unknown")),

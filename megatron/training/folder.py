@@ -20,7 +20,7 @@ from megatron.data.blend import parse_blend
 from megatron.data.dataset import text_bytes_per_token
 from megatron.errors import Failure
 from megatron.files import replace_file, written_whole
-from megatron.model.arithmetic import parameters_for_compute, total_parameters, training_flops
+from megatron.model.arithmetic import total_parameters
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
 from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow, suffix_of
@@ -55,7 +55,6 @@ class RunFolder:
             screen: for people.
         """
         self.plan, self.progress, self.context, self.screen = plan, progress, context, screen
-        self.parameters = parameters_for_compute(plan.shape, plan.vocabulary.size)
         self.is_best = False
         self._saving: tuple[Saving, float, float] | None = None  # when it began, and how long training waited then
         self._log: MetricsLog | None = None
@@ -79,7 +78,7 @@ class RunFolder:
 
     def position(self) -> dict[str, Any]:
         """The fields that every row begins with."""
-        return self.progress.position(unique_tokens=self.plan.sources.unique_tokens, parameters=self.parameters)
+        return self.progress.position(unique_tokens=self.plan.sources.unique_tokens, compute=self.plan.compute)
 
     def write(self, row: TrainRow) -> None:
         """Record and print a log line."""
@@ -235,7 +234,7 @@ class RunFolder:
             "train_samples": schedule.train_samples,
             "train_tokens": tokens,
             "epochs": tokens / unique_tokens if unique_tokens else 0.0,
-            "train_flops": training_flops(self.parameters, tokens),
+            "train_flops": plan.compute * tokens,
         }
         if before is not None:
             run_id = before.run_id or saved_id or uuid4().hex
@@ -245,7 +244,7 @@ class RunFolder:
             label=plan.objective.for_eval().label,
             train_label=plan.objective.label,
             config=config_to_dict(plan.settings),
-            parameters={**total_parameters(plan.shape), "for_compute": self.parameters},
+            parameters={**total_parameters(plan.shape), "for_compute": plan.parameters},
             **length,
             layout=attempt.layout,
             versions=attempt.versions,

@@ -10,7 +10,9 @@ from typing import Any
 from megatron.config import values_of
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.config.shape import Preset, Shape
+from megatron.model.arithmetic import parameters_for_compute
 from megatron.objectives import Objective
+from megatron.objectives.base import compute_per_token
 from megatron.runs.links import Branch, branch_of
 
 WORKED_OUT = "worked out"  # origin of what data, checkpoint and other settings decide
@@ -165,6 +167,16 @@ class Plan:
     run_dir: Path
     notes: tuple[str, ...]
     origins: Mapping[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """N of C = 6·N·D."""
+        return parameters_for_compute(self.shape, self.vocabulary.size)
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of training on a token, by C = 6·N·D."""
+        return compute_per_token(self.parameters, self.objective)
 
 
 def origins_of(flags: Config, settings: Config, *, given: Mapping[str, str]) -> dict[str, str]:

@@ -22,11 +22,12 @@ from megatron.data.dataset import count_unique_tokens
 from megatron.data.indexed import read_meta
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError, require
-from megatron.model.arithmetic import Device, model_flops_per_token, positions_per_token
+from megatron.model.arithmetic import Device, positions_per_token
 from megatron.model.gpt import build_layers
 from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
 from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
+from megatron.objectives.base import flops_per_token
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.deepspeed.memory import Held, Partition, held, optimizer_groups, stages
@@ -90,8 +91,7 @@ class Case:
     @property
     def flops_per_token(self) -> float:
         """Of the model, attention counted, recomputation not."""
-        fraction = self.objective.loss_fraction
-        return model_flops_per_token(self.shape, mask=self.objective.attention_mask, loss_fraction=fraction)
+        return flops_per_token(self.shape, self.objective)
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,8 @@ def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]
     if case.config.data.reset_attention_mask:
         mask = within_segments(mask)
     length = shape.seq_length * positions_per_token(mask)
-    rows = layout.micro_batch_size * length
+    samples = layout.micro_batch_size * case.objective.num_views
+    rows = samples * length
     kept = case.kept
     boundary = width * shape.hidden_size / (layout.tp_size if case.is_split else 1)
     blocks = stages(shape, case.objective, case.config.parallel)[stage]
@@ -340,7 +341,7 @@ def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]
     is_recomputed = case.config.parallel.recompute_activations
     # A stage hands one tensor on and keeps it; the last one has the input and the output of the norm.
     stored = in_flight * (blocks * (boundary if is_recomputed else kept) + boundary)
-    masks = mask_bytes(mask, shape, samples=layout.micro_batch_size, positions=length, width=width)
+    masks = mask_bytes(mask, shape, samples=samples, positions=length, width=width)
     working = block_working_set(shape, tp_size=layout.tp_size, width=width)
     one = kept + working
     head = 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron.errors import Failure
-from megatron.model.arithmetic import peak_flops, training_flops
+from megatron.model.arithmetic import peak_flops
 from megatron.runs.record import DIVERGED, TrainRow, ValidRow
 from megatron.training.reporting import Screen
 from megatron.training.step import PendingStep, StepNumbers, StepResult
@@ -68,19 +68,19 @@ class Progress:
         """How often the training data were seen; 0 without any."""
         return self.epochs_before + (self.tokens - self.tokens_before) / unique_tokens if unique_tokens else 0.0
 
-    def position(self, *, unique_tokens: int, parameters: int) -> dict[str, Any]:
+    def position(self, *, unique_tokens: int, compute: float) -> dict[str, Any]:
         """The fields that every row of metrics.jsonl begins with.
 
         Args:
             unique_tokens: tokens of one epoch.
-            parameters: N of C = 6·N·D.
+            compute: FLOPs per token, by C = 6·N·D.
         """
         return {
             "step": self.step,
             "samples": self.consumed_samples,
             "tokens": self.tokens,
             "epoch": self.epoch(unique_tokens),
-            "flops": training_flops(parameters, self.tokens),
+            "flops": compute * self.tokens,
         }
 
     def advance(self, *, samples: int, tokens: int) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.model.arithmetic import Device, keys_per_token, positions_per_token
+from megatron.model.arithmetic import Device, keys_per_token
+from megatron.objectives.base import computed_positions
 from megatron.training.deepspeed.memory import stages
 from megatron.training.preflight import Case, num_parameters
 
@@ -46,13 +47,13 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     tp, pp, dp = layout.tp_size, layout.pp_size, layout.dp_size
     micro_batches, mask = layout.num_micro_batches, case.objective.attention_mask
     tokens = layout.micro_batch_size * shape.seq_length  # of one micro-batch
-    positions = tokens * positions_per_token(mask)
+    positions = tokens * computed_positions(case.objective)
     is_recomputed = case.config.parallel.recompute_activations
     passes = 4 / 3 if is_recomputed else 1.0  # a third of the work is forward, and done twice
     embedding = shape.padded_vocab_size * shape.hidden_size
     blocks = num_parameters(case) - embedding * (1 + shape.untie_embeddings_and_output_weights)
     heads = shape.num_attention_heads * shape.kv_channels
-    keys = keys_per_token(mask, shape.seq_length)
+    keys = case.objective.num_views * keys_per_token(mask, shape.seq_length)
     rows = tokens * case.objective.loss_fraction
     width = shape.hidden_size / tp
     peak, bandwidth = device.peak * (1 if case.width == 2 else PLAIN), device.bandwidth

@@ -10,7 +10,7 @@ from megatron.checkpoint.warm_start import open_checkpoint
 from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import build_loader, build_packing
-from megatron.model.arithmetic import parameters_for_compute, total_parameters
+from megatron.model.arithmetic import total_parameters
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
@@ -145,9 +145,7 @@ def evaluate_checkpoint(
             screen.print(f"stopped by {stop.reason}; nothing was recorded")
             return stop.reason
     ((fields, sums),) = measured
-    position = progress.position(
-        unique_tokens=unique_tokens, parameters=parameters_for_compute(plan.shape, plan.vocabulary.size)
-    )
+    position = progress.position(unique_tokens=unique_tokens, compute=plan.compute)
     row = ValidRow(**position, **fields, best=False)
     screen.valid_line(row)
     if not context.is_first_rank:
@@ -158,6 +156,7 @@ def evaluate_checkpoint(
         "run_id": plan.start.manifest.get("run_id"),
         "checkpoint": None if start.tag is None else start.tag.name,
         "objective": plan.settings.objective.objective,
+        "parameters": plan.parameters,
         "protocol": {"eval_iters": run.eval_iters, "estimator": row.estimator, "num_mc": row.num_mc,
                      "num_samples": row.num_samples, "seq_length": plan.shape.seq_length,
                      "valid": plan.sources.fingerprints["valid"]},
@@ -222,7 +221,7 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
     total = total_parameters(shape)["total"]
     screen.print(
         f"{plan.settings.objective.objective} ({label}) | model {plan.settings.model.model or 'custom'}: "
-        f"{total:,} parameters ({parameters_for_compute(shape, plan.vocabulary.size):,} in 6ND), {shape.num_layers} layers, "
+        f"{total:,} parameters ({plan.parameters:,} in 6ND), {shape.num_layers} layers, "
         f"hidden {shape.hidden_size}, sequence {shape.seq_length}, vocabulary {plan.vocabulary.size} "
         f"(padded {shape.padded_vocab_size})"
     )

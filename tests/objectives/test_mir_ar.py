@@ -8,7 +8,7 @@ from objective_helpers import MASK_ID, SEQ, assert_same_batch, make_objective, m
 from megatron.config.shape import Shape
 from megatron.errors import UserError
 from megatron.model.mask import Causal
-from megatron.objectives.base import flops_per_token
+from megatron.objectives.base import compute_per_token, flops_per_token
 from megatron.objectives.mir_ar import MaskedInputRegularizedAR
 
 
@@ -57,6 +57,7 @@ def test_the_loss_does_not_depend_on_micro_batches():
 def test_a_step_costs_twice_ar():
     shape = Shape.from_flags(tiny_model(Causal(), vocab=64, seq=SEQ).model.shape.recorded(), padded_vocab_size=64)
     assert flops_per_token(shape, build()) == 2 * flops_per_token(shape, make_objective(objective="ar"))
+    assert compute_per_token(7, build()) == 2 * compute_per_token(7, make_objective(objective="ar")) == 84
 
 
 def test_evaluation_is_plain_ar_and_exact():

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.config import Config
-from megatron.model.arithmetic import positions_per_token
 from megatron.objectives import build_objective, with_vocabulary
+from megatron.objectives.base import compute_per_token
 from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import dollars, hours
 
@@ -46,7 +46,7 @@ def phrase_of(config: Config) -> str:
         return phrase(2.0 * parameters * config.run.num_mc * BILLION, amount=" a billion tokens")
     flags = with_vocabulary(config.objective, 50257, size=50257, padded=50304)
     objective = build_objective(replace(config, objective=flags))
-    per_token = 6.0 * parameters * positions_per_token(objective.attention_mask) * objective.num_views
+    per_token = compute_per_token(parameters, objective)
     if parameters > 10**9:  # on data of one's own
         return phrase(per_token * BILLION, amount=" a billion tokens")
     assert config.run.train_epochs is not None

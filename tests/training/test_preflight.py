@@ -166,6 +166,17 @@ def test_time_and_memory_are_near_what_one_h100_took(
     assert (found.total - found.parts["runtime"]) / 2**30 == pytest.approx(gib, rel=0.05)
 
 
+@pytest.mark.parametrize(("objective", "flags"), [("mir_ar", {}), ("mdm", {"complementary_masks": True})])
+def test_a_second_view_of_each_sample_is_computed_and_kept(objective: str, flags: dict[str, Any]) -> None:
+    """As twice the micro-batch would be, in half as many steps of accumulation."""
+    plain, cluster = "ar" if objective == "mir_ar" else objective, Cluster(H100)
+    two = case(model="425M", objective=objective, **flags)
+    one = case(model="425M", objective=plain, micro_batch_size=16, global_batch_size=4 * 8 * 16)
+    assert two.flops_per_token == pytest.approx(2 * case(model="425M", objective=plain).flops_per_token, rel=1e-3)
+    assert [each.total for each in footprints(two)] == [each.total for each in footprints(one)]
+    assert step_seconds(two, cluster) == pytest.approx(step_seconds(one, cluster), rel=1e-3)
+
+
 def test_what_slows_a_layout_down_shows() -> None:
     plain, cluster = case(), Cluster(H100)
     parts = step_seconds(plain, cluster)

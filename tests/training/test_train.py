@@ -37,7 +37,7 @@ def drive(
         norm = torch.tensor(math.inf if skipped else 1.0)
         interval.add(StepResult(torch.tensor(loss), norm, torch.tensor(skipped), 1e-3))
         if progress.step % log_interval == 0 or count == len(results):
-            rows.append(interval.row(progress.position(unique_tokens=UNIQUE_TOKENS, parameters=PARAMETERS)))
+            rows.append(interval.row(progress.position(unique_tokens=UNIQUE_TOKENS, compute=6 * PARAMETERS)))
     return rows
 
 
