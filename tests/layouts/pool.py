@@ -199,6 +199,8 @@ def _serve(rank: int, size: int, rendezvous: str, log: str, pipe: Connection) ->
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(minutes=3)
     )
+    gc.collect()
+    gc.freeze()  # the collection after each job looks at what jobs made, not at all that was imported
     pipe.send_bytes(pickle.dumps((True, None)))
     while True:
         try:

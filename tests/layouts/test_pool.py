@@ -40,6 +40,7 @@ def make_groups() -> int:
 
     found = len(_world.pg_map)
     dist.new_group([0, 1])
+    dist.barrier()  # one that ended would take its side down while the other still connects
     return found
 
 

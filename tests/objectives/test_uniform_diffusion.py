@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -98,31 +99,32 @@ class Enumerated:
         self.model = toy.ToyMaskedModel(vocab=VOCAB, length=LENGTH, seed=seed)
 
     @torch.no_grad()
-    def losses(self, objective: UniformDiffusion, row: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Sum over positions of each sample, all of them with the tokens ``row``. [samples]"""
-        tokens = torch.from_numpy(np.append(row, 0)).expand(len(ids), -1)
-        batch = prepare(objective, tokens, torch.from_numpy(ids))
-        output = HeadOutput(self.model(batch.inputs.input_ids), torch.eye(VOCAB))
-        return objective.loss.per_token(output, batch.targets, ParallelContext()).double().sum(-1).numpy()
+    def losses(self, objective: UniformDiffusion, rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Sum over positions of each sample, all of them with the tokens of a row, under the same noise. [rows, samples]"""
+        drawn, sums = objective.noise(ids, LENGTH), []
+        with mock.patch.object(UniformDiffusion, "noise", return_value=drawn):
+            for row in rows:
+                tokens = torch.from_numpy(np.append(row, 0)).expand(len(ids), -1)
+                batch = prepare(objective, tokens, torch.from_numpy(ids))
+                output = HeadOutput(self.model(batch.inputs.input_ids), torch.eye(VOCAB))
+                sums.append(objective.loss.per_token(output, batch.targets, ParallelContext()).double().sum(-1))
+        return torch.stack(sums).numpy()
 
 
 @pytest.mark.parametrize("way", ["training", "evaluation", "one draw", "bernoulli"])
 def test_the_mean_loss_is_the_enumerated_bound(way) -> None:
     own, rows = Enumerated(seed=3), STATES[[7, 300, 611]]
     base = UniformDiffusion(VOCAB, global_batch_size=64, seed=5)
-    for row, expected in zip(rows, exact_bounds(own.model, rows).sum(-1)):
-        if way == "training":
-            losses = own.losses(base, row, np.arange(64 * 400)).reshape(400, 64).mean(1)
-        elif way == "evaluation":
-            pairs = [own.losses(base.for_eval(draw, 4), row, np.arange(8000)) for draw in range(4)]
-            losses = np.mean(pairs, axis=0)
-        else:
-            estimator = BERNOULLI if way == "bernoulli" else base.valid_estimator
-            losses = own.losses(replace(base, valid_estimator=estimator).for_eval(), row, np.arange(60_000))
-        tolerance = (
-            5 if way == "bernoulli" else 4
-        )  # times are spread: below the error of independent draws; a floor at 1e-3
-        assert within_standard_errors(losses, float(expected), tolerance), (losses.mean(), expected)
+    if way == "training":
+        losses = own.losses(base, rows, np.arange(64 * 400)).reshape(3, 400, 64).mean(2)
+    elif way == "evaluation":
+        losses = np.mean([own.losses(base.for_eval(draw, 4), rows, np.arange(8000)) for draw in range(4)], axis=0)
+    else:
+        estimator = BERNOULLI if way == "bernoulli" else base.valid_estimator
+        losses = own.losses(replace(base, valid_estimator=estimator).for_eval(), rows, np.arange(60_000))
+    tolerance = 5 if way == "bernoulli" else 4  # times are spread: below the error of independent draws; a floor at 1e-3
+    for found, expected in zip(losses, exact_bounds(own.model, rows).sum(-1)):
+        assert within_standard_errors(found, float(expected), tolerance), (found.mean(), expected)
 
 
 def test_counts_in_pairs_vary_less_than_coins() -> None:
@@ -131,7 +133,7 @@ def test_counts_in_pairs_vary_less_than_coins() -> None:
     spreads = []
     for estimator in (base.valid_estimator, BERNOULLI):
         views = [replace(base, valid_estimator=estimator).for_eval(draw, 2) for draw in range(2)]
-        spreads.append(np.mean([own.losses(view, STATES[300], np.arange(8000)) for view in views], axis=0).std())
+        spreads.append(np.mean([own.losses(view, STATES[[300]], np.arange(8000)) for view in views], axis=0).std())
     assert spreads[0] < 0.75 * spreads[1], spreads
 
 
