@@ -34,6 +34,6 @@ echo "== mypy"; "$PYTHON" -m mypy
 if [ "${#STORMS[@]}" -gt 0 ]; then   # one at a time: kills and exits are timed
   echo "== storms"; exec "$PYTHON" -m pytest -q --timeout 7200 --durations=15 "${STORMS[@]}" "$@"
 fi
-# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Three processes, on
+# Each test has a time limit (pyproject.toml); the stack of a hanging one is printed before it is stopped. Four processes, on
 # two cores too, because many tests wait: one takes the tests that run on several gloo workers, the others the rest, file by file.
-echo "== pytest"; exec "$PYTHON" -m pytest -n 3 --dist loadgroup --durations=15 ${FAST[@]+"${FAST[@]}"} "$@"
+echo "== pytest"; exec "$PYTHON" -m pytest -n 4 --dist loadgroup --durations=15 ${FAST[@]+"${FAST[@]}"} "$@"
