@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,24 @@ class Fragment:
     def key(self) -> str:
         """Name inside the file."""
         return f"{self.kind}/{self.name}/{self.tp_rank}-{self.tp_size}/{self.start}"
+
+
+def grouped(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Keys of fragments as the manifest lists them: names of fragments under the kinds, joined by spaces, that each of them
+    has."""
+    kinds: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        kind, name = key.split("/", 1)
+        kinds.setdefault(name, []).append(kind)
+    groups: dict[str, list[str]] = {}
+    for name, held in kinds.items():
+        groups.setdefault(" ".join(held), []).append(name)
+    return groups
+
+
+def ungrouped(groups: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The inverse of :func:`grouped`."""
+    return (f"{kind}/{name}" for kinds, names in groups.items() for name in names for kind in kinds.split(" "))
 
 
 def step_of(tag: str | Path) -> int:
@@ -207,9 +225,12 @@ def _is_tensor(shape: Any, dim: Any, blocks: Any) -> bool:
 
 
 def _is_files(value: Any) -> bool:
-    """Whether these are plain names with sizes and checksums, at least one."""
+    """Whether these are plain names, at least one, with sizes, checksums and, in tags of today, the keys that they hold."""
     return bool(value) and all(
-        Path(name).name == name and _is_count(file["bytes"]) and isinstance(file["sha256"], str)
+        Path(name).name == name
+        and _is_count(file["bytes"])
+        and isinstance(file["sha256"], str)
+        and all(isinstance(each, str) for names in file.get("keys", {}).values() for each in names)
         for name, file in value.items()
     )
 

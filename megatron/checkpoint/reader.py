@@ -1,25 +1,88 @@
-"""Reads tensors, or ranges of tensor-parallel shards, of a checkpoint that any layout wrote."""
+"""Reads tensors, or ranges of tensor-parallel shards, of a checkpoint that any layout wrote.
+
+The manifest says which file holds which fragments, so a rank opens the files of what it is to hold, and reads from them the
+bytes of that and no others.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from bisect import bisect_left, bisect_right
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron.checkpoint.files import Fragment, check_use, read_manifest
+from megatron.checkpoint.files import Fragment, check_use, read_manifest, ungrouped
 from megatron.config import config_from_dict
 from megatron.config.schema import WEIGHT, Config
 from megatron.errors import UserError
 from megatron.parallel.sharding import ShardSpec
 
 KEY = re.compile(r"([^/]+)/(.+)/([0-9]+)-([0-9]+)/([0-9]+)")  # see Fragment.key
+OPEN_FILES = 256  # at a time, of one checkpoint
+
+
+class ShardFile:
+    """An open safetensors file of flat fp32 tensors.
+
+    Attributes:
+        ranges: offset of the first byte and number of elements, by key; of other tensors there is nothing to be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises:
+        UserError: it cannot be opened, or holds no table of tensors.
+        """
+        self.path, self._descriptor = path, -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            start = 8 + int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            size = os.fstat(self._descriptor).st_size
+            if not 8 < start <= size:
+                raise ValueError(f"a header that ends at byte {start} of {size}")
+            header = json.loads(os.pread(self._descriptor, start - 8, 8))
+            found = {
+                key: (tensor["dtype"], *tensor["data_offsets"]) for key, tensor in header.items() if KEY.match(key)
+            }
+            self.ranges = {
+                key: (start + int(low), (int(high) - int(low)) // 4)
+                for key, (kind, low, high) in found.items()
+                if kind == "F32"
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._unreadable(error) from error
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, key: str, first: int, data: torch.Tensor) -> None:
+        """Fill ``data`` [n], fp32 in one piece on the CPU, with elements from ``first`` on.
+
+        Raises:
+            UserError: the disk fails, or the file ends before.
+        """
+        wanted = data.view(torch.uint8).numpy().data
+        position = self.ranges[key][0] + 4 * first
+        try:
+            while wanted:
+                count = os.preadv(self._descriptor, [wanted], position)
+                if count == 0:
+                    raise ValueError(f"it ends at byte {position}")
+                wanted, position = wanted[count:], position + count
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path} cannot be read ({error})", "a shard must be as it was written", "choose another --load-tag"
+        )
 
 
 class CheckpointReader:
-    """Reads tensors, or ranges of shards, of one tag. Files are mapped, so a rank reads only what it asks for.
+    """Reads tensors, or ranges of shards, of one tag.
 
     Attributes:
         path, manifest, config: of the tag.
@@ -33,7 +96,8 @@ class CheckpointReader:
         weights: kind that is read as the weights: the trained ones, or AVERAGE.
 
         Raises:
-            UserError: no manifest, one of another format, a shard that cannot be read, or no weights of that kind.
+            UserError: no manifest, one of another format, no weights of that kind, or, in a tag without a map of its keys, a
+                shard that cannot be read.
         """
         self.path, self.weights = Path(tag), weights
         self.manifest = read_manifest(self.path)
@@ -44,10 +108,10 @@ class CheckpointReader:
             for name, t in self.manifest["tensors"].items()
         }
         self.replaced: dict[str, torch.Tensor] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, ShardFile] = {}
         self._index: dict[tuple[str, str, int], list[tuple[int, str, str]]] = {}
         self._tp_sizes: dict[tuple[str, str], int] = {}
-        self._read_headers()
+        self._find_fragments()
 
     def tensor(self, name: str, kind: str = WEIGHT) -> torch.Tensor:
         """A whole tensor, fp32, on the CPU.
@@ -58,24 +122,42 @@ class CheckpointReader:
         if kind == WEIGHT and name in self.replaced:
             return self.replaced[name]
         kind = self.weights if kind == WEIGHT else kind
-        spec, tp_size = self._spec(name), self._tp_size(name, kind)
-        shape = spec.local_shape(tp_size)
-        numel = int(torch.Size(shape).numel())
-        ranks = range(tp_size if spec.dim is not None else 1)
-        shards = [self._flat(kind, name, rank, 0, numel).view(shape) for rank in ranks]
-        return spec.combine(shards)
+        spec = self._spec(name)
+        shards = range(self._tp_size(name, kind) if spec.dim is not None else 1)
+        numel = torch.Size(spec.full_shape).numel()
+        held = sum(self._held(fragment) for rank in shards for fragment in self._index.get((kind, name, rank), []))
+        if held < numel:  # seen before memory is taken for what a manifest merely claims
+            raise self._missing(kind, name, held, numel)
+        whole = torch.empty(spec.full_shape)
+        self.read(Fragment(kind, name, 0, 1, 0, whole.view(-1)))
+        return whole
 
     def read(self, fragment: Fragment) -> None:
         """Fill ``fragment.data`` from the checkpoint, whatever layout wrote it."""
         name, data = fragment.name, fragment.data
+        spec, (tp_rank, tp_size), first = self._spec(name), (fragment.tp_rank, fragment.tp_size), fragment.start
+        if fragment.kind == WEIGHT and name in self.replaced:
+            shard = spec.shard(self.replaced[name], tp_rank, tp_size).reshape(-1)
+            data.copy_(shard[first : first + data.numel()])
+            return
         kind = self.weights if fragment.kind == WEIGHT else fragment.kind
-        spec = self._spec(name)
-        if name not in self.replaced and (spec.dim is None or self._tp_size(name, kind) == fragment.tp_size):
-            rank = 0 if spec.dim is None else fragment.tp_rank
-            data.copy_(self._flat(kind, name, rank, fragment.start, data.numel()))
-        else:
-            shard = spec.shard(self.tensor(name, fragment.kind), fragment.tp_rank, fragment.tp_size).reshape(-1)
-            data.copy_(shard[fragment.start : fragment.start + data.numel()])
+        is_direct = data.device.type == "cpu" and data.dtype == torch.float32 and data.is_contiguous()
+        flat = data.detach() if is_direct else torch.empty(data.numel())
+        saved_size = self._tp_size(name, kind)
+        for part in spec.rectangles(tp_rank, tp_size, first, first + data.numel(), saved_size=saved_size):
+            rank = part.rank if spec.dim is not None else 0
+            runs = flat.as_strided(
+                (part.rows, part.width), (part.stride, 1), flat.storage_offset() + part.start - first
+            )
+            if part.rows > 1 and part.width == part.source_stride:  # all of the rows there
+                block = torch.empty(part.rows * part.width)
+                self._fill((kind, name, rank), part.source_start, block)
+                runs.copy_(block.view(runs.shape))
+                continue
+            for row in range(part.rows):
+                self._fill((kind, name, rank), part.source_start + row * part.source_stride, runs[row])
+        if not is_direct:
+            data.copy_(flat)
 
     def _spec(self, name: str) -> ShardSpec:
         if name not in self.specs:
@@ -87,26 +169,20 @@ class CheckpointReader:
         return self.specs[name]
 
     def _tp_size(self, name: str, kind: str) -> int:
-        if (kind, name) not in self._tp_sizes:
+        size = self._tp_sizes.get((kind, name), 0)
+        if size == 0 or any(block % size for block in self.specs[name].blocks):
             raise UserError(
                 f"checkpoint {self.path} has no {kind} of {name}",
                 "it holds weights only or is incomplete",
                 "pass --no-load-optim or --finetune to start with a fresh optimizer",
             )
-        return self._tp_sizes[kind, name]
+        return size
 
-    def _read_headers(self) -> None:
-        """Index what the shards hold: every key of the form kind/name/tp_rank-tp_size/start, whatever its kind."""
-        for file_name in self.manifest["files"]:
-            path = self.path / file_name
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} cannot be read ({error})", "a shard must be as it was written", "choose another --load-tag"
-                ) from error
-            self._files[file_name] = file
-            for key in file.keys():  # noqa: SIM118 (not a dict)
+    def _find_fragments(self) -> None:
+        """Index what the shards hold, whatever its kind: by the manifest, or by the file where that does not say it."""
+        for file_name, listed in self.manifest["files"].items():
+            keys = ungrouped(listed["keys"]) if "keys" in listed else self._file(file_name).ranges
+            for key in keys:
                 if match := KEY.fullmatch(key):
                     kind, name, tp_rank, tp_size, start = match.groups()
                     self._tp_sizes[kind, name] = int(tp_size)
@@ -114,22 +190,42 @@ class CheckpointReader:
         for fragments in self._index.values():
             fragments.sort()
 
-    def _flat(self, kind: str, name: str, tp_rank: int, start: int, numel: int) -> torch.Tensor:
-        """Elements start … start + numel − 1 of one flattened shard."""
-        pieces, position = [], start
-        for first, file_name, key in self._index.get((kind, name, tp_rank), []):
-            saved = self._files[file_name].get_slice(key)
-            high = min(start + numel, first + saved.get_shape()[0])
-            if first <= position < high:
-                pieces.append((position, high, saved, first))
+    def _file(self, name: str) -> ShardFile:
+        if name not in self._files:
+            if len(self._files) == OPEN_FILES:
+                del self._files[next(iter(self._files))]  # the one that was opened first
+            self._files[name] = ShardFile(self.path / name)
+        return self._files[name]
+
+    def _held(self, fragment: tuple[int, str, str]) -> int:
+        """How many elements a fragment has."""
+        _, file_name, key = fragment
+        return self._file(file_name).ranges.get(key, (0, 0))[1]
+
+    def _fill(self, shard: tuple[str, str, int], start: int, data: torch.Tensor) -> None:
+        """Read elements ``start`` … of one flattened shard (kind, name, rank) into ``data`` [n]."""
+        position, end = start, start + data.numel()
+        fragments = self._index.get(shard, [])
+        for fragment in fragments[_first_at(fragments, start) :]:
+            if position == end or fragment[0] > position:
+                break
+            first, file_name, key = fragment
+            high = min(end, first + self._held(fragment))
+            if position < high:
+                self._file(file_name).read(key, position - first, data[position - start : high - start])
                 position = high
-        if position != start + numel:  # seen before memory is taken for what a manifest merely claims
-            raise UserError(
-                f"checkpoint {self.path}: {kind} of {name} has {position - start} of {numel} elements",
-                "a shard is missing",
-                "load another tag with --load-tag",
-            )
-        result = torch.empty(numel)
-        for low, high, saved, first in pieces:
-            result[low - start : high - start] = saved[low - first : high - first]
-        return result
+        if position != end:
+            raise self._missing(shard[0], shard[1], position - start, data.numel())
+
+    def _missing(self, kind: str, name: str, found: int, wanted: int) -> UserError:
+        return UserError(
+            f"checkpoint {self.path}: {kind} of {name} has {found} of {wanted} elements",
+            "a shard is missing",
+            "load another tag with --load-tag",
+        )
+
+
+def _first_at(fragments: list[tuple[int, str, str]], start: int) -> int:
+    """The first of the fragments, in order, that may hold element ``start``."""
+    after = bisect_right(fragments, start, key=lambda fragment: fragment[0])
+    return bisect_left(fragments, fragments[after - 1][0], key=lambda fragment: fragment[0]) if after else 0

@@ -5,7 +5,7 @@ moments, under their canonical names, in one safetensors file. A reader puts any
 together again, so a run saved with one tensor/pipeline/data/ZeRO layout continues in any other. Nothing is unpickled.
 
     RUN/global_step100/shard-00000.safetensors   keys "kind/name/tp_rank-tp_size/start", flat fp32
-    RUN/global_step100/manifest.json             step, samples, config, tensors, files with sizes and checksums, its own
+    RUN/global_step100/manifest.json             step, samples, config, tensors, files (size, checksum, keys), its own checksum
     RUN/latest                                   text: global_step100
 
 A tag is written under another name and renamed when its manifest is complete; ``latest`` moves last. An interrupted
@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.files import LATEST, NEXT, Fragment, write_manifest
+from megatron.checkpoint.files import LATEST, NEXT, Fragment, grouped, write_manifest
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
@@ -140,7 +140,7 @@ class Saving:
         if self._asked is not None:
             self._asked[1].wait()
         context, scratch = self._context, self._scratch
-        reports = context.gather_objects((*self._report, dict(self._specs)))
+        reports = context.gather_objects((*self._report, dict(self._specs)), everywhere=False)
         failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
         if failure is None and context.is_first_rank:
             tensors = {name: spec for report in reports for name, spec in report[2].items()}
@@ -200,11 +200,11 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 
 def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: ParallelContext) -> dict[str, Any]:
-    """Returns name, size and checksum of the file, as the manifest lists it."""
+    """Returns name, size, checksum and keys of the file, as the manifest lists it."""
     scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"shard-{context.rank:05d}.safetensors"
     checksum = save_tensors(path, tensors)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": checksum}}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": checksum, "keys": grouped(tensors)}}
 
 
 def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:

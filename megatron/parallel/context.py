@@ -125,12 +125,15 @@ class ParallelContext:
         """True on the one process that writes shared files and prints."""
         return self.rank == 0
 
-    def gather_objects(self, value: object) -> list:
-        """``value`` of every process, in rank order, on every process."""
+    def gather_objects(self, value: object, *, everywhere: bool = True) -> list:
+        """``value`` of every process, in rank order, on every process or the first alone; the others get an empty list then."""
         if self.control_group is None:
             return [value]
-        gathered: list = [None] * self.world_size
-        dist.all_gather_object(gathered, value, group=self.control_group)
+        gathered: list = [None] * self.world_size if everywhere or self.is_first_rank else []
+        if everywhere:
+            dist.all_gather_object(gathered, value, group=self.control_group)
+        else:
+            dist.gather_object(value, gathered or None, group=self.control_group)
         return gathered
 
     def barrier(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.files import Fragment, read_manifest, write_manifest
+from megatron.checkpoint import reader
+from megatron.checkpoint.files import Fragment, grouped, read_manifest, ungrouped, write_manifest
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import save_tensors, write_checkpoint
 from megatron.errors import UserError
 from megatron.files import sha256_of
 from megatron.objectives import parse
@@ -20,33 +22,91 @@ from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
 from tests.checkpoint.saved import save
 
-SPEC = ShardSpec((12, 3), 0, (8, 4))
-FULL = torch.arange(36.0).view(12, 3)
+SPECS = {"w": ShardSpec((12, 3), 0, (8, 4)), "columns": ShardSpec((3, 12), 1, (12,))}
+FULL = {name: torch.arange(36.0).view(spec.full_shape) for name, spec in SPECS.items()}
 
 
 @pytest.fixture
 def tag(tmp_path: Path) -> Path:
-    """A tensor in two tensor-parallel shards of three fragments each."""
+    """Two tensors in two tensor-parallel shards of three fragments each."""
     config = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
     fragments = [
-        Fragment("weight", "w", rank, 2, first, SPEC.shard(FULL, rank, 2).reshape(-1)[first:last])
+        Fragment("weight", name, rank, 2, first, spec.shard(FULL[name], rank, 2).reshape(-1)[first:last])
+        for name, spec in SPECS.items()
         for rank in range(2)
         for first, last in itertools.pairwise((0, 5, 6, 18))
     ]
     state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
-    return write_checkpoint(tmp_path, fragments=fragments, specs={"w": SPEC}, state=state, context=ParallelContext())
+    return write_checkpoint(tmp_path, fragments=fragments, specs=SPECS, state=state, context=ParallelContext())
 
 
+@pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-def test_any_range_of_any_layout_comes_from_any_other(tag: Path, tp_size: int) -> None:
-    reader = CheckpointReader(tag)
-    assert torch.equal(reader.tensor("w"), FULL)
+def test_any_range_of_any_layout_comes_from_any_other(
+    tag: Path, tp_size: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no byte is read that was not asked for."""
+    found, spec, read = CheckpointReader(tag), SPECS[name], []
+    assert torch.equal(found.tensor(name), FULL[name])
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *given: read.append(preadv(*given)) or read[-1])
     for rank in range(tp_size):
-        shard = SPEC.shard(FULL, rank, tp_size).reshape(-1)
+        shard = spec.shard(FULL[name], rank, tp_size).reshape(-1)
         for first, last in itertools.combinations(range(len(shard) + 1), 2):
-            fragment = Fragment("weight", "w", rank, tp_size, first, torch.zeros(last - first))
-            reader.read(fragment)
+            fragment = Fragment("weight", name, rank, tp_size, first, torch.zeros(last - first))
+            read.clear()
+            found.read(fragment)
             assert torch.equal(fragment.data, shard[first:last])
+            assert sum(read) == 4 * (last - first)
+
+
+def test_data_that_the_disk_cannot_be_read_into_is_filled_too(tag: Path) -> None:
+    data = torch.zeros(36, dtype=torch.float64)
+    CheckpointReader(tag).read(Fragment("weight", "w", 0, 1, 18, data[::2]))
+    assert torch.equal(data[::2], FULL["w"].reshape(-1)[18:].double()) and not data[1::2].any()
+
+
+def test_only_files_that_are_needed_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the map in the manifest; a tag of before has none, and is searched. No more stay open than may."""
+    tag = save(tmp_path, 3)
+    manifest = read_manifest(tag)
+    names = {f"shard-{rank:05d}.safetensors": f"w{rank}" for rank in range(5)}
+    for file_name, name in names.items():
+        tensors = {f"weight/{name}/0-1/0": torch.full((4,), float(name[1:]))}
+        checksum = save_tensors(tag / file_name, tensors)
+        listed = {"bytes": (tag / file_name).stat().st_size, "sha256": checksum, "keys": grouped(tensors)}
+        manifest["files"][file_name] = listed
+    manifest["tensors"] = dict.fromkeys(names.values(), manifest["tensors"]["w"])
+    write_manifest(tag, manifest)
+    opened: list[str] = []
+    plain = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(Path(path).name) or plain(path, *rest))
+    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+
+    def opens_of(*wanted: str) -> list[str]:
+        opened.clear()
+        found = CheckpointReader(tag)
+        before = len(os.listdir("/proc/self/fd"))
+        for name in wanted:
+            assert found.tensor(name).tolist() == [float(name[1:])] * 4
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        return [file for file in opened if file in names]
+
+    assert opens_of() == []
+    assert opens_of("w3", "w1", "w3") == ["shard-00003.safetensors", "shard-00001.safetensors"]
+    assert opens_of("w0", "w1", "w2", "w0") == [f"shard-0000{rank}.safetensors" for rank in (0, 1, 2, 0)]
+    for listed in manifest["files"].values():
+        del listed["keys"]
+    write_manifest(tag, manifest)
+    assert set(opens_of("w4")) == set(names)
+
+
+def test_keys_are_listed_by_the_kinds_that_a_fragment_has() -> None:
+    """So that a name stands there once and not for every kind."""
+    keys = [f"{kind}/{name}" for name in ("a/0-1/0", "b.c/1-2/7") for kind in ("weight", "exp_avg", "exp_avg_sq")]
+    keys += ["weight/d/0-1/0", "momentum/d/0-1/0"]
+    assert grouped(keys) == {"exp_avg exp_avg_sq weight": ["a/0-1/0", "b.c/1-2/7"], "momentum weight": ["d/0-1/0"]}
+    assert sorted(ungrouped(grouped(keys))) == sorted(keys)
 
 
 def test_kinds_that_this_version_does_not_know_are_left_alone(tmp_path: Path) -> None:
@@ -64,17 +124,20 @@ def test_kinds_that_this_version_does_not_know_are_left_alone(tmp_path: Path) ->
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_manifest(tag, {**manifest, "later": {"field": 1}})
     assert select(tmp_path).tag == tag
-    reader = CheckpointReader(tag)
-    assert torch.equal(reader.tensor("w"), torch.full((4,), 7.0))
-    assert torch.equal(reader.tensor("w", "ema"), torch.ones(4))
+    found = CheckpointReader(tag)
+    assert torch.equal(found.tensor("w"), torch.full((4,), 7.0))
+    assert torch.equal(found.tensor("w", "ema"), torch.ones(4))
 
 
 def test_what_is_not_there_is_named(tag: Path) -> None:
-    reader = CheckpointReader(tag)
+    found = CheckpointReader(tag)
     with pytest.raises(UserError, match="has no tensor v"):
-        reader.tensor("v")
+        found.tensor("v")
     with pytest.raises(UserError, match="has no exp_avg of w"):
-        reader.tensor("w", "exp_avg")
-    (tag / "shard-00000.safetensors").write_bytes(b"?")
-    with pytest.raises(UserError, match=r"shard-00000.safetensors cannot be read"):
-        CheckpointReader(tag)
+        found.tensor("w", "exp_avg")
+    shard = tag / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    for damaged in (b"", b"?", b"\xff" * 8, whole[:60], (9).to_bytes(8, "little") + b"[" * 9, whole[:-4], None):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"shard-00000.safetensors cannot be read"):
+            CheckpointReader(tag).tensor("w")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from layouts import jobs
 from layouts.pool import WorkerPool
+from megatron.checkpoint import files
 from megatron.checkpoint.averaging import mean_of
 from megatron.checkpoint.reader import CheckpointReader
 
@@ -117,3 +120,73 @@ def test_bf16_runs_continue_bit_for_bit(
     for before, after in zip(straight, again):
         assert after.losses == before.losses[3:]
         assert after.grad_norms == before.grad_norms[3:]
+
+
+@dataclass
+class Reads:
+    """What a rank read of a checkpoint: files opened for tensors, bytes of tensors, and files hashed."""
+
+    opened: list[str]
+    num_bytes: int
+    hashed: list[str]
+    losses: list[float]
+
+
+def train_counted(argv: list[str]) -> Reads:
+    """A run that is continued, as :func:`jobs.train`."""
+    found = Reads([], 0, [], [])
+    plain_open, preadv, sha256_of = os.open, os.preadv, files.sha256_of
+
+    def counted_open(path: Any, *rest: Any, **more: Any) -> int:
+        found.opened += [Path(path).name] * str(path).endswith(".safetensors")
+        return plain_open(path, *rest, **more)
+
+    def counted_read(*given: Any) -> int:
+        count = preadv(*given)
+        found.num_bytes += count
+        return count
+
+    def counted_hash(path: Path) -> str:
+        found.hashed.append(path.name)
+        return sha256_of(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", counted_open)
+        patch.setattr(os, "preadv", counted_read)
+        patch.setattr(files, "sha256_of", counted_hash)
+        found.losses = jobs.train("mdm", argv).losses
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "opens"),
+    [
+        ((2, {"tp_size": 2}), (2, {"zero_stage": 3}), 2),
+        ((2, {"zero_stage": 1}), (4, {"zero_stage": 1}), 1),
+        ((2, {"zero_stage": 1}), (2, {"zero_stage": 1}), 1),
+    ],
+    ids=["tp2-zero3", "dp2-dp4", "same"],
+)
+def test_a_rank_reads_its_share_from_the_files_that_have_it(
+    pools: Callable[[int], WorkerPool],
+    token_files: Path,
+    tmp_path: Path,
+    before: tuple[int, dict[str, Any]],
+    after: tuple[int, dict[str, Any]],
+    opens: int,
+) -> None:
+    """Together the ranks read every byte of weights and moments once, and verify every file once."""
+    common: dict[str, Any] = {**VARIANT, "lr_decay_samples": 8 * STEPS, "micro_batch_size": 2}
+    argv = jobs.flags(token_files, tmp_path / "first", train_iters=1, **common, **before[1])
+    pools(before[0]).run(jobs.train, "mdm", argv)
+    tag = tmp_path / "first" / "global_step1"
+    saved = CheckpointReader(tag)
+    argv = jobs.flags(token_files, tmp_path / "then", train_iters=2, load=tmp_path / "first", **common, **after[1])
+    reads = pools(after[0]).run(train_counted, argv)
+    total = 12 * sum(torch.Size(spec.full_shape).numel() for spec in saved.specs.values())
+    assert [len(read.losses) for read in reads] == [1] * after[0]
+    assert sorted(name for read in reads for name in read.hashed) == sorted(saved.manifest["files"])
+    assert sum(read.num_bytes for read in reads) == total
+    for read in reads:
+        assert len(read.opened) == len(set(read.opened)) == opens
+        assert read.num_bytes == pytest.approx(total / after[0], rel=0.02)

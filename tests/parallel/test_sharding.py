@@ -1,5 +1,7 @@
 """Splitting and joining tensors, and layout-free initial weights."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,6 +28,27 @@ def test_combine_is_the_inverse_of_shard(spec, tp_size):
     shards = [spec.shard(full, rank, tp_size) for rank in range(tp_size)]
     assert all(tuple(shard.shape) == spec.local_shape(tp_size) for shard in shards)
     assert torch.equal(spec.combine(shards), full)
+
+
+@pytest.mark.parametrize(
+    "spec", [*SPECS, ShardSpec((2, 8, 3), 1, (4, 4))], ids=lambda spec: f"{spec.full_shape}-{spec.dim}"
+)
+def test_a_range_of_a_shard_is_found_in_those_of_another_split_once(spec):
+    full = torch.arange(torch.Size(spec.full_shape).numel()).view(spec.full_shape)
+    for tp_size, saved_size in itertools.product((1, 2, 4), repeat=2):
+        saved = [spec.shard(full, rank, saved_size).reshape(-1) for rank in range(saved_size)]
+        for rank in range(tp_size):
+            shard = spec.shard(full, rank, tp_size).reshape(-1)
+            for first, last in itertools.combinations(range(0, len(shard) + 1, 2), 2):
+                found = torch.full_like(shard, -1)
+                for part in spec.rectangles(rank, tp_size, first, last, saved_size=saved_size):
+                    source = saved[part.rank] if spec.dim is not None else saved[0]
+                    for row in range(part.rows):
+                        here, there = part.start + row * part.stride, part.source_start + row * part.source_stride
+                        assert (found[here : here + part.width] == -1).all()
+                        found[here : here + part.width] = source[there : there + part.width]
+                assert torch.equal(found[first:last], shard[first:last])
+                assert (found[:first] == -1).all() and (found[last:] == -1).all()
 
 
 def test_stacked_matrices_are_each_split():
