@@ -3,7 +3,7 @@
 #
 #   bash install.sh                        needed packages; about a second when they are there already
 #   bash install.sh --with eval,logging    extras: eval, logging, test
-#   bash install.sh --with flash-attn      optional accelerators: apex, flash-attn, liger; never required
+#   bash install.sh --with fa4             optional accelerators: apex, fa3, fa4, liger; never required
 #   bash install.sh --check                show what is installed and what is missing; changes nothing
 #   bash install.sh --deps-only            do not link this checkout into the environment (pip install -e)
 #   bash install.sh --print-python         print the interpreter that the scripts use
@@ -119,8 +119,11 @@ install_accelerators() {
     APEX_CPP_EXT=1 APEX_CUDA_EXT=1 install_accelerator apex apex "torch's fused AdamW" --no-build-isolation \
       --config-settings "--build-option=--cpp_ext" --config-settings "--build-option=--cuda_ext" \
       "${APEX_SOURCE:-git+https://github.com/NVIDIA/apex.git}" ;; esac
-  case ",$WITH," in *[,\ ]flash-attn[,\ ]*)
-    install_accelerator flash-attn flash-attn "torch's scaled_dot_product_attention" --no-build-isolation flash-attn ;; esac
+  case ",$WITH," in *[,\ ]fa3[,\ ]*)
+    install_accelerator fa3 flash-attn-3 "torch's own attention" --no-build-isolation \
+      "${FA3_SOURCE:-git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper}" ;; esac
+  case ",$WITH," in *[,\ ]fa4[,\ ]*)
+    install_accelerator fa4 flash-attn-4 "torch's own attention" --pre flash-attn-4 ;; esac
   case ",$WITH," in *[,\ ]liger[,\ ]*)
     install_accelerator liger liger-kernel "PyTorch's SwiGLU" liger-kernel ;; esac
 }

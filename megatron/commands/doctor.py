@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Optional accelerators: distribution names, and what runs in their place.
 ACCELERATORS = {
     "apex": (("apex",), "torch's fused AdamW"),
-    "flash-attn": (("flash-attn",), "torch's own attention (SDPA)"),
+    "fa3": (("flash-attn-3",), "torch's own attention (SDPA)"),
+    "fa4": (("flash-attn-4",), "torch's own attention (SDPA)"),
     "liger": (("liger-kernel",), "PyTorch's SwiGLU"),
 }
 

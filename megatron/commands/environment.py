@@ -71,6 +71,17 @@ def gpus() -> Finding:
     return Finding("GPUs", found if known else f"{found} (no known peak: no MFU is shown)")
 
 
+def flash_attention() -> Finding:
+    """Which values of ``--attention-backend`` this machine has beside its default."""
+    from megatron.model.kernels import FLASH, flash_obstacle
+
+    found = {backend: flash_obstacle(backend) or "there" for backend in FLASH}
+    shown = next(iter(found.values())) if len(set(found.values())) == 1 else ""
+    return Finding(
+        "FlashAttention", f"{', '.join(found)}: {shown}" if shown else "; ".join(map(": ".join, found.items()))
+    )
+
+
 def nccl() -> Finding:
     """NCCL, as torch brings it."""
     import torch
@@ -204,6 +215,6 @@ def hub() -> Finding:
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    *(versions, driver, gpus, nccl, shared_memory, files, locked_memory),
+    *(versions, driver, gpus, flash_attention, nccl, shared_memory, files, locked_memory),
     *(processes, cores, memory, clock, disk, host, hub),
 )

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from megatron.errors import UserError
@@ -13,7 +14,7 @@ from megatron.errors import UserError
 # Larger numbers than this are slips of the keyboard, and overflow what is computed from them.
 LARGEST = 10**15
 # Optional accelerators: the package behind a choice.
-PACKAGES = {"flash-attn": "flash_attn", "liger": "liger_kernel", "fusedadam": "apex"}
+PACKAGES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "liger": "liger_kernel", "fusedadam": "apex"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,12 @@ def check_range(item: Field, value: Any) -> None:
 
 def is_installed(choice: str) -> bool:
     """Whether the package behind a choice is there; PyTorch's own always is."""
-    return choice not in PACKAGES or importlib.util.find_spec(PACKAGES[choice]) is not None
+    if choice not in PACKAGES:
+        return True
+    name, _, part = PACKAGES[choice].partition(".")  # looked up whole, a part would import what it is a part of
+    found = importlib.util.find_spec(name)
+    places = (found.submodule_search_locations if found else None) or ()
+    return found is not None and (not part or any((Path(place) / part).is_dir() for place in places))
 
 
 def idle_options(flags: Sequence[tuple[Field, Any]]) -> Iterator[tuple[Field, str]]:

@@ -72,8 +72,8 @@ class ModelConfig:
     attention_dropout: float = option(0.1, "dropout of attention probabilities", unit="P", range=DROPOUT)
     hidden_dropout: float = option(0.1, "dropout of embeddings and block outputs", unit="P", range=DROPOUT)
     attention_backend: str = option("sdpa",
-        "attention kernels: PyTorch's scaled_dot_product_attention, or the flash-attn package (CUDA, bf16)",
-        choices=("sdpa", "flash-attn"), needs=("bf16",), affects="layout")
+        "kernels of attention: those that PyTorch chooses, or through its switch FlashAttention 3 or 4 (GPU, bf16)",
+        choices=("sdpa", "fa3", "fa4"), needs=("bf16",), affects="layout")
     swiglu_backend: str = option("torch", "SwiGLU kernel: PyTorch, or the liger-kernel package (CUDA)",
         choices=("torch", "liger"), needs=("swiglu=true",), affects="layout")
     init_method_std: float = option(0.02,

@@ -48,6 +48,7 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     _validate_paths(flags)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
+    _validate_attention(shape)
     _validate_layout(config, shape, world_size)
     _validate_run(config)
     require(
@@ -108,6 +109,15 @@ def _validate_model(model: Shape) -> None:
         f"--max-position-embeddings {model.max_position_embeddings} is below --seq-length {model.seq_length}",
         "every token needs a position",
         f"pass at least {model.seq_length}",
+    )
+
+
+def _validate_attention(model: Shape) -> None:
+    require(
+        model.attention_backend not in PACKAGES or model.attention_dropout == 0.0,
+        f"--attention-backend {model.attention_backend} with --attention-dropout {model.attention_dropout:g}",
+        "FlashAttention 3 and 4 have no dropout",
+        "pass --attention-dropout 0, or drop the backend",
     )
 
 

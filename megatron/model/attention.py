@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.shape import Shape
 from megatron.model.batch import Stream
-from megatron.model.kernels import can_flash, flash_attention
 from megatron.model.mask import AttentionMask, Causal, Full
 from megatron.model.visibility import Visible, attend_flex, visible_keys
 from megatron.parallel.tensor import ColumnParallelLinear, ParameterFactory, RowParallelLinear, TensorParallelModule
@@ -40,7 +39,6 @@ class SelfAttention(TensorParallelModule):
         self.num_heads = shape.num_attention_heads // tp_size
         self.num_groups = shape.num_query_groups // tp_size
         self.dropout = shape.attention_dropout
-        self.backend = shape.attention_backend
         bias, std = not shape.disable_bias_linear, shape.init_method_std
         query_size = shape.num_attention_heads * shape.kv_channels
         key_size = shape.num_query_groups * shape.kv_channels
@@ -114,8 +112,6 @@ class SelfAttention(TensorParallelModule):
         dropout = self.dropout if self.training else 0.0
         is_causal = isinstance(visible, Causal) and query.shape[2] == key.shape[2]  # one new token sees all others
         dense = visible if isinstance(visible, torch.Tensor) else None
-        if self.backend == "flash-attn" and dense is None and can_flash(query):
-            return flash_attention(query, key, value, causal=is_causal, dropout=dropout)
         grouped = self.num_groups != self.num_heads
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=dense, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped

@@ -15,7 +15,7 @@ import torch
 import megatron
 from megatron.runs.record import Attempt
 
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "apex", "flash-attn", "liger-kernel")
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "apex", "flash-attn-3", "flash-attn-4", "liger-kernel")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +67,7 @@ def main(
             if is_early:
                 _take(Path(str(flags.run.save)), exits)
             plan = _plan(flags, launch, words, origins)
+            exits.enter_context(_kernels(plan))
             if is_writer and not is_early:
                 _take(plan.run_dir, exits)
                 # Another process may have begun, and ended, while this one read its data.
@@ -105,6 +106,17 @@ def _plan(flags: Config, launch: Launch, words: Sequence[str], origins: dict[str
     if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
         import_module("megatron.training.configuration").check_contents(plan)
     return plan
+
+
+def _kernels(plan: Plan) -> AbstractContextManager[None]:
+    """The kernels of attention that were asked for, where they can be had and would have an effect."""
+    from megatron.model.kernels import attention_kernels, check_flash
+    from megatron.model.mask import within_segments
+
+    mask, backend = plan.objective.attention_mask, plan.settings.model.attention_backend
+    mask = within_segments(mask) if plan.settings.data.reset_attention_mask else mask
+    check_flash(backend, mask, head_size=plan.shape.kv_channels)
+    return attention_kernels(backend)
 
 
 def _take(run_dir: Path, exits: ExitStack) -> None:

@@ -30,7 +30,7 @@ def test_every_line_is_ok_or_says_what_to_do(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     found = list(environment.lines())
-    assert len(found) == len(environment.CHECKS) == 14
+    assert len(found) == len(environment.CHECKS) == 15
     assert all(line.endswith("  ok") or "  fix: " in line for line in found)
     assert list(tmp_path.iterdir()) == []
     named = {line.split()[0] for line in found}

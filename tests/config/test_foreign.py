@@ -98,6 +98,7 @@ def test_what_is_not_built_is_refused_with_the_reason(name: str) -> None:
         ("--exit-interval 3", "run.exit_interval", 3),
         ("--recompute-granularity full --recompute-method uniform", "parallel.recompute_activations", True),
         ("--attention-backend flash --bf16", "model.attention_backend", "sdpa"),
+        ("--attention-backend flash-attn --bf16", "model.attention_backend", "sdpa"),  # ours of before
         ("--optimizer adamw", "optimizer.optimizer", "adam"),
         ("--eval-only False", "run.skip_train", False),
         ("--seq_length 64", "model.seq_length", 64),

@@ -121,7 +121,7 @@ def test_check_names_versions_and_fallbacks() -> None:
     result = run_install("--check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "deepspeed        0.19.8         ok" in result.stdout
-    for name in ("apex", "flash-attn", "liger"):
+    for name in ("apex", "fa3", "fa4", "liger"):
         assert name in result.stdout
 
 
@@ -143,7 +143,7 @@ def test_check_fails_on_a_missing_package(tmp_path: Path) -> None:
     [
         (["--nonsense"], {}, "unknown option --nonsense"),
         (["--with"], {}, "--with has no value"),
-        (["--with", "nonsense"], {}, "--with nonsense; the choices are eval, logging, test, apex, flash-attn, liger"),
+        (["--with", "nonsense"], {}, "--with nonsense; the choices are eval, logging, test, apex, fa3, fa4, liger"),
         ([], {"VIRTUAL_ENV": "/nonexistent"}, "VIRTUAL_ENV is /nonexistent, which has no bin/python"),
     ],
 )
@@ -166,11 +166,16 @@ def test_accelerators_never_break_anything(has_gpu: bool, tmp_path: Path) -> Non
     """Without a GPU nothing is tried; with one, the build fails here (no package index)."""
     write_program(tmp_path / "nvidia-smi", "#!/bin/sh\n" + ("echo 'GPU 0: x'" if has_gpu else "exit 9") + "\n")
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    environment["APEX_SOURCE"] = str(tmp_path / "no-apex")
-    result = run_install("--deps-only", "--with", "apex,flash-attn", "--with=liger", **environment)
+    environment |= {"APEX_SOURCE": str(tmp_path / "no-apex"), "FA3_SOURCE": str(tmp_path / "no-fa3")}
+    result = run_install("--deps-only", "--with", "apex,fa3,fa4", "--with=liger", **environment)
     assert result.returncode == 0, result.stderr
     reason = "its build failed, see above" if has_gpu else "no NVIDIA GPU here"
-    for name, distribution in {"apex": "apex", "flash-attn": "flash-attn", "liger": "liger-kernel"}.items():
+    for name, distribution in {
+        "apex": "apex",
+        "fa3": "flash-attn-3",
+        "fa4": "flash-attn-4",
+        "liger": "liger-kernel",
+    }.items():
         if not list(metadata.distributions(name=distribution)):
             assert f"{name}: not installed ({reason}), falling back to " in result.stdout
 
