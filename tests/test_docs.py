@@ -57,7 +57,13 @@ def known_flags() -> set[str]:
     options += [item for cls in OBJECTIVES.values() for item in fields(cls.Options)]
     found = {name for item in options if item.metadata for name in (*item.metadata["flags"], spelling(item))}
     found |= {"--no-" + name.removeprefix("--") for name in found}
-    sources = [*REPO.glob("megatron/**/*.py"), *REPO.glob("tools/*.py"), *REPO.glob("*.sh"), REPO / "tests/run.sh"]
+    sources = [
+        *REPO.glob("megatron/**/*.py"),
+        *REPO.glob("tools/*.py"),
+        *REPO.glob("*.sh"),
+        REPO / "tests/run.sh",
+        REPO / "tests/gpu_without_gpu/check.py",
+    ]
     for path in [*sources, *REPO.glob("examples_scaling/**/*.sh")]:
         spelled = r"[\"']{0}[\"']" if path.suffix == ".py" else r"(?<![\w-]){0}(?=[\s)|=\]])"
         found |= set(re.findall(spelled.format(r"(--[a-z][\w-]*)"), path.read_text(encoding="utf-8")))

@@ -35,6 +35,8 @@ COPY = ["bash", "-c", "mkdir data/stdlib && cp data/sample/*.jsonl data/stdlib"]
 # What is not run as it stands: the words it begins with, what is run instead, and why.
 INSTEAD = {
     "bash tests/run.sh": (["bash", "-n", "tests/run.sh"], "it is what runs this"),
+    "bash tests/gpu_without_gpu/": (["bash", "-n", "tests/gpu_without_gpu/nightly.sh"], "it needs Triton; test_rehearsal.py"),
+    "pip install -t triton-folder": (["python", "tools/check_environment.py"], "it installs"),
     "bash install.sh": (["bash", "install.sh", "--check"], "it installs; test_install.py does, in an environment of its own"),
     "bash download.sh": (["bash", "download.sh", "--help"], "it needs the hub; tests/hub runs it against one of its own"),
     "pip install lm-eval==0.4.13": (["python", "tools/check_environment.py", "--with", "eval"], "it installs"),
