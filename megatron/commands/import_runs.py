@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from megatron.runs.imported import Origin, collect, write_run
+    from megatron.runs.imported import Origin, check_free, collect, name_folders, write_run
 
     origin = Origin(options.source, options.licence, options.objective, _label(options))
     tables = _tables(options)
@@ -68,6 +68,9 @@ def _import(options: argparse.Namespace) -> None:
         found += [(table, fields, run) for run in runs]
         left_out += missed
     require(found, f"{options.table} has no usable loss", "a run has one validation at least", "name another --loss")
+    name_folders(run for *_, run in found)
+    for *_, run in found:
+        check_free(options.output / run.name)
     for table, fields, run in found:
         write_run(run, options.output / run.name, origin=origin, place=table.place, fields=fields)
     _say(len(found), sum(len(run.points) for *_, run in found), left_out, options.output, origin)

@@ -46,9 +46,9 @@ def members_of(expression: str | Path) -> list[Member]:
         UserError: an empty part, weights for some only, or a weight that is no positive number.
     """
     text = str(expression)
-    parts = [text] if Path(text).exists() else text.split("+")
-    if len(parts) == 1:
+    if Path(text).exists() or ("+" not in text and _WEIGHTED.fullmatch(text) is None):
         return [Member(text)]
+    parts = text.split("+")
     found = [_member(part.strip()) for part in parts]
     is_right = all(own.path for own in found) and len({own.weight is None for own in found}) == 1
     require(

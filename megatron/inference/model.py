@@ -216,7 +216,7 @@ def load_model(
         return ensemble([load_model(own.path, **how) for own in parts], weights or None)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
-    path = Path(path)
+    path = Path(parts[0].path)
     is_export = (path / "config.json").is_file() and not (path / MANIFEST).is_file()
     stored = _open_export(path, kind) if is_export else _open_checkpoint(path, tag, kind, context)
     config, source, identity = stored.config, stored.source, stored.identity

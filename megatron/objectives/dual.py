@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from megatron.config.option import PROBABILITY, option
+from megatron.errors import require
 from megatron.model.batch import ModelBatch, Samples, build_batch
 from megatron.model.mask import AttentionMask, Causal, Full, PerSample
 from megatron.objectives.ar import Autoregressive
@@ -52,6 +53,8 @@ class Dual(MaskedDiffusion):
     def build(cls, options: object, setting: Setting) -> Dual:
         """See :class:`Objective`."""
         assert isinstance(options, DualOptions)
+        require(options.dual_ar_share < 1 or options.dual_decoding == "ar", "--dual-ar-share 1 with --dual-decoding mdm",
+                "no sample is masked, so there is no masked diffusion to judge", "drop one of the flags")  # fmt: skip
         return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=options.dual_decoding)
 
     @property

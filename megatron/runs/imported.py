@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -106,13 +108,15 @@ def read_table(path: Path) -> Table:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            rows = tuple(reader)
             columns = tuple(reader.fieldnames or ())
+            rows = tuple(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}", "a table is CSV in UTF-8", "write it as such") from None
     rule, fix = "a table has a line of column names and rows of as many values", "write it as CSV with commas"
     require(len(columns) > 1 and len(rows), f"{path} has {len(columns)} columns and {len(rows)} rows", rule, fix)
-    broken = next((number for number, row in enumerate(rows, 2) if None in row or None in row.values()), None)
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    require(not twice, f"{path} has two columns {', '.join(twice)}", rule + ", each name once", "rename one of them")
+    broken = next((number for number, row in enumerate(rows, 1) if None in row or None in row.values()), None)
     require(broken is None, f"{path}, row {broken}: more or fewer values than column names", rule, fix)
     return Table(columns, rows, path)
 
@@ -134,7 +138,9 @@ def read_event_logs(place: Path) -> list[Table]:
         ) from None
     files = [place] if place.is_file() else sorted(place.glob(f"**/{EVENTS}*"))
     tables = []
-    for folder in dict.fromkeys(file.parent if place.is_dir() else file for file in files):
+    folders = [*dict.fromkeys(file.parent if place.is_dir() else file for file in files)]
+    called = Counter(folder.name for folder in folders)
+    for folder in folders:
         log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         tags = tuple(log.Tags()["scalars"])
         by_step: dict[int, dict[str, str | float]] = {}
@@ -142,6 +148,8 @@ def read_event_logs(place: Path) -> list[Table]:
             for event in log.Scalars(tag):
                 by_step.setdefault(event.step, {STEP: float(event.step)})[tag] = event.value
         name = folder.resolve().name if folder.is_dir() else folder.resolve().parent.name
+        if called[folder.name] > 1:  # run1/tb, run2/tb
+            name = "-".join(folder.relative_to(place).parts) or name
         if tags:
             rows = tuple(by_step[step] for step in sorted(by_step))
             tables.append(Table((STEP, *tags), rows, folder, name))
@@ -160,9 +168,9 @@ def collect(table: Table, fields: Fields, *, curve: bool = False) -> tuple[list[
         curve: rows of one name are validations of one run; else every row is a finished run.
 
     Raises:
-        UserError: a column that is not there, a value that is no count, or a run of two sizes.
+        UserError: a column that is not there, a value that is no count, a run of two sizes, or of two losses at one place.
     """
-    runs: dict[str, Imported] = {}
+    runs: dict[str, Imported] = {}  # of a curve by its name, which may be no name of a folder
     left_out: list[str] = []
     values: dict[str, str | float] = {}
     for number, row in enumerate(table.rows, 1):
@@ -174,20 +182,52 @@ def collect(table: Table, fields: Fields, *, curve: bool = False) -> tuple[list[
                 left_out.append(f"{where}: no finite, positive loss")
             continue
         name = table.name or str(values[fields.name] if fields.name else f"{table.place.stem}-{number}")
-        found = _run(values, fields, table, _safe(name), where)
+        found = _run(values, fields, table, name, where)
         if curve or table.name:
-            kept = runs.setdefault(found.name, found)
+            kept = runs.setdefault(name, found)
             same = math.isclose(kept.parameters, found.parameters, rel_tol=1e-6)
             require(same, f"{where}: run {name} has two sizes", "a run has one", "correct the table")
             found, kept.unique_tokens = kept, max(kept.unique_tokens, found.unique_tokens)
         else:
-            found.name = _free(found.name, runs)
-            runs[found.name] = found
-        step = int(float(values[STEP])) if STEP in table.columns else len(found.points) + 1
+            runs[str(number)] = found
+        step = int(float(values[STEP])) if STEP in table.columns else 0
         tokens = _tokens(values, fields, table, found.parameters, where)
         error = _value(values, fields.loss_se, table, where) if fields.loss_se else math.nan
         found.points.append((step, tokens, loss, error))
+    for run in runs.values():
+        _put_in_order(run, table, has_steps=STEP in table.columns)
     return list(runs.values()), left_out
+
+
+def _put_in_order(run: Imported, table: Table, *, has_steps: bool) -> None:
+    """Sort the points of a curve by step, where the table has it, and tokens; without one they are numbered."""
+    points = sorted(run.points, key=lambda point: point[:2])
+    twice = next((one for one, other in itertools.pairwise(points) if one[:2] == other[:2]), None)
+    if twice is not None:
+        given = f"{table.place}: run {run.name} has two losses at {twice[1]:g} tokens"
+        raise UserError(given, "a curve has one at each place", "correct the table, or tell its runs apart with --name")
+    run.points = points if has_steps else [(number, *point[1:]) for number, point in enumerate(points, 1)]
+
+
+def name_folders(runs: Iterable[Imported]) -> None:
+    """Make the names of runs those of folders, each its own: runs of one name differ in their seed."""
+    taken: set[str] = set()
+    for run in runs:
+        name = found = re.sub(r"[^\w.+-]+", "_", run.name).strip("._") or "run"
+        number = 1
+        while found in taken:
+            number += 1
+            found = f"{name}-{number}"
+        taken.add(found)
+        run.name = found
+
+
+def check_free(folder: Path) -> None:
+    """Raises:
+    UserError: the folder holds a run.
+    """
+    free = not holds_run(folder)
+    require(free, f"{folder} holds a run", "an import overwrites none", "remove it or name another folder")
 
 
 def write_run(run: Imported, folder: Path, *, origin: Origin, place: Path, fields: Fields) -> None:
@@ -196,9 +236,7 @@ def write_run(run: Imported, folder: Path, *, origin: Origin, place: Path, field
     Raises:
         UserError: the folder holds a run.
     """
-    require(
-        not holds_run(folder), f"{folder} holds a run", "an import overwrites none", "remove it or name another folder"
-    )
+    check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = max(tokens for _, tokens, _, _ in run.points)
     record = RunRecord(
@@ -300,19 +338,6 @@ def _column(given: str, table: Table) -> tuple[str | None, float]:
     if name.strip() in table.columns:
         return name.strip(), parse_count(factor.strip(), least=1e-30)
     return None, 1.0
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "run"
-
-
-def _free(name: str, taken: Mapping[str, Imported]) -> str:
-    """``name``, or with a number behind it: runs of one name that differ in their seed."""
-    number, found = 1, name
-    while found in taken:
-        number += 1
-        found = f"{name}-{number}"
-    return found
 
 
 def _sha256(place: Path) -> str:

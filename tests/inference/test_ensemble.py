@@ -115,6 +115,7 @@ def test_what_an_expression_names(tmp_path) -> None:
     assert members_of("runs/a") == [Member("runs/a")]
     assert members_of("runs/a + runs/b") == [Member("runs/a"), Member("runs/b")]
     assert members_of(".7*a+3e-1*b") == [Member("a", 0.7), Member("b", 0.3)]
+    assert members_of("2*runs/a") == [Member("runs/a", 2.0)], "of one"
     (tmp_path / "a+b").mkdir()
     assert members_of(tmp_path / "a+b") == [Member(str(tmp_path / "a+b"))], "a run of this name"
     for wrong in ("a+", "0.5*a+b", "0*a+1*b"):

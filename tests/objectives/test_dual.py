@@ -186,7 +186,13 @@ def test_it_is_judged_in_one_form_and_the_other_stands_beside(judged, kind, othe
 
 
 @pytest.mark.parametrize(
-    "flags", [["--dual-ar-share", "1.1"], ["--dual-ar-share", "-0.1"], ["--dual-decoding", "both"]]
+    "flags",
+    [
+        ["--dual-ar-share", "1.1"],
+        ["--dual-ar-share", "-0.1"],
+        ["--dual-decoding", "both"],
+        ["--dual-ar-share", "1", "--dual-decoding", "mdm"],
+    ],
 )
 def test_wrong_flags_are_refused(flags):
     with pytest.raises(UserError, match=flags[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ HEADER = ("run", "params", "tokens", "unique", "loss")
 
 
 def write_table(path: Path, rows: list[tuple[object, ...]], header: tuple[str, ...] = HEADER) -> str:
+    path.parent.mkdir(exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     return str(path)
@@ -63,6 +65,26 @@ def test_rows_of_one_name_are_a_curve_when_asked(tmp_path):
     assert [row.nll for row in run.valid] == [4.0, 3.8, 3.9]
     assert [row.epoch for row in run.valid] == [1.0, 2.0, 3.0]
     assert run.best.step == 2
+
+
+def test_a_curve_is_in_order_has_one_loss_a_place_and_is_of_one_name_whatever_its_folder(tmp_path):
+    def row(name, tokens, loss):
+        return (name, 1e8, tokens, 1e8, loss)
+
+    rows = [row("lr=1", 2e8, 3.0), row("lr=1", 1e8, 4.0), row("lr:1", 1e8, 3.9), row("lr:1", 2e8, 2.9)]
+    runs = imported(tmp_path, rows, "--curve")
+    assert {name: [(v.step, v.tokens, v.nll) for v in run.valid] for name, run in runs.items()} == {
+        "lr_1": [(1, 10**8, 4.0), (2, 2 * 10**8, 3.0)],
+        "lr_1-2": [(1, 10**8, 3.9), (2, 2 * 10**8, 2.9)],
+    }
+    with pytest.raises(UserError, match=r"run a has two losses at 1e\+08 tokens"):
+        imported(tmp_path / "twice", [row("a", 1e8, 4.0), row("a", 2e8, 3.9), row("a", 1e8, 3.8)], "--curve")
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    table = write_table(tmp_path / "table.csv", [("a", 1e8, 1e9, 1e8, 4, 5)], (*HEADER, "loss"))
+    with pytest.raises(UserError, match="two columns loss"):
+        import_runs.main([table, "--output", str(tmp_path / "out"), *COMMON, *FIELDS])
 
 
 def test_a_field_is_a_column_a_multiple_of_one_or_a_number(tmp_path):
@@ -108,7 +130,7 @@ def test_wrong_words_are_refused(tmp_path, change, message):
 
 def test_broken_tables_and_taken_folders_are_refused(tmp_path):
     (tmp_path / "table.csv").write_text("run,params\na,1,2\n")
-    with pytest.raises(UserError, match="row 2: more or fewer values"):
+    with pytest.raises(UserError, match="row 1: more or fewer values"):
         import_runs.main([str(tmp_path / "table.csv"), "--output", str(tmp_path / "out"), *COMMON, *FIELDS])
     imported(tmp_path, [("a", 1e8, 4e9, 1e8, 3.9)])
     with pytest.raises(UserError, match="holds a run"):
@@ -151,6 +173,21 @@ def test_a_tensorboard_log_is_a_curve(tmp_path):
     assert [row.nll for row in run.valid] == pytest.approx([4.5, 4.0, 3.5])
     with pytest.raises(UserError, match="leave --curve out"):
         import_runs.main([str(tmp_path / "logs"), "--output", str(tmp_path / "no"), *COMMON, *fields, "--curve"])
+
+
+def test_logs_whose_folders_share_a_name_are_runs_of_their_own_and_a_taken_one_stops_all(tmp_path):
+    for name, loss in (("run1", 5.0), ("run2", 4.0)):
+        writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(tmp_path / "logs" / name / "tb"))
+        writer.add_scalar("loss", loss, 100)
+        writer.close()
+    fields = ["--parameters", "1M", "--tokens", "step*4096", "--unique-tokens", "204800", "--loss", "loss"]
+    words = [str(tmp_path / "logs"), "--output", str(tmp_path / "out"), *COMMON, *fields]
+    import_runs.main(words)
+    assert {run.name: run.best.nll for run in find_runs([tmp_path / "out"])} == {"run1-tb": 5.0, "run2-tb": 4.0}
+    shutil.rmtree(tmp_path / "out" / "run1-tb")
+    with pytest.raises(UserError, match="run2-tb holds a run"):
+        import_runs.main(words)
+    assert not (tmp_path / "out" / "run1-tb").exists()
 
 
 def test_without_tensorboard_the_package_is_named(tmp_path, monkeypatch):

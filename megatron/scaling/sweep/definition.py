@@ -118,7 +118,9 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
     rules, used = data.get("exclude") or [], set()
     models = grid["model"] if isinstance(grid["model"], dict) else {name: {} for name in listed(grid["model"])}
     for objective in listed(grid["objective"]):
-        epochs = grid["epochs"].get(objective, []) if isinstance(grid["epochs"], dict) else grid["epochs"]
+        epochs = grid["epochs"].get(objective) if isinstance(grid["epochs"], dict) else grid["epochs"]
+        require(epochs is not None, f"grid.epochs has none for {objective}", "every objective of the grid has epochs",
+                "give them, or leave the objective out")  # fmt: skip
         axes = itertools.product(models, listed(grid["unique_tokens"]), listed(epochs), listed(grid.get("seed", 1234)))
         for model, unique, length, number in axes:
             place = {

@@ -38,7 +38,7 @@ def check_form(path: Path, data: Any) -> None:
 def positive(value: Any, name: str) -> float:
     """A number of the file, which must be above 0."""
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     require(

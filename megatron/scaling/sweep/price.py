@@ -3,12 +3,10 @@ dollars at the stated utilisation, and memory of a GPU."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.objectives import parse
 from megatron.scaling.sweep.definition import dollars, hours
 from megatron.scaling.sweep.sweep_run import SweepRun
 from megatron.training.preflight import case_of, footprints
@@ -41,16 +39,6 @@ def price_of(run: SweepRun, price: Mapping[str, Any]) -> Price:
     Raises:
         UserError: flags that the run would be refused for.
     """
-    words = run.arguments()
-    default = "mdm" if run.program == "pretrain_mdm.py" else "ar"
-    world = _replica(run)
-    case = case_of(parse(words, objective=default, world_size=world), world, vocab_size=run.vocab_size)
+    case = case_of(run.parsed(), run.replica, vocab_size=run.vocab_size)
     flops = case.flops_per_token * run.unique_tokens * run.epochs * run.added_share
     return Price(flops, hours(flops, price), dollars(flops, price), footprints(case)[0].total)
-
-
-def _replica(run: SweepRun) -> int:
-    """GPUs that one replica of the model takes."""
-    spellings = (("tensor-model-parallel-size", "tp-size"), ("pipeline-model-parallel-size", "pp-size"))
-    sizes = [next((run.flags[name] for name in names if name in run.flags), 1) for names in spellings]
-    return math.prod(int(str(size)) for size in sizes)

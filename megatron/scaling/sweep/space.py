@@ -6,10 +6,11 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron.config.schema import Config
 from megatron.errors import UserError, require
 from megatron.scaling.sweep.form import count, listed, positive, seed
 from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
@@ -126,14 +127,30 @@ def spaces_of(
     Raises:
         UserError: a value that no trial can have, or a start that is not among the values.
     """
-    return tuple(_space(path, search, start, owned - {LENGTH} | _SHAPE) for start in starts) if search else ()
+    if not search:
+        return ()
+    known = {start.objective for start in starts}
+    for name, values in (("trials", search["trials"]), *search["coordinates"].items()):
+        others = sorted(values.keys() - known) if isinstance(values, Mapping) else []
+        require(not others, f"{path}: search gives {name} for {', '.join(others)}",
+                f"the grid has {', '.join(sorted(known))}", "remove it, or add the objective to the grid")  # fmt: skip
+    spaces = tuple(_space(path, search, start, owned - {LENGTH} | _SHAPE) for start in starts)
+    for space in spaces:
+        _check_values(path, space)
+    return spaces
 
 
 def _space(path: Path, search: Mapping[str, Any], start: SweepRun, owned: set[str]) -> Space:
     given = {name: _own(values, start.objective) for name, values in search["coordinates"].items()}
-    coordinates = tuple(_coordinate(path, str(name), values, owned) for name, values in given.items() if values)
+    coordinates = tuple(
+        _coordinate(path, str(name), values, owned) for name, values in given.items() if values is not None
+    )
     require(coordinates, f"{path}: the search has no coordinate for {start.objective}", "a search tunes something",
             "give coordinates, each a flag and a list of its values")  # fmt: skip
+    flags = [flag for item in coordinates for flag in item.values[0]]
+    twice = sorted({flag for flag in flags if flags.count(flag) > 1})
+    require(not twice, f"{path}: two coordinates set {', '.join(twice)}", "a trial has one value of each flag",
+            "tune a flag in one coordinate")  # fmt: skip
     number = count(_own(search["trials"], start.objective), f"search.trials of {start.objective}")
     size = math.prod(len(item.values) for item in coordinates)
     require(
@@ -145,6 +162,33 @@ def _space(path: Path, search: Mapping[str, Any], start: SweepRun, owned: set[st
     require(len({*seeds, start.seed}) == len(seeds) + 1, f"{path}: search.seeds has {', '.join(map(str, seeds))}",
             f"they differ from each other and from {start.seed}, that of the grid", "mend the list")  # fmt: skip
     return Space(start, coordinates, tuple(_index_of(path, item, start) for item in coordinates), number, seeds)
+
+
+def _check_values(path: Path, space: Space) -> None:
+    """Every value makes flags that the trainer takes, and leaves alone what the trials are judged on."""
+    judged = _judged_on(space.start.parsed())
+    for number, item in enumerate(space.coordinates):
+        for index in range(len(item.values)):
+            point = (*space.origin[:number], index, *space.origin[number + 1 :])
+            given = f"{path}: {item.name} {item.text(index)} in the search of {space.title}"
+            try:
+                found = _judged_on(space.run_at(point).parsed())
+            except UserError as error:
+                raise UserError(f"{given}: {error.given}", error.rule, error.fix) from None
+            moved = sorted(name for name, value in found.items() if value != judged[name])
+            require(not moved, f"{given} changes {', '.join(moved)}",
+                    "all trials are judged on the same validation, and train on the same text",
+                    "set it once for all, a number of samples by eval-iters: full")  # fmt: skip
+
+
+def _judged_on(config: Config) -> dict[str, Any]:
+    """The settings that decide, whatever the model, what a validation measures."""
+    data, run = config.data, config.run
+    found = {each.name: getattr(data, each.name) for each in fields(data) if each.metadata["affects"] != "layout"}
+    found |= {each.name: getattr(run, each.name) for each in fields(run) if each.metadata["affects"] == "validation"}
+    del found["eval_interval"]
+    batch = 0 if run.eval_iters == "full" else run.global_batch_size
+    return {**found, "seq_length": config.model.seq_length, "samples of a validation step": batch}
 
 
 def _own(value: Any, objective: str) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.config.schema import Config
+from megatron.objectives import parse
 from megatron.scaling.literature import PAPER_VOCAB_SIZE
 
 
@@ -41,6 +44,22 @@ class SweepRun:
     @property
     def program(self) -> str:
         return "pretrain_mdm.py" if self.objective == "mdm" else "pretrain_gpt.py"
+
+    @property
+    def replica(self) -> int:
+        """Processes that one replica of the model takes."""
+        spellings = (("tensor-model-parallel-size", "tp-size"), ("pipeline-model-parallel-size", "pp-size"))
+        sizes = [next((self.flags[name] for name in names if name in self.flags), 1) for names in spellings]
+        return math.prod(int(str(size)) for size in sizes)
+
+    def parsed(self) -> Config:
+        """Its flags as the trainer reads them, for one replica.
+
+        Raises:
+            UserError: flags that the trainer would refuse.
+        """
+        default = "mdm" if self.program == "pretrain_mdm.py" else "ar"
+        return parse(self.arguments(), objective=default, world_size=self.replica)
 
     @property
     def stop_file(self) -> Path:
