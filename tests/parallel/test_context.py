@@ -64,7 +64,7 @@ def made_by_engine(context: ParallelContext, made: list[object]) -> int:
     from layouts.jobs import flags
 
     from megatron.objectives import build_objective, parse
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import build_engine
 
     size = {"tp_size": context.tp.size, "pp_size": context.pp.size, "micro_batch_size": 1}
     argv = flags(Path("/"), None, global_batch_size=16, num_attention_heads=8, num_query_groups=8, **size)
@@ -76,7 +76,7 @@ def made_by_engine(context: ParallelContext, made: list[object]) -> int:
         optimizer=replace(config.optimizer, lr_decay_samples=80),
     )
     before = len(made)
-    Engine(config, build_objective(config), context)
+    build_engine(config, build_objective(config), context)
     return len(made) - before
 
 
