@@ -33,10 +33,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_pp2": (4, {"tp_size": 2, "pp_size": 2}),
     "tp2_dp2": (4, {"tp_size": 2, "zero_stage": 2}),
     "pp2_dp2": (4, {"pp_size": 2, "micro_batch_size": 2}),
-    "fsdp2": (1, {"engine": "fsdp2", "micro_batch_size": 2}),
     "fsdp2_dp2": (2, {"engine": "fsdp2", "micro_batch_size": 2}),
     "fsdp2_dp4": (4, {"engine": "fsdp2", "zero_stage": 3, "micro_batch_size": 1}),
-    "fsdp2_tp2": (2, {"engine": "fsdp2", "tp_size": 2}),
     "fsdp2_tp2_dp2": (4, {"engine": "fsdp2", "tp_size": 2, "zero_stage": 3, "micro_batch_size": 2}),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -317,7 +315,7 @@ def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [
-        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3", "fsdp2", "fsdp2_tp2_dp2")),
+        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3", "fsdp2_dp2", "fsdp2_tp2_dp2")),
         ("untied_gqa", "pp2"),
         ("tied", "tp2_pp2"),
     ],
