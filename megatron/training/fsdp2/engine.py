@@ -40,7 +40,7 @@ class FSDP2Engine(Engine):
         self._units = share_out(model, self.context, is_bf16=self.config.run.bf16, keeps_weights=self._keeps_weights)
         self.module = model
         self._own = {parameter: own_rows(parameter) for parameter in model.parameters()}
-        self.optimizer = build_optimizer(self._own.values(), self.config.optimizer)
+        self.optimizer = build_optimizer([rows for rows in self._own.values() if rows.numel()], self.config.optimizer)
         self.shards = RowShards(
             self._own, self.optimizer, self.context, regather=self._drop_gathered, ema_decay=ema_decay
         )

@@ -34,13 +34,13 @@ class Rows:
         """Elements where they are gathered."""
         return self.dp_size * self.padded
 
-    def own(self, rank: int) -> int:
-        """Elements of a rank without its padding."""
-        total = 0
+    def own(self, rank: int) -> list[int]:
+        """Elements of each parameter that a rank has without padding; none where there are too few rows."""
+        found = []
         for rows, *rest in self.shapes:
             most = ceil(rows / self.dp_size)
-            total += min(most, max(0, rows - rank * most)) * prod(rest)
-        return total
+            found.append(min(most, max(0, rows - rank * most)) * prod(rest))
+        return found
 
 
 def held(config: Config, block: Shapes, outside: Shapes, *, num_blocks: int, dp_size: int, rank: int = 0) -> Held:
@@ -58,9 +58,12 @@ def held(config: Config, block: Shapes, outside: Shapes, *, num_blocks: int, dp_
     assert run.global_batch_size is not None
     width = 2 if run.bf16 else FLOAT
     every, one, ends = Rows(block * num_blocks + outside, dp_size), Rows(block, dp_size), Rows(outside, dp_size)
-    counters = FLOAT * (len(every.shapes) + 1 + (optimizer.clip_grad > 0))  # steps, whether to skip, by what to divide
-    average = (FLOAT * every.own(rank) + COUNT) * (optimizer.ema_decay is not None)
-    state = FLOAT * every.padded + 2 * FLOAT * every.own(rank) + counters + average
+    own = every.own(rank)
+    counters = FLOAT * (
+        sum(map(bool, own)) + 1 + (optimizer.clip_grad > 0)
+    )  # steps, whether to skip, what to divide by
+    average = (FLOAT * sum(own) + COUNT) * (optimizer.ema_decay is not None)
+    state = FLOAT * every.padded + 2 * FLOAT * sum(own) + counters + average
     between = {"weights": 0, "gradients": 0, "optimizer": state, "buckets": 0}
     keeps_weights = config.parallel.zero_stage < 3
     sums = FLOAT * sum(map(prod, every.shapes)) if run.global_batch_size > run.micro_batch_size * dp_size else 0
