@@ -122,7 +122,9 @@ def test_the_mean_loss_is_the_enumerated_bound(way) -> None:
     else:
         estimator = BERNOULLI if way == "bernoulli" else base.valid_estimator
         losses = own.losses(replace(base, valid_estimator=estimator).for_eval(), rows, np.arange(60_000))
-    tolerance = 5 if way == "bernoulli" else 4  # times are spread: below the error of independent draws; a floor at 1e-3
+    tolerance = (
+        5 if way == "bernoulli" else 4
+    )  # times are spread: below the error of independent draws; a floor at 1e-3
     for found, expected in zip(losses, exact_bounds(own.model, rows).sum(-1)):
         assert within_standard_errors(found, float(expected), tolerance), (found.mean(), expected)
 
