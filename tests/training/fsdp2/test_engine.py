@@ -179,13 +179,10 @@ def test_a_run_changes_engines_and_its_record_names_them(
         "sys.argv = ['pretrain_mdm.py', *sys.argv[1:]]; runpy.run_path('pretrain_mdm.py', run_name='__main__')"
     )
     flags = {"lr_decay_samples": 80, "valid_data_path": token_files / "valid", "eval_iters": 1, "ema_decay": 0.9}
+    beside = {"engine": "fsdp2", "async_save": True}
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=2, **beside, **flags)
     started = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            *jobs.flags(token_files, tmp_path / "run", train_iters=2, engine="fsdp2", **flags),
-        ],
+        [sys.executable, "-c", code, *argv],
         cwd=REPO,
         env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPO)},
         capture_output=True,
