@@ -83,6 +83,7 @@ class Engine(ABC):
     module: torch.nn.Module
     optimizer: Any
     shards: Shards
+    mode_class: type[Mode] = Mode
 
     def __init__(
         self, config: Config, objective: Objective, context: ParallelContext, *, observer: Observer | None = None
@@ -99,7 +100,7 @@ class Engine(ABC):
         self.config, self.objective, self.shape = config, objective, Shape.of(config.model)
         self.context = replace(context, sequence_parallel=is_split)
         self.observer = observer or Observer()
-        self.mode = self._mode(objective, within_documents=config.data.reset_attention_mask)
+        self.mode = self.mode_class(objective, within_documents=config.data.reset_attention_mask)
         assert run.global_batch_size is not None
         self.num_micro_batches = run.global_batch_size // (run.micro_batch_size * context.dp.size)
         self._staging = Staging() if run.async_save else None
@@ -197,9 +198,6 @@ class Engine(ABC):
     @abstractmethod
     def _step(self, data: Batches, wishes: Wishes) -> Taken:
         """Forward and backward passes of all micro-batches, and the update with the rate that the groups have."""
-
-    def _mode(self, objective: Objective, *, within_documents: bool) -> Mode:
-        return Mode(objective, within_documents)
 
     def _factory(self) -> ParameterFactory:
         """Makes weights in the precision of the run. Only the first data-parallel rank draws any: the engine hands them on."""

@@ -228,7 +228,7 @@ def test_no_registered_objective_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "options"),
-    [("tp2", VARIANTS["masked_attention_ar"]), ("tp2_pp2", PACKED), ("fsdp2_dp2", {}), ("fsdp2_tp2_dp2", PACKED)],
+    [("tp2", VARIANTS["masked_attention_ar"]), ("tp2_pp2", PACKED), ("fsdp2_tp2_dp2", PACKED)],
 )
 def test_recomputed_activations_change_nothing(compare: Callable, layout: str, options: dict[str, Any]) -> None:
     size, changes = LAYOUTS[layout]

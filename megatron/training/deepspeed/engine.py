@@ -29,6 +29,7 @@ class DeepSpeedEngine(Engine):
     """See :class:`Engine`."""
 
     mode: StageMode
+    mode_class = StageMode
 
     @property
     def is_pipeline(self) -> bool:
@@ -63,9 +64,6 @@ class DeepSpeedEngine(Engine):
         layers = build_layers(self.shape, self._factory(), recompute=self.config.parallel.recompute_activations)
         blocks = stages(self.shape, self.objective, self.config.parallel)
         return build_stage(layers, self.mode, self.context, self.observer.loss_asked, blocks=blocks)
-
-    def _mode(self, objective: Objective, *, within_documents: bool) -> StageMode:
-        return StageMode(objective, within_documents)
 
     @property
     def _model(self) -> Any:
