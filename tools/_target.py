@@ -24,12 +24,14 @@ def main() -> None:
         flags, objective="mdm" if program == "pretrain_mdm.py" else "ar", world_size=int(world), notes=notes
     )
     parallel, batch = settings.parallel, settings.run
+    engine = "FSDP2, " * (parallel.engine == "fsdp2")
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = int(world) // (tp * pp)
     whole = batch.global_batch_size or batch.micro_batch_size * dp
     for line in (
         *notes,
-        f"{world} processes: tp {tp} x pp {pp} x dp {dp}, ZeRO {parallel.zero_stage}, {'bf16' if batch.bf16 else 'fp32'}",
+        f"{world} processes: tp {tp} x pp {pp} x dp {dp}, {engine}ZeRO {parallel.zero_stage}, "
+        f"{'bf16' if batch.bf16 else 'fp32'}",
         f"global batch {whole} = micro {batch.micro_batch_size} x dp {dp} x "
         f"{whole // (batch.micro_batch_size * dp)} accumulated",
     ):

@@ -127,7 +127,7 @@ def _lines(case: Case, cluster: Cluster, options: argparse.Namespace, found: dic
     name = case.config.model.model or f"{found['parameters'] / 1e6:.4g}M parameters"
     yield (
         f"{name}, {case.config.objective.objective}, {'bf16' if case.width == 2 else 'fp32'} on {layout.world_size} x {device}: "
-        f"tp {layout.tp_size} x pp {layout.pp_size} x dp {layout.dp_size}, ZeRO {max(1, layout.zero_stage)}; global batch "
+        f"tp {layout.tp_size} x pp {layout.pp_size} x dp {layout.dp_size}, {layout.sharding}; global batch "
         f"{layout.global_batch_size} = micro {layout.micro_batch_size} x dp {layout.dp_size} x {layout.num_micro_batches}"
     )
     yield ""

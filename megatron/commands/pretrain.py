@@ -10,7 +10,7 @@ from megatron.commands.running import leave_memory_as_it_is, missing_package
 if TYPE_CHECKING:
     import torch
 
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import Engine
     from megatron.training.plan import Plan
 
 

@@ -27,7 +27,7 @@ from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import Launch
-from megatron.training.deepspeed.engine import Engine
+from megatron.training.engine import build_engine
 from megatron.training.optimizer import build_optimizer
 
 VOCAB_SIZE = 50257  # GPT-2
@@ -111,7 +111,7 @@ def measure(
         tp_size=config.parallel.tensor_model_parallel_size, pp_size=config.parallel.pipeline_model_parallel_size
     )
     objective = build_objective(config)
-    engine = Engine(config, objective, context)
+    engine = build_engine(config, objective, context)
     assert config.run.global_batch_size
     loader = build_loader(
         RandomTokens(config.model.seq_length),

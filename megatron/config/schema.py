@@ -192,25 +192,29 @@ class ParallelConfig:
     AFFECTS: ClassVar[str] = "layout"
 
     # fmt: off
+    engine: str = option("deepspeed", "what shares model and optimizer out over data-parallel ranks: DeepSpeed, or torch's "
+        "fully_shard (no pipeline)", choices=("deepspeed", "fsdp2"))
     tensor_model_parallel_size: int = option(1, "tensor-parallel ranks",
         flags=("--tensor-model-parallel-size", "--tp-size"), unit="RANKS", range=SIZE)
     pipeline_model_parallel_size: int = option(1, "pipeline stages",
         flags=("--pipeline-model-parallel-size", "--pp-size"), unit="STAGES", range=SIZE)
     no_pipeline_parallel: bool = option(False,
         "refuse pipeline stages (scripts of Megatron-DeepSpeed pass it for ZeRO 2/3)", needs=WHOLE_MODEL)
-    zero_stage: int = option(1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory",
+    zero_stage: int = option(1, "ZeRO stage, 0 to 3; 0 runs as 1, which gives the same numbers in less memory; with --engine "
+        "fsdp2 3 gathers the weights of a block for each pass, and what is less runs as 2, which keeps them between the passes",
         unit="STAGE", range=Range(at_least=0, at_most=3))
-    deepspeed: bool = option(False, "for existing scripts: DeepSpeed is always the engine",
-        no_effect="DeepSpeed is always the engine")
+    deepspeed: bool = option(False, "for existing scripts: DeepSpeed is the engine unless --engine names another",
+        no_effect="--engine chooses the engine")
     deepspeed_config: str | None = option(None,
         "JSON of further DeepSpeed settings; one that contradicts a flag is refused", unit="FILE",
-        flags=("--deepspeed_config", "--deepspeed-config"))
+        flags=("--deepspeed_config", "--deepspeed-config"), needs=("engine=deepspeed",))
     recompute_activations: bool = option(False, "activation checkpointing: recompute each block in the backward pass",
         flags=("--recompute-activations", "--checkpoint-activations"))
     sequence_parallel: bool | None = option(None, "tensor-parallel ranks share the sequence between their products, which saves "
         "activations in training; default: on where --seq-length is divisible by their number",
         needs=("tensor_model_parallel_size!=1",), published=True)
-    compile: bool | None = option(None, "torch.compile each block; default: on with CUDA below ZeRO 3 (its hooks break graphs)")
+    compile: bool | None = option(None, "torch.compile each block; default: on with CUDA, but for ZeRO 3 of DeepSpeed (its hooks "
+        "break graphs)")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
         range=Range(at_least=0.1, at_most=MINUTES.at_most))
     # fmt: on

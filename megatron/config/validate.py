@@ -50,6 +50,7 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     _validate_model(shape)
     _validate_attention(shape)
     _validate_layout(config, shape, world_size)
+    _validate_engine(config)
     _validate_run(config)
     require(
         config.objective.mask_token_id is None or needs_mask_token,
@@ -153,10 +154,10 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
         "use --zero-stage 1, or --pipeline-model-parallel-size 1",
     )
     require(
-        zero <= 2 or tp == 1,
+        zero <= 2 or tp == 1 or parallel.engine == "fsdp2",
         f"--zero-stage 3 with tensor-parallel size {tp}",
-        "weights are partitioned either by ZeRO-3 or by tensor parallelism",
-        "use --zero-stage 1 or 2, or --tensor-model-parallel-size 1",
+        "DeepSpeed partitions weights either by ZeRO-3 or by tensor parallelism",
+        "use --zero-stage 1 or 2, --tensor-model-parallel-size 1, or --engine fsdp2",
     )
     require(
         pp <= model.num_layers,
@@ -173,6 +174,22 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
         "every rank runs the same number of micro-batches",
         f"use {max(1, round(batch / unit)) * unit}, or another --micro-batch-size",
     )
+
+
+def _validate_engine(config: Config) -> None:
+    """What the engine on FSDP2 does not do."""
+    parallel, optimizer = config.parallel, config.optimizer
+    pp = parallel.pipeline_model_parallel_size
+    for is_given, given, rule, fix in (
+        (pp > 1, f"{pp} pipeline stages", "it shares out whole models", "--pipeline-model-parallel-size 1"),
+        (optimizer.optimizer != "adam", f"--optimizer {optimizer.optimizer}",
+         "it steps with torch's fused AdamW on rows of the matrices", "--optimizer adam"),
+        (optimizer.cpu_optimizer, "--cpu-optimizer", "it keeps optimizer state on the device", "--no-cpu-optimizer"),
+        (config.run.gap_task is not None, "--gap-task",
+         "answers are scored by the whole model on every data-parallel rank", "tools/evaluate_downstream.py on checkpoints"),
+    ):  # fmt: skip
+        fix = f"use {fix}, or --engine deepspeed"
+        require(parallel.engine != "fsdp2" or not is_given, f"--engine fsdp2 with {given}", rule, fix)
 
 
 def _validate_branch(run: RunConfig) -> None:

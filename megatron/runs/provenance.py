@@ -19,7 +19,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "apex", "flash-attn-3
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def this_attempt(*, layout: dict[str, int], device: torch.device) -> Attempt:
+def this_attempt(*, layout: dict[str, int | str], device: torch.device) -> Attempt:
     """Describe this start of the program; where it begins and what changed is for the caller to add."""
     is_gpu = device.type == "cuda"
     return Attempt(

@@ -47,7 +47,7 @@ class Attempt:
         commit: of this project's checkout, with ``+`` where files differ from it; None outside one.
         version: of this project.
         host: first rank's.
-        layout: world, tp, pp, dp and micro-batch sizes, ZeRO stage.
+        layout: world, tp, pp, dp and micro-batch sizes, ZeRO stage, engine.
         versions: of Python, packages, CUDA, NCCL and the driver.
         device: name of the accelerator or processor.
         from_step, from_samples: where it began.
@@ -61,7 +61,7 @@ class Attempt:
     commit: str | None
     version: str
     host: str
-    layout: dict[str, int]
+    layout: dict[str, int | str]
     versions: dict[str, str]
     device: str
     from_step: int = 0
@@ -103,7 +103,7 @@ class RunRecord:
     train_tokens: int
     epochs: float
     train_flops: float
-    layout: dict[str, int]
+    layout: dict[str, int | str]
     versions: dict[str, str]
     device: str
     started: str

@@ -25,7 +25,7 @@ from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
 from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow, suffix_of
 from megatron.statistics import ValidationSums
-from megatron.training.deepspeed.engine import Engine
+from megatron.training.engine import Engine
 from megatron.training.plan import Plan, Sources, Start
 from megatron.training.progress import Interval, Progress
 from megatron.training.reporting import MetricsLog, Screen, measured

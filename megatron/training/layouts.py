@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron.training.preflight import Case, changed, fits, footprints
@@ -46,7 +46,7 @@ def suggestions(case: Case, cluster: Cluster) -> list[Suggestion]:
     choices = product(shards, STAGES, (1, 2, 3), MICRO_BATCHES, (False, True))
     found = []
     for tp, pp, zero, micro, is_recomputed in choices:
-        if pp > 1 and zero > 1:
+        if (pp > 1 and zero > 1) or replace(case.layout, zero_stage=zero).runs_as != zero:
             continue
         other = changed(
             case,
@@ -69,7 +69,7 @@ def remedies(case: Case) -> Iterator[tuple[str, Case]]:
     if layout.micro_batch_size > 1:
         half = layout.micro_batch_size // 2
         yield from _named(case, f"--micro-batch-size {half}", micro_batch_size=half)
-    for stage in range(max(1, layout.zero_stage) + 1, 4):
+    for stage in range(layout.runs_as + 1, 4):
         yield from _named(case, f"--zero-stage {stage}", zero_stage=stage)
     double = 2 * layout.tp_size
     yield from _named(case, f"--tensor-model-parallel-size {double}", tensor_model_parallel_size=double)

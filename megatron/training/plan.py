@@ -29,13 +29,26 @@ class Layout:
     micro_batch_size: int
     global_batch_size: int
     zero_stage: int
+    engine: str = "deepspeed"
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of one rank in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.dp_size)
 
-    def sizes(self) -> dict[str, int]:
+    @property
+    def runs_as(self) -> int:
+        """The ZeRO stage that the engine knows: DeepSpeed 1 to 3, FSDP2, which always cuts the gradients, 2 and 3."""
+        return max(self.zero_stage, 1 if self.engine == "deepspeed" else 2)
+
+    @property
+    def sharding(self) -> str:
+        """Which engine shares out what over data-parallel ranks, for people."""
+        name = "ZeRO" if self.engine == "deepspeed" else "FSDP2, ZeRO"
+        note = "" if self.runs_as == self.zero_stage else f" (runs as {self.runs_as})"
+        return f"{name} {self.zero_stage}{note}"
+
+    def sizes(self) -> dict[str, int | str]:
         """What run.json says of the layout."""
         return {
             "world": self.world_size,
@@ -44,6 +57,7 @@ class Layout:
             "dp": self.dp_size,
             "micro_batch_size": self.micro_batch_size,
             "zero_stage": self.zero_stage,
+            "engine": self.engine,
         }
 
 

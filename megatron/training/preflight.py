@@ -1,6 +1,6 @@
 """What a run needs, from its flags alone: bytes of the fullest GPU by part, host memory, checkpoint, FLOPs, open files.
 
-State is exact (:mod:`megatron.training.deepspeed.memory`), activations are arithmetic (:mod:`megatron.model.memory`), what the
+State is exact (``memory.py`` of each engine), activations are arithmetic (:mod:`megatron.model.memory`), what the
 CUDA libraries take is assumed and named. No GPU, no process group, no data are needed; imported by tools only.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,16 @@ from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_ma
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
-from megatron.training.deepspeed.memory import Held, Partition, held, optimizer_groups, stages
-from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
+from megatron.training.deepspeed.memory import Partition, held, optimizer_groups, stages
+from megatron.training.deepspeed.settings import deepspeed_settings
+from megatron.training.engine import compiles_blocks
+from megatron.training.fsdp2 import memory as fsdp2_memory
+from megatron.training.held import FLOAT, Held, Shapes
 from megatron.training.plan import Layout
 
 GPT2_VOCABULARY = 50257
 # Assumed: CUDA context, NCCL, kernels and what the allocator loses; a process with its libraries; a loader process.
 RUNTIME_BYTES, PROCESS_BYTES, WORKER_BYTES = 2_500_000_000, 3_000_000_000, 500_000_000
-FLOAT = 4
-Parameters = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
     dp = world_size // (tp * pp)
     batch = run.global_batch_size or run.micro_batch_size * dp
     config = replace(flags, model=shape.recorded(), objective=objective, run=replace(run, global_batch_size=batch))
-    layout = Layout(world_size, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
+    layout = Layout(world_size, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage, parallel.engine)
     tokens = _tokens(config, batch, notes)
     flags = replace(flags, run=replace(flags.run, global_batch_size=batch))  # which no other layout changes
     return Case(flags, config, shape, layout, build_objective(config), tokens, tuple(notes))
@@ -199,9 +201,13 @@ def fits(case: Case, device: Device) -> bool:
 
 def held_by(case: Case, stage: int) -> Held:
     """What the engine of a stage holds, on the data-parallel rank that has most."""
-    parameters = _stage_parameters(case, stage)
-    partition = Partition(optimizer_groups(parameters), case.layout.dp_size)
-    settings = deepspeed_settings(case.config, dp_size=case.layout.dp_size, num_parameters=partition.elements)
+    dp = case.layout.dp_size
+    if case.layout.engine == "fsdp2":
+        embedding, block, norm, head = _layer_parameters(case.shape, case.layout.tp_size)
+        num_blocks = case.shape.num_layers
+        return fsdp2_memory.held(case.config, block, embedding + norm + head, num_blocks=num_blocks, dp_size=dp)
+    partition = Partition(optimizer_groups(_stage_parameters(case, stage)), dp)
+    settings = deepspeed_settings(case.config, dp_size=dp, num_parameters=partition.elements)
     has_average = case.config.optimizer.ema_decay is not None
     return held(settings, partition, is_pipeline=case.layout.pp_size > 1, has_average=has_average)
 
@@ -216,7 +222,7 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     """
     ranks = min(gpus_per_node, case.layout.world_size)
     sizes = [_elements(_stage_parameters(case, stage)) for stage in range(case.layout.pp_size)]
-    largest = max(count for part in _layer_parameters(case.shape, 1) for count, _ in part)
+    largest = max(prod(shape) for part in _layer_parameters(case.shape, 1) for shape in part)
     drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
     saved = 0 if offloaded and not case.config.run.async_save else 3 * FLOAT * max(sizes) // case.layout.dp_size
@@ -284,18 +290,18 @@ def _tokens(config: Config, batch: int, notes: list[str]) -> float | None:
 
 
 @lru_cache(maxsize=256)
-def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Parameters, Parameters, Parameters, Parameters]:
-    """(elements, dimensions) of a rank's parameters in the embedding, one block, the last norm and the head, by building
+def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Shapes, Shapes, Shapes, Shapes]:
+    """Shapes of a rank's parameters in the embedding, one block, the last norm and the head, by building
     them without memory; a head that is tied has none."""
     with torch.device("meta"):
         layers = build_layers(shape, ParameterFactory(ParallelContext(tp=Axis(size=tp_size)), seed=0))
         parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
-        sizes = [tuple((p.numel(), p.dim()) for p in part.build().parameters()) for part in parts]
+        sizes = [tuple(tuple(p.shape) for p in part.build().parameters()) for part in parts]
     embedding, block, norm, head = [*sizes, ()][:4]
     return embedding, block, norm, head
 
 
-def _stage_parameters(case: Case, stage: int) -> Parameters:
+def _stage_parameters(case: Case, stage: int) -> Shapes:
     """Those of one rank of a stage, in the order of the module; both ends of a pipeline hold a tied embedding."""
     embedding, block, norm, head = _layer_parameters(case.shape, case.layout.tp_size)
     pp = case.layout.pp_size
@@ -307,8 +313,8 @@ def _stage_parameters(case: Case, stage: int) -> Parameters:
     return own
 
 
-def _elements(parameters: Parameters) -> int:
-    return sum(count for count, _ in parameters)
+def _elements(shapes: Shapes) -> int:
+    return sum(map(prod, shapes))
 
 
 def _moments(case: Case, stage: int) -> list[Footprint]:

@@ -280,7 +280,7 @@ def _layout(flags: Config, world: int) -> Layout:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = max(1, world // (tp * pp))
     batch = run.global_batch_size or run.micro_batch_size * dp
-    return Layout(world, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage)
+    return Layout(world, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage, parallel.engine)
 
 
 def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:

@@ -99,6 +99,10 @@ def _reduction_seconds(case: Case, cluster: Cluster, parameters: float, micro_se
     is_inside = layout.world_size <= cluster.gpus_per_node
     link = (cluster.device.link if is_inside else cluster.network) * LINK
     one = parameters * (layout.dp_size - 1) / layout.dp_size / link  # seconds for a byte of each parameter, one way
+    if layout.engine == "fsdp2":  # weights once, or in both passes, and one sum of gradients in fp32, most of it hidden
+        gathers = 2 * layout.num_micro_batches if layout.zero_stage == 3 else 1
+        seconds = (gathers * width + 4) * one
+        return max(0.25 * seconds, seconds - layout.num_micro_batches * micro_seconds)
     if layout.zero_stage == 3:  # weights in both passes, gradients after: of every micro-batch, most of it hidden
         return layout.num_micro_batches * max(0.25 * 3 * width * one, 3 * width * one - micro_seconds)
     if layout.zero_stage == 2:

@@ -10,7 +10,7 @@ import torch
 from megatron.model.batch import ModelBatch, Targets
 
 if TYPE_CHECKING:
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import Engine
 
 
 @dataclass(frozen=True)

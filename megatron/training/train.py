@@ -17,7 +17,7 @@ from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
 from megatron.runs.provenance import this_attempt
 from megatron.runs.record import ValidRow, suffix_of, write_evaluation
-from megatron.training.deepspeed.engine import Engine
+from megatron.training.engine import Engine, build_engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
 from megatron.training.progress import Interval, Progress, Throughput
@@ -186,7 +186,7 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
         say(warning)
     start = _verified(plan, context)
     settings = replace(plan.settings, run=replace(plan.settings.run, seed=plan.seeds.noise))  # of dropout
-    engine = Engine(settings, plan.objective, context, observer=observer)
+    engine = build_engine(settings, plan.objective, context, observer=observer)
     if start.tag is not None:
         reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size, weights=start.weights)
         engine.load(reader, with_optimizer=start.with_optimizer)
@@ -217,7 +217,7 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
     shape, layout, run = plan.shape, plan.layout, plan.settings.run
     if plan.notes:
         screen.print(f"without effect here: {'; '.join(plan.notes)}")
-    precision, zero_note = ("bf16" if run.bf16 else "fp32"), (" (runs as 1)" if layout.zero_stage == 0 else "")
+    precision = "bf16" if run.bf16 else "fp32"
     total = total_parameters(shape)["total"]
     screen.print(
         f"{plan.settings.objective.objective} ({label}) | model {plan.settings.model.model or 'custom'}: "
@@ -226,8 +226,8 @@ def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, 
         f"(padded {shape.padded_vocab_size})"
     )
     screen.print(
-        f"tp {layout.tp_size}{_sequence_note(plan)} x pp {layout.pp_size} x dp {layout.dp_size}, ZeRO {layout.zero_stage}"
-        f"{zero_note}, {precision} | global batch {layout.global_batch_size} = micro {layout.micro_batch_size} x dp "
+        f"tp {layout.tp_size}{_sequence_note(plan)} x pp {layout.pp_size} x dp {layout.dp_size}, "
+        f"{layout.sharding}, {precision} | global batch {layout.global_batch_size} = micro {layout.micro_batch_size} x dp "
         f"{layout.dp_size} x {layout.num_micro_batches} accumulated | run directory {plan.run_dir}"
     )
     for line in given_settings(plan):

@@ -22,7 +22,7 @@ from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import VALID, VALID_AVERAGE, WEIGHTS, ValidRow
 from megatron.screen import Progress
 from megatron.statistics import Estimate, ValidationSums, mean_loss
-from megatron.training.deepspeed.engine import Engine
+from megatron.training.engine import Engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan
 from megatron.training.reporting import Screen

@@ -23,6 +23,7 @@ OBJECTIVES = {
     "uniform": {"objective": "uniform_diffusion"},
     "packed": {"objective": "mdm", "reset_attention_mask": True, "reset_position_ids": True},
     "layernorm": {"objective": "ar", "normalization": "layernorm"},
+    "fsdp2": {"objective": "mdm", "engine": "fsdp2", "micro_batch_size": 2},
 }
 
 
@@ -52,9 +53,11 @@ def test_fp32_losses_are_those_of_the_cpu(token_files: Path, tmp_path: Path, nam
     assert all(abs(a - b) < 2e-3 * a for a, b in norms)
 
 
-@pytest.mark.parametrize("objective", ["ar", "mdm"])
-def test_bf16_follows_fp32_and_a_resumed_run_goes_on(token_files: Path, tmp_path: Path, objective: str) -> None:
-    flags = {"objective": objective, "bf16": True, "hidden_dropout": 0.1}
+@pytest.mark.parametrize(("objective", "engine"), [("ar", "deepspeed"), ("mdm", "deepspeed"), ("mdm", "fsdp2")])
+def test_bf16_follows_fp32_and_a_resumed_run_goes_on(
+    token_files: Path, tmp_path: Path, objective: str, engine: str
+) -> None:
+    flags = {"objective": objective, "engine": engine, "bf16": True, "hidden_dropout": 0.1}
     start(tmp_path / "whole", token_files, gpu=True, **flags)
     start(tmp_path / "parts", token_files, gpu=True, **flags, exit_interval=5)
     start(tmp_path / "parts", token_files, gpu=True, **flags, load=tmp_path / "parts")

@@ -30,7 +30,8 @@ from typing import Any
 PRELOAD = [
     *("pytest", "torch", "deepspeed", "deepspeed.pipe", "torch._inductor.compile_fx", "safetensors.torch"),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer", "numpy.ma"),
-    *("megatron.training.train", "megatron.objectives.ar", "megatron.objectives.mdm"),
+    *("megatron.training.train", "megatron.training.deepspeed.engine", "megatron.training.fsdp2.engine"),
+    *("megatron.objectives.ar", "megatron.objectives.mdm"),
 ]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 START_SECONDS = 240.0  # the first start imports torch and DeepSpeed, on cores that others use too

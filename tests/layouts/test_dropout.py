@@ -56,7 +56,7 @@ def dropped_by_the_step(tp_size: int) -> list[tuple[bool, ...]]:
     from types import SimpleNamespace
 
     from megatron.parallel.context import ParallelContext
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import Engine
 
     context = replace(ParallelContext.create(tp_size=tp_size), sequence_parallel=tp_size > 1)
     engine: Any = SimpleNamespace(context=context, config=SimpleNamespace(run=SimpleNamespace(seed=1234)))

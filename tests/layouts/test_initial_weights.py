@@ -67,7 +67,9 @@ def drawn_elements(argv: list[str]) -> int:
     return sum(found)
 
 
-@pytest.mark.parametrize(("size", "changes"), [(2, {"bf16": True}), (2, {"zero_stage": 3}), (4, {"pp_size": 2})])
+@pytest.mark.parametrize(
+    ("size", "changes"), [(2, {"bf16": True}), (2, {"zero_stage": 3}), (4, {"pp_size": 2}), (2, {"engine": "fsdp2"})]
+)
 def test_only_the_first_data_parallel_rank_draws(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int, changes: dict
 ) -> None:

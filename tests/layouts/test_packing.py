@@ -39,7 +39,7 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
     from megatron.objectives import build_objective, parse
     from megatron.parallel.context import ParallelContext
     from megatron.parallel.launch import Launch
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import build_engine
     from megatron.training.resolve import resolve
 
     launch = Launch.from_environment()
@@ -49,7 +49,7 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
     context = ParallelContext.create(
         tp_size=parallel.tensor_model_parallel_size, pp_size=parallel.pipeline_model_parallel_size
     )
-    engine = Engine(config, build_objective(config), context)
+    engine = build_engine(config, build_objective(config), context)
     view = engine.objective.for_eval()
     seq_length = config.model.seq_length
     dataset = build_dataset(

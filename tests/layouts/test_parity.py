@@ -33,6 +33,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_pp2": (4, {"tp_size": 2, "pp_size": 2}),
     "tp2_dp2": (4, {"tp_size": 2, "zero_stage": 2}),
     "pp2_dp2": (4, {"pp_size": 2, "micro_batch_size": 2}),
+    "fsdp2_dp2": (2, {"engine": "fsdp2", "micro_batch_size": 2}),
+    "fsdp2_dp4": (4, {"engine": "fsdp2", "zero_stage": 3, "micro_batch_size": 1}),
+    "fsdp2_tp2_dp2": (4, {"engine": "fsdp2", "tp_size": 2, "zero_stage": 3, "micro_batch_size": 2}),
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied_gqa": {"untie_embeddings_and_output_weights": True, "num_query_groups": 2},
@@ -81,7 +84,7 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
 )
 VARIANTS["four_blocks"] = {"num_layers": 4}  # three and one: the head is worth more than a block here
 VARIANTS["classic_permuted"] = VARIANTS["classic"] | VARIANTS["permuted_ar"]
-LAYOUT_FLAGS = ("tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
+LAYOUT_FLAGS = ("engine", "tp_size", "pp_size", "zero_stage", "micro_batch_size", "deepspeed_config", "recompute_activations",
                 "cpu_optimizer", "no_sequence_parallel")  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def test_layout_equals_one_process(compare: Callable, objective: str, layout: st
     compare(objective, size, **changes, **({"ema_decay": 0.9} if objective == "mdm" else {}))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_unsplit", "tp2_dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2_unsplit", "tp2_dp2", "fsdp2_tp2_dp2"])
 def test_packed_documents_equal_one_process_whether_a_sequence_is_split_or_not(compare: Callable, layout: str) -> None:
     size, changes = LAYOUTS[layout]
     compare("ar", size, **changes, **PACKED)
@@ -182,6 +185,8 @@ def test_a_sequence_that_has_no_equal_parts_stays_whole_and_the_first_lines_say_
         ("classic_permuted", "tp2_pp2"),
         ("masked_attention_ar", "dp2"),
         ("masked_attention_ar", "tp2_pp2"),
+        ("untied_gqa", "fsdp2_dp2"),
+        ("classic", "fsdp2_tp2_dp2"),
     ],
 )
 def test_variant_equals_one_process(compare: Callable, variant: str, layout: str) -> None:
@@ -221,7 +226,10 @@ def test_no_registered_objective_is_left_out() -> None:
     assert covered == set(registry.OBJECTIVES)
 
 
-@pytest.mark.parametrize(("layout", "options"), [("tp2", VARIANTS["masked_attention_ar"]), ("tp2_pp2", PACKED)])
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("tp2", VARIANTS["masked_attention_ar"]), ("tp2_pp2", PACKED), ("fsdp2_tp2_dp2", PACKED)],
+)
 def test_recomputed_activations_change_nothing(compare: Callable, layout: str, options: dict[str, Any]) -> None:
     size, changes = LAYOUTS[layout]
     compare("ar", size, **changes, recompute_activations=True, **options)
@@ -291,6 +299,7 @@ def test_muon_of_matrices_that_are_put_together_wrongly_would_show(
         (2, {"zero_stage": 2, "bf16": True}),
         (2, {"zero_stage": 3}),
         (2, {"pp_size": 2, "bf16": True}),
+        (2, {"engine": "fsdp2", "bf16": True}),
     ],
 )
 def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
@@ -306,7 +315,7 @@ def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
 @pytest.mark.parametrize(
     ("variant", "layout"),
     [
-        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3")),
+        *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3", "fsdp2_dp2", "fsdp2_tp2_dp2")),
         ("untied_gqa", "pp2"),
         ("tied", "tp2_pp2"),
     ],

@@ -18,14 +18,16 @@ from megatron.checkpoint.averaging import mean_of
 from megatron.checkpoint.reader import CheckpointReader
 
 STEPS = 5
-# Issue 3's matrix first, then the ZeRO stages and the optimizer in host memory.
+# Issue 3's matrix first, then the ZeRO stages, the other engine and the optimizer in host memory.
 CHAIN: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp_size": 2}),
     (2, {"pp_size": 2}),
     (4, {"tp_size": 2, "pp_size": 2}),
     (2, {"zero_stage": 1}),
+    (2, {"engine": "fsdp2"}),
     (1, {}),
     (2, {"zero_stage": 3}),
+    (4, {"engine": "fsdp2", "tp_size": 2, "zero_stage": 3}),
     (4, {"tp_size": 2, "zero_stage": 2, "no_sequence_parallel": True}),
     (2, {"cpu_optimizer": True}),
     (1, {}),
@@ -36,7 +38,7 @@ MUON = {"optimizer": "muon"}
 VARIANT = {"untie_embeddings_and_output_weights": True, "num_query_groups": 2, "no_disable_bias_linear": True}
 
 
-@pytest.mark.timeout(900)  # eleven jobs, of which the pool watches each
+@pytest.mark.timeout(900)  # thirteen jobs, of which the pool watches each
 @pytest.mark.parametrize(("optimizer", "chain", "tolerance"), [("adam", CHAIN, 1e-5), ("muon", MUON_CHAIN, 1e-4)])
 def test_losses_continue_through_every_layout(
     pools: Callable[[int], WorkerPool],
@@ -107,7 +109,14 @@ def test_a_forgotten_optimizer_would_show(
 
 @pytest.mark.parametrize(
     ("size", "layout"),
-    [(1, {}), (2, {"pp_size": 2}), (2, {"zero_stage": 2}), (2, {"tp_size": 2, **MUON}), (2, {"zero_stage": 3, **MUON})],
+    [
+        (1, {}),
+        (2, {"pp_size": 2}),
+        (2, {"zero_stage": 2}),
+        (2, {"engine": "fsdp2"}),
+        (2, {"tp_size": 2, **MUON}),
+        (2, {"zero_stage": 3, **MUON}),
+    ],
 )
 def test_bf16_runs_continue_bit_for_bit(
     pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, size: int, layout: dict[str, Any]

@@ -17,7 +17,7 @@ from megatron.model.mask import AttentionMask, Full, RandomKeyDrop, within_segme
 from megatron.objectives import build_objective, parse
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
-from megatron.training.deepspeed.pipeline import Mode, PipelineBlock
+from megatron.training.deepspeed.pipeline import PipelineBlock, StageMode
 
 MASKS = [RandomKeyDrop(0.5, 7), within_segments(Full())]
 
@@ -67,7 +67,7 @@ def test_of_the_plain_model(mask: AttentionMask, recompute: bool) -> None:
 def test_of_a_stage_of_a_pipeline() -> None:
     size = "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --micro-batch-size 2 --train-iters 1"
     config = parse(f"{size} --objective masked_attention_ar --randmask-ratio 0.5".split())
-    mode = Mode(build_objective(config), within_documents=False)
+    mode = StageMode(build_objective(config), within_documents=False)
     shape = shape_of(4)
     blocks = [
         PipelineBlock(mode=mode, **layer.arguments)

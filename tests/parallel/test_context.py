@@ -16,7 +16,7 @@ from megatron.parallel.context import AXES, Axis, ParallelContext
 LAYOUTS = [(8, 1, 1), (8, 8, 1), (8, 2, 1), (8, 1, 2), (8, 2, 2), (12, 2, 3), (16, 4, 2)]
 
 
-def survey(path: str, layouts: list[tuple[int, int, int]], with_engine: bool) -> int:
+def survey(path: str, layouts: list[tuple[int, int, int]], engine: str) -> int:
     """Write what every rank of a fake world sees: places, groups of the axes, and calls that make groups."""
     import torch.distributed as dist
     from torch.distributed import device_mesh, distributed_c10d
@@ -34,12 +34,12 @@ def survey(path: str, layouts: list[tuple[int, int, int]], with_engine: bool) ->
         module.new_group = new_group  # type: ignore[attr-defined]
     found = []
     for world, tp, pp in layouts:
-        for rank in range(world if not with_engine else 1):
+        for rank in range(1 if engine else world):
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
             made.clear()
             context = ParallelContext.create(tp_size=tp, pp_size=pp)
             axes = {name: getattr(context, name) for name in AXES}
-            of_engine = made_by_engine(context, made) if with_engine else 0
+            of_engine = made_by_engine(context, made, engine) if engine else 0
             found.append(
                 {
                     "layout": [world, tp, pp],
@@ -57,16 +57,16 @@ def survey(path: str, layouts: list[tuple[int, int, int]], with_engine: bool) ->
     return 0
 
 
-def made_by_engine(context: ParallelContext, made: list[object]) -> int:
+def made_by_engine(context: ParallelContext, made: list[object], engine: str) -> int:
     """Calls of an engine that make groups."""
     from dataclasses import replace
 
     from layouts.jobs import flags
 
     from megatron.objectives import build_objective, parse
-    from megatron.training.deepspeed.engine import Engine
+    from megatron.training.engine import build_engine
 
-    size = {"tp_size": context.tp.size, "pp_size": context.pp.size, "micro_batch_size": 1}
+    size = {"tp_size": context.tp.size, "pp_size": context.pp.size, "micro_batch_size": 1, "engine": engine}
     argv = flags(Path("/"), None, global_batch_size=16, num_attention_heads=8, num_query_groups=8, **size)
     config = parse(argv, objective="mdm", world_size=context.world_size)
     config = replace(
@@ -76,7 +76,7 @@ def made_by_engine(context: ParallelContext, made: list[object]) -> int:
         optimizer=replace(config.optimizer, lr_decay_samples=80),
     )
     before = len(made)
-    Engine(config, build_objective(config), context)
+    build_engine(config, build_objective(config), context)
     return len(made) - before
 
 
@@ -139,7 +139,7 @@ def test_on_cuda_the_calls_do_not_grow_with_the_world(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def surveyed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], list[dict]]:
     path = tmp_path_factory.mktemp("grid") / "found.json"
-    process = Process(survey, str(path), LAYOUTS, False)
+    process = Process(survey, str(path), LAYOUTS, "")
     assert process.wait(60) == 0, process.output
     found: dict[tuple[int, int, int], list[dict]] = {}
     for view in json.loads(path.read_text()):
@@ -173,16 +173,20 @@ def test_a_group_exists_only_where_an_axis_is_long(surveyed: dict, layout: tuple
         assert view["made"] == lines + 1  # and the control group
 
 
-# Groups that an engine makes besides, by (world, tp, pp): DeepSpeed's copy of the world, one a rank where dp is 1 (it wants a
+# Groups that an engine makes besides, by (world, tp, pp): DeepSpeed's copy of the world, one a rank where dp is 1 (both want a
 # real group), and what its pipelines make for themselves.
-ENGINE_GROUPS = {(8, 1, 1): 1, (8, 2, 1): 0, (8, 8, 1): 8, (8, 1, 2): 23, (8, 2, 2): 19}
+ENGINE_GROUPS = {
+    "deepspeed": {(8, 1, 1): 1, (8, 2, 1): 0, (8, 8, 1): 8, (8, 1, 2): 23, (8, 2, 2): 19},
+    "fsdp2": {(8, 1, 1): 0, (8, 2, 1): 0, (8, 8, 1): 8},
+}
 
 
-def test_an_engine_makes_few_groups(tmp_path: Path) -> None:
-    process = Process(survey, str(tmp_path / "found.json"), list(ENGINE_GROUPS), True)
+@pytest.mark.parametrize("engine", list(ENGINE_GROUPS))
+def test_an_engine_makes_few_groups(tmp_path: Path, engine: str) -> None:
+    process = Process(survey, str(tmp_path / "found.json"), list(ENGINE_GROUPS[engine]), engine)
     assert process.wait(120) == 0, process.output
     found = {tuple(view["layout"]): view["of_engine"] for view in json.loads((tmp_path / "found.json").read_text())}
-    assert found == ENGINE_GROUPS
+    assert found == ENGINE_GROUPS[engine]
 
 
 def test_a_process_alone_has_no_groups() -> None:

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp_size": 2}),
     "pp2": (2, {"pp_size": 2}),
     "zero3": (2, {"zero_stage": 3}),
+    "fsdp2": (2, {"engine": "fsdp2"}),
 }
 ENDLESS = 20_000  # steps of 20 ms: a run that does not end by itself within a test
 

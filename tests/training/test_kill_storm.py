@@ -26,7 +26,7 @@ from training.started import LAYOUTS, REPO, Job, last_step, launch
 from training.test_resume import STEPS, assert_same_run, options
 
 IS_STORM = os.environ.get("STORM") == "1"
-KILLS = {"one": 40, "beside": 50, "dp2": 12, "tp2": 12, "pp2": 12, "zero3": 12} if IS_STORM else {"one": 3}
+KILLS = {"one": 40, "beside": 50, "dp2": 12, "tp2": 12, "pp2": 12, "zero3": 12, "fsdp2": 12} if IS_STORM else {"one": 3}
 LIMIT = 120.0  # seconds until nothing of a killed job is left, on a busy machine
 
 

@@ -135,6 +135,22 @@ def test_a_changed_layout_is_the_same_run_or_none() -> None:
     assert changed(run, micro_batch_size=7) is None
 
 
+@pytest.mark.parametrize(("zero", "bytes"), [(1, 2 + 4), (3, 0 + 4)])
+def test_bytes_a_parameter_of_fsdp2_behind_the_forward_pass(zero: int, bytes: float) -> None:
+    """Weights where they are kept, and whole sums of earlier micro-batches; masters and moments are cut by eight."""
+    run = case(engine="fsdp2", zero_stage=zero)
+    held = held_by(run, 0)
+    ends = num_parameters(run) * 2 * (zero == 3)  # at most: two of many blocks, and what is outside
+    found = sum(held.forward.values()) - sum(held.between.values())
+    assert bytes * num_parameters(run) * 0.999 <= found <= bytes * num_parameters(run) * 1.001 + ends
+    assert sum(held.between.values()) / num_parameters(run) == pytest.approx(12 / 8, rel=1e-3)
+    assert run.is_compiled
+    other = changed(run, zero_stage=3, tensor_model_parallel_size=2)
+    assert other is not None  # which DeepSpeed refuses
+    assert sum(held_by(other, 0).between.values()) == pytest.approx(sum(held.between.values()), rel=1e-3)
+    assert changed(run, pipeline_model_parallel_size=2) is None
+
+
 def test_suggested_layouts_fit_and_are_accepted_and_the_fastest_comes_first() -> None:
     run = case(model="6796M", world=16, global_batch_size=128)
     found = suggestions(run, Cluster(H100))

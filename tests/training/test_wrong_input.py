@@ -107,6 +107,22 @@ def test_broken_rule(token_files: Path, tmp_path: Path, rule: str) -> None:
     assert all(part in message for part in parts), message
 
 
+FSDP2: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    "pipeline": (2, {"pp_size": 2}, ["--engine fsdp2 with 2 pipeline stages", "or --engine deepspeed"]),
+    "muon": (1, {"optimizer": "muon"}, ["--engine fsdp2 with --optimizer muon", "use --optimizer adam"]),
+    "host": (1, {"cpu_optimizer": True}, ["--engine fsdp2 with --cpu-optimizer", "on the device"]),
+    "answers": (1, {"gap_task": "x.jsonl", "valid_data_path": "x"}, ["--engine fsdp2 with --gap-task", "downstream"]),
+    "settings": (1, {"deepspeed_config": "x.json"}, ["--deepspeed_config would have no effect", "--engine deepspeed"]),
+}
+
+
+@pytest.mark.parametrize("rule", list(FSDP2))
+def test_what_fsdp2_does_not_do(token_files: Path, tmp_path: Path, rule: str) -> None:
+    processes, changes, parts = FSDP2[rule]
+    message = refused(jobs.flags(token_files, tmp_path / "run", engine="fsdp2", **changes), processes=processes)
+    assert all(part in message for part in parts), message
+
+
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "heads": (3, {"tp_size": 3}, ["num_attention_heads 4 is not divisible by tensor-parallel size 3", "1, 2, 4"]),
     "sequence": (

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec, shard_of
-from megatron.training.deepspeed.shards import Shards
 from megatron.training.muon import is_hidden_matrix
+from megatron.training.shards import Shards
 
 
 class Piece(NamedTuple):
@@ -53,17 +53,17 @@ class Matrices:
             shards: know where the parameters lie in the partitions of this rank.
             context: this process.
         """
-        self._context, flats = context, shards.flat_partitions()
+        self._context, flats = context, [master for master, _ in shards.masters()]
         self._shards: dict[torch.Tensor, list[Shard]] = {flat: [] for flat in flats}
         numbers = {flat: number for number, flat in enumerate(flats)}
         own: dict[str, tuple[int, Piece]] = {}
-        for parameter in shards.module.parameters():
+        for parameter in shards.parameters:
             if (located := shards.locate(parameter)) is not None:
                 flat, *place = located
                 own[shard_of(parameter).name] = numbers[flat], Piece(context.dp.rank, *place)
         here = context.pp.rank, context.tp.rank
         peers = [found for place, found in context.gather_objects((here, own)) if place == here]
-        for parameter in shards.module.parameters():
+        for parameter in shards.parameters:
             if is_hidden_matrix(parameter):
                 record = shard_of(parameter)
                 places = [found[record.name] for found in peers if record.name in found]

@@ -5,50 +5,22 @@ A test counts every tensor of real engines and finds the same number (DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import ceil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil, prod
 from typing import Any
 
 from megatron.config.schema import ParallelConfig
 from megatron.config.shape import Shape
 from megatron.objectives.base import Objective, head_in_blocks
+from megatron.training.held import COUNT, FLOAT, Held, Shapes
 
-FLOAT = 4
 # Flat partitions begin at multiples of four bytes in 16 bits.
 ALIGNMENT = 2
 # DeepSpeed's own defaults, for settings that we leave to it.
 PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS, PREFETCH = 100_000, 1_000_000_000, 50_000_000
 # The all-reduce of ZeRO 1 in bf16 copies tensors that together have no more elements than this.
 ALLREDUCE_ELEMENTS = 500_000_000
-Parts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of one rank by part: weights, gradients, optimizer (masters, moments, counters), buckets.
-
-    Attributes:
-        between: what stays from step to step.
-        forward: when the last backward pass of a step begins.
-        backward: at the end of a backward pass, before anything is reduced or freed.
-        update: while gradients are reduced and weights updated.
-        host: pinned host memory of an optimizer that is kept there.
-    """
-
-    between: Parts
-    forward: Parts
-    backward: Parts
-    update: Parts
-    host: int = 0
-
-    def with_state(self, more: int, *, on_host: bool) -> Held:
-        """The same with more bytes of optimizer state."""
-        if on_host:
-            return replace(self, host=self.host + more)
-        moments = (self.between, self.forward, self.backward, self.update)
-        between, forward, backward, update = ({**parts, "optimizer": parts["optimizer"] + more} for parts in moments)
-        return Held(between, forward, backward, update, self.host)
 
 
 @dataclass(frozen=True)
@@ -96,15 +68,15 @@ class Partition:
         return total
 
 
-def optimizer_groups(parameters: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+def optimizer_groups(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
     """Elements by group of :func:`megatron.training.optimizer.build_optimizer`: matrices, then one-dimensional tensors.
 
     Args:
-        parameters: (elements, dimensions) of each, in the order of the module.
+        shapes: of each parameter, in the order of the module.
     """
     groups = (
-        tuple(count for count, dim in parameters if dim > 1),
-        tuple(count for count, dim in parameters if dim <= 1),
+        tuple(prod(shape) for shape in shapes if len(shape) > 1),
+        tuple(prod(shape) for shape in shapes if len(shape) <= 1),
     )
     return tuple(group for group in groups if group)
 
@@ -152,14 +124,19 @@ def held(
     """
     zero, is_bf16 = settings["zero_optimization"], settings.get("bf16", {}).get("enabled", False)
     is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    width, average = 2 if is_bf16 else FLOAT, FLOAT * has_average
+    width = 2 if is_bf16 else FLOAT
+
+    def average(own: int) -> int:
+        return (FLOAT * own + COUNT) * has_average
+
     if zero["stage"] == 3:
-        return _zero3(settings, partition, width).with_state(average * partition.own_by_tensor, on_host=is_offloaded)
+        more = average(partition.own_by_tensor)
+        return _zero3(settings, partition, width).with_state(more, on_host=is_offloaded)
     if is_bf16 and zero["stage"] == 1 and not is_offloaded:
         found = _zero1_bf16(settings, partition)
     else:
         found = _zero2(settings, partition, width, rank=rank, is_pipeline=is_pipeline)
-    return found.with_state(average * partition.own, on_host=is_offloaded)
+    return found.with_state(average(partition.own), on_host=is_offloaded)
 
 
 def _zero1_bf16(settings: Mapping[str, Any], partition: Partition) -> Held:

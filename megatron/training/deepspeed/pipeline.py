@@ -17,34 +17,19 @@ from megatron.model.block import TransformerBlock
 from megatron.model.embedding import Embedding
 from megatron.model.gpt import Layer
 from megatron.model.loss import HeadOutput
-from megatron.model.mask import AttentionMask, WithinSegments, made_of, within_segments
+from megatron.model.mask import WithinSegments, made_of
 from megatron.model.visibility import Visible
-from megatron.objectives.base import Objective
 from megatron.parallel.context import ParallelContext
+from megatron.training.engine import Mode
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 @dataclass
-class Mode:
-    """What the model computes at the moment. The engine changes it, the layers of a stage look at it.
+class StageMode(Mode):
+    """The mode, at which the layers of a stage look, too."""
 
-    Attributes:
-        objective: gives attention mask and loss.
-        within_documents: keep attention within documents, whatever the objective's mask.
-        per_token: a loss for every token instead of the scalar training loss.
-    """
-
-    objective: Objective
-    within_documents: bool
-    per_token: bool = False
     _made: tuple[tuple[object, ...], Visible] | None = field(default=None, repr=False)
-
-    @property
-    def mask(self) -> AttentionMask:
-        """Which keys a query sees."""
-        mask = self.objective.attention_mask
-        return within_segments(mask) if self.within_documents else mask
 
     def packed(self, parts: Inputs[torch.Tensor] | Stream) -> Tensors:
         """What is handed on as bare tensors: ids or hidden states, positions where a batch has them, and what masks need."""
@@ -75,7 +60,7 @@ class Mode:
 class PipelineBlock(TransformerBlock):
     """A block of a stage."""
 
-    def __init__(self, *, mode: Mode, **arguments: Any) -> None:
+    def __init__(self, *, mode: StageMode, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.mode = mode
 
@@ -86,7 +71,7 @@ class PipelineBlock(TransformerBlock):
 
 
 def pipeline_loss(
-    mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
+    mode: StageMode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
 ) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor]:
     """``loss_fn(outputs, labels)`` of DeepSpeed's last stage.
 
@@ -107,7 +92,7 @@ def pipeline_loss(
 
 def build_stage(
     layers: Sequence[Layer],
-    mode: Mode,
+    mode: StageMode,
     context: ParallelContext,
     asked: Callable[[Targets[torch.Tensor]], None],
     *,
@@ -150,7 +135,7 @@ def topology(context: ParallelContext) -> Any:
     return PipeModelDataParallelTopology(num_pp=context.pp.size, num_mp=context.tp.size, num_dp=context.dp.size)
 
 
-def stage_layers(layers: Iterable[Layer], mode: Mode) -> list[Any]:
+def stage_layers(layers: Iterable[Layer], mode: StageMode) -> list[Any]:
     """DeepSpeed's description of the model: the same layers, taking and giving tensors."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
@@ -171,7 +156,7 @@ def stage_layers(layers: Iterable[Layer], mode: Mode) -> list[Any]:
 
 
 def pipeline_batches(
-    data: Iterator[ModelBatch[torch.Tensor]], mode: Mode, device: torch.device
+    data: Iterator[ModelBatch[torch.Tensor]], mode: StageMode, device: torch.device
 ) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:
     """Micro-batches as DeepSpeed reads them: inputs of the first stage, labels of the last one.
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.config.schema import Config, ParallelConfig
+from megatron.config.schema import Config
 from megatron.errors import require
 from megatron.files import read_object
 from megatron.parallel.context import ParallelContext, group_of_line
@@ -68,12 +68,6 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings if config.parallel.deepspeed_config is None else _merge_file(settings, config)
-
-
-def compiles_blocks(parallel: ParallelConfig, *, device: str) -> bool:
-    """Whether blocks are compiled: as the flag says, else on CUDA where no hooks of ZeRO 3, which gather parameters, break
-    their graphs."""
-    return device == "cuda" and parallel.zero_stage < 3 if parallel.compile is None else parallel.compile
 
 
 # What a file may set besides: how a run communicates, reports and uses memory, not what it trains.

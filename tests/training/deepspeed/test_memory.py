@@ -14,7 +14,8 @@ import pytest
 from layouts import jobs
 from layouts.pool import WorkerPool
 
-from megatron.training.deepspeed.memory import Held, Partition, blocks_of_stages, held, optimizer_groups
+from megatron.training.deepspeed.memory import Partition, blocks_of_stages, held, optimizer_groups
+from megatron.training.held import Held
 
 ATOMS = (type, types.ModuleType, types.CodeType, types.FrameType, str, bytes, int, float, type(None))
 
@@ -22,15 +23,20 @@ ATOMS = (type, types.ModuleType, types.CodeType, types.FrameType, str, bytes, in
 def storages(roots: Sequence[Any], without: Sequence[Any]) -> dict[int, int]:
     """Bytes of every storage that tensors reachable from ``roots`` have, by its address; not through ``without``."""
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
-    seen, found, waiting = set(map(id, without)), {}, list(roots)
+    seen = {id(item): item for item in without}  # kept, because the next object may have the number of one that is gone
+    found, waiting = {}, list(roots)
     while waiting:
         item = waiting.pop()
-        if id(item) in seen or isinstance(item, ATOMS):
+        if id(item) in seen or isinstance(item, (*ATOMS, DeviceMesh)):  # a mesh is on the host
             continue
-        seen.add(id(item))
+        seen[id(item)] = item
         if isinstance(item, torch.Tensor):
-            if item.device.type != "meta":
+            if isinstance(item, DTensor):
+                waiting.append(item.to_local())
+            elif item.device.type != "meta":
                 found[item.untyped_storage()._cdata] = item.untyped_storage().nbytes()
             waiting += [item.__dict__, item._base, item.grad if item.is_leaf else None]
         elif isinstance(item, types.FunctionType):  # its globals are the whole program
@@ -56,9 +62,7 @@ def census(argv: list[str]) -> dict[str, Any]:
         def built(self, engine: Any) -> None:
             self.engine = engine
             parameters = list(engine.module.parameters())
-            found["parameters"] = [
-                (getattr(p, "ds_numel", p.numel()), len(getattr(p, "ds_shape", p.shape))) for p in parameters
-            ]
+            found["parameters"] = [tuple(getattr(p, "ds_shape", p.shape)) for p in parameters]
             found["settings"] = engine._deepspeed._config._param_dict
             found["has_average"] = engine.shards.average is not None
             found["dp"] = (engine.context.dp.rank, engine.context.dp.size)
@@ -82,7 +86,7 @@ def census(argv: list[str]) -> dict[str, Any]:
             rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
             # The engine of a pipeline also keeps the last micro-batches, and what travelled between stages.
             aside = [self, *[engine._deepspeed] * engine.is_pipeline]
-            roots = (engine.module, engine._optimizer, engine._deepspeed, engine.shards)
+            roots = (engine.module, engine.optimizer, engine._deepspeed, engine.shards)
             return sum(storages(roots, aside).values()) - rotary
 
     assert main("mdm", argv, observer=Counter()) == 0

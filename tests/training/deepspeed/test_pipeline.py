@@ -9,7 +9,7 @@ import torch
 
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
 from megatron.model.mask import AttentionMask, Full, PerSample, RandomKeyDrop, within_segments
-from megatron.training.deepspeed.pipeline import Mode, pipeline_batches
+from megatron.training.deepspeed.pipeline import StageMode, pipeline_batches
 
 
 @dataclass
@@ -38,7 +38,7 @@ SEGMENTS = (PLACES >= 5).long()
     ],
 )  # fmt: skip
 def test_only_what_masks_and_positions_need(mask: AttentionMask, inputs: Inputs, names: list[str]) -> None:
-    mode = Mode(Masked(mask), within_documents=False)  # type: ignore[arg-type]
+    mode = StageMode(Masked(mask), within_documents=False)  # type: ignore[arg-type]
     batch = ModelBatch(inputs, Targets(IDS, IDS.float(), SAMPLES, SAMPLES.float()))
     ((tensors, labels),) = pipeline_batches(iter([batch]), mode, torch.device("cpu"))
     assert len(labels) == 4 and list(mode.fields(tensors)) == names

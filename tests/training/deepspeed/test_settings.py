@@ -10,7 +10,7 @@ import pytest
 
 from megatron.errors import UserError
 from megatron.objectives import parse
-from megatron.training.deepspeed.settings import compiles_blocks, deepspeed_settings
+from megatron.training.deepspeed.settings import deepspeed_settings
 
 BASE = ["--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"]
 BASE += ["--train-iters", "10", "--micro-batch-size", "2", "--global-batch-size", "8"]
@@ -38,21 +38,6 @@ def test_settings_follow_the_flags() -> None:
     assert found["zero_optimization"]["reduce_bucket_size"] == 500_000_000
     zero0 = deepspeed_settings(parse([*BASE, "--zero-stage", "0"]), dp_size=1, num_parameters=10)
     assert zero0["zero_optimization"]["stage"] == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "device", "expected"),
-    [
-        ([], "cpu", False),
-        ([], "cuda", True),
-        (["--zero-stage", "2"], "cuda", True),
-        (["--zero-stage", "3"], "cuda", False),
-        (["--zero-stage", "3", "--compile"], "cuda", True),
-        (["--no-compile"], "cuda", False),
-    ],
-)
-def test_blocks_are_compiled_where_no_hook_breaks_their_graphs(flags: list[str], device: str, expected: bool) -> None:
-    assert compiles_blocks(parse([*BASE, *flags]).parallel, device=device) is expected
 
 
 def test_a_file_adds_settings_and_may_agree_with_the_flags(tmp_path: Path) -> None:

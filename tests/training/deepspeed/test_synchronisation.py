@@ -123,6 +123,8 @@ EXPECTED: dict[str, tuple[int, dict[str, Any], dict[str, int]]] = {
     "zero3 bf16": (2, {"bf16": True, "zero_stage": 3}, {UTILS: 1}),
     "tp2 bf16": (2, {"bf16": True, "tp_size": 2}, {UTILS: 2}),
     "pp2 bf16": (2, {"bf16": True, "pp_size": 2}, {UTILS: 2}),
+    "fsdp2 bf16": (2, {"bf16": True, "engine": "fsdp2", "ema_decay": 0.9}, {}),
+    "fsdp2 zero3 tp2": (4, {"engine": "fsdp2", "zero_stage": 3, "tp_size": 2}, {}),
     "muon with an average": (2, {"bf16": True, "optimizer": "muon", "ema_decay": 0.9}, {UTILS: 2}),
 }
 
@@ -145,6 +147,7 @@ CALLS: dict[str, tuple[int, dict[str, Any], int]] = {
     "dp2": (2, {}, 1 + 1),
     "tp2": (2, {"tp_size": 2}, 1 + 18),  # with the sequence split, sums of layers are scattered instead
     "pp2": (2, {"pp_size": 2}, 1 + 3),
+    "fsdp2 dp2": (2, {"engine": "fsdp2", "micro_batch_size": 2}, 1 + 1),
     "pp2 tp2": (4, {"pp_size": 2, "tp_size": 2}, 1 + 7),
 }
 

@@ -12,34 +12,43 @@ from layouts import jobs
 from layouts.pool import WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.training.deepspeed.average import Average
+from megatron.training.average import Average
 
 STEPS = 8
 
 
 def test_updates_by_hand() -> None:
-    """From 1, with weights 2, 3, 4: d = 1/10, 2/11 and min(0.2, 3/12)."""
-    weights = torch.tensor([1.0])
+    """From 1, with weights 2, 3, 4: d = 1/10, 2/11 and min(0.2, 3/12). A step that was skipped is none."""
+    weights, taken = torch.tensor([1.0]), torch.tensor(False)
     average = Average([weights], 0.2)
     for value, expected in ((2.0, 1.9), (3.0, 2.8), (4.0, 0.2 * 2.8 + 0.8 * 4)):
         weights.fill_(value)
-        average.update()
+        average.update(taken)
         assert float(average.of(weights)) == pytest.approx(expected, abs=1e-6)
+        before = average.of(weights).clone()
+        average.update(~taken)
+        assert average.of(weights).equal(before)
     assert average.num_updates == 3
     average.restart()
     assert (float(average.of(weights)), average.num_updates) == (4.0, 0)
 
 
-def test_exchange_and_back_copies_nothing() -> None:
-    weights = torch.nn.Parameter(torch.tensor([1 / 3, 2.0]))
+def test_exchange_and_back_is_exact_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.training.average.EXCHANGED", 2)
+    weights = torch.nn.Parameter(torch.tensor([[1 / 3, 2.0, 5.0], [7.0, 8.0, 9.0]]))
     average = Average([weights], 0.9)
     with torch.no_grad():
         weights.add_(0.1)
-    places, before = (weights.data_ptr(), average.of(weights).data_ptr()), weights.detach().clone()
+    places, trained, own = (
+        (weights.data_ptr(), average.of(weights).data_ptr()),
+        weights.detach().clone(),
+        average.of(weights).clone(),
+    )
     average.exchange()
-    assert (average.of(weights).data_ptr(), weights.data_ptr()) == places
+    assert weights.equal(own) and average.of(weights).equal(trained)
     average.exchange()
-    assert (weights.data_ptr(), average.of(weights).data_ptr()) == places and weights.equal(before)
+    assert weights.equal(trained) and average.of(weights).equal(own)
+    assert (weights.data_ptr(), average.of(weights).data_ptr()) == places
 
 
 @pytest.fixture(scope="module")
