@@ -27,6 +27,7 @@ from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import Launch
+from megatron.parallel.tensor import ParameterFactory
 from megatron.training.engine import build_engine
 from megatron.training.optimizer import build_optimizer
 
@@ -73,7 +74,7 @@ def benchmark_config(flags: list[str], steps: int) -> Config:
 
 def plain_step(config: Config, objective: Objective) -> Callable[[ModelBatch[torch.Tensor]], None]:
     """A training step of the same model without this project's loss: all logits, full softmax, mean over the loss."""
-    model = GPTModel(Shape.of(config.model), seed=config.run.seed)
+    model = GPTModel(Shape.of(config.model), ParameterFactory(seed=config.run.seed))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, torch.bfloat16 if config.run.bf16 else torch.float32)
     optimizer = build_optimizer(model.parameters(), config.optimizer)

@@ -30,6 +30,7 @@ from megatron.objectives import Objective, build_objective
 from megatron.objectives.base import BlockDecoding, CausalDecoding, MaskedDecoding
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
+from megatron.parallel.tensor import ParameterFactory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -223,7 +224,7 @@ def load_model(
     tokenizer, problem = _tokenizer(config, tokenizer_options or {})
     trained = build_objective(config)
     objective = trained.for_eval()
-    model = GPTModel(Shape.of(config.model), context)
+    model = GPTModel(Shape.of(config.model), ParameterFactory(context))
     _load_tensors(model, stored.tensor_of, context)
     model = model.to(device=context.device, dtype=DTYPES[dtype]).eval()
     told = (tokenizer, context, source, identity + dtype, problem)

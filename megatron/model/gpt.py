@@ -15,7 +15,6 @@ from megatron.model.block import FinalNorm, TransformerBlock
 from megatron.model.embedding import Embedding, LMHead, tied_head
 from megatron.model.loss import HeadOutput, LossKind
 from megatron.model.mask import AttentionMask
-from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from megatron.parallel.tensor import ParameterFactory, gather_last_dim
 
@@ -72,26 +71,15 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
 class GPTModel(nn.Module):
     """All layers in one module: training without pipeline stages, inference and export."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        context: ParallelContext | None = None,
-        *,
-        seed: int = 1234,
-        recompute: bool = False,
-        root: ParameterFactory | None = None,
-    ) -> None:
+    def __init__(self, shape: Shape, root: ParameterFactory | None = None, *, recompute: bool = False) -> None:
         """Args:
         shape: resolved model configuration.
-        context: this process; default: a process alone.
-        seed: seed of the initial weights.
+        root: makes the parameters; default: of a process alone.
         recompute: recompute each block in the backward pass.
-        root: makes the parameters; default: of that seed for that process.
         """
         super().__init__()
-        self.shape = shape
-        root = root or ParameterFactory(context or ParallelContext(), seed)
-        self.context = root.context
+        root = root or ParameterFactory()
+        self.shape, self.context = shape, root.context
         described = build_layers(shape, root, recompute=recompute)
         embedding = described[0].build()
         assert isinstance(embedding, Embedding)

@@ -36,8 +36,8 @@ class ParameterFactory:
         is_drawn: False where another rank's weights will come in their place: there is no telling what they are until then.
     """
 
-    context: ParallelContext
-    seed: int
+    context: ParallelContext = ParallelContext()
+    seed: int = 1234
     prefix: str = ""
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None

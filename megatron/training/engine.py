@@ -211,7 +211,7 @@ class Engine(ABC):
 
     def _plain_model(self) -> GPTModel:
         recompute = self.config.parallel.recompute_activations
-        return GPTModel(self.shape, root=self._factory(), recompute=recompute).to(self.context.device)
+        return GPTModel(self.shape, self._factory(), recompute=recompute).to(self.context.device)
 
     def _enter(self, objective: Objective, *, training: bool) -> None:
         self.module.train(training)

@@ -22,6 +22,7 @@ from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.model.gpt import GPTModel
 from megatron.objectives import needs_mask_token, parse, with_vocabulary
 from megatron.parallel.context import ParallelContext
+from megatron.parallel.tensor import ParameterFactory
 
 MODULES = ("argparse", "collections/__init__", "datetime", "difflib", "functools", "inspect", "ipaddress", "json/decoder",
            "logging/__init__", "os", "pathlib", "random", "shutil", "socket", "statistics", "subprocess", "tarfile",
@@ -84,7 +85,7 @@ def config_for(objective: str, tokenizer: Path, *, vocab_size: int, seq_length: 
 
 def random_tensors(config: Config, *, seed: int = 0, scale: float = 6.0) -> dict[str, torch.Tensor]:
     """Initial weights, matrices enlarged so that predictions are far from uniform."""
-    model = GPTModel(Shape.of(config.model), seed=seed)
+    model = GPTModel(Shape.of(config.model), ParameterFactory(seed=seed))
     return {name: (t * scale if t.dim() > 1 else t).detach().clone() for name, t in model.tensors().items()}
 
 

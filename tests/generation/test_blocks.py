@@ -22,6 +22,7 @@ from megatron.inference.blocks import BlockModel
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import BlockCausal, BlockDiffusion, Causal, Full
+from megatron.parallel.tensor import ParameterFactory
 
 VOCAB, LENGTH = 5, 4
 TEXTS = list(itertools.product(range(VOCAB), repeat=LENGTH))
@@ -34,7 +35,7 @@ def network(*, vocab: int = VOCAB + 1, seq: int = LENGTH, hidden: int = 16, **op
         **{"num_layers": 2, "num_attention_heads": 2, "init_method_std": 0.35, **options},
         hidden_size=hidden, ffn_hidden_size=2 * hidden, seq_length=seq, padded_vocab_size=vocab,
     )  # fmt: skip
-    return GPTModel(Shape.of(shape), seed=3).double().eval()
+    return GPTModel(Shape.of(shape), ParameterFactory(seed=3)).double().eval()
 
 
 def blocks_of(

@@ -131,7 +131,7 @@ class Place:
 def check_model(place: Place, mask: AttentionMask) -> None:
     """Forward and backward pass of a model of two layers, loss included: every parameter gets a gradient of its own kind."""
     with place.faked():
-        model = GPTModel(place.sizes.shape(0.0), root=place.factory())
+        model = GPTModel(place.sizes.shape(0.0), place.factory())
         place.move_tables(model)
         inputs = place.inputs()
         batch, length = inputs.input_ids.shape

@@ -15,13 +15,14 @@ from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import Causal
 from megatron.objectives import parse
+from megatron.parallel.tensor import ParameterFactory
 from tests.generation.uncached import UncachedDecoder
 
 
 def build(*flags: str) -> GPTModel:
     sizes = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "700"]
     config: ModelConfig = parse([*sizes, *flags, "--train-samples", "4"]).model
-    model = GPTModel(Shape.from_flags(config, padded_vocab_size=64), seed=5).eval()
+    model = GPTModel(Shape.from_flags(config, padded_vocab_size=64), ParameterFactory(seed=5)).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 8

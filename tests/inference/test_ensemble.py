@@ -22,6 +22,7 @@ from megatron.inference.model import load_model
 from megatron.model.batch import Inputs
 from megatron.model.gpt import GPTModel
 from megatron.model.mask import BlockDiffusion, Causal, Full
+from megatron.parallel.tensor import ParameterFactory
 from megatron.testing.checks import check_sums_to_one
 from megatron.testing.oracles import bound_nll, conditionals, mixture_nll
 from tests.evaluation import tiny
@@ -35,7 +36,7 @@ def network(seed: int, *, hidden: int = 16, rows: int = VOCAB + 1, seq: int = 8)
         num_layers=2, num_attention_heads=2, init_method_std=0.35, hidden_size=hidden, ffn_hidden_size=2 * hidden,
         seq_length=seq, padded_vocab_size=rows,
     )  # fmt: skip
-    return GPTModel(Shape.of(shape), seed=seed).double().eval()
+    return GPTModel(Shape.of(shape), ParameterFactory(seed=seed)).double().eval()
 
 
 MODELS = [network(1), network(2, hidden=24), network(3)]

@@ -73,11 +73,12 @@ def alone(objective: str, argv: list[str], parts: list[torch.Tensor]) -> torch.T
     from megatron.model.gpt import GPTModel
     from megatron.objectives import parse
     from megatron.parallel.launch import Launch
+    from megatron.parallel.tensor import ParameterFactory
     from megatron.training.resolve import resolve
 
     plan = resolve(parse(argv, objective=objective), Launch(), run_name="packed")
     mask = plan.objective.for_eval().attention_mask
-    model = GPTModel(plan.shape, seed=plan.seeds.run).eval()
+    model = GPTModel(plan.shape, ParameterFactory(seed=plan.seeds.run)).eval()
     ids, segments, labels, weights = parts
     losses = torch.zeros(weights.shape)
     with torch.no_grad():

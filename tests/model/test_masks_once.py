@@ -73,7 +73,7 @@ def test_of_a_stage_of_a_pipeline() -> None:
         PipelineBlock(mode=mode, **layer.arguments)
         for layer in build_layers(shape, ParameterFactory(ParallelContext(), 1))[1:-2]
     ]
-    plain = GPTModel(shape, seed=1)
+    plain = GPTModel(shape, ParameterFactory(seed=1))
 
     def calls(num_blocks: int, batch: Inputs[torch.Tensor]) -> int:
         tensors: Any = mode.packed(plain.embedding(batch))

@@ -103,7 +103,7 @@ def test_attention(factory, groups, mask, kv_channels):
 @pytest.mark.parametrize("mask", [Causal(), Full()])
 def test_whole_model(changes, mask):
     config = make_config(**changes)
-    model = GPTModel(config, seed=5)
+    model = GPTModel(config, ParameterFactory(seed=5))
     ids = torch.randint(48, (2, 16))
     allowed = causal(16) if isinstance(mask, Causal) else None
     expected = plain_logits(model.tensors(), ids, config, allowed=allowed)
@@ -111,7 +111,7 @@ def test_whole_model(changes, mask):
 
 
 def test_learned_positions_follow_their_tokens():
-    model = GPTModel(make_config(use_rotary_position_embeddings=False), seed=5)
+    model = GPTModel(make_config(use_rotary_position_embeddings=False), ParameterFactory(seed=5))
     ids, order = torch.randint(48, (1, 16)), torch.randperm(16)[None]
     direct = model.logits(Inputs(ids), Full())
     moved = model.logits(Inputs(ids.gather(1, order), order), Full())
@@ -119,7 +119,7 @@ def test_learned_positions_follow_their_tokens():
 
 
 def test_causal_logits_do_not_depend_on_later_tokens():
-    model = GPTModel(make_config(), seed=5)
+    model = GPTModel(make_config(), ParameterFactory(seed=5))
     ids = torch.randint(48, (1, 16))
     changed = ids.clone()
     changed[0, 9] = (ids[0, 9] + 1) % 48
@@ -132,7 +132,7 @@ def test_recomputation_changes_nothing():
     ids = torch.randint(48, (2, 16))
     grads = []
     for recompute in (False, True):
-        model = GPTModel(make_config(), seed=5, recompute=recompute)
+        model = GPTModel(make_config(), ParameterFactory(seed=5), recompute=recompute)
         F.cross_entropy(model.logits(Inputs(ids), Causal()).flatten(0, 1), ids.flatten()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
@@ -142,7 +142,7 @@ def test_recomputation_changes_nothing():
 def test_initial_weights_have_the_stated_spread():
     config = make_config(hidden_size=256, num_attention_heads=4, num_layers=8, padded_vocab_size=1024,
                          init_method_std=0.02, ffn_hidden_size=640)  # fmt: skip
-    state = GPTModel(config, seed=5).tensors()
+    state = GPTModel(config, ParameterFactory(seed=5)).tensors()
     scaled = 0.02 / math.sqrt(2 * 8)
     for name, std in {"word_embeddings.weight": 0.02, "layers.3.self_attention.query_key_value.weight": 0.02,
                       "layers.3.mlp.dense_h_to_4h.weight": 0.02, "layers.3.self_attention.dense.weight": scaled,

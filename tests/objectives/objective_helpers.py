@@ -17,6 +17,7 @@ from megatron.model.loss import LossKind, WeightedCrossEntropy
 from megatron.model.mask import AttentionMask
 from megatron.objectives import Objective, build_objective, parse
 from megatron.objectives.schedules import MIN_MASK_PROB
+from megatron.parallel.tensor import ParameterFactory
 from megatron.testing.oracles import bound_nll, conditionals
 
 MASK_ID = 50
@@ -83,7 +84,7 @@ def tiny_model(mask: AttentionMask, *, vocab: int, seq: int, seed: int = 3) -> U
             init_method_std=0.35,
         )
     )
-    return UnderMask(GPTModel(config, seed=seed).eval(), mask)
+    return UnderMask(GPTModel(config, ParameterFactory(seed=seed)).eval(), mask)
 
 
 def assert_same_batch(first, second) -> None:

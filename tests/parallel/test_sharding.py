@@ -10,6 +10,7 @@ from megatron.config.shape import Shape
 from megatron.model.gpt import GPTModel
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.sharding import ShardSpec, initial_shard, shard_of
+from megatron.parallel.tensor import ParameterFactory
 from megatron.randomness import named_seed
 
 SPECS = [
@@ -94,8 +95,8 @@ def test_every_tensor_of_a_model_is_split_as_its_spec_says(swiglu):
             use_rotary_position_embeddings=False,
         )
     )
-    whole = GPTModel(config, seed=7).tensors()
-    parts = [GPTModel(config, ParallelContext(tp=Axis(rank, 2)), seed=7) for rank in range(2)]
+    whole = GPTModel(config, ParameterFactory(seed=7)).tensors()
+    parts = [GPTModel(config, ParameterFactory(ParallelContext(tp=Axis(rank, 2)), seed=7)) for rank in range(2)]
     specs = {shard.name: shard.spec for shard in map(shard_of, parts[0].parameters())}
     assert set(specs) == set(whole)
     states = [part.tensors() for part in parts]
