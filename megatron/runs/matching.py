@@ -119,6 +119,24 @@ def differences(first: Run, second: Run) -> list[Difference]:
     return sorted(found, key=lambda item: (order.index(item.weight), item.field))
 
 
+def incomparable(first: Run, second: Run) -> str:
+    """Why the losses of two runs are not measured by each other, in words; "" where nothing in the records speaks against it.
+
+    Runs of others are compared within their source only (as in comparison.py), and losses on one validation set alone, in one
+    tokenizer's tokens.
+    """
+    if first.source != second.source:
+        one, other = (f"imported from {run.source}" if run.source else "our own" for run in (first, second))
+        return f"{second.name} is {other}, {first.name} {one}: runs of two sources are not compared"
+    found = [
+        item for item in _data_differences(first, second) if item.field == "data.valid" and item.weight == "result"
+    ]
+    tokenizers = _fingerprint(first), _fingerprint(second)
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        found.append(Difference("tokenizer", tokenizers[0], tokenizers[1]))
+    return f"judged on other validation data ({found[0]})" if found else ""
+
+
 def matched_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run, list[Difference]]]:
     """For each run of another objective than AR, the AR run of its source that it matches best, and what differs."""
     pairs = []

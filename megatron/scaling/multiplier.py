@@ -2,37 +2,51 @@
 
 The baseline is a table of losses at several amounts of unique data, each the best that the recipe reaches there. Its loss is
 taken to fall with data; between its rows the logarithm of the data is a monotone cubic of the loss (Fritsch and Carlson,
-1980). Beyond its rows nothing is said. Multipliers of this kind: arXiv 2509.14786, section 5.
+1980). Beyond its rows nothing is said, nor of runs of another source or on other validation data. Multipliers of this kind:
+arXiv 2509.14786, section 5.
+
+The lower a run's loss, the larger its multiplier; the lower the baseline's losses, the smaller. So it is one from below where
+the run's loss is a bound from above, one from above where the baseline's are, and not determined where both are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron.errors import UserError, require
 from megatron.runs.counts import format_count
+from megatron.runs.matching import incomparable
 from megatron.runs.run import Run
 from megatron.scaling.interval import Interval
 
 Array = np.ndarray
 DRAWS = 400
 """Of the noise of run and baseline, for the interval."""
+NOWHERE = Interval(math.nan, math.nan, math.nan)
 MOST_RISE_IN_SE = 3.0
 """A baseline whose loss rises from one row to the next by more than this many standard errors is no baseline."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A recipe's best loss [rows] at growing amounts of unique tokens; ``errors``: standard errors, 0 where not known."""
+    """A recipe's best loss [rows] at growing amounts of unique tokens.
+
+    Attributes:
+        errors: standard errors, 0 where not known.
+        is_bound: whether the losses are bounds from above.
+        run: one of the runs that the table is of, for where they come from and what they were judged on.
+    """
 
     name: str
     unique_tokens: Array
     losses: Array
     errors: Array
+    is_bound: bool = False
+    run: Run | None = None
 
     @staticmethod
     def of(
@@ -66,10 +80,11 @@ class Baseline:
 
     @staticmethod
     def of_runs(runs: Sequence[Run], name: str = "the baseline") -> Baseline:
-        """The best validation of these runs at each amount of unique tokens. They are of one objective and source.
+        """The best validation of these runs at each amount of unique tokens. They are of one objective and source, judged on
+        one set.
 
         Raises:
-            UserError: two kinds of runs, or no table (:meth:`of`).
+            UserError: two kinds of runs, two validation sets, losses that are no likelihoods, or no table (:meth:`of`).
         """
         kinds = {(run.objective, run.label, run.source) for run in runs}
         require(
@@ -78,13 +93,19 @@ class Baseline:
             "a baseline is one recipe: one objective, one kind of loss, one source",
             "name the folders of its runs alone",
         )
+        rule, fix = "a multiplier compares likelihoods on one validation set", "name runs that share one"
+        first = runs[0]
+        require(first.is_likelihood, f"{name} has losses that are {first.label}", rule, "name runs with a likelihood")
+        apart = next((f"{run.name}: {why}" for run in runs if (why := incomparable(first, run))), "")
+        require(not apart, f"{name} has runs that are not compared; {apart}", rule, fix)
         best: dict[int, tuple[float, float]] = {}
         for run in runs:
             if run.result is not None and run.unique_tokens:
                 found = (run.result.nll, run.result.nll_se)
                 best[run.unique_tokens] = min(best.get(run.unique_tokens, found), found)
         losses = [loss for loss, _ in best.values()]
-        return Baseline.of(name, list(best), losses, [error for _, error in best.values()])
+        table = Baseline.of(name, list(best), losses, [error for _, error in best.values()])
+        return replace(table, is_bound=not first.is_exact, run=first)
 
     def equivalent_tokens(self, losses: Array, *, table: Array | None = None) -> Array:
         """Unique tokens [n] with which the baseline reaches ``losses`` [n]: 0 below the table's data, infinite beyond it.
@@ -109,18 +130,27 @@ class Baseline:
 @dataclass(frozen=True)
 class Multiplier:
     """``times``: equivalent over own unique data, with its 95 % interval (0 or infinite where it leaves the table);
-    ``refusal``: why there is none, in words, else ""; ``at_least``: the run's loss is a bound from above."""
+    ``refusal``: why there is none, in words, else ""; ``at_least``, ``at_most``: the loss of the run, or of the baseline, is a
+    bound from above."""
 
     times: Interval
     equivalent_tokens: float
     refusal: str = ""
     at_least: bool = False
+    at_most: bool = False
+
+    @property
+    def side(self) -> str:
+        """What stands before the number."""
+        return "≥ " * self.at_least + "≤ " * self.at_most
 
     def text(self) -> str:
-        """Such as "2.3 [1.9, 2.9]"."""
+        """Such as "≥ 2.3 [1.9, 2.9]"."""
         if self.refusal:
             return self.refusal
-        return f"{'≥ ' * self.at_least}{self.times}"
+        if self.at_least and self.at_most:
+            return f"not determined: the losses of both are bounds from above, by which it would be {self.times}"
+        return f"{self.side}{self.times}"
 
 
 def multiplier(
@@ -147,16 +177,18 @@ def multiplier(
             f"a loss of {loss} on {unique_tokens:g} tokens", "a multiplier needs both", "name a finished run"
         )
     value = float(baseline.equivalent_tokens(np.array([loss]))[0])
-    nowhere = Interval(math.nan, math.nan, math.nan)
     if not 0 < value < math.inf:
         end = 0 if value == 0 else -1
         side = (
             "worse than the baseline with the least data" if end == 0 else "better than the baseline with the most data"
         )
         refusal = f"none: {loss:.3f} is {side}, {baseline.losses[end]:.3f} at {format_count(baseline.unique_tokens[end])} tokens"
-        return Multiplier(nowhere, value, refusal, at_least)
+        return Multiplier(NOWHERE, value, refusal)
+    at_most = baseline.is_bound
     if not (np.nan_to_num(error) > 0 or baseline.errors.any()):
-        return Multiplier(Interval(value / unique_tokens, math.nan, math.nan), value, at_least=at_least)
+        return Multiplier(
+            Interval(value / unique_tokens, math.nan, math.nan), value, at_least=at_least, at_most=at_most
+        )
     rng = np.random.default_rng(seed)
     runs = loss + np.nan_to_num(error) * rng.standard_normal(DRAWS)
     tables = baseline.losses + baseline.errors * rng.standard_normal((DRAWS, len(baseline.losses)))
@@ -164,13 +196,15 @@ def multiplier(
     ends = np.quantile(draws, [0.025, 0.975], method="nearest") / unique_tokens
     times = value / unique_tokens
     low, high = min(float(ends[0]), times), max(float(ends[1]), times)
-    return Multiplier(Interval(times, low, high), value, at_least=at_least)
+    return Multiplier(Interval(times, low, high), value, at_least=at_least, at_most=at_most)
 
 
 def of_run(run: Run, baseline: Baseline) -> Multiplier | None:
     """That of a run's result; None for one without a likelihood or training data."""
     if run.result is None or not run.is_likelihood or not run.unique_tokens:
         return None
+    if baseline.run is not None and (why := incomparable(baseline.run, run)):
+        return Multiplier(NOWHERE, math.nan, f"none: {why}")
     return multiplier(run.result.nll, run.result.nll_se, run.unique_tokens, baseline, at_least=not run.is_exact)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -71,6 +72,67 @@ def test_nothing_is_extrapolated():
 
 def test_a_bound_gives_a_multiplier_from_below():
     assert multiplier(3.0, 0.01, 1e8, baseline(), at_least=True).text().startswith("≥ ")
+
+
+def test_a_baseline_of_bounds_gives_a_multiplier_from_above():
+    """Its true losses lie lower, so that it needs less data; against another bound nothing is known."""
+    bounds = dataclasses.replace(baseline(), is_bound=True)
+    assert multiplier(3.0, 0.01, 1e8, bounds).text().startswith("≤ ")
+    assert multiplier(3.0, 0.01, 1e8, bounds, at_least=True).text().startswith("not determined: ")
+
+
+@pytest.fixture
+def bounds(tmp_path):
+    """Runs of a bound, imported, on three amounts of data."""
+    runs = [imported(tmp_path / f"base{unique}", loss, unique) for unique, loss in ((10, 4.5), (100, 4.0), (1000, 3.5))]
+    return Baseline.of_runs(runs)
+
+
+def imported(folder, loss, unique, *, label="NLL bound", source="s", **record):
+    """A run of others with one validation, on so many million unique tokens."""
+    write_run(folder, "mdm", epochs=20.0, unique=50_000)
+    [run] = find_runs([folder])
+    info = {**run.info, "label": label, "unique_tokens": unique * 1_000_000, "imported": {"source": source}, **record}
+    row = dataclasses.replace(run.valid[-1], nll=loss, nll_se=0.01, label=label)
+    return dataclasses.replace(run, info=info, valid=(row,))
+
+
+def test_a_run_is_measured_by_both_labels(bounds, tmp_path):
+    exact, bound = (
+        of_run(imported(tmp_path / "run", 4.0, 10, label=kind), bounds) for kind in ("NLL (exact)", "NLL bound")
+    )
+    assert exact.text().startswith("≤ 10 [")
+    assert bound.text().startswith(
+        "not determined: the losses of both are bounds from above, by which it would be 10 ["
+    )
+
+
+def test_runs_of_two_sources_have_no_multiplier(bounds, tmp_path):
+    found = of_run(imported(tmp_path / "run", 4.0, 10, source="another corpus"), bounds)
+    assert "is imported from another corpus" in found.text() and "runs of two sources are not compared" in found.text()
+    found = of_run(imported(tmp_path / "own", 4.0, 10, imported={}), bounds)
+    assert found.text().startswith("none: ") and "is our own" in found.text()
+
+
+def test_runs_judged_on_other_validation_data_have_no_multiplier(tmp_path):
+    data, other = ({"valid": [{"prefix": "v", "documents": 9, "tokens": 99, "idx_sha256": key}]} for key in "ab")
+    base = [imported(tmp_path / f"base{unique}", 5 - unique / 100, unique, data=data) for unique in (10, 100)]
+    table = Baseline.of_runs(base)
+    assert of_run(imported(tmp_path / "same", 4.5, 10, data=data), table).refusal == ""
+    assert "judged on other validation data" in of_run(imported(tmp_path / "run", 4.5, 10, data=other), table).text()
+    tokens = [{"tokenizer": {"fingerprint": key}} for key in "ab"]
+    table = Baseline.of_runs([dataclasses.replace(run, info={**run.info, **tokens[0]}) for run in base])
+    assert "tokenizer" in of_run(imported(tmp_path / "run", 4.5, 10, data=data, **tokens[1]), table).text()
+    with pytest.raises(UserError, match="judged on other validation data"):
+        Baseline.of_runs([base[0], imported(tmp_path / "run", 4.0, 100, data=other)])
+
+
+def test_losses_that_are_no_likelihoods_are_no_baseline(tmp_path):
+    label = "MaskGIT loss (not a likelihood bound)"
+    with pytest.raises(UserError, match="compares likelihoods"):
+        Baseline.of_runs(
+            [imported(tmp_path / f"{unique}", 5 - unique / 100, unique, label=label) for unique in (10, 100)]
+        )
 
 
 def test_what_is_no_baseline_is_refused():

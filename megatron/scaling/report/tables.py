@@ -154,7 +154,8 @@ def multipliers_html(runs: Sequence[Run], baseline: Baseline | None) -> str:
         found = of_run(run, baseline)
         if found is None or run.result is None:
             continue
-        reached = "–" if found.refusal else format_count(found.equivalent_tokens)
+        is_open = found.refusal or (found.at_least and found.at_most)
+        reached = "–" if is_open else f"{found.side}{format_count(found.equivalent_tokens)}"
         rows.append(
             {
                 "Run": run.name,
@@ -170,8 +171,9 @@ def multipliers_html(runs: Sequence[Run], baseline: Baseline | None) -> str:
     )
     text = (
         f"<p>A run with a multiplier x equals {html.escape(baseline.name)} with x times its unique data, by interpolation "
-        f"between {known}. Where the loss is a bound, x is one from below. The interval has the noise of the run and of the "
-        f"baseline{'' if baseline.errors.all() else ', as far as it is known'}; ∞ and 0 are ends beyond its rows.</p>"
+        f"between {known}. x is one from below (≥) where the run's loss is a bound, from above (≤) where the baseline's are. "
+        f"The interval has the noise of the run and of the baseline{'' if baseline.errors.all() else ', as far as it is known'}; "
+        "∞ and 0 are ends beyond its rows.</p>"
     )
     return section("Data efficiency", text + table(rows, "Data efficiency"))
 
