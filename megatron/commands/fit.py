@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, examples=("megatron fit runs/sweep --output fits.json",))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
     parser.add_argument("--law", choices=[*LAW_NAMES, "best"], default="best",
-                        help="law to fit; best: the one with the lowest cross-validation error (default)")  # fmt: skip
+                        help="law to fit; best: the one with the lowest cross-validation error, of equal ones "
+                             "that with the fewest open parameters (default)")  # fmt: skip
     parser.add_argument("--points", choices=POINTS, default="final",
                         help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
     parser.add_argument(
@@ -55,22 +56,23 @@ def _fit_all(options: argparse.Namespace) -> None:
 def _fit_one(data: Observations, options: argparse.Namespace) -> Fit:
     """Fit one law, or all that have enough points and keep the best; print what came out."""
     from megatron.scaling.laws import LAWS
-    from megatron.scaling.observations import fit_observations
+    from megatron.scaling.observations import best_fit, fit_observations
 
     names = list(LAWS) if options.law == "best" else [options.law]
     if options.law == "best":
         names = [name for name in names if len(data.losses) >= len(LAWS[name].names) + 2] or names[:1]
     fits = [fit_observations(LAWS[name], data, num_bootstrap=options.bootstrap, seed=options.seed) for name in names]
-    best = min(fits, key=lambda fit: fit.cross_validation if fit.cross_validation is not None else fit.noise)
+    best = best_fit(fits, data)
     whose = f" imported from {data.source}" if data.source else ""
     _print(f"{data.objective.upper()}, {data.label}: {best.num_points} losses of {best.num_runs} runs{whose}")
     for text in data.skipped:
         _print(f"  left out: {text}")
     for fit in fits:
+        undetermined = f", {len(fit.undetermined)} of {len(fit.law.names)} parameters open" * bool(fit.undetermined)
         chosen = " <- chosen" if fit is best and len(fits) > 1 else ""
         _print(f"  {fit.law.name}: R² {fit.r_squared:.4f}, residual {fit.noise:.2%}, "
               f"left-out runs {_percent(fit.cross_validation)}, "
-              f"largest left-out runs {_percent(fit.extrapolation)}{chosen}")  # fmt: skip
+              f"largest left-out runs {_percent(fit.extrapolation)}{undetermined}{chosen}")  # fmt: skip
     _print(f"  {best.law.equation}")
     for name in best.law.names:
         _print(f"    {name:6} {best.interval(name)}")

@@ -13,11 +13,13 @@ UNDETERMINED = 100.0
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval; without one both ends are NaN."""
+    """A value with its 95 % interval; without one both ends are NaN. ``is_open``: the data do not see the value at all, and
+    the ends are those of the search."""
 
     value: float
     low: float
     high: float
+    is_open: bool = False
 
     @staticmethod
     def of(value: float, refits: np.ndarray) -> Interval:
@@ -29,8 +31,8 @@ class Interval:
 
     @property
     def is_determined(self) -> bool:
-        """Whether the interval, where there is one, is narrow enough to mean something."""
-        return math.isnan(self.low) or self.high <= UNDETERMINED * self.low
+        """Whether the interval, where there is one, is the data's and narrow enough to mean something."""
+        return not self.is_open and (math.isnan(self.low) or self.high <= UNDETERMINED * self.low)
 
     def __str__(self) -> str:
         """As many digits as half of the interval is worth, between two and six."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron.errors import UserError, require
 from megatron.runs.run import Run, Validation
-from megatron.scaling.fit import Fit, fit_law
+from megatron.scaling.fit import SAME, Fit, fit_law
 from megatron.scaling.laws import Law, Points
 
 CHOICES = ("final", "best", "curve")
@@ -80,6 +80,19 @@ def fit_observations(law: Law, data: Observations, *, num_bootstrap: int = 400, 
     """
     fitted = fit_law(law, data.points, data.losses, groups=list(data.groups), num_bootstrap=num_bootstrap, seed=seed)
     return replace(fitted, objective=data.objective, label=data.label, source=data.source)
+
+
+def best_fit(fits: Sequence[Fit], data: Observations) -> Fit:
+    """Of fits of several laws to ``data`` the one with the lowest error on left-out runs (on all runs, where there are too few).
+
+    Laws that agree with it on every loss to a thousandth are one function there: of those the one that leaves the fewest
+    parameters open, and then that with the fewest.
+    """
+    judged = [fit for fit in fits if fit.cross_validation is not None] or fits
+    best = min(judged, key=lambda fit: fit.noise if fit.cross_validation is None else fit.cross_validation)
+    known = best.loss(data.points)
+    same = [fit for fit in judged if np.all(np.abs(fit.loss(data.points) / known - 1) <= SAME)]
+    return min(same, key=lambda fit: (len(fit.undetermined), len(fit.law.names)))
 
 
 def _choose(run: Run, which: str) -> list[Validation]:

@@ -30,7 +30,7 @@ from megatron.scaling.literature import (
     preset_parameters,
     quokka_overfitting_epochs,
 )
-from megatron.scaling.predict import Model, best_epochs, central_losses, critical_compute, losses
+from megatron.scaling.predict import Model, best_epochs, central_losses, critical_compute, knows, losses
 
 Array = np.ndarray
 
@@ -44,7 +44,8 @@ class Choice:
             is better, or no worse. ``epochs`` below 1 read a part of the data.
         loss: predicted validation loss, nats per token, with a 95 % interval (of the fitted curve; for published
             coefficients the interval spans their error at the paper's own best run). Never above guessing.
-        optimal_epochs: where the loss is lowest for this size, or None where the law cannot show overfitting.
+        optimal_epochs: where the loss is lowest for this size, or None where the law cannot show overfitting or the runs do not
+            determine it.
         notes: warnings and remarks, in words.
         cheapest: the run of least compute whose predicted loss is within one standard error (a quarter of the interval) of
             this one's; None where that is this one.
@@ -135,13 +136,27 @@ def device_hours(flops: float, *, peak_flops: float, mfu: float, devices: int = 
 
 
 def choose(objective: str, model: Model, budget: Budget) -> Choice:
-    """The size and length with the lowest predicted loss, and beside it the cheapest that is as good by all that is known."""
+    """The size and length with the lowest predicted loss, and beside it the cheapest that is as good by all that is known.
+
+    Only where the runs determine the prediction: what a law with open parameters says elsewhere is that of a random start.
+
+    Raises:
+        UserError: that is nowhere.
+    """
     n = np.array(list(budget.sizes.values()))
     affordable = budget.flops / (6 * n[:, None])
     lengths = budget.unique_tokens * np.append(np.geomspace(1e-3, 1e5, 400), math.inf)
     tokens = np.minimum(lengths, affordable)
     points = Points.of(n[:, None], tokens, budget.unique_tokens)
-    central = central_losses(model, points).reshape(tokens.shape)
+    known = knows(model, points).reshape(tokens.shape)
+    require(
+        bool(known.any()),
+        f"the fit of {objective} leaves {', '.join(getattr(model, 'undetermined', ()))} of {model.law.name} open, and with that "
+        "the loss of every size and length to choose from",
+        "a plan is made where the runs determine the law",
+        "fit runs of more sizes, amounts of data and epochs, a law with fewer parameters (--law), or plan without --fits",
+    )
+    central = np.where(known, central_losses(model, points).reshape(tokens.shape), np.inf)
     cost = n[:, None] * tokens
     lowest = central <= central.min() * (1 + 1e-9)  # on a plateau of the floating-point numbers the cheapest
     best = _choice(objective, model, budget, *_cheapest(cost, lowest, tokens))
@@ -190,6 +205,11 @@ def _plan_from_fits(ar: Fit, mdm: Fit, choices: Mapping[str, Choice], budget: Bu
     sure = probability if better == "mdm" else 1 - probability
     reason = f"lower predicted loss, in {sure:.0%} of the bootstrap refits"
     notes = ["AR is an exact NLL and MDM an upper bound: a predicted tie favours MDM."]
+    notes += [
+        f"{model.objective.upper()} is planned only where its runs determine its law: it may do better elsewhere."
+        for model in (ar, mdm)
+        if model.equivalents is not None
+    ]
     critical = critical_compute(ar, mdm, unique)
     return Plan(unique, budget.flops, choices, better, reason, critical, probability, tuple(notes), sure < 0.9)
 
@@ -245,7 +265,7 @@ def _choice(objective: str, model: Model, budget: Budget, row: int, tokens: floa
         source=model.source
         if isinstance(model, Coefficients)
         else f"fit of {model.num_runs} runs{' imported from ' * bool(model.source)}{model.source}, {model.law.equation}",
-        optimal_epochs=optimum.value if optimum else None,
+        optimal_epochs=optimum.value if optimum and optimum.is_determined else None,
         notes=tuple(_notes(objective, model, point, budget, names[row])),
     )
 
@@ -270,7 +290,10 @@ def _notes(objective: str, model: Model, point: Points, budget: Budget, size: st
         notes += [f"outside of the fitted range: {text}" for text in model.outside(point)]
         notes += [f"the law does not describe its runs well: {text}" for text in model.doubts]
         if model.undetermined:
-            notes.append(f"these runs leave {', '.join(model.undetermined)} of the law open: trust no extrapolation")
+            only = "; planned only where that changes no prediction" * (model.equivalents is not None)
+            notes.append(
+                f"these runs leave {', '.join(model.undetermined)} of the law open: trust no extrapolation{only}"
+            )
         if model.extrapolation is not None:
             notes.append(f"relative error when predicting the largest left-out runs: {model.extrapolation:.1%}")
     else:

@@ -36,6 +36,11 @@ def central_losses(model: Model, points: Points) -> Array:
     return losses(model if isinstance(model, Coefficients) else replace(model, samples=model.samples[:1]), points)[0]
 
 
+def knows(model: Model, points: Points) -> Array:
+    """Whether [n] a prediction follows from the runs, whatever the parameters are that they leave open."""
+    return model.knows(points) if isinstance(model, Fit) else np.ones(len(points), dtype=bool)
+
+
 def compute_optimal(model: Model, flops: float, unique_tokens: float = math.inf) -> tuple[Interval, Interval]:
     """Compute-optimal parameters N and tokens D = C/(6N), each with its interval, for ``unique_tokens`` of data."""
     sizes = np.geomspace(1e4, 1e13, 1801)
@@ -43,8 +48,8 @@ def compute_optimal(model: Model, flops: float, unique_tokens: float = math.inf)
     central, samples = losses(model, points)
     best = float(sizes[np.argmin(central)])
     parameters = Interval.of(best, sizes[np.argmin(samples, axis=1)])
-    tokens = [flops / (6 * value) for value in (best, parameters.high, parameters.low)]
-    return parameters, Interval(*map(float, tokens))
+    value, low, high = (float(flops / (6 * size)) for size in (best, parameters.high, parameters.low))
+    return parameters, Interval(value, low, high)
 
 
 def best_epochs(model: Model, parameters: float, unique_tokens: float) -> Interval | None:

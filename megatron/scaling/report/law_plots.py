@@ -23,7 +23,8 @@ from megatron.scaling.report.style import objective_style
 
 def data_value(fits: Sequence[Fit]) -> Chart:
     """Worth of repeated data against epochs: effective unique epochs D'/U of data-constrained fits with their 95 %
-    interval, and the published half-lives, dotted thin. The diagonal is data as good as new."""
+    interval (alone where the runs leave R_D open), and the published half-lives, dotted thin. The diagonal is data as good
+    as new."""
     return Chart(
         "data_value",
         "How many epochs of new data the repeated data is worth. Shaded: 95 % interval of the fit; dotted: published "
@@ -59,9 +60,13 @@ def _draw_data_value(panel: Axes, *, fits: Sequence[Fit]) -> None:
         style = objective_style(fit.objective)
         rates = fit.samples[:, fit.law.names.index("R_D")]
         low, high = np.quantile(_worth(epochs[None], rates[:, None]), [0.025, 0.975], axis=0)
-        panel.fill_between(epochs, low, high, color=style.color, alpha=0.18, linewidth=0)
-        name = f"{fit.objective.upper()} – {fit.label}, R_D = {fit.interval('R_D')}"
-        worth = _worth(epochs, fit.interval("R_D").value)
+        found = fit.interval("R_D")
+        name = f"{fit.objective.upper()} – {fit.label}, R_D = {found}"
+        is_open = found.is_open
+        panel.fill_between(epochs, low, high, color=style.color, alpha=0.18, linewidth=0, label=name if is_open else "")
+        if is_open:
+            continue
+        worth = _worth(epochs, found.value)
         panel.plot(epochs, worth, color=style.color, linestyle=style.dash, label=name)
     panel.set(xscale="log", yscale="log", xlabel="epochs", ylabel="worth in epochs of new data (D'/U)")
     panel.set_title("What repeated data is worth")
