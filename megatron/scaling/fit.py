@@ -217,7 +217,7 @@ def fit_law(
     if not np.all(np.isfinite(losses) & (losses > 0)):
         raise UserError("a loss is not positive and finite", "a fit needs positive losses", "leave diverged runs out")
     group = np.arange(len(points)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    folds, signs, starts, along = (np.random.default_rng([seed, stream]) for stream in range(4))
+    folds, starts, along, signs = (np.random.default_rng([seed, stream]) for stream in range(4))
     reference = Reference.of(points)
     problem = Problem(law, points, reference)
     log_loss = np.log(losses)

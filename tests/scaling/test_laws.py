@@ -81,7 +81,7 @@ def test_loss_does_not_depend_on_the_reference_point(name):
 @pytest.mark.parametrize("name", LAWS)
 def test_parameters_come_back_within_their_intervals(name):
     """1 % noise, 100 draws: each parameter is inside of its 95 % interval in at least 90, and all of them are inside
-    of the joint intervals in at least 87 (95 nominally; the law of memorisation, with its skewed S, gives 90). Bootstrap
+    of the joint intervals in at least 87 (95 nominally; the law of memorisation, with its skewed S, gives 91). Bootstrap
     intervals as used everywhere, with 200 refits."""
     law, (theta, points) = LAWS[name], DESIGNS[name]
     truth = exact(law, theta, points)
