@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from megatron.config.schema import Config
 from megatron.config.shape import Shape, padded_size
+from megatron.config.validate import check_packages
 from megatron.data.dataset import Pieces
 from megatron.data.loader import build_loader, to_device
 from megatron.model.arithmetic import peak_flops
@@ -58,6 +59,7 @@ def benchmark_config(flags: list[str], steps: int) -> Config:
         defaults += ["--model", "7M"]
     world_size = Launch.from_environment().world_size
     config = parse([*defaults, *flags, "--train-iters", str(steps)], world_size=world_size)
+    check_packages(config)
     parallel, run = config.parallel, config.run
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)

@@ -38,19 +38,12 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     for item, reason in idle_options(flags):
         is_tolerated = item.metadata["published"]
         require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
-    for item, value in ((item, value) for item, value in flags if value in item.metadata["choices"]):
-        require(
-            is_installed(value),
-            f"{spelling(item)} {value}, but the package {PACKAGES.get(value)} is not installed",
-            "it is an optional accelerator",
-            f"run bash install.sh --with {value.replace('fusedadam', 'apex')}, or drop the flag",
-        )
+    _validate_engine(config)
     _validate_paths(flags)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
     _validate_attention(shape)
     _validate_layout(config, shape, world_size)
-    _validate_engine(config)
     _validate_run(config)
     require(
         config.objective.mask_token_id is None or needs_mask_token,
@@ -58,6 +51,21 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
         "it masks no token",
         "drop it",
     )
+
+
+def check_packages(config: Config) -> None:
+    """Check that the accelerators which a run asks for are here, as they need not be where it is planned.
+
+    Raises:
+        UserError: one is not.
+    """
+    for item, value in ((item, value) for item, value in _flags(config) if value in item.metadata["choices"]):
+        require(
+            is_installed(value),
+            f"{spelling(item)} {value}, but the package {PACKAGES.get(value)} is not installed",
+            "it is an optional accelerator",
+            f"run bash install.sh --with {value.replace('fusedadam', 'apex')}, or drop the flag",
+        )
 
 
 def idle_notes(config: Config) -> list[str]:

@@ -138,7 +138,7 @@ class RotaryEmbedding(nn.Module):
         self.channels, self.base = channels, base
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._fill(length, torch.device("cpu"))
+        self._fill(length, self.cos.device)
 
     def _fill(self, length: int, device: torch.device) -> None:
         # fp64 angles: at position 4096 an fp32 product is off by up to 2e-4 radians.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.config.cli import LAYERED
+from megatron.config.validate import check_packages
 from megatron.errors import UserError, require
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch, complain
@@ -93,6 +94,7 @@ def _flags(objective: str, words: Sequence[str], launch: Launch, origins: dict[s
     notes: list[str] = []
     told = {"world_size": launch.world_size, "notes": notes, "origins": origins, "recorded": recorded}
     flags = parse(words, objective=objective, **told)
+    check_packages(flags)
     for note in notes if launch.is_first_rank else []:
         print(note, flush=True)
     return flags

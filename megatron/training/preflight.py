@@ -128,6 +128,12 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
         UserError: data or tokenizer are here and cannot be used.
     """
     require(
+        not flags.run.skip_train,
+        "--skip-train",
+        "preflight plans a training, and this is none",
+        "plan without the flag",
+    )
+    require(
         flags.optimizer.optimizer != "muon",
         "--optimizer muon",
         "preflight counts the memory of AdamW, which keeps two moments of every weight",
@@ -225,7 +231,9 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     largest = max(prod(shape) for part in _layer_parameters(case.shape, 1) for shape in part)
     drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = 0 if offloaded and not case.config.run.async_save else 3 * FLOAT * max(sizes) // case.layout.dp_size
+    saved = (
+        0 if offloaded and not case.config.run.async_save else _saved_bytes(case) * max(sizes) // case.layout.dp_size
+    )
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
         "building": min(ranks, drawing) * 2 * FLOAT * largest,
@@ -235,8 +243,13 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
 
 
 def checkpoint_bytes(case: Case) -> int:
-    """Of one checkpoint: fp32 masters and two moments of every parameter."""
-    return 3 * FLOAT * num_parameters(case)
+    """Of one checkpoint."""
+    return _saved_bytes(case) * num_parameters(case)
+
+
+def _saved_bytes(case: Case) -> int:
+    """Of a parameter in a checkpoint: fp32 master, two moments and, where it is kept, their average."""
+    return FLOAT * (3 + (case.config.optimizer.ema_decay is not None))
 
 
 def num_parameters(case: Case) -> int:
@@ -328,7 +341,15 @@ def _moments(case: Case, stage: int) -> list[Footprint]:
         ("backward pass done", state.backward | passes[1]),
         ("update", state.update),
     ]
-    return [Footprint(moment, stage, {**parts, "runtime": RUNTIME_BYTES}) for moment, parts in steps]
+    always = {"rotary": _rotary_bytes(case, stage), "runtime": RUNTIME_BYTES}
+    return [Footprint(moment, stage, parts | always) for moment, parts in steps]
+
+
+def _rotary_bytes(case: Case, stage: int) -> int:
+    """Of the fp32 tables of cos and sin, which every block has for itself."""
+    shape = case.shape
+    blocks = stages(shape, case.objective, case.config.parallel)[stage] if shape.use_rotary_position_embeddings else 0
+    return blocks * 2 * (shape.seq_length + 1) * shape.kv_channels * FLOAT
 
 
 def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]]:

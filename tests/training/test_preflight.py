@@ -7,10 +7,13 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from megatron.errors import UserError
 from megatron.model.arithmetic import DEVICES
+from megatron.model.gpt import build_layers
 from megatron.objectives import parse
+from megatron.parallel.tensor import ParameterFactory
 from megatron.training.layouts import flags_of, remedies, suggestions
 from megatron.training.preflight import (
     Case,
@@ -104,7 +107,7 @@ def test_parts_are_those_of_the_engine_and_nothing_is_counted_twice() -> None:
     fullest = footprints(run)[0]
     state = held_by(run, 0).forward
     assert {name: fullest.parts[name] for name in state} == state
-    assert set(fullest.parts) == {*state, "activations", "head", "runtime"}
+    assert set(fullest.parts) == {*state, "activations", "head", "rotary", "runtime"}
     per_parameter = sum(held_by(run, 0).between.values()) / num_parameters(run)
     assert per_parameter == pytest.approx(6 + 12 / 8, rel=1e-3)
 
@@ -215,6 +218,28 @@ def test_checkpoint_and_host_memory_follow_the_model() -> None:
     offloaded = case(cpu_optimizer=True, zero_stage=2)
     assert host_bytes(offloaded, 8)["optimizer"] > 16 * num_parameters(run)
     assert footprints(offloaded)[0].total < footprints(case(zero_stage=2))[0].total
+
+
+def test_an_average_is_saved_too() -> None:
+    run, plain = case(ema_decay=0.999, async_save=True), case(async_save=True)
+    assert checkpoint_bytes(run) == 16 * num_parameters(run) == pytest.approx(4 / 3 * checkpoint_bytes(plain))
+    assert host_bytes(run, 8)["saving"] == pytest.approx(4 / 3 * host_bytes(plain, 8)["saving"])
+
+
+def test_rotary_tables_are_counted_and_planned_without_memory() -> None:
+    run = case()
+    with torch.device("meta"):
+        tables = build_layers(run.shape, ParameterFactory())[1].build().self_attention.rotary
+    assert tables.cos.is_meta
+    assert footprints(run)[0].parts["rotary"] == run.shape.num_layers * (tables.cos.nbytes + tables.sin.nbytes)
+    learned = case(no_use_rotary_position_embeddings=True, max_position_embeddings=2048)
+    assert footprints(learned)[0].parts["rotary"] == 0
+
+
+def test_what_runs_elsewhere_is_planned_and_what_trains_nothing_is_not() -> None:
+    assert case(attention_backend="fa3", optimizer="fusedadam").config.model.attention_backend == "fa3"
+    with pytest.raises(UserError, match="--skip-train; preflight plans a training"):
+        case(skip_train=True, valid_data_path="v")
 
 
 def test_what_is_not_here_is_assumed_and_said(token_files: Any) -> None:
