@@ -42,6 +42,7 @@ class Sight:
 
     @property
     def rank(self) -> int:
+        """Directions that are seen: as many parameters as the runs determine."""
         return self.seen.shape[1]
 
     @staticmethod

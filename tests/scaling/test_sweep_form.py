@@ -80,6 +80,8 @@ def test_every_file_is_a_sweep_or_refused_in_three_parts(tmp_path: Path, place: 
         (("grid", "model", "small", "num-layers"), 1.5, "num-layers 1.5 is in the file; it must be a whole number"),
         (("grid", "unique_tokens"), [100.5], "unique_tokens 100.5 is in the file; it must be a whole number"),
         (("name",), "two words", "name is 'two words'; it is a word without spaces"),
+        (("flags", "lr"), -1, "sweep.yaml: .*-100-.*: --lr is -1"),
+        (("objectives",), {"mdm": {"num-mcs": 4}}, "sweep.yaml: mdm-.*: unknown argument '--num-mcs'"),
         (("flags", "lr"), {"ar": 1e-3}, "flags is .*; it is a mapping of flags to values"),
     ],
 )  # fmt: skip

@@ -171,10 +171,7 @@ def _check_values(path: Path, space: Space) -> None:
         for index in range(len(item.values)):
             point = (*space.origin[:number], index, *space.origin[number + 1 :])
             given = f"{path}: {item.name} {item.text(index)} in the search of {space.title}"
-            try:
-                found = _judged_on(space.run_at(point).parsed())
-            except UserError as error:
-                raise UserError(f"{given}: {error.given}", error.rule, error.fix) from None
+            found = _judged_on(space.run_at(point).parsed(f"{given}: "))
             moved = sorted(name for name, value in found.items() if value != judged[name])
             require(not moved, f"{given} changes {', '.join(moved)}",
                     "all trials are judged on the same validation, and train on the same text",

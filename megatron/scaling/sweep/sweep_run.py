@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.scaling.literature import PAPER_VOCAB_SIZE
 
@@ -52,14 +53,20 @@ class SweepRun:
         sizes = [next((self.flags[name] for name in names if name in self.flags), 1) for names in spellings]
         return math.prod(int(str(size)) for size in sizes)
 
-    def parsed(self) -> Config:
+    def parsed(self, place: str = "") -> Config:
         """Its flags as the trainer reads them, for one replica.
+
+        Args:
+            place: where they are from, with which an error begins.
 
         Raises:
             UserError: flags that the trainer would refuse.
         """
         default = "mdm" if self.program == "pretrain_mdm.py" else "ar"
-        return parse(self.arguments(), objective=default, world_size=self.replica)
+        try:
+            return parse(self.arguments(), objective=default, world_size=self.replica)
+        except UserError as error:
+            raise UserError(f"{place}{error.given}", error.rule, error.fix) from None
 
     @property
     def stop_file(self) -> Path:

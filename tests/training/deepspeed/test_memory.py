@@ -46,10 +46,18 @@ def storages(roots: Sequence[Any], without: Sequence[Any]) -> dict[int, int]:
     return found
 
 
+def bytes_held(module: Any, others: Sequence[Any], without: Sequence[Any]) -> int:
+    """Bytes of all tensors that a module and ``others`` lead to, but for rotary tables, which are counted apart."""
+    from megatron.model.attention import RotaryEmbedding
+
+    tables = [part for part in module.modules() if isinstance(part, RotaryEmbedding)]
+    rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
+    return sum(storages((module, *others), without).values()) - rotary
+
+
 def census(argv: list[str]) -> dict[str, Any]:
     """Bytes that the engine of this rank holds, without rotary tables: ``between`` steps, and ``backward``, when the
     embedding has its gradient; with its parameters and settings."""
-    from megatron.model.attention import RotaryEmbedding
     from megatron.model.embedding import Embedding
     from megatron.training.main import main
     from megatron.training.step import Observer
@@ -82,12 +90,9 @@ def census(argv: list[str]) -> dict[str, Any]:
 
         def count(self) -> int:
             engine = self.engine
-            tables = [m for m in engine.module.modules() if isinstance(m, RotaryEmbedding)]
-            rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
             # The engine of a pipeline also keeps the last micro-batches, and what travelled between stages.
             aside = [self, *[engine._deepspeed] * engine.is_pipeline]
-            roots = (engine.module, engine.optimizer, engine._deepspeed, engine.shards)
-            return sum(storages(roots, aside).values()) - rotary
+            return bytes_held(engine.module, (engine.optimizer, engine._deepspeed, engine.shards), aside)
 
     assert main("mdm", argv, observer=Counter()) == 0
     return found

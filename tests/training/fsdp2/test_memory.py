@@ -11,13 +11,12 @@ from layouts import jobs
 from layouts.pool import WorkerPool
 
 from megatron.training.fsdp2.memory import held
-from training.deepspeed.test_memory import SHAPE, storages
+from training.deepspeed.test_memory import SHAPE, bytes_held
 
 
 def census(argv: list[str]) -> dict[str, Any]:
     """Bytes that the engine of this rank holds, without rotary tables: ``between`` steps, and ``forward``, behind the last block
     of the last micro-batch; with what is said of them."""
-    from megatron.model.attention import RotaryEmbedding
     from megatron.training.main import main
     from megatron.training.step import Observer
 
@@ -51,10 +50,7 @@ def census(argv: list[str]) -> dict[str, Any]:
 
         def count(self) -> int:
             engine = self.engine
-            tables = [m for m in engine.module.modules() if isinstance(m, RotaryEmbedding)]
-            rotary = sum(t.untyped_storage().nbytes() for table in tables for t in (table.cos, table.sin))
-            roots = (engine.module, engine.optimizer, engine._own, engine.shards)
-            return sum(storages(roots, [self, engine]).values()) - rotary
+            return bytes_held(engine.module, (engine.optimizer, engine._own, engine.shards), [self, engine])
 
     assert main("mdm", argv, observer=Counter()) == 0
     return found
