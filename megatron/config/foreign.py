@@ -112,7 +112,13 @@ def translate(
         raise _refusal(wrong)
     taken = [(part, rule) for part, rule in judged if rule is not None and not _is_switched_off(part, rule)]
     ours = [word for part, rule in judged if rule is None for word in part.words()]
-    new, read = _aliased([(part, rule) for part, rule in taken if rule.kind == "alias"], ours, parser, world_size)
+    aliased = _aliased([(part, rule) for part, rule in taken if rule.kind == "alias"], ours, parser, world_size)
+    wrong = _named_twice(ours, aliased, known)
+    if wrong:
+        raise _refusal(wrong)
+    new = [word for _, _, here in aliased for word in here]
+    notes = [f"{' '.join(part.raw)} as {' '.join(here)}" for part, _, here in aliased]
+    read = [f"{note} ({rule.reason})" if rule.reason else note for note, (_, rule, _) in zip(notes, aliased)]
     is_foreign = bool(taken) or any(part.flag != part.raw[0].partition("=")[0] for part in parts if part.flag)
     ours, idle = _without_idle([*ours, *new], parser, known) if is_foreign else ([*ours, *new], [])
     idle = [(part.flag, rule.reason) for part, rule in taken if rule.kind == "no effect"] + idle
@@ -244,22 +250,38 @@ def _refusal(lines: Sequence[str]) -> UserError:
 
 def _aliased(
     aliases: Sequence[tuple[Words, Rule]], ours: Sequence[str], parser: argparse.ArgumentParser, world_size: int
-) -> tuple[list[str], list[str]]:
-    """Our words for aliases, to be put last, and what was read as what."""
-    plain = [word for part, rule in aliases if not _counts(rule) for word in _filled(part, rule, {})]
-    flags = parser.parse_known_args([*ours, *plain])[0]
+) -> list[tuple[Words, Rule, list[str]]]:
+    """Aliases with our words for them, to be put last: those that count nothing, samples and steps, tokens, in that order."""
+    plain = [(part, rule, _filled(part, rule, {})) for part, rule in aliases if not _counts(rule)]
+    flags = parser.parse_known_args([*ours, *(word for _, _, words in plain for word in words)])[0]
     model_ranks = flags.tensor_model_parallel_size * flags.pipeline_model_parallel_size
     batch = flags.global_batch_size or flags.micro_batch_size * max(1, world_size // model_ranks)
-    new, read = plain, []
-    for part, rule in aliases:
-        number = _whole(part.value) or 0
-        words = _filled(part, rule, {"N*batch": number * batch, "N/seq": number // flags.seq_length})
-        if part.flag == "--train-tokens":
-            words = _earlier(int(words[1]), flags, batch)
-        new = [*new, *words] if _counts(rule) else new
-        note = f" ({rule.reason})" if rule.reason else ""
-        read.append(f"{' '.join(part.raw)} as {' '.join(words)}{note}")
-    return new, read
+    found = plain
+    for part, rule in sorted(aliases, key=lambda alias: alias[0].flag.endswith("-tokens")):
+        if _counts(rule):
+            number = _whole(part.value) or 0
+            words = _filled(part, rule, {"N*batch": number * batch, "N/seq": number // flags.seq_length})
+            if part.flag == "--train-tokens":
+                words = _earlier(int(words[1]), flags, batch)
+            found = [*found, (part, rule, words)]
+    return found
+
+
+def _named_twice(
+    ours: Sequence[str], aliased: Sequence[tuple[Words, Rule, list[str]]], known: Mapping[str, argparse.Action]
+) -> list[str]:
+    """Aliases that say otherwise what another flag says, too. Tokens go before samples and steps, as in Megatron-DeepSpeed."""
+    said = {known[part.flag].dest: part for part in split(ours) if part.flag in known}
+    wrong = []
+    for alias, _, words in aliased:
+        for part in split(words):
+            name = known[part.flag].dest
+            other = said.setdefault(name, part._replace(raw=alias.raw))
+            differs = (other.values, other.flag.startswith("--no-")) != (part.values, part.flag.startswith("--no-"))
+            if differs and not alias.flag.endswith("-tokens"):
+                pair = f"{' '.join(alias.raw)} beside {' '.join(other.raw)}"
+                wrong.append(f"{pair}; the first is read as {' '.join(words)}: keep one, or write both in our words")
+    return wrong
 
 
 def _counts(rule: Rule) -> bool:

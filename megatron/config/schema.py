@@ -143,7 +143,7 @@ class OptimizerConfig:
     """AdamW and its schedule. Schedules count samples, so that they do not depend on the layout."""
 
     # fmt: off
-    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed; muon: torch Muon for the "
+    optimizer: str = option("adam", "adam: torch AdamW (fused); fusedadam: apex, where installed; muon: Muon for the "
         "matrices of the blocks, AdamW for embeddings, head, norms and biases", choices=("adam", "fusedadam", "muon"))
     lr: float = option(2e-4, "peak learning rate", range=Range(above=0, at_most=1000))
     min_lr: float = option(0.0, "final learning rate", range=Range(at_least=0, at_most=1000), needs=DECAY,

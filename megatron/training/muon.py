@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -10,14 +11,35 @@ import torch
 from megatron.config.schema import OptimizerConfig
 from megatron.parallel.sharding import shard_of
 
-# Scale of an update [A, B] by Megatron's name: torch's name, and what torch multiplies by besides.
-SCALES = {"spectral": ("match_rms_adamw", 0.2), "shape_scaling": ("original", 1.0)}
+# The quintic of Jordan's post: the steepest at zero that leaves every singular value between about 0.7 and 1.2 in five steps.
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
 def is_hidden_matrix(parameter: torch.Tensor) -> bool:
     """Whether Muon trains it: a matrix of a block. Embeddings and head are tables of rows, norms and biases vectors."""
     record = shard_of(parameter)
     return len(record.spec.full_shape) == 2 and record.name.startswith("layers.")
+
+
+def orthogonal(matrix: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+    """``U·Vᵀ`` of a matrix ``U·S·Vᵀ``, nearly: the Newton–Schulz iteration ``X ← a·X + (b·A + c·A²)·X`` with ``A = X·Xᵀ``.
+
+    In bf16 it is bit for bit that of ``torch.optim.Muon``, which knows no other type.
+
+    Args:
+        matrix: [A, B].
+        steps: of the iteration.
+        dtype: in which it runs, and of what is returned, [A, B].
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.size(0) > matrix.size(1)
+    x = matrix.to(dtype)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 class WholeMatrices(Protocol):
@@ -32,9 +54,9 @@ class WholeMatrices(Protocol):
 class MuonAdamW(torch.optim.AdamW):
     """One step: ``M ← β·M + (1 − β)·G``, ``U = (1 − β)·G + β·M`` with Nesterov, ``W ← (1 − lr·decay)·W − lr·s·NS(U)``.
 
-    NS, the Newton–Schulz iteration that makes a matrix nearly orthogonal, is that of ``torch.optim.Muon``: it runs in bf16, on
-    whole matrices. ``s`` is sqrt(max(A, B)) (spectral) or sqrt(max(1, A/B)) (shape_scaling), times the extra factor; with
-    spectral and 0.2 an update has the RMS of AdamW's and takes its rate and decay (Liu et al., arXiv 2502.16982, eq. 4).
+    NS is :func:`orthogonal` of whole matrices: in bf16 where the model computes in it, else in fp32, whose layouts agree to
+    rounding. ``s`` is sqrt(max(A, B)) (spectral) or sqrt(max(1, A/B)) (shape_scaling), times the extra factor; with spectral
+    and 0.2 an update has the RMS of AdamW's and takes its rate and decay (Liu et al., arXiv 2502.16982, eq. 4).
 
     Attributes:
         matrices: set when the partitions stand.
@@ -44,12 +66,14 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, **adam: Any) -> None:
         """Args:
-        groups: those with ``momentum`` among their ``moments`` are trained by Muon.
+        groups: of the model's parameters; those with ``momentum`` among their ``moments`` are trained by Muon.
         config: the settings of Muon.
         adam: options of AdamW.
         """
         super().__init__(groups, **adam)
         self.config = config
+        model_dtype = self.param_groups[0]["params"][0].dtype  # fp32 masters take their place later
+        self.dtype = torch.float32 if model_dtype == torch.float32 else torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -73,21 +97,15 @@ class MuonAdamW(torch.optim.AdamW):
         momentum.lerp_(gradient, 1 - beta)
         update = gradient.lerp(momentum, beta) if self.config.muon_nesterov else momentum
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        flat.add_(self.matrices.apply(flat, update, self._orthogonal), alpha=group["lr"])
+        flat.add_(self.matrices.apply(flat, update, self._updates), alpha=group["lr"])
 
-    def _orthogonal(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """−s·NS(U) of each: what one step of torch's Muon without momentum makes of zeros at a rate of 1."""
-        zeros = [torch.nn.Parameter(torch.zeros_like(matrix)) for matrix in matrices]
-        for zero, matrix in zip(zeros, matrices):
-            zero.grad = matrix
-        name, factor = SCALES[self.config.muon_scale_mode]
-        torch.optim.Muon(
-            zeros,
-            lr=self.config.muon_extra_scale_factor / factor,
-            weight_decay=0.0,
-            momentum=0.0,
-            nesterov=False,
-            ns_steps=self.config.muon_num_ns_steps,
-            adjust_lr_fn=name,
-        ).step()
-        return [zero.detach() for zero in zeros]
+    def _updates(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """−s·NS(U) of each, [A, B], of its own type."""
+        config, is_spectral = self.config, self.config.muon_scale_mode == "spectral"
+        updates = []
+        for matrix in matrices:
+            rows, columns = matrix.shape
+            scale = math.sqrt(max(rows, columns) if is_spectral else max(1, rows / columns))
+            whole = orthogonal(matrix, config.muon_num_ns_steps, self.dtype).to(matrix.dtype)
+            updates.append(whole * (-scale * config.muon_extra_scale_factor))
+        return updates

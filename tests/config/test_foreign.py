@@ -81,6 +81,7 @@ def test_what_is_not_built_is_refused_with_the_reason(name: str) -> None:
         ("--lr-decay-style WSD --lr-wsd-decay-iters 3", "optimizer.lr_decay_style", "WSD"),
         ("--lr-decay-style Inverse-Square-Root --lr-decay-iters 9", "optimizer.lr_decay_style", "inverse-square-root"),
         ("--lr-warmup-iters 2", "optimizer.lr_warmup_samples", 16),
+        ("--lr-decay-tokens 3200 --lr-decay-iters 5", "optimizer.lr_decay_samples", 100),
         ("--lr-warmup-samples 8 --lr-warmup-tokens 3200", "optimizer.lr_warmup_samples", 100),
         ("--lr-decay-tokens 6400", "optimizer.lr_decay_samples", 200),
         ("--train-tokens 1024", "run.train_iters", 4),
@@ -127,6 +128,40 @@ def test_one_data_path_is_divided_by_split(words: list[str], train: list[str], v
     config, said = read(*words)
     assert (config.data.train_data_path, config.data.valid_data_path) == (train, valid)
     assert said.startswith("read as ours:\n  --data")
+
+
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        ("--data-path A", "--valid-data-path B"),
+        ("--data-path A", "--train-data-path B"),
+        ("--batch-size 4", "--micro-batch-size 8"),
+        ("--batch-size 4", "--micro_batch_size=8"),
+        ("--lr-warmup-iters 5", "--lr-warmup-samples 7"),
+        ("--lr-decay-iters 5", "--lr-decay-samples 7"),
+        ("--norm-epsilon 1e-6", "--layernorm-epsilon 1e-5"),
+        ("--position-embedding-type rope", "--no-use-rotary-position-embeddings"),
+        ("--muon-use-nesterov", "--no-muon-nesterov"),
+    ],
+)
+def test_two_flags_that_contradict_each_other_are_refused(words: str, other: str) -> None:
+    """None is silently the last word, in whatever order they come."""
+    for line in (f"{words} {other}", f"{other} {words}"):
+        (text,) = refused(*line.split())
+        assert " beside " in text and "keep one" in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--data-path A --split 100,0,0 --valid-data-path B",
+        "--batch-size 2",  # the one of the base
+        "--fp16 --bf16",
+        "--train-tokens 99999",  # the earlier of two ends counts
+    ],
+)
+def test_two_flags_that_agree_are_taken(words: str) -> None:
+    read(*words.split())
 
 
 def test_split_beside_named_parts_has_no_effect() -> None:

@@ -21,7 +21,7 @@ from layouts.pool import WorkerPool
 from megatron import objectives as registry
 from megatron.testing.checks import check_gradient_scale
 
-TOLERANCE, MUON_TOLERANCE = 1e-5, 1e-4  # Muon's iteration runs in bf16
+TOLERANCE = 1e-5
 # Processes and flags. Pipelines get more micro-batches than stages, so that several are in flight.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tp_size": 2}),
@@ -96,26 +96,25 @@ def compare(runs: Callable[..., Run], token_files: Path) -> Callable[..., tuple[
         common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1, "min_lr": 1e-4}
         common |= SCHEDULES[objective == "ar"]
         plain = {name: value for name, value in changes.items() if name not in LAYOUT_FLAGS}
-        tolerance = MUON_TOLERANCE if changes.get("optimizer") == "muon" else TOLERANCE
         reference, run = runs(objective, 1, **common, **plain), runs(objective, size, **common, **changes)
         expected = reference.traces[0]
         assert len(set(expected.losses)) == 10
         for trace in run.traces:  # every rank must know the loss of the whole batch
-            assert trace.losses == pytest.approx(expected.losses, abs=tolerance, rel=0)
+            assert trace.losses == pytest.approx(expected.losses, abs=TOLERANCE, rel=0)
         ranks = {"one process": expected, **{f"rank {rank}": trace for rank, trace in enumerate(run.traces)}}
-        check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=tolerance)
+        check_gradient_scale(lambda rank: {"norms": ranks[rank].grad_norms}, list(ranks), tolerance=TOLERANCE)
         if "ema_decay" in changes:
             averages = [jobs.records(each.run_dir, "valid_ema") for each in (run, reference)]
             for step in (5, 10):
                 own, other = (rows[step]["nll"] for rows in averages)
-                assert own == pytest.approx(other, abs=tolerance, rel=0)
-                assert abs(own - reference.valid[step]["nll"]) > 10 * tolerance
+                assert own == pytest.approx(other, abs=TOLERANCE, rel=0)
+                assert abs(own - reference.valid[step]["nll"]) > 10 * TOLERANCE
         assert list(run.valid) == list(reference.valid) == [5, 10]
         for step, record in run.valid.items():
             assert ("ar_nll" in record) == ("block_ar_weight" in changes)
             assert ("mdm_nll" in record) == (objective == "dual")
             for name in {"nll", "nll_se", "ar_nll", "ar_nll_se", "mdm_nll", "mdm_nll_se"} & record.keys():
-                assert record[name] == pytest.approx(reference.valid[step][name], abs=tolerance, rel=0)
+                assert record[name] == pytest.approx(reference.valid[step][name], abs=TOLERANCE, rel=0)
         return reference, run
 
     return check
@@ -268,9 +267,11 @@ def test_bf16_gradients_added_at_once_are_those_added_after_the_pass(
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "zero2", "zero3", "tp2_dp2", "pp2_dp2"])
 def test_muon_equals_one_process(compare: Callable, layout: str) -> None:
-    """Of a model with query, key and value of different widths: whole matrices are brought together, each by itself."""
+    """Of a model with query, key and value of different widths: whole matrices are brought together, each by itself. At the
+    original scale and rate, whose updates are thirty times as large as those of the defaults here."""
     size, changes = LAYOUTS[layout]
-    compare("ar", size, **changes, **VARIANTS["untied_gqa"], optimizer="muon")
+    muon = {"optimizer": "muon", "muon_scale_mode": "shape_scaling", "muon_extra_scale_factor": 1.0, "lr": 2e-2}
+    compare("ar", size, **changes, **VARIANTS["untied_gqa"], **muon)
 
 
 def train_by_shards(argv: list[str]) -> jobs.Trace:
@@ -289,7 +290,7 @@ def test_muon_of_matrices_that_are_put_together_wrongly_would_show(
     traces = pools(2).run(train_by_shards, jobs.flags(token_files, tmp_path, tp_size=2, **options))
     common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 5, "eval_iters": 1}
     right = runs("ar", 1, **common, **options).traces[0]
-    assert abs(traces[0].losses[-1] - right.losses[-1]) > 2 * MUON_TOLERANCE
+    assert abs(traces[0].losses[-1] - right.losses[-1]) > 20 * TOLERANCE
 
 
 @pytest.mark.parametrize(

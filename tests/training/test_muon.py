@@ -1,7 +1,8 @@
-"""Muon over flat partitions: torch's own on whole matrices, and AdamW on the rest."""
+"""Muon over flat partitions, whole matrices at a time, as torch's; AdamW on the rest."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from layouts.pool import WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import OptimizerConfig
-from megatron.training.muon import MuonAdamW
+from megatron.training.muon import COEFFICIENTS, MuonAdamW, orthogonal
 
 SHAPES = ((6, 4), (4, 8))
 SCALES = {("spectral", 0.2): "match_rms_adamw", ("shape_scaling", 1.0): "original"}
@@ -28,6 +29,32 @@ class Stacked:
         parts = values.split([rows * columns for rows, columns in SHAPES])
         made = function([part.view(shape) for part, shape in zip(parts, SHAPES)])
         return torch.cat([matrix.reshape(-1) for matrix in made])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 5), (5, 24), (1, 7)])
+@pytest.mark.parametrize("steps", [1, 5, 9])
+def test_the_iteration_is_torchs_in_bf16_and_the_polynomial_of_the_singular_values_in_fp32(
+    shape: tuple[int, int], steps: int
+) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    theirs = torch.nn.Parameter(torch.zeros(shape))
+    theirs.grad = matrix.clone()
+    options = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "original"}
+    torch.optim.Muon([theirs], lr=1 / math.sqrt(max(1, shape[0] / shape[1])), ns_steps=steps, **options).step()
+    torch.testing.assert_close(orthogonal(matrix, steps, torch.bfloat16).float(), -theirs.detach(), atol=0, rtol=1e-6)
+
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / matrix.double().norm()
+    for _ in range(steps):
+        values = COEFFICIENTS[0] * values + COEFFICIENTS[1] * values**3 + COEFFICIENTS[2] * values**5
+    expected = left @ values.diag() @ right
+    torch.testing.assert_close(orthogonal(matrix, steps, torch.float32).double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_iteration_runs_in_what_the_model_computes_in(dtype: torch.dtype) -> None:
+    group = {"params": [torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))], "moments": ("momentum",)}
+    assert MuonAdamW([group], replace(OptimizerConfig(), optimizer="muon")).dtype == dtype
 
 
 @pytest.mark.parametrize(("mode", "factor"), list(SCALES))
@@ -48,7 +75,7 @@ def test_five_steps_are_those_of_torch(mode: str, factor: float, nesterov: bool)
     config = replace(config, muon_scale_mode=mode, muon_extra_scale_factor=factor)
     groups = [{"params": [flat], "moments": ("momentum",)}, {"params": [vector], "moments": ("exp_avg", "exp_avg_sq")}]
     ours = MuonAdamW(groups, config, betas=(0.9, 0.99), **options)
-    ours.matrices = Stacked()
+    ours.matrices, ours.dtype = Stacked(), torch.bfloat16
     for gradients in draws[1:]:
         for parameter, gradient in zip(plain, gradients):
             parameter.grad = gradient.clone()
