@@ -91,6 +91,8 @@ def test_what_a_rank_of_a_block_keeps_is_counted_to_the_byte(
     pools: Callable[[int], WorkerPool], is_split: bool
 ) -> None:
     """With sequence parallelism its share of everything: a compiled graph, too, gathers the tokens again."""
+    if not is_split and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 keeps inputs alone of a compiled block with an all-reduce in it and computes it again")
     said = kept_by_block(shape_of(), tp_size=2, width=2, is_compiled=True, sequence_parallel=is_split)
     assert pools(2).run(kept_by_rank, is_split) == [BATCH * LENGTH * sum(said.values())] * 2
     whole = kept_by_block(shape_of(), tp_size=1, width=2, is_compiled=True)

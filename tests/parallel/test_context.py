@@ -109,7 +109,7 @@ def start_as_on_cuda(path: str, world_sizes: list[int]) -> int:
 
     for module in (dist, device_mesh, distributed_c10d):
         module.new_group, module.split_group = new_group, split_group  # type: ignore[attr-defined]
-    torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
+    torch.accelerator.is_available = torch.cuda.is_available = lambda: True  # type: ignore[assignment]
     found = []
     for world_size in world_sizes:
         dist.init_process_group("fake", store=FakeStore(), rank=world_size - 1, world_size=world_size)
