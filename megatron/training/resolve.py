@@ -41,7 +41,8 @@ from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
 BRANCH = "megatron.training.branch"
-UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
+# How earlier versions recorded flags that were not given.
+UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0, "dual_decoding": "ar"}
 
 
 def resolve(
