@@ -55,7 +55,8 @@ class Dual(MaskedDiffusion):
         assert isinstance(options, DualOptions)
         require(options.dual_ar_share < 1 or options.dual_decoding != "mdm", "--dual-ar-share 1 with --dual-decoding mdm",
                 "no sample is masked, so there is no masked diffusion to judge", "drop one of the flags")  # fmt: skip
-        return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=options.dual_decoding or "ar")
+        judged_as = options.dual_decoding or "ar"
+        return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=judged_as)
 
     @property
     def attention_mask(self) -> AttentionMask:
