@@ -58,8 +58,8 @@ def test_no_trial_that_becomes_the_best_is_given_up_on_recorded_curves() -> None
 
 
 def test_a_trial_that_nearly_becomes_the_best_is_waited_for() -> None:
-    """Where twice the gain of others was enough, a search gave it up at 72 % of its plan, 0.157 above the best. Trained on it came
-    to 0.007, by 2.1 times the gain of the best from there, and below its own law and its straight line."""
+    """Where twice the gain of others was enough, a search gave it up at 72 % of its plan, 0.157 above the best. Trained on it
+    came to 0.007, by 2.1 times the gain of the best from there, and below its own law and its straight line."""
     runs = RECORDED["mdm trials of a search on 19634 tokens"]
     late, best = runs["mdm-2x64-20k-120ep-seed1234-weight-decay0.8"], runs["mdm-2x64-20k-80ep-seed1234-weight-decay0.8"]
     assert 0 < min(late["loss"]) - min(best["loss"]) < 0.01

@@ -149,6 +149,8 @@ def test_no_trial_is_lost_where_no_neighbour_is_left_and_none_is_made_twice() ->
         ({"search__coordinates__global-batch-size": [8, 16], "flags__global-batch-size": 8},
          "changes samples of a validation step; .*eval-iters: full"),
         ({"grid__epochs": {"ar": [2]}}, "grid.epochs has none for mdm"),
+        ({"search__coordinates__ema-decay": [None, 0.9, 0.99, "0.999"]},
+         "ema-decay 0.9 and 0.99 and 0.999 in the search of ar-small-100-2ep-seed1; in 40 updates the decay rises to 0.8163"),
     ],
 )  # fmt: skip
 def test_what_no_search_can_be_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
