@@ -132,8 +132,8 @@ def _candidates(load: Path, tag: str | None) -> Iterator[_Candidate]:
         name = _best_tag(load) if tag == "best" else str(tag)
         require(
             Path(name).name == name,
-            f"--load-tag {name}",
-            "it is the name of a folder in --load",
+            f"the tag {name}",
+            f"it is the name of a folder in {load}",
             "pass such as global_step100",
         )
         yield load / name, ""
@@ -204,6 +204,6 @@ def _first_usable(
         not skipped,
         f"no checkpoint in {load} can be used: {'; '.join(skipped)}",
         "a checkpoint needs its manifest and every file as they were written",
-        f"restore them, choose another --load or --load-tag{others}, or convert with tools/convert_checkpoint.py",
+        f"restore them, name another checkpoint{others}, or convert with tools/convert_checkpoint.py",
     )
     return Selection()

@@ -12,7 +12,7 @@ from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.config.schema import WEIGHT
-from megatron.errors import require
+from megatron.errors import UserError, require
 from megatron.screen import Progress
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
@@ -91,7 +91,7 @@ def score(run: Run, options: argparse.Namespace, context: ParallelContext) -> Ge
     tags = _tags(run.path, options.load_tag)
     load = partial(load_model, kind=options.load_kind or WEIGHT, context=context)
     first = load(tags[0])
-    sets = _sets(options, first)
+    sets = _sets(run, options, first)
     record = Generalisation.begin(run.path, _protocol(run, first, sets, options))
     how = {"pairs": options.num_mc, "bins": options.bins, "batch_size": options.batch_size}
     for tag in tags:
@@ -126,8 +126,9 @@ def _tags(folder: Path, tag: str | None) -> list[Path]:
     return kept
 
 
-def _sets(options: argparse.Namespace, model: InferenceModel) -> dict[str, Samples]:
+def _sets(run: Run, options: argparse.Namespace, model: InferenceModel) -> dict[str, Samples]:
     """The documents that the run has seen and those that it has not, as many samples of each."""
+    from megatron.data.identity import check_apart, data_fingerprint
     from megatron.evaluation.bench import open_samples
 
     models, cache = {"": model}, options.data_cache_path
@@ -139,6 +140,18 @@ def _sets(options: argparse.Namespace, model: InferenceModel) -> dict[str, Sampl
         "seen documents are those of the training data",
         "pass --train-data-path PREFIX",
     )
+    trained = (run.info.get("data") or {}).get("train") or []  # by content, wherever it lay
+    try:
+        check_apart(
+            [*data_fingerprint(paths), *trained],
+            data_fingerprint(options.valid_data_path or list(model.config.data.valid_data_path or [])),
+        )
+    except UserError as error:
+        raise UserError(
+            error.given,
+            "one set was seen in training and the other was not",
+            "pass --valid-data-path of text that the run was not trained on",
+        ) from None
     number = len(unseen.tokens)
     seen = open_samples(models, paths, number=number, cache_path=cache, name="train", is_spread=True)
     return {"seen": seen, "unseen": unseen}

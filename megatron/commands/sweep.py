@@ -210,11 +210,14 @@ def _search(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
     from megatron.scaling.sweep.verdict import write_result
 
     require(sweep.spaces, f"{sweep.path} has no search", "a search needs trials and coordinates", "see docs/scaling.md")
-    searches = _searches(sweep, runs)
+    every, names = _searches(sweep, list(sweep.runs)), {run.name for run in runs}
+    searches = [search for search in every if search.space.start.name in names]
     make_subsets(sweep, runs, _say)
     results = _runner(sweep, options).follow([search.chain() for search in searches])
-    print(wrapped("\n".join(_verdict(searches))))
-    print(f"written: {write_result(searches, sweep.output)}")
+    for search in every:  # with --only the others too: budgets are equal or not among all of the file
+        search.catch_up()
+    print(wrapped("\n".join(_verdict(every))))
+    print(f"written: {write_result(every, sweep.output)}")
     failed = [name for name, outcome in results.items() if outcome == "failed"]
     _name_failed(failed)
     whole = all(search.is_complete and all(map(is_finished, search.members)) for search in searches)

@@ -164,8 +164,8 @@ def _check_alike(members: Sequence[InferenceModel]) -> None:
         )
 
     kinds = [repr((own.objective.decoding, own.objective.attention_mask)) for own in members]
-    names = [f"the objective {own.config.objective.objective}" for own in members]
-    require_same("one kind of model (causal, masked, blocks of one size)", kinds, names)
+    names = [f"the objective {own.config.objective.objective} with {own.objective.decoding}" for own in members]
+    require_same("one kind of model (causal; masked, with one mask and shift; blocks of one size)", kinds, names)
     lengths = [own.max_length for own in members]
     require_same("one sequence length", lengths, [f"samples of {length} tokens" for length in lengths])
     sizes = [(own.config.model.padded_vocab_size or 0) - len(own.unused_ids) for own in members]

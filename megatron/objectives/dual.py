@@ -23,8 +23,8 @@ class DualOptions(ScheduleOptions):
     # fmt: off
     dual_ar_share: float = option(0.5, "share of the samples that are trained as AR, the others as masked diffusion",
         unit="SHARE", range=PROBABILITY)
-    dual_decoding: str = option("ar", "as what validation judges the run, and programs take it; it is validated as the other, "
-        "too", choices=("ar", "mdm"))
+    dual_decoding: str | None = option(None, "as what validation judges the run, and programs take it; it is validated as the "
+        "other, too; default: ar, without samples of that mdm", choices=("ar", "mdm"), needs=("dual_ar_share!=0.0",))
     # fmt: on
 
 
@@ -40,7 +40,7 @@ class Dual(MaskedDiffusion):
 
     Attributes:
         ar_share: α.
-        judged_as: "ar" or "mdm": the form of evaluation and decoding.
+        judged_as: "ar" or "mdm": the form of evaluation and decoding, where both are trained.
     """
 
     shifted: bool = True
@@ -53,9 +53,10 @@ class Dual(MaskedDiffusion):
     def build(cls, options: object, setting: Setting) -> Dual:
         """See :class:`Objective`."""
         assert isinstance(options, DualOptions)
-        require(options.dual_ar_share < 1 or options.dual_decoding == "ar", "--dual-ar-share 1 with --dual-decoding mdm",
+        require(options.dual_ar_share < 1 or options.dual_decoding != "mdm", "--dual-ar-share 1 with --dual-decoding mdm",
                 "no sample is masked, so there is no masked diffusion to judge", "drop one of the flags")  # fmt: skip
-        return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=options.dual_decoding)
+        judged_as = options.dual_decoding or "ar"
+        return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=judged_as)
 
     @property
     def attention_mask(self) -> AttentionMask:

@@ -260,12 +260,15 @@ class Run:
         return max((int(row["samples"]) for row in self.train), default=0)
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the last logged step reached the samples that the run was asked for (in whole global batches)."""
-        reached = max([self.samples_done, *(row.samples for row in self.valid)])
-        wanted = int(self.info["train_samples"] or 0)
+    def samples_planned(self) -> int:
+        """Samples that the run was asked for, in whole global batches: with those it ends."""
         batch = int(self.setting("run", "global_batch_size") or 1)
-        return reached >= wanted // batch * batch
+        return int(self.info["train_samples"] or 0) // batch * batch
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last logged step reached the samples that are planned."""
+        return max([self.samples_done, *(row.samples for row in self.valid)]) >= self.samples_planned
 
     def column(self, name: str, *, averaged: bool = False) -> np.ndarray:
         """One column of the validation curve, or of that of the averaged weights, as float64: ``column("nll")``."""

@@ -216,8 +216,8 @@ class RunFolder:
         """The record of this run with one more attempt, or a new one."""
         plan, schedule = self.plan, self.plan.schedule
         is_same = start.is_continued and not start.is_branching
-        before = RunRecord.read(plan.run_dir) if is_same else None
-        if before is None and (path := plan.run_dir / RECORD).exists():
+        found = RunRecord.read(plan.run_dir)
+        if found is None and (path := plan.run_dir / RECORD).exists():
             path.replace(path.with_suffix(".json.damaged"))
             self.screen.print(f"warning: {path} cannot be read; it is kept as {path.name}.damaged and begun anew")
         tokens, unique_tokens = schedule.train_samples * plan.shape.seq_length, plan.sources.unique_tokens
@@ -236,9 +236,9 @@ class RunFolder:
             "epochs": tokens / unique_tokens if unique_tokens else 0.0,
             "train_flops": plan.compute * tokens,
         }
-        if before is not None:
-            run_id = before.run_id or saved_id or uuid4().hex
-            return replace(before, **length, run_id=run_id, attempts=[*before.attempts, attempt])
+        if found is not None and is_same:  # else it was killed before its first checkpoint, and begins again
+            run_id = found.run_id or saved_id or uuid4().hex
+            return replace(found, **length, run_id=run_id, attempts=[*found.attempts, attempt])
         return RunRecord(
             objective=str(plan.settings.objective.objective),
             label=plan.objective.for_eval().label,

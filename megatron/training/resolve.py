@@ -41,7 +41,8 @@ from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
 BRANCH = "megatron.training.branch"
-UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0}  # how the first version recorded flags that were not given
+# How earlier versions recorded flags that were not given.
+UNSET_BEFORE = {"low_noise_iter": 0, "low_noise_ratio": 1.0, "dual_decoding": "ar"}
 
 
 def resolve(
@@ -233,10 +234,10 @@ def _shape(flags: Config, vocab_size: int, saved: dict[str, Any]) -> Shape:
     differing = [name for name in ARCHITECTURE if name in saved and saved[name] != getattr(shape, name)]
     require(
         not differing,
-        f"--load {flags.run.load} is a checkpoint of another architecture: "
+        f"{flags.run.load} is a checkpoint of another architecture: "
         + ", ".join(f"{name} {saved[name]} (here {getattr(shape, name)})" for name in differing),
         "both must be equal",
-        "pass --use-checkpoint-args or the checkpoint's model flags, or another --load",
+        "pass --use-checkpoint-args or the checkpoint's model flags, or name another checkpoint",
     )
     return shape
 
@@ -245,10 +246,10 @@ def _check_objective(flags: Config, saved: str | None) -> None:
     own, is_evaluation = flags.objective.objective, flags.run.skip_train
     require(
         saved in (None, own) or (flags.run.finetune and not is_evaluation),
-        f"--load {flags.run.load} is a checkpoint of objective {saved}, this run "
+        f"{flags.run.load} is a checkpoint of objective {saved}, this run "
         f"{'evaluates' if is_evaluation else 'trains'} {own}",
         "what a model was trained for decides what its loss means",
-        f"pass --objective {saved}" if is_evaluation else "pass --finetune to start a new run from its weights",
+        f"pass --objective {saved}" + ", or --finetune to start a new run from its weights" * (not is_evaluation),
     )
 
 

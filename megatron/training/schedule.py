@@ -82,9 +82,9 @@ def plan_schedule(
     consumed = 0 if run.skip_train else before.get("consumed_samples", 0)
     require(
         samples >= consumed,
-        f"--load {run.load} has trained on {consumed} samples, this run is to end at {samples}",
+        f"the checkpoint in {run.load} has trained on {consumed} samples, this run is to end at {samples}",
         "a run that goes on cannot end before where it stands",
-        "train longer, or go back with --load-tag",
+        "train longer, or name an earlier checkpoint",
     )
     order = samples if branch is None else branch.order_samples
     require(

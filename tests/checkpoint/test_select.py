@@ -196,6 +196,6 @@ def test_ranks_agree_on_the_answer_of_one_process(run_dir: Path) -> None:
     assert ask(run_dir, None) == [select(run_dir)] * 3
     assert value(select(run_dir)) == 10
     first, *others = ask(run_dir, "../x")
-    assert "--load-tag ../x" in str(first) and others == [first] * 2
+    assert "the tag ../x" in str(first) and others == [first] * 2
     first, *others = ask(run_dir, "global_step30")
     assert "fails its checksum" in str(first) and others == [first] * 2

@@ -128,6 +128,10 @@ def test_wrong_input_is_named(runs, tmp_path) -> None:
         main([str(runs / "ar")])
     with pytest.raises(UserError, match="no --train-data-path"):
         main([str(runs / "ar"), "--valid-data-path", str(runs / "valid")])
+    for train, valid in (("train", "train"), ("valid", "valid")):
+        data = ["--train-data-path", str(runs / train), "--valid-data-path", str(runs / valid)]
+        with pytest.raises(UserError, match=r"the validation data .* are the training data .*; one set was seen"):
+            main([str(runs / "ar"), *data])
     with pytest.raises(UserError, match="holds no checkpoint"):
         main([str(write_run(tmp_path / "none", validations=1))])
     with pytest.raises(UserError, match=r"has no run\.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_an_ensemble_is_loaded_scored_and_drawn_from_like_a_model(runs) -> None:
 @pytest.mark.parametrize(
     ("second", "rule"),
     [
-        ("mdm", "has the objective mdm; .* one kind of model"),
+        ("mdm", "has the objective mdm with MaskedDecoding.*; .* one kind of model"),
         ("ar-short", "has samples of 32 tokens; .* one sequence length"),
         ("ar-more", "has 310 tokens; .* one tokenizer"),
         ("ar-foreign", "have different tokenizers"),
@@ -176,3 +177,16 @@ def test_an_ensemble_is_loaded_scored_and_drawn_from_like_a_model(runs) -> None:
 def test_models_of_other_things_are_refused(runs, second, rule) -> None:
     with pytest.raises(UserError, match=rule):
         load_model(f"{runs / 'ar'}+{runs / second}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"mask_token_id": 302}, "mask_token_id=302"), ({"shifted_labels": True}, "shift=1")]
+)
+def test_what_sets_models_of_one_objective_apart_is_named(runs, tmp_path, changes, said) -> None:
+    config = tiny.config_for("mdm", runs / "tokenizer", vocab_size=300, seq_length=48)
+    options = {**config.objective.options, **changes}
+    mask_id = changes.get("mask_token_id", config.objective.mask_token_id)
+    objective = dataclasses.replace(config.objective, options=options, mask_token_id=mask_id)
+    tiny.make_run(tmp_path / "other", dataclasses.replace(config, objective=objective))
+    with pytest.raises(UserError, match=f"mask_token_id=300, shift=0.*{said}.* one mask and shift"):
+        load_model(f"{runs / 'mdm'}+{tmp_path / 'other'}")

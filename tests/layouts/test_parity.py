@@ -245,11 +245,19 @@ def test_accumulation_changes_nothing(compare: Callable, micro_batch_size: int) 
     assert len(run.traces[0].batches) == 10 * 8 // micro_batch_size
 
 
-def test_zero3_with_every_tensor_partitioned(compare: Callable, tmp_path: Path) -> None:
-    """By default DeepSpeed keeps tensors as small as these whole on every rank, which would test little."""
-    settings = tmp_path / "zero3.json"
+@pytest.fixture(scope="module")
+def every_tensor_partitioned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Settings of ZeRO 3. By default DeepSpeed keeps tensors as small as these whole on every rank, which tests little."""
+    settings = tmp_path_factory.mktemp("settings") / "zero3.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
-    compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=str(settings))
+    return str(settings)
+
+
+@pytest.mark.parametrize("changes", [{"ema_decay": 0.9}, {"optimizer": "muon"}], ids=["adam", "muon"])
+def test_zero3_with_every_tensor_partitioned(
+    compare: Callable, every_tensor_partitioned: str, changes: dict[str, Any]
+) -> None:
+    compare("mdm", 2, zero_stage=3, micro_batch_size=2, deepspeed_config=every_tensor_partitioned, **changes)
 
 
 @pytest.mark.parametrize("layout", [None, "tp2", "pp2"])
@@ -299,13 +307,18 @@ def test_muon_of_matrices_that_are_put_together_wrongly_would_show(
         (1, {"bf16": True}),
         (2, {"zero_stage": 2, "bf16": True}),
         (2, {"zero_stage": 3}),
+        (2, {"zero_stage": 3, "deepspeed_config": "every tensor partitioned"}),
+        (2, {"zero_stage": 3, "deepspeed_config": "every tensor partitioned", "bf16": True}),
         (2, {"pp_size": 2, "bf16": True}),
         (2, {"engine": "fsdp2", "bf16": True}),
+        (2, {"engine": "fsdp2", "zero_stage": 3}),
     ],
 )
 def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
-    runs: Callable[..., Run], token_files: Path, size: int, changes: dict[str, Any]
+    runs: Callable[..., Run], token_files: Path, every_tensor_partitioned: str, size: int, changes: dict[str, Any]
 ) -> None:
+    """Whatever weights an engine keeps together between passes: those are the average's afterwards."""
+    changes = {**changes, **({"deepspeed_config": every_tensor_partitioned} if "deepspeed_config" in changes else {})}
     common = {"valid_data_path": str(token_files / "valid"), "eval_interval": 2, "eval_iters": 1, "train_iters": 5}
     plain, averaged = (runs("mdm", size, **common, **changes, **more) for more in ({}, {"ema_decay": 0.9}))
     for one, other in zip(plain.traces, averaged.traces):

@@ -1,5 +1,7 @@
 """Dual models, and the shifted masked diffusion that is their other half."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from objective_helpers import (
     MASK_ID,
     SEQ,
     assert_same_batch,
+    make_config,
     make_objective,
     make_tokens,
     prepare,
@@ -14,14 +17,17 @@ from objective_helpers import (
     within_standard_errors,
 )
 
+from megatron.config import config_to_dict
 from megatron.errors import UserError
 from megatron.model.mask import Causal, Full, PerSample
+from megatron.objectives import build_objective
 from megatron.objectives.base import BOUND, EXACT, CausalDecoding, MaskedDecoding
 from megatron.objectives.dual import Dual
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import MIN_MASK_PROB
 from megatron.testing.checks import check_is_bound
 from megatron.testing.oracles import bound_nll, by_order, causal_nll, conditionals, mixture_nll
+from megatron.training.resolve import changed_settings
 
 TEXT = (2, 0, 4, 1, 3)
 
@@ -192,8 +198,21 @@ def test_it_is_judged_in_one_form_and_the_other_stands_beside(judged, kind, othe
         ["--dual-ar-share", "-0.1"],
         ["--dual-decoding", "both"],
         ["--dual-ar-share", "1", "--dual-decoding", "mdm"],
+        ["--dual-decoding", "ar", "--dual-ar-share", "0"],
     ],
 )
 def test_wrong_flags_are_refused(flags):
     with pytest.raises(UserError, match=flags[0]):
         make_objective("--objective", "dual", *flags)
+
+
+@pytest.mark.parametrize("share", ["0", "0.5"])
+def test_records_that_name_a_form_which_nobody_chose_go_on(share):
+    """As those of before do: it was the default, also where no sample was trained so."""
+    config = make_config("--objective", "dual", "--dual-ar-share", share)
+    record = config_to_dict(config)
+    record["objective"]["dual_decoding"] = "ar"
+    assert changed_settings(record, config) == {}
+    objective = replace(config.objective, options={**config.objective.options, "dual_decoding": "ar"})
+    before = build_objective(replace(config, objective=objective))
+    assert before.for_eval().label == (BOUND if share == "0" else EXACT)

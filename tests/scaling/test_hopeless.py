@@ -15,7 +15,8 @@ from megatron.scaling.sweep.hopeless import EARLIEST, Curve, OneRun, given_up_at
 
 # Selection-half curves of finished runs on the standard library: the pairs of laptop.sh (AR, overfitting and with weight
 # decay; MDM for 56 and 226 epochs), a grid of 18 lengths and data sizes, and trials of searches with several learning rates,
-# weight decays and dropouts.
+# weight decays and dropouts; and all MDM trials of one search (fair_laptop.yaml), trained to their end also where they had been
+# given up: they leave the first plateau late and at different places of their plans.
 RECORDED = json.loads((Path(__file__).parent / "curves.json").read_text())
 
 
@@ -35,20 +36,34 @@ def pairs() -> Iterator[tuple[str, Curve, list[Curve]]]:
 
 
 def test_no_trial_that_becomes_the_best_is_given_up_on_recorded_curves() -> None:
-    given_up, saved, number = [], 0.0, 0
+    """Nor one that comes near: trained on, those that were given up make up two thirds of what they lacked at most."""
+    given_up, saved, number, most = [], 0.0, 0, 0.0
     for name, trial, rivals in pairs():
         number += 1
         found = given_up_at(trial, rivals)
         if found is None:
             continue
         assert trial.loss.min() > min(rival.loss.min() for rival in rivals), f"{name}: {found[1]}"
-        share = float(trial.share[found[0] - 1])
+        share, now = float(trial.share[found[0] - 1]), float(trial.loss[: found[0]][-2:].min())
         assert share >= EARLIEST
+        lacking = now - min(float(rival.loss.min()) for rival in rivals)
+        most = max(most, (now - float(trial.loss[found[0] - 1 :].min())) / lacking)
         given_up.append(name)
         saved += 1 - share
-    print(f"{len(given_up)} of {number} pairs given up, {saved:.1f} trainings saved")
-    assert number > 60
-    assert len(given_up) > 5, "a rule that never gives up shows nothing"
+    print(
+        f"{len(given_up)} of {number} pairs given up, {saved:.1f} trainings saved; {most:.0%} of what was lacking was made up"
+    )
+    assert number > 130 and most < 2 / 3
+    assert len(given_up) > 30, "a rule that never gives up shows nothing"
+
+
+def test_a_trial_that_nearly_becomes_the_best_is_waited_for() -> None:
+    """Where twice the gain of others was enough, a search gave it up at 72 % of its plan, 0.157 above the best. Trained on it
+    came to 0.007, by 2.1 times the gain of the best from there, and below its own law and its straight line."""
+    runs = RECORDED["mdm trials of a search on 19634 tokens"]
+    late, best = runs["mdm-2x64-20k-120ep-seed1234-weight-decay0.8"], runs["mdm-2x64-20k-80ep-seed1234-weight-decay0.8"]
+    assert 0 < min(late["loss"]) - min(best["loss"]) < 0.01
+    assert given_up_at(curve(late), [curve(best)]) is None
 
 
 def test_where_a_trial_is_given_up_depends_on_nothing_later() -> None:

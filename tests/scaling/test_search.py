@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
+from runs.synthetic_runs import write_run
 
 from megatron.errors import UserError
+from megatron.runs.reading import load_run
+from megatron.scaling.report.tables import searches_html
 from megatron.scaling.sweep.definition import load_sweep
 from megatron.scaling.sweep.runner import Runner
-from megatron.scaling.sweep.search import FAILED, FINISHED, GIVEN_UP, Search
+from megatron.scaling.sweep.search import FAILED, FINISHED, GIVEN_UP, Search, curve_of
 from megatron.scaling.sweep.space import Coordinate, Space
 from megatron.scaling.sweep.state import read_attempts
 from megatron.scaling.sweep.verdict import at_edges, budgets, cheaper_as_good, describe, write_result
@@ -146,6 +149,8 @@ def test_no_trial_is_lost_where_no_neighbour_is_left_and_none_is_made_twice() ->
         ({"search__coordinates__global-batch-size": [8, 16], "flags__global-batch-size": 8},
          "changes samples of a validation step; .*eval-iters: full"),
         ({"grid__epochs": {"ar": [2]}}, "grid.epochs has none for mdm"),
+        ({"search__coordinates__ema-decay": [None, 0.9, 0.99, "0.999"]},
+         "ema-decay 0.9 and 0.99 and 0.999 in the search of ar-small-100-2ep-seed1; in 40 updates the decay rises to 0.8163"),
     ],
 )  # fmt: skip
 def test_what_no_search_can_be_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -229,6 +234,33 @@ def test_different_budgets_are_named(tmp_path: Path) -> None:
     assert budgets(searches)[0] == "not finished: MDM 2 of 3 trials"
 
 
+def test_one_search_of_a_file_at_a_time_keeps_what_is_known_of_the_others(tmp_path: Path) -> None:
+    """As the tasks of an array job do, of which each writes the result."""
+    path = write(tmp_path, search__trials=2)
+    for only, said in (("ar", "not finished: MDM 0 of 2 trials"), ("mdm", "tuned with equal budgets: 2 trials each")):
+        command = [*PROGRAM, str(path), "search", "--only", only]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+        record = json.loads((tmp_path / "runs/search.json").read_text())
+        assert record["budgets"][0] == said and len(record["searches"]) == 2
+
+
+def test_the_report_of_runs_of_a_search_says_with_which_budgets(tmp_path: Path) -> None:
+    (search,) = searched(write(tmp_path, search__trials=2, grid__objective=["ar"]))
+    trial = search.trials[0].run.folder
+    assert searches_html([load_run(trial)]) == ""
+    for trials, said in (
+        ({"ar": 2, "mdm": 2}, "equal budgets: 2 trials each"),
+        ({"ar": 2, "mdm": 3}, "AR 2 trials, MDM 3 "),
+    ):
+        both = searched(write(tmp_path, search__trials=trials))
+        write_result(both, tmp_path / "runs")
+        page = searches_html([load_run(trial)])
+        assert said in page and "ar-small-100-2ep-seed1-lr0.01" in page
+    (tmp_path / "runs/search.json").write_text('{"budgets": [], "searches": [{}]}')
+    assert searches_html([load_run(trial)]) == ""
+
+
 def test_a_diverged_trial_counts_and_says_so_and_is_not_started_again(tmp_path: Path) -> None:
     path = write(tmp_path, search__coordinates={"lr": [0.001, 1]}, search__trials=2, grid__objective=["ar"])
     (search,) = searched(path)
@@ -276,6 +308,13 @@ def test_a_trial_without_hope_is_stopped_and_says_why(tmp_path: Path, monkeypatc
     assert second.loss > first.loss and patient.chosen is not None and patient.chosen.run.name == first.run.name
 
 
+def test_a_plan_is_done_with_its_last_whole_batch(tmp_path: Path) -> None:
+    """What is over of it would leave a share of training that never comes, and finished trials would be given up."""
+    run = load_run(write_run(tmp_path / "run"))
+    assert int(run.info["train_samples"]) % 16
+    assert curve_of(run).share[-1] == 1
+
+
 def test_the_choice_is_trained_again_with_other_seeds(tmp_path: Path) -> None:
     path = write(tmp_path, search__seeds=[7, 8], search__trials=2, grid__objective=["ar"])
     (search,) = searched(path)
@@ -283,7 +322,7 @@ def test_the_choice_is_trained_again_with_other_seeds(tmp_path: Path) -> None:
     assert [member.name for member in search.members] == names
     assert all(f"with seed {seed}: {tmp_path}" in "\n".join(describe(search)) for seed in (7, 8))
     assert [member.flags["seed"] for member in search.members] == [7, 8]
-    assert budgets([search])[0] == "tuned with equal budgets: 2 trials each"
+    assert budgets([search])[0].startswith("tuned with 2 trials; there is no other search")
     assert json.loads(write_result([search], tmp_path).read_text())["searches"][0]["members"] == [
         str(tmp_path / "runs" / name) for name in names
     ]

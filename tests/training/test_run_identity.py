@@ -228,6 +228,19 @@ def test_a_record_that_cannot_be_read_is_kept_and_said(start: Start, tmp_path: P
     assert (tmp_path / "run/run.json.damaged").read_text() == "{" and record(tmp_path / "run").run_id
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_without_alarm(
+    start: Start, tmp_path: Path
+) -> None:
+    assert start(train_iters=1)[0] == 0
+    for path in (tmp_path / "run").glob("global_step*"):
+        shutil.rmtree(path)
+    (tmp_path / "run/latest").unlink()
+    before = record(tmp_path / "run").run_id
+    status, output = start(load=tmp_path / "run", train_iters=1)
+    assert status == 0 and "starting fresh" in output and "cannot be read" not in output
+    assert record(tmp_path / "run").run_id != before and not (tmp_path / "run/run.json.damaged").exists()
+
+
 def test_an_evaluation_lies_beside_the_run_that_it_judges(start: Start, tmp_path: Path, token_files: Path) -> None:
     run_dir = tmp_path / "run"
     assert start(train_iters=2, valid_data_path=token_files / "valid", eval_iters=2)[0] == 0

@@ -180,7 +180,7 @@ def saved(pools: Callable[[int], WorkerPool], token_files: Path, tmp_path_factor
             ["another architecture", "untie_embeddings_and_output_weights False (here True)"],
         ),
         ({"objective": "ar"}, ["checkpoint of objective mdm, this run trains ar", "--finetune"]),
-        ({"load_tag": "global_step7"}, ["global_step7 has no manifest.json", "choose another --load"]),
+        ({"load_tag": "global_step7"}, ["global_step7 has no manifest.json", "name another checkpoint"]),
     ],
 )
 def test_checkpoint_that_does_not_fit(

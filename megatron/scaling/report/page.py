@@ -31,6 +31,7 @@ from megatron.scaling.report.tables import (
     notes_html,
     pairs_html,
     problems_html,
+    searches_html,
     section,
     table,
 )
@@ -79,6 +80,7 @@ def write_report(
             pair_numbers_html(shown),
             samples_html(runs),
             section("Runs", _runs_html(rows) + problems_html(runs)),
+            searches_html(runs),
             evaluations_html(runs),
             multipliers_html(shown, baseline),
             section("Matched pairs", pairs_html(runs)),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron.errors import UserError
 from megatron.files import read_object
@@ -15,6 +17,8 @@ from megatron.runs.matching import Difference, matched_pairs
 from megatron.runs.run import Run
 from megatron.scaling.fit import Fit
 from megatron.scaling.multiplier import Baseline, of_run
+from megatron.scaling.sweep.search import FAILED, GIVEN_UP
+from megatron.scaling.sweep.verdict import RESULT_FILE
 
 
 def section(title: str, body: str) -> str:
@@ -109,6 +113,35 @@ def _differences_html(found: Sequence[Difference]) -> str:
     if of_weight["layout"]:
         text += f" Layout differs too, which should not change the numbers: {of_weight['layout']}."
     return text
+
+
+def searches_html(runs: Sequence[Run]) -> str:
+    """Of runs that stand beside the result of a search (``search.json``): whether their settings were chosen with equal budgets,
+    and what was; nothing of others."""
+    parts = []
+    for folder in dict.fromkeys(run.path.parent for run in runs):
+        try:
+            record = json.loads((folder / RESULT_FILE).read_bytes())
+            rows = [_search_row(search) for search in record["searches"]]
+            parts += [f"<p>{html.escape(str(line))}.</p>" for line in record["budgets"]] + [table(rows, "Searches")]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # none, or not one of ours
+    return section("Searches", "".join(parts)) if parts else ""
+
+
+def _search_row(search: Mapping[str, Any]) -> dict[str, str]:
+    outcomes = [str(trial["outcome"]) for trial in search["trials"]]
+    chosen, report = search["chosen"], search["report_nll"]
+    error = search["report_nll_se"]
+    return {
+        "Search from": str(search["search"]),
+        "Trials": f"{len(outcomes)} of {search['planned_trials']}",
+        "Given up": str(outcomes.count(GIVEN_UP)),
+        "Diverged": str(outcomes.count(FAILED)),
+        "FLOPs": f"{sum(float(trial['flops']) for trial in search['trials']):.3g}",
+        "Chosen": "–" if chosen is None else Path(str(chosen)).name,
+        "Nats/token, report half": "–" if report is None else plus_minus(report, math.nan if error is None else error),
+    }
 
 
 def laws_html(fits: Sequence[Fit]) -> str:

@@ -134,7 +134,7 @@ class Search:
     def _judge(self, run: SweepRun) -> Trial | None:
         """What came of the trial at the current point; None while it is not over."""
         result = read_result(run)
-        curve = _curve(result)
+        curve = curve_of(result)
         if self.gives_up and (given := self._given_up(run, result, curve)) is not None:
             number, note = given
             return self._trial(run, result, curve.until(number), outcome=GIVEN_UP, note=note)
@@ -184,7 +184,7 @@ class Search:
             return
         self._seen = seen
         result = read_result(run)
-        given = self._given_up(run, result, _curve(result))
+        given = self._given_up(run, result, curve_of(result))
         if given is None or result is None:
             return
         number, reason = given
@@ -193,7 +193,7 @@ class Search:
         run.stop_file.touch()
 
 
-def _curve(result: Run | None) -> Curve:
+def curve_of(result: Run | None) -> Curve:
     """The validations of a run on the selection half, on all documents where the halves are not known; of several at a step (of
     weights as trained and averaged) the best."""
     if result is None:
@@ -206,9 +206,9 @@ def _curve(result: Run | None) -> Curve:
         if row.step not in best or loss < best[row.step][1]:
             best[row.step] = row, loss
     points = [best[step] for step in sorted(best)]
-    wanted = max(1, int(result.info["train_samples"] or 0))
+    planned = max(1, result.samples_planned)
     return Curve(
-        share=np.array([row.samples / wanted for row, _ in points]),
+        share=np.array([row.samples / planned for row, _ in points]),
         tokens=np.array([float(row.tokens) for row, _ in points]),
         loss=np.array([loss for _, loss in points]),
         rate=np.array([_decay(result, row.step) for row, _ in points]),

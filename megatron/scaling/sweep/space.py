@@ -18,7 +18,7 @@ from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
 Point = tuple[int, ...]
 """A place in a space: for every coordinate the number of its value."""
 MAX_POINTS = 100_000
-LENGTH = "train-epochs"  # what the coordinate "epochs" sets
+LENGTH, AVERAGE = "train-epochs", "ema-decay"  # the first is what the coordinate "epochs" sets
 _SHAPE = {"num-layers", "hidden-size", "ffn-hidden-size"}  # another size is another search: the grid's axis "model"
 
 
@@ -58,11 +58,15 @@ class Space:
         return self.start.name
 
     @property
+    def longest(self) -> float:
+        """Epochs of the longest trial that there may be."""
+        lengths = [value[LENGTH] for item in self.coordinates for value in item.values if LENGTH in value]
+        return max([self.start.epochs, *map(float, lengths)])
+
+    @property
     def most_flops(self) -> float:
         """Training compute of the search if all trials are as long as the longest."""
-        lengths = [value[LENGTH] for item in self.coordinates for value in item.values if LENGTH in value]
-        number = self.trials + len(self.seeds)
-        return number * self.start.flops * max([1.0, *(float(length) / self.start.epochs for length in lengths)])
+        return (self.trials + len(self.seeds)) * self.start.flops * self.longest / self.start.epochs
 
     def run_at(self, point: Point, *, seed: int | None = None) -> SweepRun:
         """The run of a trial, or the same with another seed. That of the origin is the start itself; others are named by what
@@ -137,6 +141,7 @@ def spaces_of(
     spaces = tuple(_space(path, search, start, owned - {LENGTH} | _SHAPE) for start in starts)
     for space in spaces:
         _check_values(path, space)
+        _check_averages(path, space)
     return spaces
 
 
@@ -176,6 +181,21 @@ def _check_values(path: Path, space: Space) -> None:
             require(not moved, f"{given} changes {', '.join(moved)}",
                     "all trials are judged on the same validation, and train on the same text",
                     "set it once for all, a number of samples by eval-iters: full")  # fmt: skip
+
+
+def _check_averages(path: Path, space: Space) -> None:
+    """No two values of ``ema-decay`` make the same trial: all above the end of its ramp do (``megatron.training.average``)."""
+    config = space.start.parsed()
+    samples = int(space.longest * space.start.unique_tokens / config.model.seq_length)
+    updates = samples // (config.run.global_batch_size or config.run.micro_batch_size)
+    for item in space.coordinates:
+        values = [
+            _number(value[AVERAGE]) for value in item.values if value.keys() == {AVERAGE} and value[AVERAGE] is not None
+        ]
+        alike = [f"{value:g}" for value in values if value > updates / (9 + updates)]
+        require(len(alike) < 2, f"{path}: ema-decay {' and '.join(alike)} in the search of {space.title}",
+                f"in {updates:,} updates the decay rises to {updates / (9 + updates):.4g}, so they make the same trial",
+                "keep one of them, or give it by objective")  # fmt: skip
 
 
 def _judged_on(config: Config) -> dict[str, Any]:

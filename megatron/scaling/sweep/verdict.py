@@ -55,12 +55,14 @@ def describe(search: Search) -> list[str]:
 
 
 def budgets(searches: Sequence[Search]) -> list[str]:
-    """Whether the searches had the same number of trials, and what each side spent."""
+    """Whether the searches had the same number of trials, and what each side spent; of a search alone, its number."""
     titles = _titles(searches)
     counts = {title: len(search.trials) for title, search in titles.items()}
     waiting = [f"{title} {counts[title]} of {s.space.trials}" for title, s in titles.items() if not s.is_complete]
     if waiting:
         first = f"not finished: {', '.join(waiting)} trials"
+    elif len(counts) == 1:
+        first = f"tuned with {searches[0].space.trials} trials; there is no other search that this could be equal to"
     elif len({*counts.values()}) == 1:
         first = f"tuned with equal budgets: {next(iter(counts.values()))} trials each"
     else:

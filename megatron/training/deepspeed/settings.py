@@ -196,6 +196,8 @@ def adopt_process_groups(context: ParallelContext) -> None:
 
     # Its information lines bury the progress of a run; its import resets the level.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its warning about optimizers that are not its own: Muon's is tested here.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
     if context.device.type == "cpu":
         # On CPU DeepSpeed would compile a shared-memory operator at this point: minutes, and a lock that outlives a kill.
         backend_module = sys.modules["deepspeed.comm.torch"]

@@ -62,12 +62,10 @@ class ZeroShards(Shards):
         if not self.is_zero3:
             self.zero.update_lp_params()
             return
+        self.zero.checkpoint_event_prologue()  # drops what passes gathered and kept, some for the next pass, small ones for ever
         for low, master in zip(self.zero.fp16_partitioned_groups_flat, self.zero.fp32_partitioned_groups_flat):
             low.data.copy_(master.data)
-        persistent = self.zero.persistent_parameters
-        if persistent:  # small tensors that ZeRO-3 keeps whole: drop the old copy, gather the new one
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
+        self.zero.checkpoint_event_epilogue()  # gathers the small ones again
 
     def _create_moments(self, steps: int) -> None:
         super()._create_moments(steps)
