@@ -350,15 +350,13 @@ def _moments(case: Case, stage: int) -> list[Footprint]:
         ("backward pass done", state.backward | passes[1]),
         ("update", state.update),
     ]
-    always = {"rotary": _rotary_bytes(case, stage), "runtime": RUNTIME_BYTES}
+    always = {"rotary": _rotary_bytes(case.shape), "runtime": RUNTIME_BYTES}
     return [Footprint(moment, stage, parts | always) for moment, parts in steps]
 
 
-def _rotary_bytes(case: Case, stage: int) -> int:
-    """Of the fp32 tables of cos and sin, which every block has for itself."""
-    shape = case.shape
-    blocks = stages(shape, case.objective, case.config.parallel)[stage] if shape.use_rotary_position_embeddings else 0
-    return blocks * 2 * (shape.seq_length + 1) * shape.kv_channels * FLOAT
+def _rotary_bytes(shape: Shape) -> int:
+    """Of the fp32 tables of cos and sin, which all blocks share."""
+    return 2 * (shape.seq_length + 1) * shape.kv_channels * FLOAT * shape.use_rotary_position_embeddings
 
 
 def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -84,9 +84,8 @@ def attend_with_dropout() -> tuple[torch.Tensor, torch.Tensor]:
 
     shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "16"]
     flags = parse([*shape, "--attention-dropout", "0.5", "--train-samples", "8"]).model
-    layer = SelfAttention(
-        Shape.from_flags(flags, padded_vocab_size=128), ParameterFactory(ParallelContext.create(tp_size=2), seed=1)
-    )
+    factory = ParameterFactory(ParallelContext.create(tp_size=2), seed=1)
+    layer = SelfAttention(Shape.from_flags(flags, padded_vocab_size=128), factory, rotary=None)
     torch.manual_seed(7)
     query, key, value = torch.randn(3, 2, 2, 16, 16).unbind()  # [batch, heads of this rank, seq, channels]
     return layer._attend(query, key, value, Causal()), torch.get_rng_state()
