@@ -142,7 +142,8 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     fix = f"remove {'them' if wrong[1:] else 'it'} from the file"
     require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
     odd = [name for name in SECTIONS if not isinstance(stated.get(name, {}), dict)]
-    odd += [name for name, value in stated.items() if name.endswith(SIZES) and not _is_size(value)]
+    sizes = {name: value for name, value in stated.items() if name.endswith(SIZES)}
+    odd += [name for name, size in sizes.items() if not (isinstance(size, int | float) and 0 <= size < float("inf"))]
     told = ", ".join(f"{name} as {stated[name]!r}" for name in odd)
     rule = "a section is an object, and a size a number from 0"
     require(not odd, f"--deepspeed_config {path} has {told}", rule, "correct it, or leave it out")
@@ -187,10 +188,6 @@ def _by_path(settings: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             found |= {f"{key}.{name}": member for name, member in value.items()}
     return found
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 def _is_off(value: Any) -> bool:
