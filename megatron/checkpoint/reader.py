@@ -87,7 +87,6 @@ class CheckpointReader:
     Attributes:
         path, manifest, config: of the tag.
         specs: whole shape and split of every tensor, by name.
-        replaced: whole weights, fp32, that are read in place of the saved ones.
     """
 
     def __init__(self, tag: Path, weights: str = WEIGHT) -> None:
@@ -107,7 +106,6 @@ class CheckpointReader:
             name: ShardSpec(tuple(t["shape"]), t["dim"], tuple(t["blocks"]))
             for name, t in self.manifest["tensors"].items()
         }
-        self.replaced: dict[str, torch.Tensor] = {}
         self._files: dict[str, ShardFile] = {}
         self._index: dict[tuple[str, str, int], list[tuple[int, str, str]]] = {}
         self._tp_sizes: dict[tuple[str, str], int] = {}
@@ -119,8 +117,6 @@ class CheckpointReader:
         Raises:
             UserError: the checkpoint does not hold it.
         """
-        if kind == WEIGHT and name in self.replaced:
-            return self.replaced[name]
         kind = self.weights if kind == WEIGHT else kind
         spec = self._spec(name)
         shards = range(self._tp_size(name, kind) if spec.dim is not None else 1)
@@ -136,10 +132,6 @@ class CheckpointReader:
         """Fill ``fragment.data`` from the checkpoint, whatever layout wrote it."""
         name, data = fragment.name, fragment.data
         spec, (tp_rank, tp_size), first = self._spec(name), (fragment.tp_rank, fragment.tp_size), fragment.start
-        if fragment.kind == WEIGHT and name in self.replaced:
-            shard = spec.shard(self.replaced[name], tp_rank, tp_size).reshape(-1)
-            data.copy_(shard[first : first + data.numel()])
-            return
         kind = self.weights if fragment.kind == WEIGHT else fragment.kind
         is_direct = data.device.type == "cpu" and data.dtype == torch.float32 and data.is_contiguous()
         flat = data.detach() if is_direct else torch.empty(data.numel())
@@ -160,6 +152,7 @@ class CheckpointReader:
             data.copy_(flat)
 
     def _spec(self, name: str) -> ShardSpec:
+        """Of the tensor as it was saved."""
         if name not in self.specs:
             raise UserError(
                 f"checkpoint {self.path} has no tensor {name}",
@@ -170,7 +163,7 @@ class CheckpointReader:
 
     def _tp_size(self, name: str, kind: str) -> int:
         size = self._tp_sizes.get((kind, name), 0)
-        if size == 0 or any(block % size for block in self.specs[name].blocks):
+        if size == 0 or any(block % size for block in self._spec(name).blocks):
             raise UserError(
                 f"checkpoint {self.path} has no {kind} of {name}",
                 "it holds weights only or is incomplete",

@@ -6,26 +6,32 @@ which the autoregressive model never read, starts as the mean of the token embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import WEIGHT, Config
 from megatron.errors import require
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.sharding import ShardSpec
 
-VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
+EMBEDDING, HEAD = VOCABULARY_TENSORS = ("word_embeddings.weight", "lm_head.weight")
 
 
-def open_checkpoint(tag: Path, config: Config, *, vocab_size: int, weights: str = WEIGHT) -> CheckpointReader:
-    """The checkpoint; with a mask token where masked diffusion starts from a model that never used one.
+def open_checkpoint(
+    tag: Path, config: Config, context: ParallelContext, *, vocab_size: int, weights: str = WEIGHT
+) -> CheckpointReader:
+    """The checkpoint; with a mask token where masked diffusion starts from a model that never used one. A collective call.
 
     Args:
         tag: folder of the checkpoint.
         config: of the run that begins.
+        context: this process.
         vocab_size: vocabulary before padding.
         weights: kind that is read as the weights.
     """
@@ -33,65 +39,80 @@ def open_checkpoint(tag: Path, config: Config, *, vocab_size: int, weights: str 
     mask_id, padded = config.objective.mask_token_id, config.model.padded_vocab_size
     was_masked = reader.config.objective.mask_token_id is not None
     if config.run.finetune and not was_masked and mask_id is not None and padded is not None:
-        own = {name: reader.tensor(name) for name in VOCABULARY_TENSORS if name in reader.specs}
-        changed = with_mask_embedding(own, vocab_size=vocab_size, mask_id=mask_id, padded_vocab_size=padded)
-        for name, tensor in changed.items():
-            reader.specs[name] = replace(reader.specs[name], full_shape=tuple(tensor.shape), blocks=(padded,))
-            reader.replaced[name] = tensor
+        return MaskedReader(tag, weights, context, size=vocab_size, mask_id=mask_id, rows=padded)
     return reader
 
 
-def with_mask_embedding(
-    tensors: Mapping[str, Tensor], *, vocab_size: int, mask_id: int, padded_vocab_size: int | None = None
-) -> dict[str, Tensor]:
-    """Give an AR model a mask embedding: the mean of its token embeddings.
+class MaskedReader(CheckpointReader):
+    """Reads an AR model with a mask token: its embedding is the mean of the token embeddings.
 
     The row of the mask token was never an input: it holds noise, or what the softmax pushed it to. The mean says "some
     token": it has the scale and the common direction of the embeddings, and where nothing else is known, the mean is
     the input with the least summed squared distance to all tokens. (AR models adapted to diffusion: arXiv 2410.17891.)
 
     Where the head has its own matrix, the row of the mask token becomes that of the padding: it is never a label, and the
-    AR model has already learned to give such rows no probability.
+    AR model has already learned to give such rows no probability. Rows that the new model has more are equal to it.
 
-    Args:
-        tensors: full canonical tensors [padded vocabulary, hidden] of the AR model, fp32.
-        vocab_size: tokens before padding; the mean runs over these rows, without the mask row.
-        mask_id: row of the mask token.
-        padded_vocab_size: rows of the new model; default: as many as there are, or as the mask token needs.
-
-    Returns:
-        A new dict; only the vocabulary tensors are copies.
-
-    Raises:
-        UserError: the vocabulary or the mask token does not fit the rows.
+    The first process alone reads whole matrices, for their means; all read the rows that they hold.
     """
-    embedding = tensors["word_embeddings.weight"]
-    rows = embedding.shape[0]
-    wanted = padded_vocab_size or max(rows, mask_id + 1)
-    require(
-        0 < vocab_size <= rows and 0 <= mask_id < wanted and wanted >= rows,
-        f"vocabulary {vocab_size}, mask token {mask_id}, {rows} rows in the checkpoint and {wanted} in the new model",
-        "the rows must hold the vocabulary and the mask token, and none may be lost",
-        "change --mask-token-id or --padded-vocab-size",
-    )
-    out = dict(tensors)
-    tokens = torch.ones(vocab_size, dtype=torch.bool)
-    if mask_id < vocab_size:
-        tokens[mask_id] = False
-    mean = embedding[:vocab_size][tokens].double().mean(dim=0).to(embedding.dtype)
-    out["word_embeddings.weight"] = _grown(embedding, wanted, mean)
-    out["word_embeddings.weight"][mask_id] = mean
-    if "lm_head.weight" in tensors:
-        head = tensors["lm_head.weight"]
-        unused = head[vocab_size:].mean(dim=0) if rows > vocab_size else torch.zeros_like(head[0])
-        out["lm_head.weight"] = _grown(head, wanted, unused)
-        if mask_id >= vocab_size:
-            out["lm_head.weight"][mask_id] = unused
-    return out
 
+    def __init__(
+        self, tag: Path, weights: str, context: ParallelContext, *, size: int, mask_id: int, rows: int
+    ) -> None:
+        """A collective call.
 
-def _grown(matrix: Tensor, rows: int, value: Tensor) -> Tensor:
-    """Return a copy of [n, hidden] with ``rows`` rows, new ones set to ``value`` [hidden]."""
-    grown = value.repeat(rows, 1)
-    grown[: matrix.shape[0]] = matrix
-    return grown
+        Args:
+            tag, weights: see :class:`CheckpointReader`.
+            context: this process.
+            size: tokens before padding; the mean runs over these rows, without the mask row.
+            mask_id: row of the mask token.
+            rows: of the new model.
+
+        Raises:
+            UserError: the vocabulary or the mask token does not fit the rows.
+        """
+        super().__init__(tag, weights)
+        self._saved, self._mask_id, self._size = dict(self.specs), mask_id, size
+        saved = self._spec(EMBEDDING).full_shape[0]
+        require(
+            0 < size <= saved <= rows and 0 <= mask_id < rows,
+            f"vocabulary {size}, mask token {mask_id}, {saved} rows in the checkpoint and {rows} in the new model",
+            "the rows must hold the vocabulary and the mask token, and none may be lost",
+            "change --mask-token-id or --padded-vocab-size",
+        )
+        self._rows: dict[str, Tensor] = {}
+        self._rows = context.gather_objects(dict(self._means()) if context.is_first_rank else {})[0]
+        for name in self._rows:
+            shape = rows, *self.specs[name].full_shape[1:]
+            self.specs[name] = replace(self.specs[name], full_shape=shape, blocks=shape[:1])
+
+    def read(self, fragment: Fragment) -> None:
+        """Fill ``fragment.data``: saved rows from the checkpoint, new ones and that of the mask token with what they are."""
+        name, data = fragment.name, fragment.data
+        if fragment.kind != WEIGHT or name not in self._rows:
+            super().read(fragment)
+            return
+        row, (rows, width), (all_rows, _) = self._rows[name], self._saved[name].full_shape, self.specs[name].full_shape
+        # In the whole matrix: of the fragment, and of what of it was saved.
+        start = fragment.start + fragment.tp_rank * (all_rows // fragment.tp_size) * width
+        saved = min(max(rows * width - start, 0), len(data))
+        if saved:
+            super().read(replace(fragment, tp_rank=0, tp_size=1, start=start, data=data[:saved]))
+        is_changed = name == EMBEDDING or self._mask_id >= self._size
+        for first, last in ((rows, all_rows), (self._mask_id, self._mask_id + is_changed)):
+            low, high = max(first * width - start, 0), min(last * width - start, len(data))
+            if low < high:
+                data[low:high] = row[torch.arange(start + low, start + high) % width].to(data.device)
+
+    def _means(self) -> Iterator[tuple[str, Tensor]]:
+        """The row of the mask token and of new rows, [hidden] fp32, by tensor."""
+        tokens = torch.arange(self._size) != self._mask_id
+        yield EMBEDDING, self.tensor(EMBEDDING)[: self._size][tokens].mean(dim=0, dtype=torch.float64).float()
+        if HEAD in self.specs:
+            rows, width = self._saved[HEAD].full_shape
+            unused = torch.empty(rows - self._size, width)
+            self.read(Fragment(WEIGHT, HEAD, 0, 1, self._size * width, unused.view(-1)))
+            yield HEAD, unused.mean(dim=0) if len(unused) else torch.zeros(width)
+
+    def _spec(self, name: str) -> ShardSpec:
+        return self._saved.get(name) or super()._spec(name)

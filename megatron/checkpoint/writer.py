@@ -96,7 +96,8 @@ class Saving:
         self._specs, self._state, self._context = specs, state, context
         self.tag = run_dir / f"global_step{state['step']}"
         self._scratch = run_dir / f"{self.tag.name}.saving"
-        self._report: tuple[str | None, dict[str, Any] | None] = ("the thread that writes it was lost", None)
+        self._report: tuple[str | None, dict[str, Any] | None] = (None, None)
+        self._error: BaseException | None = None
         self._thread: Thread | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
         if staging is None:
@@ -134,9 +135,12 @@ class Saving:
 
         Raises:
             Failure: on every rank, if any rank could not write. The tag does not exist then, older ones are untouched.
+            BaseException: what else went wrong where this rank wrote.
         """
         if self._thread is not None:
             self._thread.join()
+        if self._error is not None:
+            raise self._error
         if self._asked is not None:
             self._asked[1].wait()
         context, scratch = self._context, self._scratch
@@ -159,7 +163,10 @@ class Saving:
         return self.tag
 
     def _write(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
-        self._report = _attempt(lambda: _write_shard(self._scratch, tensors(), self._context))
+        try:
+            self._report = _attempt(lambda: _write_shard(self._scratch, tensors(), self._context))
+        except BaseException as error:  # no thread may keep it: it is the process that fails
+            self._error = error
 
 
 def write_checkpoint(

@@ -46,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         nearest(options.device, DEVICES) or "choose the one nearest to it",
     )
     from megatron.objectives import parse
+    from megatron.training.configuration import recorded
     from megatron.training.preflight import case_of
     from megatron.training.roofline import Cluster
 
     notes: list[str] = []
-    case = case_of(parse(flags, world_size=options.gpus, notes=notes), options.gpus)
+    case = case_of(parse(flags, world_size=options.gpus, notes=notes, recorded=recorded), options.gpus)
     cluster = Cluster(DEVICES[device], options.gpus_per_node, options.network_gb_per_second * 1e9)
     found = report(case, cluster, options)
     print(wrapped("\n".join([*notes, *_lines(case, cluster, options, found)])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ LOST = re.compile(DIED.pattern + r"|shared memory|shm|Bus error|timed out|Too ma
 # threads take to let go of the tensors of a finished collective (docs/reliability.md).
 PATIENCE = (15.0, 60.0, 300.0)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # what a job is stopped by
+PR_SET_PDEATHSIG = 1  # of Linux: the signal for a process whose parent has ended
 
 
 class Workers:
@@ -61,7 +63,12 @@ class Workers:
         self._released.value = 1
 
     def __call__(self, worker: int) -> None:
-        """Set up a worker (``worker_init_fn``)."""
+        """Set up a worker (``worker_init_fn``), which is not to outlive its trainer: torch looks whether the parent that it finds
+        at the beginning has changed, and waits for ever where the trainer was killed before."""
+        with suppress(AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._trainer:
+            os._exit(0)
         for number in STOPS:
             signal.signal(number, self._on_terminate if number == signal.SIGTERM else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)

@@ -32,7 +32,7 @@ class SelfAttention(TensorParallelModule):
     ``kv_channels · heads`` need not equal the hidden size. The softmax scale is 1/√kv_channels.
     """
 
-    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory, rotary: RotaryEmbedding | None) -> None:
         super().__init__(factory.context)
         tp_size = factory.context.tp.size
         self.head_size = shape.kv_channels
@@ -56,11 +56,7 @@ class SelfAttention(TensorParallelModule):
             std=std / math.sqrt(2 * shape.num_layers),
             bias=bias,
         )
-        self.rotary = None
-        if shape.use_rotary_position_embeddings:
-            # One more row than the context: an order over seq + 1 tokens has a position for the last label.
-            length = shape.seq_length + 1
-            self.rotary = RotaryEmbedding(channels=self.head_size, length=length, base=shape.rotary_base)
+        self.rotary = rotary
 
     def visible(self, stream: Stream, mask: AttentionMask, cache: LayerCache | None = None) -> Visible:
         """The mask in the form that :meth:`forward` takes. Apart from it, because it is not for a compiled graph."""
@@ -139,6 +135,13 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self._fill(length, self.cos.device)
+
+    @classmethod
+    def of(cls, shape: Shape) -> RotaryEmbedding | None:
+        """That of all blocks of a model; None where positions are learned."""
+        # One more row than the context: an order over seq + 1 tokens has a position for the last label.
+        sizes = {"channels": shape.kv_channels, "length": shape.seq_length + 1}
+        return cls(**sizes, base=shape.rotary_base) if shape.use_rotary_position_embeddings else None
 
     def _fill(self, length: int, device: torch.device) -> None:
         # fp64 angles: at position 4096 an fp32 product is off by up to 2e-4 radians.

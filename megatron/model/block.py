@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.shape import Shape
-from megatron.model.attention import LayerCache, SelfAttention
+from megatron.model.attention import LayerCache, RotaryEmbedding, SelfAttention
 from megatron.model.batch import Stream
 from megatron.model.kernels import silu_mul
 from megatron.model.visibility import Visible
@@ -83,12 +83,14 @@ class TransformerBlock(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, each with dropout on what is added. With sequence parallelism
     all but the insides of attention and feed-forward layer is [batch, seq / tp, hidden]."""
 
-    def __init__(self, shape: Shape, factory: ParameterFactory, *, recompute: bool = False) -> None:
+    def __init__(
+        self, shape: Shape, factory: ParameterFactory, *, rotary: RotaryEmbedding | None, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         self.hidden_dropout = shape.hidden_dropout
         self.input_layernorm = Norm(shape, factory.child("input_layernorm"))
-        self.self_attention = SelfAttention(shape, factory.child("self_attention"))
+        self.self_attention = SelfAttention(shape, factory.child("self_attention"), rotary)
         self.post_attention_layernorm = Norm(shape, factory.child("post_attention_layernorm"))
         self.mlp = MLP(shape, factory.child("mlp"))
 

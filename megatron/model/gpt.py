@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron.config.shape import Shape
-from megatron.model.attention import LayerCache
+from megatron.model.attention import LayerCache, RotaryEmbedding
 from megatron.model.block import FinalNorm, TransformerBlock
 from megatron.model.embedding import Embedding, LMHead, tied_head
 from megatron.model.loss import HeadOutput, LossKind
@@ -57,9 +57,9 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     vocab = {"vocab_size": shape.padded_vocab_size}
     embedding = {"shape": shape, "factory": root, **vocab}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
+    common = {"shape": shape, "rotary": RotaryEmbedding.of(shape), "recompute": recompute}  # one table for all of them
     for index in range(shape.num_layers):
-        arguments = {"shape": shape, "factory": root.child(f"layers.{index}"), "recompute": recompute}
-        layers.append(Layer(TransformerBlock, arguments))
+        layers.append(Layer(TransformerBlock, {**common, "factory": root.child(f"layers.{index}")}))
     layers.append(Layer(FinalNorm, {"shape": shape, "factory": root.child("final_layernorm")}))
     if shape.untie_embeddings_and_output_weights:
         layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.select import select
 from megatron.config.schema import Config
-from megatron.config.shape import Shape, padded_size
+from megatron.config.shape import Shape
 from megatron.config.validate import validate
 from megatron.data.blend import parse_blend, read_data_path_file
 from megatron.data.dataset import count_unique_tokens
@@ -27,7 +28,7 @@ from megatron.model.arithmetic import Device, positions_per_token
 from megatron.model.gpt import build_layers
 from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
-from megatron.objectives import OBJECTIVES, Objective, build_objective, needs_mask_token, with_vocabulary
+from megatron.objectives import OBJECTIVES, Objective, build_objective, with_vocabulary
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
@@ -37,6 +38,8 @@ from megatron.training.engine import compiles_blocks
 from megatron.training.fsdp2 import memory as fsdp2_memory
 from megatron.training.held import FLOAT, Held, Shapes
 from megatron.training.plan import Layout
+from megatron.training.resolve import layout_of, mask_row, shape_of
+from megatron.training.schedule import plan_schedule
 
 GPT2_VOCABULARY = 50257
 # Assumed: CUDA context, NCCL, kernels and what the allocator loses; a process with its libraries; a loader process.
@@ -141,19 +144,15 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
     )
     notes: list[str] = []
     size = vocab_size or _vocabulary(flags, notes)
-    parallel, run = flags.parallel, flags.run
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    rows = padded_size(size, multiple=flags.model.make_vocab_size_divisible_by, tp_size=tp)
-    shape = Shape.from_flags(flags.model, padded_vocab_size=flags.model.padded_vocab_size or rows)
-    mask_id = size if needs_mask_token(flags.objective.objective) else None
-    padded = max(shape.padded_vocab_size, size)
-    objective = with_vocabulary(flags.objective, mask_id, size=size, padded=padded)
-    dp = world_size // (tp * pp)
-    batch = run.global_batch_size or run.micro_batch_size * dp
-    config = replace(flags, model=shape.recorded(), objective=objective, run=replace(run, global_batch_size=batch))
-    layout = Layout(world_size, tp, pp, dp, run.micro_batch_size, batch, parallel.zero_stage, parallel.engine)
-    tokens = _tokens(config, batch, notes)
-    flags = replace(flags, run=replace(flags.run, global_batch_size=batch))  # which no other layout changes
+    manifest = _manifest(flags, notes)
+    shape = shape_of(flags, size, manifest["config"]["model"] if manifest else {"padded_vocab_size": None})
+    padded, layout = shape.padded_vocab_size, layout_of(flags, world_size)
+    objective = with_vocabulary(flags.objective, mask_row(flags, size, padded, manifest), size=size, padded=padded)
+    batch = layout.global_batch_size
+    run = replace(flags.run, global_batch_size=batch)
+    config = replace(flags, model=shape.recorded(), objective=objective, run=run)
+    tokens = _tokens(flags, layout, notes)
+    flags = replace(flags, run=run)  # a batch which no other layout changes
     return Case(flags, config, shape, layout, build_objective(config), tokens, tuple(notes))
 
 
@@ -290,16 +289,26 @@ def _prefixes(flags: Config) -> list[str]:
     return prefixes if all(Path(f"{prefix}.idx").is_file() for prefix in prefixes) else []
 
 
-def _tokens(config: Config, batch: int, notes: list[str]) -> float | None:
-    run, length = config.run, config.model.seq_length
-    samples = run.train_samples or (run.train_iters or 0) * batch
-    if run.train_epochs is None:
-        return float(samples * length)
-    prefixes = _prefixes(config)
-    if not prefixes:
+def _manifest(flags: Config, notes: list[str]) -> dict[str, Any]:
+    """Of the checkpoint from which the run starts, where it is here; else empty."""
+    run = flags.run
+    if run.load is None or Path(run.load).exists():
+        return {} if run.load is None else select(run.load, run.load_tag, checksums=False).manifest
+    if run.load != run.save:
+        notes.append(f"--load {run.load} is not here: a checkpoint of this shape and vocabulary is assumed")
+    return {}
+
+
+def _tokens(flags: Config, layout: Layout, notes: list[str]) -> float | None:
+    run, prefixes = flags.run, _prefixes(flags)
+    if run.train_epochs is not None and not prefixes:
         notes.append("the data are not here: --train-epochs tells no length, pass --train-samples")
         return None
-    return run.train_epochs * count_unique_tokens(prefixes)
+    unique = 0 if run.train_epochs is None else count_unique_tokens(prefixes)
+    if run.branch_from is None:  # lengths that no run can have; those of a branch depend on the one that it leaves
+        plan_schedule(flags, layout, unique_tokens=unique, before={}, branch=None)
+    samples = run.train_samples or (run.train_iters or 0) * layout.global_batch_size
+    return float(samples * flags.model.seq_length) if run.train_epochs is None else run.train_epochs * unique
 
 
 @lru_cache(maxsize=256)
@@ -341,15 +350,13 @@ def _moments(case: Case, stage: int) -> list[Footprint]:
         ("backward pass done", state.backward | passes[1]),
         ("update", state.update),
     ]
-    always = {"rotary": _rotary_bytes(case, stage), "runtime": RUNTIME_BYTES}
+    always = {"rotary": _rotary_bytes(case.shape), "runtime": RUNTIME_BYTES}
     return [Footprint(moment, stage, parts | always) for moment, parts in steps]
 
 
-def _rotary_bytes(case: Case, stage: int) -> int:
-    """Of the fp32 tables of cos and sin, which every block has for itself."""
-    shape = case.shape
-    blocks = stages(shape, case.objective, case.config.parallel)[stage] if shape.use_rotary_position_embeddings else 0
-    return blocks * 2 * (shape.seq_length + 1) * shape.kv_channels * FLOAT
+def _rotary_bytes(shape: Shape) -> int:
+    """Of the fp32 tables of cos and sin, which all blocks share."""
+    return 2 * (shape.seq_length + 1) * shape.kv_channels * FLOAT * shape.use_rotary_position_embeddings
 
 
 def _activations(case: Case, stage: int) -> tuple[dict[str, int], dict[str, int]]:

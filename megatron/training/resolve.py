@@ -74,10 +74,10 @@ def resolve(
     vocabulary = _vocabulary(flags, sources, launch)
     manifest = (selection := _selection(flags)).manifest
     saved = manifest.get("config", {"model": {}, "objective": {}})
-    shape = _shape(flags, vocabulary.size, saved["model"])
+    shape = shape_of(flags, vocabulary.size, saved["model"])
     _check_objective(flags, saved["objective"].get("objective"))
-    mask_id = _mask_id(flags, vocabulary.size, shape.padded_vocab_size, manifest)
-    layout = _layout(flags, launch.world_size)
+    mask_id = mask_row(flags, vocabulary.size, shape.padded_vocab_size, manifest)
+    layout = layout_of(flags, launch.world_size)
     before = {} if flags.run.finetune else manifest
     _check_apart(flags, sources, is_continued=bool(before))
     branch = import_module(BRANCH).begun(selection) if is_branch else branch_of(before)
@@ -211,7 +211,7 @@ def _same(first: Path, second: Path) -> bool:
     return first.resolve() == second.resolve()
 
 
-def _shape(flags: Config, vocab_size: int, saved: dict[str, Any]) -> Shape:
+def shape_of(flags: Config, vocab_size: int, saved: dict[str, Any]) -> Shape:
     """The shape of the flags, which must be that of the checkpoint (``saved``, empty without one)."""
     model, tp = flags.model, flags.parallel.tensor_model_parallel_size
     rows = partial(padded_size, multiple=model.make_vocab_size_divisible_by, tp_size=tp)
@@ -253,7 +253,7 @@ def _check_objective(flags: Config, saved: str | None) -> None:
     )
 
 
-def _mask_id(flags: Config, vocab_size: int, padded: int, manifest: dict[str, Any]) -> int | None:
+def mask_row(flags: Config, vocab_size: int, padded: int, manifest: dict[str, Any]) -> int | None:
     """Row of the mask token: the flag's, else the one that the checkpoint was trained with, else the first padding row."""
     if not needs_mask_token(flags.objective.objective):
         return None
@@ -276,7 +276,8 @@ def _mask_id(flags: Config, vocab_size: int, padded: int, manifest: dict[str, An
     return mask_id
 
 
-def _layout(flags: Config, world: int) -> Layout:
+def layout_of(flags: Config, world: int) -> Layout:
+    """The axes of so many processes, and the batch."""
     parallel, run = flags.parallel, flags.run
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     dp = max(1, world // (tp * pp))

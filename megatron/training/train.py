@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from megatron.checkpoint.select import agree_on_checkpoint
-from megatron.checkpoint.warm_start import open_checkpoint
+from megatron.checkpoint.warm_start import MaskedReader, open_checkpoint
 from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import build_loader, build_packing
@@ -188,9 +188,10 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
     settings = replace(plan.settings, run=replace(plan.settings.run, seed=plan.seeds.noise))  # of dropout
     engine = build_engine(settings, plan.objective, context, observer=observer)
     if start.tag is not None:
-        reader = open_checkpoint(start.tag, plan.settings, vocab_size=plan.vocabulary.size, weights=start.weights)
+        size = plan.vocabulary.size
+        reader = open_checkpoint(start.tag, plan.settings, context, vocab_size=size, weights=start.weights)
         engine.load(reader, with_optimizer=start.with_optimizer)
-        if reader.replaced and context.is_first_rank:
+        if isinstance(reader, MaskedReader) and context.is_first_rank:
             say("the mask token starts as the mean of the token embeddings (the checkpoint never used one)")
     return context, engine, start
 

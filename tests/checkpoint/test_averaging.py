@@ -19,6 +19,7 @@ from megatron.commands.convert import main as convert
 from megatron.commands.running import status_of
 from megatron.config.schema import Config
 from megatron.inference.model import load_model
+from megatron.parallel.context import ParallelContext
 from tests.evaluation import tiny
 
 STEPS = (10, 20, 30)
@@ -78,7 +79,7 @@ def test_any_set_may_be_named_and_everything_takes_the_mean(run: Path, config: C
     start = select(mean).tag
     assert start is not None
     finetune = replace(config, run=replace(config.run, finetune=True))
-    assert open_checkpoint(start, finetune, vocab_size=600).manifest["optimizer_steps"] == 0
+    assert open_checkpoint(start, finetune, ParallelContext(), vocab_size=600).manifest["optimizer_steps"] == 0
 
 
 def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(

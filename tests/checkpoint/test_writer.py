@@ -210,3 +210,18 @@ def test_a_disk_without_room_fails_when_the_save_is_completed(tmp_path: Path, mo
     ):
         saving.publish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step3", "latest"]
+
+
+@pytest.mark.parametrize("staging", [None, Staging()], ids=["waited for", "beside"])
+def test_an_error_that_is_no_disk_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: Staging | None
+) -> None:
+    """Such as one of the device, on which the copy to the host may fail: nobody is told to free space."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(writer, "save_file", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        begin(tmp_path, torch.ones(8), 6, staging).publish()
+    assert any(entry.name == "_write_shard" for entry in caught.traceback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron.data.batches import Batches, Workers, loss_of
 from megatron.errors import Failure
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 class Numbers(Dataset[torch.Tensor]):
@@ -53,6 +56,41 @@ def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str,
             time.sleep(0.01)
         subprocess.run(["kill", f"-{name}", *pids], check=True)  # by another process than the trainer, as a launcher
         assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("seconds", [0, 1], ids=["while it works", "while it starts"])
+def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, tmp_path: Path) -> None:
+    """Also with one that was killed before the process could look who its trainer is."""
+    program = f"""
+import os, sys, time, pathlib
+from torch.utils.data import DataLoader
+from data.test_batches import Numbers
+from megatron.data.batches import Workers
+
+class Starting(Workers):
+    def __call__(self, worker):
+        pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
+        time.sleep({seconds})
+        super().__call__(worker)
+
+loader = iter(DataLoader(Numbers(), num_workers=2, worker_init_fn=Starting()))
+time.sleep(3600)
+"""
+    path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    trainer = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
+    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        time.sleep(0.01)
+        assert trainer.poll() is None
+    time.sleep(0 if seconds else 0.5)
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"{len(left)} processes left")
+        time.sleep(0.05)
 
 
 def broken_off(index: int) -> torch.Tensor:

@@ -149,7 +149,8 @@ def check_model(place: Place, mask: AttentionMask) -> None:
 def check_block(place: Place, mask: AttentionMask) -> None:
     """A block, compiled as training does it, forward and backward, with dropout on a GPU."""
     with place.compiled():
-        block = TransformerBlock(place.sizes.shape(0.1 if place.machine else 0.0), place.factory())
+        sizes = place.sizes.shape(0.1 if place.machine else 0.0)
+        block = TransformerBlock(sizes, place.factory(), rotary=RotaryEmbedding.of(sizes))
         place.move_tables(block)
         inputs = place.inputs()
         shape = (*inputs.input_ids.shape, place.sizes.hidden)

@@ -43,6 +43,16 @@ def test_recomputation_repeats_the_dropout(runs: Callable[..., Run], size: int, 
     assert [t.grad_norms for t in plain.traces] == [t.grad_norms for t in again.traces]
 
 
+@pytest.mark.parametrize("layout", [{}, {"tp_size": 2}, {"zero_stage": 3, "micro_batch_size": 2}])
+@pytest.mark.parametrize("objective", ["ar", "uniform_diffusion"])
+def test_dropout_does_not_depend_on_the_engine(
+    runs: Callable[..., Run], objective: str, layout: dict[str, Any]
+) -> None:
+    one, other = (runs(objective, 2, engine=engine, **layout, **BOTH) for engine in ("deepspeed", "fsdp2"))
+    for ours, theirs in zip(one.traces, other.traces):
+        assert ours.losses == pytest.approx(theirs.losses, abs=1e-5, rel=0)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_ranks_with_tokens_of_their_own_drop_differently(pools: Callable[[int], WorkerPool], tp_size: int) -> None:
     """Data-parallel ranks, and those that share a sequence."""
@@ -84,9 +94,8 @@ def attend_with_dropout() -> tuple[torch.Tensor, torch.Tensor]:
 
     shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "4", "--seq-length", "16"]
     flags = parse([*shape, "--attention-dropout", "0.5", "--train-samples", "8"]).model
-    layer = SelfAttention(
-        Shape.from_flags(flags, padded_vocab_size=128), ParameterFactory(ParallelContext.create(tp_size=2), seed=1)
-    )
+    factory = ParameterFactory(ParallelContext.create(tp_size=2), seed=1)
+    layer = SelfAttention(Shape.from_flags(flags, padded_vocab_size=128), factory, rotary=None)
     torch.manual_seed(7)
     query, key, value = torch.randn(3, 2, 2, 16, 16).unbind()  # [batch, heads of this rank, seq, channels]
     return layer._attend(query, key, value, Causal()), torch.get_rng_state()

@@ -208,6 +208,14 @@ def test_objective_equals_one_process(compare: Callable, name: str, layout: str)
     compare(objective, size, **changes, **options)
 
 
+@pytest.mark.parametrize(
+    "name", ["uniform_diffusion", "block_diffusion", "packed_blocks_with_ar", "packed_dual", "mir_ar"]
+)
+def test_objective_under_fsdp2_equals_one_process(compare: Callable, name: str) -> None:
+    (objective, options), (size, changes) = OBJECTIVES[name], LAYOUTS["fsdp2_tp2_dp2"]
+    compare(objective, size, **changes, **options)
+
+
 @pytest.mark.parametrize(("share", "objective", "options"), [(1, "ar", {}), (0, "mdm", {"shifted_labels": True})])
 def test_a_dual_run_at_either_end_is_that_of_one_objective(
     runs: Callable[..., Run], token_files: Path, share: int, objective: str, options: dict[str, Any]

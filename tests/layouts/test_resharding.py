@@ -142,7 +142,7 @@ class Reads:
 
 
 def train_counted(argv: list[str]) -> Reads:
-    """A run that is continued, as :func:`jobs.train`."""
+    """A run of masked diffusion that loads a checkpoint, as :func:`jobs.train`."""
     found = Reads([], 0, [], [])
     plain_open, preadv, sha256_of = os.open, os.preadv, files.sha256_of
 
@@ -199,3 +199,33 @@ def test_a_rank_reads_its_share_from_the_files_that_have_it(
     for read in reads:
         assert len(read.opened) == len(set(read.opened)) == opens
         assert read.num_bytes == pytest.approx(total / after[0], rel=0.02)
+
+
+@pytest.mark.parametrize("layout", [{"zero_stage": 1}, {"engine": "fsdp2"}, {"engine": "fsdp2", "tp_size": 2}])
+def test_a_warm_start_reads_its_share_and_the_first_rank_the_embedding_besides(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    """And equals that of one process, with a matrix of its own as head and a vocabulary that grows by a block of rows."""
+    full = {
+        "vocab_size": 512,
+        "untie_embeddings_and_output_weights": True,
+        "lr_decay_samples": 80,
+        "micro_batch_size": 2,
+    }
+    pools(2).run(jobs.train, "ar", jobs.flags(token_files, tmp_path / "ar", train_iters=2, tp_size=2, **full))
+    found = {}
+    for size, options in ((1, {}), (4, layout)):
+        load = {"finetune": True, "load": tmp_path / "ar", "save": tmp_path / f"mdm{size}", "train_iters": 4}
+        found[size] = pools(size).run(train_counted, jobs.flags(token_files, **load, **full, **options))
+    assert "the mask token starts as the mean" in pools(4).output(0)
+    for read in found[4]:
+        assert read.losses == pytest.approx(found[1][0].losses, abs=TOLERANCE, rel=0)
+    saved = CheckpointReader(tmp_path / "ar" / "global_step2").specs
+    weights = 4 * sum(torch.Size(spec.full_shape).numel() for spec in saved.values())
+    embedding = 4 * torch.Size(saved["word_embeddings.weight"].full_shape).numel()
+    reads = [read.num_bytes for read in found[4]]
+    assert (
+        weights + embedding <= sum(reads) <= 1.01 * weights + embedding
+    )  # norms are whole on each tensor-parallel rank
+    # Of the rows that are new nothing is read, so those who hold others read more than a quarter.
+    assert max(reads[0] - embedding, *reads[1:]) < 1.25 * weights / 4

@@ -12,6 +12,7 @@ from layouts.pool import WorkerPool
 
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import Shape
+from megatron.model.attention import RotaryEmbedding
 from megatron.model.batch import Stream
 from megatron.model.block import TransformerBlock
 from megatron.model.mask import Causal, Full, RandomKeyDrop
@@ -33,7 +34,7 @@ def shape_of(**changes: Any) -> Shape:
 
 def kept(shape: Shape, *, compiled: bool, context: ParallelContext = ALONE) -> int:
     """Bytes that the backward pass of one block will read, parameters and rotary tables aside."""
-    block = TransformerBlock(shape, ParameterFactory(context, 1)).bfloat16()
+    block = TransformerBlock(shape, ParameterFactory(context, 1), rotary=RotaryEmbedding.of(shape)).bfloat16()
     if compiled:  # the partition of forward and backward that inductor works with, without its code
         torch._dynamo.reset()
         block.transform = torch.compile(block.transform, dynamic=False, backend="aot_eager_decomp_partition")

@@ -84,7 +84,8 @@ def test_mlp_swiglu_and_gelu(factory):
 @pytest.mark.parametrize("mask", [Causal(), Full(), RandomKeyDrop(0.7, seed=1)])
 @pytest.mark.parametrize("kv_channels", [8, 12])  # 4 heads of 12 channels are not the hidden size
 def test_attention(factory, groups, mask, kv_channels):
-    layer = SelfAttention(make_config(num_query_groups=groups, kv_channels=kv_channels), factory)
+    config = make_config(num_query_groups=groups, kv_channels=kv_channels)
+    layer = SelfAttention(config, factory, RotaryEmbedding.of(config))
     x, positions, sample_ids = torch.randn(2, 16, 32), torch.arange(16).expand(2, 16), torch.tensor([4, 9])
     qkv = (x @ layer.query_key_value.weight.T).view(2, 16, 4 + 2 * groups, kv_channels).transpose(1, 2)
     query, key, value = qkv.split((4, groups, groups), dim=1)

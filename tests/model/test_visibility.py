@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import Shape
 from megatron.model.arithmetic import keys_per_token, positions_per_token
+from megatron.model.attention import RotaryEmbedding
 from megatron.model.batch import Stream
 from megatron.model.block import TransformerBlock
 from megatron.model.mask import (
@@ -206,7 +207,7 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
             attention_dropout=0.0,
         )
     )
-    block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1)).eval()
+    block = TransformerBlock(config, ParameterFactory(ParallelContext(), 1), rotary=RotaryEmbedding.of(config)).eval()
     hidden = torch.randn(2, 32, 32)
     positions = torch.arange(32).expand(2, 32).contiguous()
     batches = [

@@ -18,6 +18,7 @@ DROPPING = ["--attention-dropout", "0.2", "--hidden-dropout", "0.2"]
 def block_of(words: list[str], *, is_split: bool) -> Any:
     """One transformer block of two tensor-parallel ranks."""
     from megatron.config.shape import Shape
+    from megatron.model.attention import RotaryEmbedding
     from megatron.model.block import TransformerBlock
     from megatron.objectives import parse
     from megatron.parallel.context import ParallelContext
@@ -35,7 +36,7 @@ def block_of(words: list[str], *, is_split: bool) -> Any:
     ]
     shape = Shape.from_flags(parse([*sizes, "--train-samples", "8", *words]).model, padded_vocab_size=128)
     context = replace(ParallelContext.create(tp_size=2), sequence_parallel=is_split)
-    return TransformerBlock(shape, ParameterFactory(context, seed=1))
+    return TransformerBlock(shape, ParameterFactory(context, seed=1), rotary=RotaryEmbedding.of(shape))
 
 
 def passes(block: Any, transform: Callable[..., torch.Tensor]) -> list[torch.Tensor]:

@@ -4,17 +4,21 @@ tests/model/test_memory.py; here what is made of them."""
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layouts import jobs
 
+from megatron.commands.preflight import main as preflight
 from megatron.errors import UserError
 from megatron.model.arithmetic import DEVICES
 from megatron.model.gpt import build_layers
 from megatron.objectives import parse
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.layouts import flags_of, remedies, suggestions
+from megatron.training.main import main
 from megatron.training.preflight import (
     Case,
     case_of,
@@ -229,9 +233,10 @@ def test_an_average_is_saved_too() -> None:
 def test_rotary_tables_are_counted_and_planned_without_memory() -> None:
     run = case()
     with torch.device("meta"):
-        tables = build_layers(run.shape, ParameterFactory())[1].build().self_attention.rotary
+        found = [layer.build() for layer in build_layers(run.shape, ParameterFactory())[1:4]]
+    (tables,) = {block.self_attention.rotary for block in found}
     assert tables.cos.is_meta
-    assert footprints(run)[0].parts["rotary"] == run.shape.num_layers * (tables.cos.nbytes + tables.sin.nbytes)
+    assert footprints(run)[0].parts["rotary"] == tables.cos.nbytes + tables.sin.nbytes
     learned = case(no_use_rotary_position_embeddings=True, max_position_embeddings=2048)
     assert footprints(learned)[0].parts["rotary"] == 0
 
@@ -247,6 +252,44 @@ def test_what_is_not_here_is_assumed_and_said(token_files: Any) -> None:
     assert run.tokens is None and len(run.notes) == 2
     here = case(model="7M", train_iters=False, train_epochs=2, train_data_path=f"{token_files}/train", seq_length=32)
     assert here.tokens is not None and 30_000 < here.tokens < 60_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"vocab_size": 500, "padded_vocab_size": 100}, "the padded vocabulary 100 is below the vocabulary 500"),
+        ({"vocab_size": 500, "padded_vocab_size": 501, "tp_size": 2}, "501 is not divisible by tensor-parallel size 2"),
+        ({"vocab_size": 512}, "the mask id 512 has no row"),
+        ({"vocab_size": 500, "mask_token_id": 600}, "the mask id 600 has no row"),
+        ({"lr_warmup_samples": 10**9}, "leaves nothing of the"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_samples": 10**9}, "does not fit"),
+    ],
+)
+def test_what_a_run_refuses_preflight_refuses_too(flags: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        case(model="7M", tokenizer_type="NullTokenizer", **{"vocab_size": 500, **flags})
+
+
+def test_a_checkpoint_is_asked_where_it_is_and_assumed_where_not(
+    token_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shape and rows of its vocabulary, which a warm start enlarges; as the run that begins from it."""
+    known = {"vocab_size": 512, "load": tmp_path / "ar", "finetune": True}
+    absent = case_of(parse(jobs.flags(token_files, tmp_path / "mdm", **known), objective="mdm"), 1)
+    assert absent.shape.padded_vocab_size == 640 and "is not here" in absent.notes[0]
+    assert (
+        main("ar", jobs.flags(token_files, tmp_path / "ar", vocab_size=512, train_iters=1, padded_vocab_size=576)) == 0
+    )
+    here = case_of(parse(jobs.flags(token_files, tmp_path / "mdm", **known), objective="mdm"), 1)
+    assert here.shape.padded_vocab_size == 640 and not here.notes
+    goes_on = {"vocab_size": 512, "load": tmp_path / "ar"}
+    assert case_of(parse(jobs.flags(token_files, None, **goes_on)), 1).shape.padded_vocab_size == 576
+    with pytest.raises(UserError, match="a checkpoint of another architecture: hidden_size 64"):
+        case_of(parse(jobs.flags(token_files, None, hidden_size=32, **goes_on)), 1)
+    capsys.readouterr()
+    words = ["--gpus", "2", "--load", str(tmp_path / "ar"), "--use-checkpoint-args", "--train-iters", "5"]
+    assert preflight(words) == 0
+    assert "0.1191M parameters, ar, fp32 on 2 x H100" in capsys.readouterr().out
 
 
 def test_muon_is_refused_in_words() -> None:

@@ -180,8 +180,8 @@ def _zero2(settings: Mapping[str, Any], partition: Partition, width: int, *, ran
     rest = kept if zero["stage"] == 2 else max(0, FLOAT * partition.elements - buckets // count)
     backward = {**between, "gradients": rest, "buckets": buckets}
     update = {**between, "gradients": 0 if is_offloaded else max(own, FLOAT * partition.own)}
-    host = (state + FLOAT * partition.own + width * (partition.own + largest)) if is_offloaded else 0
-    return Held(between, forward, backward, update, host)
+    host = state + _counters(partition) + FLOAT * partition.own + width * (partition.own + largest)
+    return Held(between, forward, backward, update, host * is_offloaded)
 
 
 def _zero3(settings: Mapping[str, Any], partition: Partition, width: int) -> Held:

@@ -107,10 +107,16 @@ REFUSED = {
 }
 
 
+# What has members, and the endings of what is a number of bytes or elements.
+SECTIONS = ("zero_optimization", "bf16", "pipeline", "timers", "zero_optimization.offload_optimizer")
+SIZES = ("_size", "_threshold", "_parameters")
+
+
 def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     """Read and check the parts of a DeepSpeed JSON file that need no other flag.
 
-    Values "auto" are left to us, so they are dropped; so are sections that are switched off, and fp16, which runs as bf16.
+    Values "auto" and null are left to us, so they are dropped; so are sections that are switched off, and fp16, which runs as
+    bf16.
 
     Args:
         path: the file.
@@ -135,6 +141,12 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     rule, named = ", ".join(dict.fromkeys(reasons[name] for name in wrong)), ", ".join(map(repr, wrong))
     fix = f"remove {'them' if wrong[1:] else 'it'} from the file"
     require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
+    odd = [name for name in SECTIONS if not isinstance(stated.get(name, {}), dict)]
+    sizes = {name: value for name, value in stated.items() if name.endswith(SIZES)}
+    odd += [name for name, size in sizes.items() if not (isinstance(size, int | float) and 0 <= size < float("inf"))]
+    told = ", ".join(f"{name} as {stated[name]!r}" for name in odd)
+    rule = "a section is an object, and a size a number from 0"
+    require(not odd, f"--deepspeed_config {path} has {told}", rule, "correct it, or leave it out")
     return given
 
 
@@ -163,10 +175,10 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _without_auto(value: Any) -> Any:
-    """The value without the members that are "auto", at any depth."""
+    """The value without the members that are "auto" or null, at any depth."""
     if not isinstance(value, dict):
         return value
-    return {key: _without_auto(member) for key, member in value.items() if member != "auto"}
+    return {key: _without_auto(member) for key, member in value.items() if member not in ("auto", None)}
 
 
 def _by_path(settings: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def test_fp16_left_to_us_is_not_asked_for(tmp_path: Path) -> None:
         assert settings(tmp_path, {"fp16": half}) == plain
 
 
+def test_null_says_nothing(tmp_path: Path) -> None:
+    given = {"zero_optimization": {"offload_optimizer": None, "reduce_bucket_size": None}, "bf16": None, "timers": None}
+    assert settings(tmp_path, given) == settings(tmp_path, {})
+
+
 def test_sections_that_are_switched_off_go(tmp_path: Path) -> None:
     """Old files name features that DeepSpeed has since removed, and it refuses their very names."""
     plain = deepspeed_settings(parse(BASE), dp_size=2, num_parameters=1000)
@@ -150,6 +155,17 @@ def test_throughput_is_not_timed_by_deepspeed() -> None:
         ({"zero_allow_untested_optimizer": False}, [], "zero_allow_untested_optimizer to False"),
         ('{"gradient_clipping": NaN}', [], "NaN is not a number of JSON.; --deepspeed_config must be a JSON object"),
         ('{"gradient_clipping": Infinity}', [], "Infinity is not a number of JSON"),
+        ({"zero_optimization": [2]}, [], r"has zero_optimization as \[2\]; a section is an object"),
+        ({"bf16": 1}, ["--bf16"], "has bf16 as 1; a section is an object"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, [], "offload_optimizer as 'cpu'; a section is an object"),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, [], "reduce_bucket_size as 'many'; .*a size a number"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": -5, "stage3_max_live_parameters": "x"}},
+            [],
+            "size as -5, .*as 'x'",
+        ),
+        ({"zero_optimization": {"stage3_param_persistence_threshold": [1]}}, ["--zero-stage", "3"], r"as \[1\]"),
+        ('{"zero_optimization": {"sub_group_size": 1e999}}', [], "sub_group_size as inf"),
         ([1], [], "it is a list.; --deepspeed_config must be a JSON object"),
         ("{oops", [], "--deepspeed_config must be a JSON object; correct it"),
     ],
