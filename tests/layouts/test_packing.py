@@ -20,8 +20,8 @@ RESET = {"reset_position_ids": True, "reset_attention_mask": True}
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``train``: documents of odd lengths, empty, of one token, of a whole sample and longer, each with its EOD; and
-    ``blocks/train``, where every document begins with a block of four."""
+    """A folder with ``train``: documents of odd lengths, empty, of one token, of a whole sample and longer, each with its EOD;
+    and ``blocks/train``, where every document begins with a block of four."""
     from megatron.data.prepare.writer import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("documents")
@@ -65,9 +65,16 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
     with engine.evaluating(view):
         losses = engine.eval_step(iter(batches), num_micro_batches=len(batches))
     inputs, targets = zip(*batches)
-    merged = [torch.cat(parts) for parts in ([i.input_ids for i in inputs], [i.segment_ids for i in inputs],
-                                             [t.labels for t in targets], [t.loss_weights for t in targets],
-                                             [i.is_causal for i in inputs if i.is_causal is not None] or [torch.ones(0)])]  # fmt: skip
+    merged = [
+        torch.cat(parts)
+        for parts in (
+            [i.input_ids for i in inputs],
+            [i.segment_ids for i in inputs],
+            [t.labels for t in targets],
+            [t.loss_weights for t in targets],
+            [i.is_causal for i in inputs if i.is_causal is not None] or [torch.ones(0)],
+        )
+    ]
     return merged, losses
 
 
