@@ -289,7 +289,14 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     noise = manifest.get("noise_seed", seed)
     if manifest and flags.run.no_load_rng:
         noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
-    scheme = manifest.get("noise_scheme", 1) if manifest else flags.run.noise_scheme or NOISE_SCHEME
+    given = flags.run.noise_scheme
+    scheme = manifest.get("noise_scheme", 1) if manifest else given or NOISE_SCHEME
+    require(
+        given in (None, scheme),
+        f"--noise-scheme {given} in a run that draws by scheme {scheme}",
+        "a run keeps the noise that it began with",
+        "drop it, or start a new run from the weights with --finetune",
+    )
     return Seeds(seed, noise, scheme)
 
 
