@@ -20,9 +20,10 @@ from megatron.training.deepspeed.settings import (
     without_compiling,
 )
 from megatron.training.deepspeed.shards import ZeroShards
-from megatron.training.engine import Batches, Engine, Taken, Wishes
+from megatron.training.engine import Batches, Engine, Wishes
 from megatron.training.muon import MuonAdamW
 from megatron.training.optimizer import build_optimizer
+from megatron.training.step import StepResult
 
 
 class DeepSpeedEngine(Engine):
@@ -74,13 +75,13 @@ class DeepSpeedEngine(Engine):
         if self.is_pipeline:
             self._deepspeed.reset_activation_shape()  # other tensors travel between stages now
 
-    def _step(self, data: Batches, wishes: Wishes) -> Taken:
+    def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
         run = self._run_pipeline if self.is_pipeline else self._accumulate
         loss, counts = run(data, wishes)
         # DeepSpeed decides on the host whether it skips, so it has read this flag already (which waited for the device).
         skipped = bool(getattr(self.optimizer, "overflow", False))
         norm = float("inf") if skipped else self._deepspeed.get_global_grad_norm()
-        return Taken(loss, counts, self._scalar(norm), self._scalar(skipped, torch.bool))
+        return StepResult(loss, self._scalar(norm), self._scalar(skipped, torch.bool), rate, counts)
 
     def _run_pipeline(self, data: Batches, wishes: Wishes) -> tuple[torch.Tensor, torch.Tensor]:
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
