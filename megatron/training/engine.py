@@ -150,7 +150,7 @@ class Engine(ABC):
 
         Args:
             run_dir: folder of the run.
-            state: fields of the manifest, "step" and "config" among them; see :func:`write_checkpoint`.
+            state: fields of the manifest, "step" and "config" among them; see :class:`Saving`.
         """
         return Saving(
             run_dir,
