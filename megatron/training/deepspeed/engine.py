@@ -14,9 +14,9 @@ from megatron.training.deepspeed.matrices import Matrices
 from megatron.training.deepspeed.memory import stages
 from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches
 from megatron.training.deepspeed.settings import (
-    TensorParallelGroups,
     adopt_process_groups,
     deepspeed_settings,
+    tensor_parallel_groups,
     without_compiling,
 )
 from megatron.training.deepspeed.shards import ZeroShards
@@ -50,7 +50,7 @@ class DeepSpeedEngine(Engine):
         num_parameters = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(self.config, dp_size=context.dp.size, num_parameters=num_parameters)
         optimizer = build_optimizer(module.parameters(), self.config.optimizer)
-        mpu = TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None
+        mpu = tensor_parallel_groups(context) if context.tp.size > 1 and not self.is_pipeline else None
         with redirect_stdout(StringIO()), without_compiling():  # its bf16 optimizer prints eighteen lines on memory
             self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
