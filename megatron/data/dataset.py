@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron.data.blend import BlendOrder, blend_order, parse_blend
+from megatron.data.blend import BlendOrder, blend_order, parse_blend, prefixes_of
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.order import plan_order
 from megatron.data.order_cache import default_cache_folders, load_or_build_maps
@@ -233,12 +233,12 @@ def describe(dataset: GPTDataset | BlendedDataset) -> str:
 
 
 def count_unique_tokens(paths: Sequence[str]) -> int:
-    """Return the tokens of a data path, every prefix counted once; builds no index maps.
+    """Return the tokens of a data path, every prefix counted once, 0 of an empty one; builds no index maps.
 
     Raises:
         ValueError: a wrong blend, or missing or damaged data.
     """
-    return sum(IndexedDataset(prefix).num_tokens for prefix in {prefix for _, prefix in parse_blend(paths)})
+    return sum(IndexedDataset(prefix).num_tokens for prefix in prefixes_of(paths))
 
 
 def text_bytes_per_token(prefix: str) -> float | None:
