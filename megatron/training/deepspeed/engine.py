@@ -11,8 +11,7 @@ import torch
 from megatron.model.gpt import build_layers
 from megatron.objectives.base import Objective
 from megatron.training.deepspeed.matrices import Matrices
-from megatron.training.deepspeed.memory import stages
-from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches
+from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches, stages
 from megatron.training.deepspeed.settings import (
     adopt_process_groups,
     deepspeed_settings,
