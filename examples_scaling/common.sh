@@ -136,6 +136,9 @@ program_of() {
 # Fills FLAGS with what training and evaluation share: data, model shape, batch and layout. MODEL is a preset name.
 shared_flags() {
   local tokenizer=(--tokenizer-type NullTokenizer --vocab-size 50257) gpt2="$DATA_DIR/gpt2"
+  case "$BF16" in ""|0|1) ;; *) die "BF16=$BF16" "it is 1 for bf16, 0 or empty for fp32" "mend or unset it" ;; esac
+  [ -z "${TOKENIZER_MODEL:-}" ] || [ -z "${TOKENIZER_FLAGS:-}" ] || die "TOKENIZER_MODEL and TOKENIZER_FLAGS" \
+    "the tokenizer is named once" "unset one of them"
   if [ -n "${TOKENIZER_MODEL:-}" ]; then tokenizer=(--tokenizer-model "$TOKENIZER_MODEL")
   elif [ -n "${TOKENIZER_FLAGS+set}" ]; then read -r -a tokenizer <<<"$TOKENIZER_FLAGS"
   elif [ -f "$gpt2/merges.txt" ]; then tokenizer=(--vocab-file "$gpt2/vocab.json" --merge-file "$gpt2/merges.txt"); fi

@@ -7,5 +7,5 @@
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 read -r -a tokenizer <<<"$EVAL_TOKENIZER_FLAGS"
-launch tools/generate.py --load "${CHECKPOINT:-$RUN_DIR}" "${tokenizer[@]}" --prompt "$PROMPT" \
+launch tools/generate.py --load "${CHECKPOINT:-$RUN_DIR}" ${LOAD_TAG:+--load-tag "$LOAD_TAG"} "${tokenizer[@]}" --prompt "$PROMPT" \
   --max-new-tokens "$NEW_TOKENS" "$@"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving
 from megatron.config.schema import WEIGHT, Config, ModelConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError
@@ -113,7 +113,8 @@ def save_full_checkpoint(
     check_tensors(tensors, full_shapes(specs), source=str(run_dir))
     fragments = [Fragment(WEIGHT, name, 0, 1, 0, tensors[name].reshape(-1)) for name in specs]
     state = {"step": step, "consumed_samples": 0, "optimizer_steps": 0, **(more or {}), "config": config}
-    return write_checkpoint(Path(run_dir), fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    saving = Saving(Path(run_dir), fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    return saving.publish()
 
 
 def open_whole_model(tag: Path, weights: str = WEIGHT) -> CheckpointReader:

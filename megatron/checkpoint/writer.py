@@ -90,7 +90,12 @@ class Saving:
         """Write this rank's file, or begin to.
 
         Args:
-            run_dir, fragments, specs, state, context: see :func:`write_checkpoint`.
+            run_dir: folder of the run.
+            fragments: what this rank holds and no other rank writes.
+            specs: shape and split of this rank's tensors.
+            state: ``step``, ``consumed_samples``, ``optimizer_steps``, ``config`` (a Config) and anything else for JSON, such
+                as ``run_id``. The time of writing is added as ``saved_at``.
+            context: this process.
             staging: copy the fragments there, and write them in a thread; None: write them now.
         """
         self._specs, self._state, self._context = specs, state, context
@@ -167,33 +172,6 @@ class Saving:
             self._report = _attempt(lambda: _write_shard(self._scratch, tensors(), self._context))
         except BaseException as error:  # no thread may keep it: it is the process that fails
             self._error = error
-
-
-def write_checkpoint(
-    run_dir: Path,
-    *,
-    fragments: Iterable[Fragment],
-    specs: Mapping[str, ShardSpec],
-    state: dict[str, Any],
-    context: ParallelContext,
-) -> Path:
-    """Write one tag; a collective call.
-
-    Args:
-        run_dir: folder of the run.
-        fragments: what this rank holds and no other rank writes.
-        specs: shape and split of this rank's tensors.
-        state: ``step``, ``consumed_samples``, ``optimizer_steps``, ``config`` (a Config) and anything else for JSON, such
-            as ``run_id``. The time of writing is added as ``saved_at``.
-        context: this process.
-
-    Returns:
-        The folder of the tag.
-
-    Raises:
-        Failure: see :meth:`Saving.publish`.
-    """
-    return Saving(run_dir, fragments=fragments, specs=specs, state=state, context=context).publish()
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:

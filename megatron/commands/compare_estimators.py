@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
-from megatron.config.ranges import whole
+from megatron.config.ranges import refuse_idle, whole
 from megatron.errors import UserError, require
 from megatron.files import replace_file
 
@@ -57,11 +58,25 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=COUNT, default=128, metavar="ROWS")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    require(
+        arguments.text is None or arguments.parts is None,
+        "--parts with --text",
+        "a spread is that of samples",
+        "pass --valid-data-path",
+    )
+    if arguments.text is None:
+        idle = dict.fromkeys(("questions", "answer_tokens", "variance_tokens"), "a validation asks no questions")
+        idle |= {"repeats": "a spread is of one seed"} if arguments.parts is not None else {}
+    else:
+        idle = {"num_mc": "it is of a validation"}
+        idle |= {"answer_tokens": "--variance-tokens says it"} if arguments.variance_tokens is not None else {}
+    refuse_idle(parser, arguments, idle)
+    return arguments
 
 
-def validations(arguments: argparse.Namespace) -> None:
-    """Print what the noise of a validation costs, by estimator."""
+def validations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print what the noise of a validation costs, by estimator; returns the figures."""
     from megatron.config.schema import BERNOULLI, EXACT_COUNT
     from megatron.data.dataset import build_dataset
     from megatron.evaluation.validation_noise import repeat_validation, spread_by_share
@@ -80,7 +95,7 @@ def validations(arguments: argparse.Namespace) -> None:
         print(f"spread of a draw, nats per token, in {arguments.parts} parts of the masked share; "
               f"{dataset.num_samples} samples, {arguments.num_mc} draws of each")  # fmt: skip
         print(f"--noise-schedule measured --noise-schedule-spread {','.join(f'{value:.3g}' for value in spread)}")
-        return
+        return {"spread": spread.tolist()}
     print(
         f"{'estimator':<24} {'sd of a sample':>14} {'sd of the whole':>16} {'printed ±':>10}  ±1.96 and ±t hold the mean"
     )
@@ -101,15 +116,19 @@ def validations(arguments: argparse.Namespace) -> None:
     print(f"variance of {BERNOULLI} by that of {EXACT_COUNT} at {arguments.num_mc} passes: {one:.1f} of a sample, {whole:.1f} of "
           f"the whole; {first.num_samples} samples, {first.num_documents} documents, {arguments.repeats} seeds; "
           "1,000 resamplings of documents and noise")  # fmt: skip
+    return {"variances": {name: {"of_a_sample": one, "of_the_whole": whole} for name, (one, whole) in found.items()}}
 
 
 def main() -> None:
     """Parse, measure, print, write."""
     arguments = _arguments()
-    if arguments.valid_data_path is not None:
-        validations(arguments)
-        return
-    require(arguments.parts is None, "--parts with --text", "a spread is that of samples", "pass --valid-data-path")
+    found = answers(arguments) if arguments.valid_data_path is None else validations(arguments)
+    if arguments.output:
+        replace_file(arguments.output, json.dumps(found, indent=1))
+
+
+def answers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print what estimators cost on answers to questions made of texts; returns the figures."""
     lengths = answer_lengths(arguments.answer_tokens)
     from megatron.evaluation.estimator_comparison import (
         TableScorer,
@@ -143,7 +162,7 @@ def main() -> None:
         print(
             f"variance of one estimate at {lengths[0]} passes over {arguments.repeats} seeds, mean of {len(questions)} answers"
         )
-        return
+        return {"variances": {name: float(value) for name, value in found.items()}}
     table = TableScorer(scorer, questions)
     right = sum(int(values.argmax()) == 0 for values in table.truth) / len(questions)
     print(f"{len(questions)} questions, {len(questions[0].choices)} answers of {arguments.answer_tokens} tokens, "
@@ -156,5 +175,4 @@ def main() -> None:
     print(
         "agreement ± standard error over seeds (the questions are fixed); rms nats: error of one likelihood, 0 for the bound"
     )
-    if arguments.output:
-        replace_file(arguments.output, json.dumps({"accuracy_of_the_bound": right, "rows": rows}, indent=1))
+    return {"accuracy_of_the_bound": right, "rows": rows}

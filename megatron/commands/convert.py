@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
+from megatron.config.ranges import refuse_idle
 
 if TYPE_CHECKING:
     from megatron.config.schema import Config
@@ -65,7 +66,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     to_hf.add_argument("--tag", help="checkpoint of the run; default: the newest that verifies")
     add_load_kind(to_hf)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    names = ("tokenizer", "vocab_file", "merge_file") if getattr(args, "no_tokenizer", False) else ()
+    given = {
+        name: why for name, why in dict.fromkeys(names, "--no-tokenizer leaves it out").items() if hasattr(args, name)
+    }
+    refuse_idle(commands.choices[args.command], args, given)
+    return args
 
 
 def _size(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
+from megatron.config.ranges import refuse_idle
 from megatron.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -41,7 +42,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--license", metavar="ID", help="licence named in the model card, such as apache-2.0")
     add("--output", metavar="DIR", help="keep what is uploaded in this folder")
     add("--dry-run", action="store_true", help="say what would be uploaded and stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    idle = {"tokenizer": "--no-tokenizer leaves it out"} if args.no_tokenizer else {}
+    if args.no_export:
+        idle |= dict.fromkeys(("dtype", "trim_vocab", "tokenizer", "no_tokenizer"), "there is no export")
+    refuse_idle(parser, args, idle)
+    return args
 
 
 def plan_of(args: argparse.Namespace) -> UploadPlan:

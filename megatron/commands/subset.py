@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser
-from megatron.config.ranges import whole
+from megatron.config.ranges import refuse_idle, whole
 from megatron.files import replace_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-path-file", metavar="FILE", help="also write the line for --train-data-path-file here")
     for flag in ("--tokenizer-type", "--vocab-file", "--merge-file", "--tokenizer-model"):
         add(flag, metavar="NAME" if flag == "--tokenizer-type" else "FILE", help="JSONL: tokenizer that counts tokens")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    idle = {} if args.random else {"seed": "the first documents are taken without --random"}
+    if not is_jsonl(args.input):
+        names = ("json_keys", "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
+        idle |= dict.fromkeys(names, "the input is tokenised")
+    refuse_idle(parser, args, idle)
+    return args
+
+
+def is_jsonl(name: str) -> bool:
+    """Whether the input is a file of texts, not the prefix of token files."""
+    return Path(name).is_file() and not name.endswith((".bin", ".idx"))
 
 
 def counting_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
@@ -61,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
 
     selection = Selection(args.documents, args.tokens, args.seed if args.random else None)
-    if Path(args.input).is_file() and not args.input.endswith((".bin", ".idx")):
+    if is_jsonl(args.input):
         report = subset_jsonl(
             args.input, args.output, selection, tokenizer=counting_tokenizer(args), key=args.json_keys
         )

@@ -156,6 +156,14 @@ class Layers:
                 for name in setting.names if len(setting.names) == 1 else ():
                     if before.get(name) != _value(setting):
                         gone |= {*REPLACED.get(name, ()), *(self.options if name == "objective" else ())}
+            for setting in kept:
+                again = [name for name in setting.names if name in gone]
+                if len(again) not in (0, len(setting.names)):
+                    raise UserError(
+                        f"{_key(setting.words[0])} ({setting.source}) beside {' and '.join(again)}",
+                        f"it gives {' and '.join(setting.names)}, and a part of that is given anew",
+                        "give all of them anew",
+                    )
             kept = [setting for setting in kept if not gone & set(setting.names)] + list(layer)
         return kept
 

@@ -167,7 +167,7 @@ def _as_flag(need: str) -> str:
     name, _, value = need.partition("=")
     flag = "--" + name.removesuffix("!").replace("_", "-")
     if name.endswith("!"):
-        return f"another {flag} than {value}"
+        return f"no {flag}" if value == "true" else f"another {flag} than {value}"
     if value in ("false", "none"):
         return ("--no-" if value == "false" else "no --") + name.replace("_", "-")
     return f"{flag} {value}" if value and value != "true" else flag

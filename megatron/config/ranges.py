@@ -1,10 +1,12 @@
-"""Ranges of numbers on the command lines of the tools, for ``argparse``: refused where they are read."""
+"""What the command lines of the tools refuse where they are read: numbers out of range, flags without effect."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from megatron.errors import UserError
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -35,3 +37,20 @@ def real(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def refuse_idle(parser: argparse.ArgumentParser, options: argparse.Namespace, idle: Mapping[str, str]) -> None:
+    """Refuse flags that were given and can have no effect beside the others.
+
+    Args:
+        parser: knows what a flag is when it is absent.
+        options: what was read.
+        idle: the flags, with underscores → why.
+
+    Raises:
+        UserError: the first one that was given.
+    """
+    for name, reason in idle.items():
+        if getattr(options, name) != parser.get_default(name):
+            spelling = next(word for action in parser._actions if action.dest == name for word in action.option_strings)
+            raise UserError(f"{spelling} would have no effect", reason, "drop it")

@@ -12,7 +12,7 @@ import numpy as np
 from megatron.config.option import LARGEST
 from megatron.config.schema import DataConfig
 from megatron.data.indexed import clean_prefix
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 
 _BLOCK = 4096  # samples per row of running counts
 _MAX_LANES = 8192
@@ -80,20 +80,30 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
     return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
 
 
-def data_prefixes(config: DataConfig) -> list[str]:
-    """Return the prefixes that the flags name, those of the training data first.
+def prefixes_of(*blends: Sequence[str]) -> list[str]:
+    """Return the prefixes of all blends, each once; an empty blend has none. Raises as :func:`parse_blend` does."""
+    return list(dict.fromkeys(prefix for paths in blends if paths for _, prefix in parse_blend(paths)))
+
+
+def data_paths(config: DataConfig, kind: str) -> list[str]:
+    """Return the blend that the flags name for ``kind``, train or valid; empty where they name none.
 
     Raises:
-        UserError: a wrong blend or data path file.
+        UserError: it is named twice, or by a wrong data path file.
     """
-    prefixes = []
-    for paths, file in (
-        (config.train_data_path, config.train_data_path_file),
-        (config.valid_data_path, config.valid_data_path_file),
-    ):
-        items = read_data_path_file(file) if file and not paths else paths
-        prefixes += [prefix for _, prefix in parse_blend(items)] if items else []
-    return prefixes
+    direct, file = getattr(config, f"{kind}_data_path"), getattr(config, f"{kind}_data_path_file")
+    require(
+        not (direct and file),
+        f"--{kind}-data-path and --{kind}-data-path-file are both given",
+        "the data are named once",
+        "drop one of them",
+    )
+    return read_data_path_file(file) if file else list(direct)
+
+
+def data_prefixes(config: DataConfig) -> list[str]:
+    """Return the prefixes that the flags name, those of the training data first. Raises as :func:`data_paths` does."""
+    return prefixes_of(data_paths(config, "train"), data_paths(config, "valid"))
 
 
 def _as_weight(word: str) -> float | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron.data.blend import BlendOrder, blend_order, parse_blend
+from megatron.data.blend import BlendOrder, blend_order, parse_blend, prefixes_of
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.order import plan_order
 from megatron.data.order_cache import default_cache_folders, load_or_build_maps
@@ -123,36 +123,20 @@ class BlendedDataset:
         num_samples, tokens_per_epoch, num_epochs, text_bytes_per_token: as in GPTDataset, over all parts together.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[float],
-        datasets: Sequence[GPTDataset],
-        num_samples: int | None = None,
-        *,
-        order: BlendOrder | None = None,
-    ) -> None:
-        """Mix ``num_samples`` samples; None reads every sample of every part once, part after part.
+    def __init__(self, weights: Sequence[float], datasets: Sequence[GPTDataset], choices: np.ndarray) -> None:
+        """Mix samples.
 
-        ``order`` is the result of ``blend_order`` for these arguments, where the caller has it already.
+        Args:
+            weights: of the data sets, as many.
+            datasets: the parts.
+            choices: data set of each sample, integers [samples], as ``blend_order`` gives them.
 
         Raises:
-            ValueError: weights and data sets do not match, or a data set has too few samples.
+            ValueError: a data set has too few samples.
         """
-        if len(weights) != len(datasets) or not datasets or min(weights, default=0.0) <= 0:
-            raise UserError(
-                f"{len(weights)} weights {list(weights)} for {len(datasets)} data sets",
-                "each data set needs one positive weight",
-                "pass as many weights as data sets",
-            )
         self.datasets = list(datasets)
         self.weights = (np.asarray(weights, dtype=np.float64) / np.sum(weights)).tolist()
-        if order is None:
-            if num_samples is None:
-                choices = np.repeat(np.arange(len(datasets)), [len(dataset) for dataset in datasets])
-            else:
-                choices = blend_order(weights, num_samples)
-            order = BlendOrder(choices, len(datasets))
-        self.order = order
+        self.order = BlendOrder(choices, len(datasets))
         for dataset, needed in zip(self.datasets, self.order.counts):
             if needed > len(dataset):
                 raise UserError(
@@ -218,16 +202,17 @@ def build_dataset(
         return GPTDataset(pairs[0][1], num_samples, seq_length, seed, name, cache_path)
     weights = [weight for weight, _ in pairs]
     needed: list[int | None] = [None] * len(pairs)
-    order: BlendOrder | None = None
     if num_samples is not None:
-        order = BlendOrder(blend_order(weights, num_samples), len(pairs))
+        choices = blend_order(weights, num_samples)
         total = np.sum(weights, dtype=np.float64)  # Python's sum() rounds otherwise from 3.12 on; the order must not
         shares = [math.ceil(num_samples * (weight / total) * _HEADROOM) for weight in weights]
-        needed = [max(1, share, int(count)) for share, count in zip(shares, order.counts)]
+        needed = [max(1, *parts) for parts in zip(shares, np.bincount(choices, minlength=len(pairs)).tolist())]
     datasets = [
         GPTDataset(prefix, samples, seq_length, seed, name, cache_path) for (_, prefix), samples in zip(pairs, needed)
     ]
-    return BlendedDataset(weights, datasets, num_samples, order=order)
+    if num_samples is None:  # part after part
+        choices = np.repeat(np.arange(len(pairs)), [len(dataset) for dataset in datasets])
+    return BlendedDataset(weights, datasets, choices)
 
 
 def describe(dataset: GPTDataset | BlendedDataset) -> str:
@@ -248,12 +233,12 @@ def describe(dataset: GPTDataset | BlendedDataset) -> str:
 
 
 def count_unique_tokens(paths: Sequence[str]) -> int:
-    """Return the tokens of a data path, every prefix counted once; builds no index maps.
+    """Return the tokens of a data path, every prefix counted once, 0 of an empty one; builds no index maps.
 
     Raises:
         ValueError: a wrong blend, or missing or damaged data.
     """
-    return sum(IndexedDataset(prefix).num_tokens for prefix in {prefix for _, prefix in parse_blend(paths)})
+    return sum(IndexedDataset(prefix).num_tokens for prefix in prefixes_of(paths))
 
 
 def text_bytes_per_token(prefix: str) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron.config.schema import DataConfig
-from megatron.data.blend import parse_blend
+from megatron.data.blend import parse_blend, prefixes_of
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta, whole_prefix
 from megatron.data.tokenizer_types import Tokenizer
 from megatron.errors import UserError
@@ -147,7 +147,7 @@ def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprints: Sequ
     Raises:
         UserError: which data set was made with another tokenizer than which, or holds which id.
     """
-    prefixes = _prefixes(blends)
+    prefixes = prefixes_of(*blends)
     makers = [maker for maker in (_maker(prefix) for prefix in prefixes) if maker is not None]
     own = [fingerprint for fingerprint in fingerprints if not fingerprint.startswith("ids:")]
     if own:
@@ -226,7 +226,7 @@ def verify_data(*blends: Sequence[str], say: Callable[[str], object] = print) ->
         UserError: a data set records no digests.
         DamagedData: a file is not what was written.
     """
-    for prefix in dict.fromkeys(whole_prefix(prefix) for prefix in _prefixes(blends)):
+    for prefix in dict.fromkeys(whole_prefix(prefix) for prefix in prefixes_of(*blends)):
         recorded = (read_meta(prefix) or {}).get("digests")
         if not recorded:
             raise UserError(
@@ -248,11 +248,6 @@ def digest_problems(prefix: str, recorded: dict[str, str]) -> list[str]:
         for suffix in ("idx", "bin")
         if recorded.get(suffix) not in (None, sha256_of(f"{prefix}.{suffix}"))
     ]
-
-
-def _prefixes(blends: Sequence[Sequence[str]]) -> list[str]:
-    """Return the prefixes of all blends, each once."""
-    return list(dict.fromkeys(prefix for paths in blends if paths for _, prefix in parse_blend(paths)))
 
 
 def selection_half(*parts: IndexedDataset) -> np.ndarray:

@@ -50,8 +50,8 @@ class Repeats:
         """Share of resamplings of documents and noise whose interval holds the mean over documents and noise: of
         ±1.96 errors, and of Student's interval.
 
-        Documents are drawn with replacement; copies of one have noise of different seeds. Within one copy all documents of
-        a sample share the noise of their sample.
+        Documents are drawn with replacement; copies of one have noise of different seeds, as far as there are so many. Within
+        one copy all documents of a sample share the noise of their sample.
         """
         first, loss, random = self.sums[0], self.loss, np.random.default_rng(seed)
         truth = loss.mean(axis=0).sum() / first.tokens.sum()
@@ -64,7 +64,7 @@ class Repeats:
                 kept = copies > copy
                 offsets = copy * (1 + first.sample.max()), copy * (1 + first.document.max())
                 columns = (first.sample[kept] + offsets[0], first.document[kept] + offsets[1], first.tokens[kept])
-                parts.append((*columns, loss[seeds[copy], kept]))
+                parts.append((*columns, loss[seeds[copy % len(seeds)], kept]))
             joined = [np.concatenate(column) for column in zip(*parts)]
             estimate = mean_loss(ValidationSums.collect(*joined, draws=first.draws))
             off = abs(estimate.value - truth)

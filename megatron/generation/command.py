@@ -16,7 +16,7 @@ from megatron.files import replace_file
 from megatron.generation.animation import StepRecorder, animation, pieces_of
 from megatron.generation.diffusion import DiffusionSettings, Step
 from megatron.generation.display import UncoverDisplay
-from megatron.generation.flags import build_generate_parser
+from megatron.generation.flags import NEW_TOKENS, build_generate_parser
 from megatron.generation.samplers import sampler_of
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
@@ -131,6 +131,12 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         flag = "--" + name.replace("_", "-")
         require(least <= value <= most, f"{flag} {value}", f"it is from {least} to {most}", "correct the number")
     _settings(arguments)
+    require(
+        arguments.temperature > 0 or (arguments.top_k == 0 and arguments.top_p == 1),
+        "--top-k or --top-p at --temperature 0",
+        "the most likely token is taken, and none drawn",
+        "pass for instance --temperature 1, or drop them",
+    )
 
 
 def _check_texts(arguments: argparse.Namespace) -> None:
@@ -246,8 +252,21 @@ def _filled(
             observer(step)
 
     options = {"settings": _settings(arguments), "batch_size": arguments.batch_size, "on_step": observe}
-    if arguments.infix is not None or any(GAP.search(prompt) for prompt in prompts):
+    has_gap = [GAP.search(prompt) is not None for prompt in prompts]
+    if arguments.infix is not None or any(has_gap):
+        require(
+            arguments.infix is not None or all(has_gap),
+            "prompts with [MASK] and without",
+            "gaps are filled, or texts continued",
+            "generate them apart",
+        )
         rows = [_row_with_gaps(loaded, prompt, arguments, mask_id=sampler.mask_id) for prompt in prompts]
+        require(
+            arguments.max_new_tokens == NEW_TOKENS or not all(has_gap),
+            f"--max-new-tokens {arguments.max_new_tokens} beside [MASK]",
+            "gaps say how many tokens are added",
+            "drop it, or write [MASK:N]",
+        )
         completions = fill_gaps(sampler, tokenizer, rows, stop_strings=arguments.stop, **options)
         return completions, [completion.text for completion in completions]
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]

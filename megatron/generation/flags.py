@@ -12,6 +12,7 @@ LEARNED = ("confidence", "margin", "entropy")
 KNOWN = ("left-to-right", "right-to-left", "random")
 POLICIES = (*LEARNED, *(f"{name}-reversed" for name in LEARNED), *KNOWN)  # see policies.py
 ORDERS = (*POLICIES, "ancestral")
+NEW_TOKENS = 64
 EXAMPLES = (
     'megatron generate --load runs/mdm --prompt "The cat" --max-new-tokens 32',
     'megatron generate --load runs/mdm --prompt "The [MASK:2] on the [MASK]."',
@@ -32,7 +33,7 @@ def build_generate_parser() -> argparse.ArgumentParser:
     )
     add("--prompt-file", metavar="FILE", help="one prompt a line")
     add("--infix", metavar="TEXT", help="diffusion: text that stands behind the generated tokens")
-    add("--max-new-tokens", type=int, default=64, metavar="TOKENS", help="tokens to add (default: 64)")
+    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="TOKENS", help="tokens to add (default: %(default)s)")
     add("--num-samples", type=int, default=1, metavar="COUNT", help="results of every prompt (default: 1)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end at this string; may be repeated")
     add("--batch-size", type=int, default=8, metavar="ROWS", help="rows per forward pass (default: 8)")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,22 +52,6 @@ class Mode:
         """Which keys a query sees."""
         mask = self.objective.attention_mask
         return within_segments(mask) if self.within_documents else mask
-
-
-class Taken(NamedTuple):
-    """An optimizer step, taken or skipped: scalars on the device.
-
-    Attributes:
-        loss: [] fp32, mean over the global batch.
-        wishes: [n] fp32, ranks that have each wish.
-        grad_norm: [] fp32, global norm before clipping; infinite where skipped.
-        skipped: [] bool, whether a NaN or infinite gradient kept the weights from changing.
-    """
-
-    loss: torch.Tensor
-    wishes: torch.Tensor
-    grad_norm: torch.Tensor
-    skipped: torch.Tensor
 
 
 class Engine(ABC):
@@ -124,10 +108,9 @@ class Engine(ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._seed_dropout(consumed_samples)
-        taken = self._step(self._watched(data), wishes)
+        result = self._step(self._watched(data), wishes, rate=rate)
         if self.shards.average is not None:
-            self.shards.average.update(taken.skipped)
-        result = StepResult(taken.loss, taken.grad_norm, taken.skipped, rate, taken.wishes)
+            self.shards.average.update(result.skipped)
         self.observer.step_ended(result)
         return result
 
@@ -167,7 +150,7 @@ class Engine(ABC):
 
         Args:
             run_dir: folder of the run.
-            state: fields of the manifest, "step" and "config" among them; see :func:`write_checkpoint`.
+            state: fields of the manifest, "step" and "config" among them; see :class:`Saving`.
         """
         return Saving(
             run_dir,
@@ -196,8 +179,8 @@ class Engine(ABC):
         """Make module, optimizer and shards."""
 
     @abstractmethod
-    def _step(self, data: Batches, wishes: Wishes) -> Taken:
-        """Forward and backward passes of all micro-batches, and the update with the rate that the groups have."""
+    def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
+        """Forward and backward passes of all micro-batches, and the update with the rate, which the groups have already."""
 
     def _factory(self) -> ParameterFactory:
         """Makes weights in the precision of the run. Only the first data-parallel rank draws any: the engine hands them on."""

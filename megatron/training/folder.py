@@ -165,8 +165,8 @@ class RunFolder:
         """Name the best validation of this branch, as its metrics tell it, in best.json; on the first rank."""
         assert self._log is not None
         best = self._log.file.best()
-        self.progress.remember_best(best, "" if best is None else measured(best))
-        path = self.plan.run_dir / BEST
+        path, progress = self.plan.run_dir / BEST, self.progress
+        progress.best_step, progress.best_text = (None, "") if best is None else (best.step, measured(best))
         if best is not None:
             fields = ("step", "weights", "nll", "nll_se", "label", "estimator", "num_mc")
             replace_file(path, json.dumps({name: getattr(best, name) for name in fields}))

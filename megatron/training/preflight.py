@@ -32,7 +32,8 @@ from megatron.objectives import OBJECTIVES, Objective, build_objective, with_voc
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
-from megatron.training.deepspeed.memory import Partition, held, optimizer_groups, stages
+from megatron.training.deepspeed.memory import Partition, held, optimizer_groups
+from megatron.training.deepspeed.pipeline import stages
 from megatron.training.deepspeed.settings import deepspeed_settings
 from megatron.training.engine import compiles_blocks
 from megatron.training.fsdp2 import memory as fsdp2_memory

@@ -14,7 +14,7 @@ import torch
 
 from megatron.errors import Failure
 from megatron.model.arithmetic import peak_flops
-from megatron.runs.record import DIVERGED, TrainRow, ValidRow
+from megatron.runs.record import DIVERGED, TrainRow
 from megatron.training.reporting import Screen
 from megatron.training.step import PendingStep, StepNumbers, StepResult
 
@@ -31,7 +31,7 @@ class Progress:
         skipped_steps: steps skipped for a NaN or infinite gradient, in the whole run.
         skipped_in_a_row: the same, since the last good step.
         loss_sum, loss_count: losses since the last log line, so that a resumed run prints the same line.
-        best_step, best_nll, best_text: best validation so far, with its label and error.
+        best_step, best_text: best validation so far, with its label and error.
     """
 
     step: int = 0
@@ -44,7 +44,6 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: int = 0
     best_step: int | None = None
-    best_nll: float | None = None
     best_text: str = ""
 
     @classmethod
@@ -103,11 +102,6 @@ class Progress:
                 f"a run that diverges ends (--max-skipped-steps {limit})",
                 "resume from an earlier checkpoint with a lower --lr",
             )
-
-    def remember_best(self, row: ValidRow | None, text: str) -> None:
-        """Keep a validation as the best one, or that there is none."""
-        self.best_step, self.best_nll = (None, None) if row is None else (row.step, row.nll)
-        self.best_text = text
 
 
 @dataclass(frozen=True)

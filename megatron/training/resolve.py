@@ -16,7 +16,7 @@ from megatron.config import config_to_dict
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig
 from megatron.config.shape import ARCHITECTURE, Shape, padded_size
 from megatron.config.validate import idle_notes
-from megatron.data.blend import parse_blend, read_data_path_file
+from megatron.data.blend import data_paths, parse_blend
 from megatron.data.dataset import count_unique_tokens
 from megatron.data.identity import (
     check_apart,
@@ -132,9 +132,7 @@ def _check_apart(flags: Config, sources: Sources, *, is_continued: bool) -> None
 
 
 def _sources(flags: Config, launch: Launch) -> Sources:
-    data, run = flags.data, flags.run
-    train = _paths(data.train_data_path, data.train_data_path_file, "train")
-    valid = _paths(data.valid_data_path, data.valid_data_path_file, "valid")
+    run, train, valid = flags.run, data_paths(flags.data, "train"), data_paths(flags.data, "valid")
     require(
         train or run.skip_train,
         "no training data",
@@ -149,20 +147,10 @@ def _sources(flags: Config, launch: Launch) -> Sources:
     )
     blends = {"train": train, "valid": valid}
     # Files that are damaged show it now, those of validation too, and not after hours.
-    num_tokens = {name: count_unique_tokens(paths) if paths else 0 for name, paths in blends.items()}
+    num_tokens = {name: count_unique_tokens(paths) for name, paths in blends.items()}
     is_writer = launch.is_first_rank  # of run.json; the digest of a long .idx takes seconds
     fingerprints = {name: data_fingerprint(paths) if paths and is_writer else [] for name, paths in blends.items()}
     return Sources(tuple(train), tuple(valid), num_tokens["train"], fingerprints)
-
-
-def _paths(direct: list[str], file: str | None, kind: str) -> list[str]:
-    require(
-        not (direct and file),
-        f"--{kind}-data-path and --{kind}-data-path-file are both given",
-        "the data are named once",
-        "drop one of them",
-    )
-    return read_data_path_file(file) if file else list(direct)
 
 
 def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
@@ -291,7 +279,14 @@ def _seeds(flags: Config, manifest: dict[str, Any]) -> Seeds:
     noise = manifest.get("noise_seed", seed)
     if manifest and flags.run.no_load_rng:
         noise = named_seed(seed, f"reloaded at {manifest['consumed_samples']}")
-    scheme = manifest.get("noise_scheme", 1) if manifest else flags.run.noise_scheme or NOISE_SCHEME
+    given = flags.run.noise_scheme
+    scheme = manifest.get("noise_scheme", 1) if manifest else given or NOISE_SCHEME
+    require(
+        given in (None, scheme),
+        f"--noise-scheme {given} in a run that draws by scheme {scheme}",
+        "a run keeps the noise that it began with",
+        "drop it, or start a new run from the weights with --finetune",
+    )
     return Seeds(seed, noise, scheme)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron.model.arithmetic import Device, keys_per_token
 from megatron.objectives.base import computed_positions
-from megatron.training.deepspeed.memory import stages
+from megatron.training.deepspeed.pipeline import stages
 from megatron.training.preflight import Case, num_parameters
 
 # Shares of the peak that matrix products and fused attention reach at most, the width at which half of it is reached, and the

@@ -138,7 +138,8 @@ def evaluate_checkpoint(
     progress = Progress.of(start.manifest, unique_tokens=unique_tokens)
     _introduce(plan, start, progress, screen, label=plan.objective.for_eval().label)
     validator = Validator(plan, engine, probe=probe, screen=screen)
-    with StopRequest(context, connection, minutes=plan.settings.run.exit_duration_in_mins) as stop:
+    limit, switch = plan.settings.run.exit_duration_in_mins, plan.settings.run.kill_switch_file
+    with StopRequest(context, connection, minutes=limit, switch=switch) as stop:
         measured = validator.measure(stop)
         engine.close()
         if measured is None:

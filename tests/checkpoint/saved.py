@@ -10,7 +10,7 @@ import torch
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import Selection
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving
 from megatron.objectives import parse
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec
@@ -20,13 +20,13 @@ def save(run_dir: Path, step: int, *, value: float | None = None, **state: Any) 
     """A checkpoint of a model of one tensor, which is ``value`` (default: the step) everywhere."""
     config = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
     data = torch.full((4,), float(step if value is None else value))
-    return write_checkpoint(
+    return Saving(
         run_dir,
         fragments=[Fragment("weight", "w", 0, 1, 0, data)],
         specs={"w": ShardSpec((4,))},
         state={"step": step, "consumed_samples": 8 * step, "optimizer_steps": step, "config": config, **state},
         context=ParallelContext(),
-    )
+    ).publish()
 
 
 def value(found: Selection) -> float:

@@ -20,7 +20,7 @@ import torch
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import Selection, select
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving
 from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.parallel.context import ParallelContext
@@ -50,7 +50,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "config": config,
             "best_nll": 3.5e-05,
         }
-        write_checkpoint(folder, fragments=fragments, specs=SPECS, state=state, context=ParallelContext())
+        Saving(folder, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
     return folder
 
 

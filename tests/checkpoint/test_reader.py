@@ -14,7 +14,7 @@ from megatron.checkpoint import reader
 from megatron.checkpoint.files import Fragment, grouped, read_manifest, ungrouped, write_manifest
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
-from megatron.checkpoint.writer import save_tensors, write_checkpoint
+from megatron.checkpoint.writer import Saving, save_tensors
 from megatron.errors import UserError
 from megatron.files import sha256_of
 from megatron.objectives import parse
@@ -37,7 +37,7 @@ def tag(tmp_path: Path) -> Path:
         for first, last in itertools.pairwise((0, 5, 6, 18))
     ]
     state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
-    return write_checkpoint(tmp_path, fragments=fragments, specs=SPECS, state=state, context=ParallelContext())
+    return Saving(tmp_path, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -21,7 +21,7 @@ from megatron.checkpoint.files import Fragment, complaints, tag_folders
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
 from megatron.checkpoint.upkeep import sweep_leftovers
-from megatron.checkpoint.writer import Saving, Staging, write_checkpoint
+from megatron.checkpoint.writer import Saving, Staging
 from megatron.errors import Failure
 from megatron.objectives import parse
 from megatron.parallel.context import ParallelContext
@@ -31,13 +31,13 @@ from megatron.parallel.sharding import ShardSpec
 def save(run_dir: Path, value: float) -> Path:
     """Step 5 of a model of one tensor that is ``value`` everywhere."""
     config = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
-    return write_checkpoint(
+    return Saving(
         run_dir,
         fragments=[Fragment("weight", "w", 0, 1, 0, torch.full((4,), value))],
         specs={"w": ShardSpec((4,))},
         state={"step": 5, "consumed_samples": 0, "optimizer_steps": 0, "config": config},
         context=ParallelContext(),
-    )
+    ).publish()
 
 
 def value(run_dir: Path) -> float:

@@ -223,6 +223,11 @@ def test_numbers_that_only_look_usable_are_refused(flag: str, value: str) -> Non
             "--make-vocab-size-divisible-by would have no effect; it needs no --padded-vocab-size; drop it",
         ),
         (["--keep-last", "2"], "--keep-last would have no effect; it needs --save"),
+        (
+            ["--tokenizer-type", "NullTokenizer", "--tokenizer-model", "t"],
+            "--tokenizer-model would have no effect; it needs --tokenizer-type HFTokenizer or --tokenizer-type Sentence",
+        ),
+        (["--tokenizer-type", "NullTokenizer", "--merge-file", "m"], "--merge-file would have no effect"),
         (["--load-tag", "latest"], "--load-tag .* needs --load"),
         (["--finetune"], "--finetune .* needs --load"),
         (["--low-noise-iter", "5"], "--low-noise-iter .* needs --low-noise-start"),

@@ -201,6 +201,15 @@ def test_a_flag_wins_over_what_it_replaces(
     assert values(tmp_path, text, *words)[name] == value
 
 
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_a_flag_does_not_drop_a_part_of_what_a_file_says(tmp_path: Path, kind: str) -> None:
+    """--data-path names training and validation data: one of them given anew would leave the other one out."""
+    with pytest.raises(UserError, match=rf"data_path \(.*a.yaml\) beside {kind}_data_path; .* give all of them anew"):
+        values(tmp_path, "data_path: a", f"--{kind}-data-path", "b")
+    found = values(tmp_path, "data_path: a", "--train-data-path", "b", "--valid-data-path", "c")
+    assert (found["train_data_path"], found["valid_data_path"]) == (["b"], ["c"])
+
+
 def test_json_is_read_as_yaml_is(tmp_path: Path) -> None:
     text = json.dumps({"model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, "train_iters": 3, "bf16": True,
                        "lr": 1e-4, "train_data_path": ["a"], "load": None})  # fmt: skip

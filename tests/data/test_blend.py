@@ -173,9 +173,7 @@ def test_a_data_set_may_be_called_like_a_number(make_data, tmp_path: Path, monke
     assert parse_blend(["0.5", "2024", "0.5", "b"]) == [(0.5, "2024"), (0.5, "b")]
 
 
-def test_weights_and_data_sets_must_match(make_data) -> None:
+def test_data_sets_of_a_blend_have_the_samples_that_it_needs(make_data) -> None:
     part = GPTDataset(make_data("one", [50]), 4, 8, 5)
-    with pytest.raises(ValueError, match="one positive weight"):
-        BlendedDataset([1.0, 2.0], [part])
     with pytest.raises(ValueError, match=r"has 6 samples; the blend needs 50 of it"):
-        BlendedDataset([1.0, 1.0], [part, part], 100)
+        BlendedDataset([1.0, 1.0], [part, part], blend_order([1.0, 1.0], 100))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron.config.schema import DataConfig
+from megatron.data.blend import blend_order
 from megatron.data.dataset import BlendedDataset, GPTDataset
 from megatron.data.loader import ONE_STREAM, Packing, build_loader, build_packing, places_in_documents
 from megatron.errors import UserError
@@ -49,7 +50,7 @@ def test_a_document_after_itself_is_two_pieces(make_data: Callable[..., str]) ->
 
 def test_documents_of_a_blend_are_counted_through(make_data: Callable[..., str]) -> None:
     parts = [GPTDataset(make_data(name, SIZES), 40, 16, seed=1) for name in ("a", "b")]
-    blend = BlendedDataset([0.5, 0.5], parts, 40)
+    blend = BlendedDataset([0.5, 0.5], parts, blend_order([0.5, 0.5], 40))
     found = {part: set() for part in range(2)}
     for index in range(40):
         part, place = blend.order[index]
@@ -63,7 +64,7 @@ def test_documents_of_a_prefix_that_is_named_twice_are_the_same(make_data: Calla
     """Or a validation set that is named twice would halve the variance of its mean."""
     parts = [GPTDataset(make_data(name, SIZES), 40, 16, seed=1) for name in ("b", "a")]
     parts.append(GPTDataset(parts[1].documents.prefix, 40, 16, seed=1))
-    blend = BlendedDataset([0.2, 0.4, 0.4], parts, 40)
+    blend = BlendedDataset([0.2, 0.4, 0.4], parts, blend_order([0.2, 0.4, 0.4], 40))
     seen = {part: set() for part in range(3)}
     for index in range(40):
         seen[blend.order[index][0]] |= set(blend.pieces(index).documents.tolist())

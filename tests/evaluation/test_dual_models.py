@@ -97,6 +97,10 @@ def test_the_spread_of_the_loss_by_share_is_measured(runs, capsys, monkeypatch) 
     line = capsys.readouterr().out.splitlines()[-1]
     objective = parse(["--train-iters", "1", "--model", "7M", "--objective", "mdm", *line.split()]).objective
     spread = Measured(objective.options["noise_schedule_spread"]).spread
+    file = runs / "figures.json"
+    monkeypatch.setattr("sys.argv", [*words, "1", "--repeats", "2", "--output", str(file)])  # fewer seeds than copies
+    compare_estimators()
+    assert set(json.loads(file.read_text())["variances"]) == {"bernoulli", "exact-count-antithetic"}
     assert len(spread) == 3 and spread[0] > 2 * spread[2]  # few masks of weight 1/p against many of weight 1
     monkeypatch.setattr("sys.argv", [*words, "1", "--parts", "30"])
     with pytest.raises(UserError, match="--num-mc"):

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.evaluator import simple_evaluate
 
 from megatron.checkpoint.files import Fragment
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving
 from megatron.commands.likelihood import main
 from megatron.config.shape import Shape
 from megatron.evaluation.lm_eval.tasks import task_loader
@@ -44,7 +44,7 @@ def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
             ranges = itertools.pairwise(bounds)
             fragments += [Fragment("weight", name, rank, tp_size, start, flat[start:end]) for start, end in ranges]
     state = {"step": 3, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
-    write_checkpoint(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    Saving(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext()).publish()
     return folder
 
 

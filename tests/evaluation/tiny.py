@@ -15,7 +15,7 @@ import torch
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.tensors import model_tensors, save_full_checkpoint
-from megatron.checkpoint.writer import write_checkpoint
+from megatron.checkpoint.writer import Saving
 from megatron.config import Config
 from megatron.config.shape import Shape
 from megatron.data.prepare.writer import IndexedDatasetWriter
@@ -105,7 +105,7 @@ def make_averaged_run(
     state = {"step": step, "consumed_samples": 8, "optimizer_steps": step, "config": config}
     state |= {"average_updates": step} if "ema" in kinds else {}
     specs = model_tensors(config.model, num_tensors=99, source="")
-    write_checkpoint(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext())
+    Saving(folder, fragments=fragments, specs=specs, state=state, context=ParallelContext()).publish()
     return folder
 
 

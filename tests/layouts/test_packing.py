@@ -20,15 +20,18 @@ RESET = {"reset_position_ids": True, "reset_attention_mask": True}
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``train``: documents of odd lengths, empty, of one token and longer than a sample, each with its EOD."""
+    """A folder with ``train``: documents of odd lengths, empty, of one token, of a whole sample and longer, each with its EOD;
+    and ``blocks/train``, where every document begins with a block of four."""
     from megatron.data.prepare.writer import IndexedDatasetWriter
 
     folder = tmp_path_factory.mktemp("documents")
-    with IndexedDatasetWriter(folder / "train", np.dtype(np.uint16)) as writer:
-        random = np.random.default_rng(0)
-        for size in [7, 11, 5, 0, 47, 1, 13, 9] * 5:
-            tokens = np.append(random.integers(0, 499, max(0, size - 1)), 499)[:size]
-            writer.add_document(tokens.astype(np.uint16))
+    (folder / "blocks").mkdir()
+    for name, sizes in (("", [7, 11, 5, 0, 47, 1, 13, 9, 32, 1, 33]), ("blocks", [8, 12, 4, 0, 48, 32, 28, 36])):
+        with IndexedDatasetWriter(folder / name / "train", np.dtype(np.uint16)) as writer:
+            random = np.random.default_rng(0)
+            for size in sizes * 5:
+                tokens = np.append(random.integers(0, 499, max(0, size - 1)), 499)[:size]
+                writer.add_document(tokens.astype(np.uint16))
     return folder
 
 
@@ -50,7 +53,7 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
         tp_size=parallel.tensor_model_parallel_size, pp_size=parallel.pipeline_model_parallel_size
     )
     engine = build_engine(config, build_objective(config), context)
-    view = engine.objective.for_eval()
+    view = engine.objective if objective == "dual" else engine.objective.for_eval()  # samples of both kinds
     seq_length = config.model.seq_length
     dataset = build_dataset(
         config.data.train_data_path, num_samples=SAMPLES, seq_length=seq_length, seed=1, name="train"
@@ -62,8 +65,16 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
     with engine.evaluating(view):
         losses = engine.eval_step(iter(batches), num_micro_batches=len(batches))
     inputs, targets = zip(*batches)
-    merged = [torch.cat(parts) for parts in ([i.input_ids for i in inputs], [i.segment_ids for i in inputs],
-                                             [t.labels for t in targets], [t.loss_weights for t in targets])]  # fmt: skip
+    merged = [
+        torch.cat(parts)
+        for parts in (
+            [i.input_ids for i in inputs],
+            [i.segment_ids for i in inputs],
+            [t.labels for t in targets],
+            [t.loss_weights for t in targets],
+            [i.is_causal for i in inputs if i.is_causal is not None] or [torch.ones(0)],
+        )
+    ]
     return merged, losses
 
 
@@ -71,43 +82,59 @@ def alone(objective: str, argv: list[str], parts: list[torch.Tensor]) -> torch.T
     """The same losses from the plain model, each document by itself: no positions, no segments, no mask tensor."""
     from megatron.model.batch import Inputs
     from megatron.model.gpt import GPTModel
+    from megatron.model.mask import Causal, Full
     from megatron.objectives import parse
     from megatron.parallel.launch import Launch
     from megatron.parallel.tensor import ParameterFactory
     from megatron.training.resolve import resolve
 
     plan = resolve(parse(argv, objective=objective), Launch(), run_name="packed")
-    mask = plan.objective.for_eval().attention_mask
+    kind = plan.objective.for_eval().attention_mask
     model = GPTModel(plan.shape, ParameterFactory(seed=plan.seeds.run)).eval()
-    ids, segments, labels, weights = parts
+    ids, segments, labels, weights, is_causal = parts
     losses = torch.zeros(weights.shape)
     with torch.no_grad():
         for row in range(len(ids)):
+            mask = (Causal() if is_causal[row] else Full()) if len(is_causal) else kind
             for segment in segments[row].unique():
-                own = segments[row] == segment
-                logits = model.logits(Inputs(ids[row][own][None]), mask)[0]
+                own = segments[row] == segment  # in both copies of block diffusion
+                length = int(own[: plan.shape.seq_length].sum())
+                places = torch.arange(length).repeat(int(own.sum()) // length)[None]
+                logits = model.logits(Inputs(ids[row][own][None], places), mask)[0]
                 losses[row][own] = F.cross_entropy(logits, labels[row][own], reduction="none") * weights[row][own]
     return losses
 
 
-@pytest.mark.parametrize("objective", ["ar", "mdm"])
+@pytest.mark.parametrize(
+    ("objective", "folder", "options"),
+    [
+        ("ar", "", {}),
+        ("mdm", "", {}),
+        ("dual", "", {}),
+        ("block_diffusion", "", {"block_size": 1}),
+        ("block_diffusion", "blocks", {"block_size": 4}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"tp_size": 2}), (2, {"pp_size": 2})], ids=str)
 def test_losses_are_those_of_each_document_alone(
     pools: Callable[[int], WorkerPool],
     documents: Path,
     tmp_path: Path,
     objective: str,
+    folder: str,
+    options: dict[str, Any],
     size: int,
     layout: dict[str, Any],
 ) -> None:
-    argv = jobs.flags(documents, tmp_path / "run", **RESET, **layout)
-    single = jobs.flags(documents, tmp_path / "run", **RESET)
+    argv = jobs.flags(documents / folder, tmp_path / "run", **RESET, **options, **layout)
+    single = jobs.flags(documents / folder, tmp_path / "run", **RESET, **options)
     results = pools(size).run(token_losses, objective, argv)
     parts, losses = results[-1]  # the last stage knows them
     pieces = [len(row.unique()) for row in parts[1]]
     assert min(pieces) <= 2 and max(pieces) >= 4  # most of a long document, and several whole ones between cut ones
     expected = alone(objective, single, parts)
-    assert losses.shape == expected.shape == (SAMPLES, 32) and (losses > 0).sum() > SAMPLES * 8
+    assert losses.shape == expected.shape == parts[0].shape and (losses > 0).sum() > SAMPLES * 8
     assert (losses - expected).abs().max() < 1e-6 * max(1.0, float(parts[3].max()))
 
 

@@ -124,6 +124,27 @@ def test_readme_has_the_same_table() -> None:
         assert f": {figures}" in said, path
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"BF16": "true"}, "BF16=true; it is 1 for bf16"),  # before: fp32 without a word
+        (
+            {"TOKENIZER_MODEL": "a", "TOKENIZER_FLAGS": "--tokenizer-type ByteTokenizer"},
+            "TOKENIZER_MODEL and TOKENIZER_FLAGS",
+        ),
+    ],
+)
+def test_variables_without_effect_are_refused(variables: dict[str, str], message: str) -> None:
+    command = ["bash", str(EXAMPLES / "quickstart/train_ar.sh"), "--dry-run"]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_text_is_of_the_checkpoint_that_a_variable_names() -> None:
+    words = dry_run(EXAMPLES / "evaluation/generate.sh", LOAD_TAG="best")
+    assert words[words.index("--load-tag") + 1] == "best"
+
+
 def test_quickstart_is_the_papers_recipe() -> None:
     """FACTS of the two published variants: sizes, epochs, batch, optimiser, schedule, dropout."""
     for kind, model, epochs in (("ar", "140M", 50), ("mdm", "425M", 500)):

@@ -86,6 +86,29 @@ def test_wrong_input_is_one_line_and_status_2(program: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+# Flags that would have no effect beside the others, before anything is read.
+IDLE = {
+    "compare_estimators --load a --valid-data-path b --questions 3": "--questions would have no effect; a validation asks no",
+    "compare_estimators --load a --text b --num-mc 3": "--num-mc would have no effect; it is of a validation",
+    "compare_estimators --load a --text b --variance-tokens 3 --answer-tokens 4": "--answer-tokens would have no effect",
+    "compare_estimators --load a --valid-data-path b --parts 3 --repeats 4": "--repeats would have no effect",
+    "convert_checkpoint to-hf a b --no-tokenizer --tokenizer t": "--tokenizer would have no effect; --no-tokenizer leaves it",
+    "evaluate_downstream --load a --task_list boolq --log_samples": "--log_samples without --results_path",
+    "generate --load a --top-k 3": "--top-k or --top-p at --temperature 0",
+    "make_subset --input a.jsonl --output b --documents 3 --seed 7": "--seed would have no effect; the first documents",
+    "make_subset --input a --output b --documents 3 --json-keys k": "--json-keys would have no effect; the input is token",
+    "push_to_hub a me/b --no-export --with-checkpoint --trim-vocab": "--trim-vocab would have no effect; there is no export",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_flags_without_effect_are_refused(words: str, tmp_path: Path) -> None:
+    tool, *flags = words.split()
+    done = run(ROOT / "tools" / f"{tool}.py", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and IDLE[words] in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.stem)
 def test_a_fault_of_the_program_keeps_its_traceback(program: Path, tmp_path: Path) -> None:
     """A ValueError of ours is no excuse: argparse is broken from outside, as a bug of the tool would be."""

@@ -20,6 +20,7 @@ from layouts.pool import Process, WorkerPool
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.errors import UserError
 from megatron.model.batch import Samples
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
@@ -80,6 +81,24 @@ def test_a_run_of_the_first_version_goes_on_as_it_would_have(
     assert record(run_dir).attempts[-1].from_step == 5 and record(run_dir).run_id
     curve = load_run(run_dir)
     assert len(curve.valid) == 2 and curve.valid[0].estimator == ("bernoulli" if objective == "mdm" else "")
+
+
+def test_another_noise_scheme_is_no_part_of_a_run(tmp_path: Path) -> None:
+    """Only weights may be taken along; before, the flag was recorded and the run went on under its own scheme."""
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir = tmp_path / "old/mdm"
+
+    def seeds(*words: str) -> Any:
+        argv = jobs.flags(
+            tmp_path / "old", None, load=run_dir, **OLD_FLAGS | {"eval_interval": None, "save_interval": None}
+        )
+        given = parse([*argv, *words], objective="mdm")
+        return resolve(given, Launch(), run_name="run").seeds
+
+    with pytest.raises(UserError, match="--noise-scheme 2 in a run that draws by scheme 1"):
+        seeds("--save", str(run_dir), "--noise-scheme", "2")
+    assert seeds("--save", str(run_dir), "--noise-scheme", "1").scheme == 1
+    assert seeds("--save", str(tmp_path / "new"), "--finetune", "--noise-scheme", "2").scheme == 2
 
 
 @pytest.mark.parametrize(

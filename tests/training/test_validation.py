@@ -14,6 +14,7 @@ from layouts import jobs
 from layouts.pool import WorkerPool
 
 from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.training.stop import STOPPED_STATUS
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,23 @@ def test_more_draws_measure_the_same_more_precisely(validate: Callable) -> None:
     assert many["nll_se"] < 0.9 * one["nll_se"]
     assert abs(many["nll"] - one["nll"]) < 4 * math.hypot(one["nll_se"], many["nll_se"])
     assert many["label"] == "NLL bound"
+
+
+def test_what_only_a_training_heeds_is_named(validate: Callable, tmp_path: Path, pools: Callable) -> None:
+    validate(tensorboard_dir=tmp_path / "events", exit_interval=3, ema_decay=0.9)
+    for flag in ("--tensorboard-dir", "--exit-interval", "--ema-decay"):
+        assert f"{flag} (needs no --skip-train)" in pools(1).output(0)
+    assert not (tmp_path / "events").exists()
+
+
+def test_the_kill_switch_stops_a_validation(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path, trained: Path
+) -> None:
+    (tmp_path / "stop").touch()
+    options = {"load": trained, "skip_train": True, "train_iters": None, "train_data_path": None}
+    options |= {"valid_data_path": token_files / "valid", "kill_switch_file": tmp_path / "stop"}
+    trace = pools(1).run(jobs.train, "mdm", jobs.flags(token_files, tmp_path / "run", **options))[0]
+    assert trace.status == STOPPED_STATUS and f"stopped by the kill-switch file {tmp_path}/stop" in pools(1).output(0)
 
 
 def test_validating_changes_nothing_in_the_run(validate: Callable, trained: Path) -> None:

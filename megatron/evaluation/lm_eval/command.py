@@ -54,6 +54,12 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         "the results are one JSON file",
         "name a file in it",
     )
+    require(
+        arguments.results_path or not arguments.log_samples,
+        "--log_samples without --results_path",
+        "items and their scores go into the JSON",
+        "pass --results_path FILE",
+    )
     if arguments.fetch_only:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
@@ -123,7 +129,7 @@ def _causal_lm(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
 
     _refuse(
         arguments,
-        ("only_generate", "only_mc_nll", "estimator", "no_adaptive"),
+        ("only_generate", "only_mc_nll", "estimator", "no_adaptive", "policy", "tokens_per_step"),
         methods=("mc", "exact"),
         model=f"{options['model'].source}, an autoregressive model",
         rule="it has one exact likelihood",

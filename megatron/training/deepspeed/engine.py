@@ -11,18 +11,18 @@ import torch
 from megatron.model.gpt import build_layers
 from megatron.objectives.base import Objective
 from megatron.training.deepspeed.matrices import Matrices
-from megatron.training.deepspeed.memory import stages
-from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches
+from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches, stages
 from megatron.training.deepspeed.settings import (
-    TensorParallelGroups,
     adopt_process_groups,
     deepspeed_settings,
+    tensor_parallel_groups,
     without_compiling,
 )
 from megatron.training.deepspeed.shards import ZeroShards
-from megatron.training.engine import Batches, Engine, Taken, Wishes
+from megatron.training.engine import Batches, Engine, Wishes
 from megatron.training.muon import MuonAdamW
 from megatron.training.optimizer import build_optimizer
+from megatron.training.step import StepResult
 
 
 class DeepSpeedEngine(Engine):
@@ -49,7 +49,7 @@ class DeepSpeedEngine(Engine):
         num_parameters = sum(p.numel() for p in module.parameters())
         settings = deepspeed_settings(self.config, dp_size=context.dp.size, num_parameters=num_parameters)
         optimizer = build_optimizer(module.parameters(), self.config.optimizer)
-        mpu = TensorParallelGroups(context) if context.tp.size > 1 and not self.is_pipeline else None
+        mpu = tensor_parallel_groups(context) if context.tp.size > 1 and not self.is_pipeline else None
         with redirect_stdout(StringIO()), without_compiling():  # its bf16 optimizer prints eighteen lines on memory
             self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
@@ -74,13 +74,13 @@ class DeepSpeedEngine(Engine):
         if self.is_pipeline:
             self._deepspeed.reset_activation_shape()  # other tensors travel between stages now
 
-    def _step(self, data: Batches, wishes: Wishes) -> Taken:
+    def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
         run = self._run_pipeline if self.is_pipeline else self._accumulate
         loss, counts = run(data, wishes)
         # DeepSpeed decides on the host whether it skips, so it has read this flag already (which waited for the device).
         skipped = bool(getattr(self.optimizer, "overflow", False))
         norm = float("inf") if skipped else self._deepspeed.get_global_grad_norm()
-        return Taken(loss, counts, self._scalar(norm), self._scalar(skipped, torch.bool))
+        return StepResult(loss, self._scalar(norm), self._scalar(skipped, torch.bool), rate, counts)
 
     def _run_pipeline(self, data: Batches, wishes: Wishes) -> tuple[torch.Tensor, torch.Tensor]:
         found: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from megatron.config.schema import ParallelConfig
-from megatron.config.shape import Shape
-from megatron.objectives.base import Objective, head_in_blocks
 from megatron.training.held import COUNT, FLOAT, Held, Shapes
 
 # Flat partitions begin at multiples of four bytes in 16 bits.
@@ -79,30 +76,6 @@ def optimizer_groups(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
         tuple(prod(shape) for shape in shapes if len(shape) <= 1),
     )
     return tuple(group for group in groups if group)
-
-
-def blocks_of_stages(num_layers: int, pp_size: int, *, head: float) -> list[int]:
-    """Blocks of each pipeline stage, at least one: the last stage has the head, too, and so few blocks that the slowest stage is
-    fastest; the others share the rest equally, those that hold fewer micro-batches at a time get what is over.
-
-    Args:
-        num_layers: blocks of the model.
-        pp_size: stages.
-        head: work of the head, in blocks.
-    """
-    if pp_size == 1:
-        return [num_layers]
-    others = pp_size - 1
-    most = num_layers - others  # each of them has one
-    last = min(range(most, 0, -1), key=lambda count: max(ceil((num_layers - count) / others), count + head))
-    rest = num_layers - last
-    return [rest // others + (others - stage <= rest % others) for stage in range(others)] + [last]
-
-
-def stages(shape: Shape, objective: Objective, parallel: ParallelConfig) -> list[int]:
-    """Blocks of each stage of a run; a block that is recomputed works a third more."""
-    head = head_in_blocks(shape, objective) / (4 / 3 if parallel.recompute_activations else 1)
-    return blocks_of_stages(shape.num_layers, parallel.pipeline_model_parallel_size, head=head)
 
 
 def held(

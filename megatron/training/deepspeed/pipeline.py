@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
+from math import ceil
 from typing import Any
 
 import torch
 
+from megatron.config.schema import ParallelConfig
+from megatron.config.shape import Shape
 from megatron.data.loader import to_device
 from megatron.model.attention import SelfAttention
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
@@ -19,6 +22,7 @@ from megatron.model.gpt import Layer
 from megatron.model.loss import HeadOutput
 from megatron.model.mask import WithinSegments, made_of
 from megatron.model.visibility import Visible
+from megatron.objectives.base import Objective, head_in_blocks
 from megatron.parallel.context import ParallelContext
 from megatron.training.engine import Mode
 
@@ -88,6 +92,30 @@ def pipeline_loss(
         return compute(HeadOutput(*output), targets, context)
 
     return loss
+
+
+def blocks_of_stages(num_layers: int, pp_size: int, *, head: float) -> list[int]:
+    """Blocks of each pipeline stage, at least one: the last stage has the head, too, and so few blocks that the slowest stage is
+    fastest; the others share the rest equally, those that hold fewer micro-batches at a time get what is over.
+
+    Args:
+        num_layers: blocks of the model.
+        pp_size: stages.
+        head: work of the head, in blocks.
+    """
+    if pp_size == 1:
+        return [num_layers]
+    others = pp_size - 1
+    most = num_layers - others  # each of them has one
+    last = min(range(most, 0, -1), key=lambda count: max(ceil((num_layers - count) / others), count + head))
+    rest = num_layers - last
+    return [rest // others + (others - stage <= rest % others) for stage in range(others)] + [last]
+
+
+def stages(shape: Shape, objective: Objective, parallel: ParallelConfig) -> list[int]:
+    """Blocks of each stage of a run; a block that is recomputed works a third more."""
+    head = head_in_blocks(shape, objective) / (4 / 3 if parallel.recompute_activations else 1)
+    return blocks_of_stages(shape.num_layers, parallel.pipeline_model_parallel_size, head=head)
 
 
 def build_stage(

@@ -8,7 +8,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.config.schema import Config
@@ -235,33 +237,14 @@ def without_compiling() -> Iterator[None]:
             os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
-class TensorParallelGroups:
-    """The methods that DeepSpeed asks of a Megatron ``mpu``, answered by the context. Without tensor parallelism it needs
+def tensor_parallel_groups(context: ParallelContext) -> SimpleNamespace:
+    """What DeepSpeed asks of a Megatron ``mpu``: ``get_model_parallel_rank()`` and so on. Without tensor parallelism it needs
     none."""
-
-    def __init__(self, context: ParallelContext) -> None:
-        self._tp, self._dp, self._dp_group = context.tp, context.dp, context.dp.group
-        if self._dp_group is None:  # DeepSpeed wants a real one, also of a process alone
-            self._dp_group = group_of_line([[rank] for rank in range(context.world_size)])
-
-    def get_model_parallel_rank(self) -> int:
-        return self._tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._tp.size
-
-    def get_model_parallel_group(self) -> Any:
-        return self._tp.group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._dp.size
-
-    def get_data_parallel_group(self) -> Any:
-        return self._dp_group
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
+    dp = context.dp
+    if dp.group is None:  # DeepSpeed wants a real one, also of a process alone
+        dp = replace(dp, group=group_of_line([[rank] for rank in range(context.world_size)]))
+    answers: dict[str, Any] = {}
+    for name, axis in (("model", context.tp), ("tensor_model", context.tp), ("data", dp)):
+        values = {"rank": axis.rank, "world_size": axis.size, "group": axis.group}
+        answers |= {f"get_{name}_parallel_{part}": (lambda value=value: value) for part, value in values.items()}
+    return SimpleNamespace(**answers)

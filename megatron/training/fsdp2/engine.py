@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from megatron.model.gpt import GPTModel
 from megatron.parallel.context import ParallelContext, group_of_line
 from megatron.parallel.sharding import shard_of
-from megatron.training.engine import Batches, Engine, Taken, Wishes
+from megatron.training.engine import Batches, Engine, Wishes
 from megatron.training.fsdp2.shards import RowShards, own_rows
 from megatron.training.optimizer import build_optimizer
+from megatron.training.step import StepResult
 
 EPSILON = 1e-6  # of the clipping, as torch and DeepSpeed have it
 
@@ -49,7 +50,7 @@ class FSDP2Engine(Engine):
         for unit in self._units:
             unit.reshard()
 
-    def _step(self, data: Batches, wishes: Wishes) -> Taken:
+    def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
         self.module.train()
         root = self._units[-1]
         total = torch.zeros((), device=self.context.device)
@@ -60,7 +61,8 @@ class FSDP2Engine(Engine):
             (loss / self.num_micro_batches).backward()
             total += loss.detach()
         norm, skipped = self._update()
-        return Taken(*self._shared(total, wishes()), norm, skipped)
+        loss, counts = self._shared(total, wishes())
+        return StepResult(loss, norm, skipped, rate, counts)
 
     @torch.no_grad()
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:

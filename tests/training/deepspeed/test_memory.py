@@ -14,7 +14,8 @@ import pytest
 from layouts import jobs
 from layouts.pool import WorkerPool
 
-from megatron.training.deepspeed.memory import Partition, blocks_of_stages, held, optimizer_groups
+from megatron.training.deepspeed.memory import Partition, held, optimizer_groups
+from megatron.training.deepspeed.pipeline import blocks_of_stages
 from megatron.training.held import Held
 
 ATOMS = (type, types.ModuleType, types.CodeType, types.FrameType, str, bytes, int, float, type(None))
