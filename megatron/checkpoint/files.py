@@ -210,16 +210,9 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_config(value: Any) -> bool:
-    return all(isinstance(section, dict) for section in value.values())
-
-
-def _is_tensors(value: Any) -> bool:
-    return all(_is_tensor(tensor["shape"], tensor["dim"], tensor["blocks"]) for tensor in value.values())
-
-
-def _is_tensor(shape: Any, dim: Any, blocks: Any) -> bool:
+def _is_tensor(tensor: Any) -> bool:
     """Whether these are the fields of a :class:`ShardSpec`."""
+    shape, dim, blocks = tensor["shape"], tensor["dim"], tensor["blocks"]
     is_counted = isinstance(shape, list) and isinstance(blocks, list) and all(map(_is_count, [*shape, *blocks]))
     return is_counted and (dim is None or (_is_count(dim) and sum(blocks) == shape[dim]))
 
@@ -240,7 +233,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "consumed_samples": _is_count,
     "optimizer_steps": _is_count,
     AVERAGE_UPDATES: lambda value: value is None or _is_count(value),
-    "config": _is_config,
-    "tensors": _is_tensors,
+    "config": lambda value: all(isinstance(section, dict) for section in value.values()),
+    "tensors": lambda value: all(map(_is_tensor, value.values())),
     "files": _is_files,
 }

@@ -16,7 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron.config.option import idle_options
+from megatron.config.option import flag_of, idle_options
 from megatron.config.schema import SECTIONS
 from megatron.errors import UserError
 
@@ -330,17 +330,13 @@ def _defaults(
     pads_more = tp > 1 and flags.padded_vocab_size is None
     if flags.megatron_defaults:
         parser.set_defaults(**differing)
-        taken = [f"{_flag(name)} {value}" for name, value in differing.items()]
+        taken = [f"{flag_of(name)} {value}" for name, value in differing.items()]
         padding = ["--make-vocab-size-divisible-by", str(rows * tp)] if pads_more else []
         notes.append(_listed("defaults of Megatron taken:", [*taken, *([" ".join(padding)] if padding else [])]))
         return padding
-    shown = [f"{_flag(name)} is {getattr(flags, name)} (Megatron: {value})" for name, value in differing.items()]
+    shown = [f"{flag_of(name)} is {getattr(flags, name)} (Megatron: {value})" for name, value in differing.items()]
     if pads_more:
         shown.append(f"the vocabulary is padded to a multiple of {rows} (Megatron: {rows * tp})")
     if is_foreign and shown:
         notes.append(_listed("defaults that differ, --megatron-defaults takes theirs:", shown))
     return []
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -20,6 +20,7 @@ from megatron.config.document import Table, flat, read_document
 from megatron.config.foreign import rules, split
 from megatron.config.recorded import flags_of, repeated
 from megatron.config.schema import SECTIONS, Config
+from megatron.config.shape import ARCHITECTURE, SIZES
 from megatron.config.validate import PATHS
 from megatron.errors import UserError, require
 
@@ -33,7 +34,6 @@ ALTERNATIVES = (
     ("valid_data_path", "valid_data_path_file"),
     ("padded_vocab_size", "make_vocab_size_divisible_by"),
 )
-SIZES = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
 # What a setting stands for: another value of it replaces these too.
 REPLACED = {
     "model": SIZES,
@@ -44,8 +44,7 @@ REPLACED = {
 }
 # What a checkpoint says of the model that it holds: its shape, its tokens, its sequences.
 OF_CHECKPOINT = (
-    *("model", *SIZES, "normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
-    *("max_position_embeddings", "disable_bias_linear", "untie_embeddings_and_output_weights", "seq_length"),
+    *("model", *ARCHITECTURE, "max_position_embeddings", "seq_length"),
     *("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size"),
     *("reset_position_ids", "reset_attention_mask"),
 )

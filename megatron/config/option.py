@@ -109,7 +109,12 @@ def option(
 
 def spelling(item: Field) -> str:
     """The flag of a field, as messages name it."""
-    return next(iter(item.metadata["flags"]), "--" + item.name.replace("_", "-"))
+    return next(iter(item.metadata["flags"]), flag_of(item.name))
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field that has no spelling of its own."""
+    return "--" + name.replace("_", "-")
 
 
 def default_of(item: Field) -> Any:
@@ -165,7 +170,7 @@ def _is_met(need: str, values: dict[str, Any]) -> bool:
 
 def _as_flag(need: str) -> str:
     name, _, value = need.partition("=")
-    flag = "--" + name.removesuffix("!").replace("_", "-")
+    flag = flag_of(name.removesuffix("!"))
     if name.endswith("!"):
         return f"no {flag}" if value == "true" else f"another {flag} than {value}"
     if value in ("false", "none"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.cli import Registry, config_from_dict
-from megatron.config.option import default_of, idle_options, spelling
+from megatron.config.option import default_of, flag_of, idle_options
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, Config, ModelConfig
 from megatron.config.shape import Shape, padded_size
 from megatron.errors import UserError, require
@@ -58,7 +58,9 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
             load_tag=None if is_resumable else run.load_tag or (Path(tag).name if tag else None),
             noise_scheme=run.noise_scheme if scheme == NOISE_SCHEME else scheme,
         )
-        lines = [f"{path}: not taken over: {', '.join(f'{_flag(name)} {value}' for name, value in left)}"] * bool(left)
+        lines = [f"{path}: not taken over: {', '.join(f'{flag_of(name)} {value}' for name, value in left)}"] * bool(
+            left
+        )
         for attempt in attempts:
             for name, (before, now, *_) in (attempt.get("changed") or {}).items():
                 step = f"; from step {attempt['from_step']} on the run had {now}"
@@ -150,8 +152,3 @@ def _with_open_run(config: Config, record: Mapping[str, Any]) -> Config:
     if run.train_samples in follows:
         run = replace(run, train_samples=None)
     return replace(config, run=run, optimizer=optimizer)
-
-
-def _flag(name: str) -> str:
-    items = {item.name: item for section in fields(Config) for item in fields(section.default_factory)}  # type: ignore[arg-type]
-    return spelling(items[name])

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import NamedTuple
 
+from megatron.config.option import flag_of
 from megatron.config.schema import ModelConfig
 from megatron.errors import require
 
 # Fields that change tensors or their meaning; everything else may differ between a checkpoint and the run it starts.
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
 ARCHITECTURE = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
-    *("normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
+    *(*SIZES, "normalization", "layernorm_epsilon", "swiglu", "use_rotary_position_embeddings", "rotary_base"),
     *("disable_bias_linear", "untie_embeddings_and_output_weights"),
 )
 
@@ -175,7 +176,7 @@ def _preset(name: str | None) -> dict[str, int]:
 
 
 def _known(name: str, value: int | None, preset: dict[str, int]) -> int:
-    known, flag = value or preset.get(name, 0), "--" + name.replace("_", "-")
+    known, flag = value or preset.get(name, 0), flag_of(name)
     require(known, f"the model has no {flag}", "a model needs a preset or explicit sizes", f"pass --model 7M or {flag}")
     return known
 

@@ -17,6 +17,7 @@ class Average:
 
     Attributes:
         decay: --ema-decay.
+        num_updates: [] int64 on the device, updates so far: n of the next one.
     """
 
     def __init__(self, masters: list[torch.Tensor], decay: float) -> None:
@@ -26,16 +27,7 @@ class Average:
         """
         self.decay = decay
         self._averages = {master: master.detach().clone() for master in masters}
-        self._count = torch.zeros((), dtype=torch.int64, device=masters[0].device)
-
-    @property
-    def num_updates(self) -> int:
-        """Updates so far, n of the next one; waits for the device."""
-        return int(self._count)
-
-    @num_updates.setter
-    def num_updates(self, count: int) -> None:
-        self._count.fill_(count)
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=masters[0].device)
 
     def of(self, master: torch.Tensor) -> torch.Tensor:
         """The average of one master."""
@@ -48,18 +40,18 @@ class Average:
         Args:
             skipped: [] bool on the device, whether the step left the weights as they were; then there is no update.
         """
-        kept = ((1 + self._count) / (10 + self._count)).clamp(max=self.decay)
-        skipped = skipped.to(self._count.device)  # elsewhere only where the optimizer is in host memory
+        kept = ((1 + self.num_updates) / (10 + self.num_updates)).clamp(max=self.decay)
+        skipped = skipped.to(self.num_updates.device)  # elsewhere only where the optimizer is in host memory
         share = (1 - kept).masked_fill(skipped, 0.0)
         torch._foreach_lerp_([*self._averages.values()], [*self._averages], [share] * len(self._averages))
-        self._count += ~skipped
+        self.num_updates += ~skipped
 
     @torch.no_grad()
     def restart(self) -> None:
         """Start again from the weights of this moment."""
         for master, average in self._averages.items():
             average.copy_(master)
-        self._count.zero_()
+        self.num_updates.zero_()
 
     @torch.no_grad()
     def exchange(self) -> None:

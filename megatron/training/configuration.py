@@ -38,13 +38,12 @@ def recorded(load: str, tag: str | None) -> dict[str, Any]:
         UserError: there is none.
     """
     found = select(load, tag, checksums=False)
-    require(
-        found.tag is not None,
-        f"--use-checkpoint-args: --load {load} holds no checkpoint",
-        "shape and tokenizer are those of a checkpoint",
-        "correct --load, or drop --use-checkpoint-args",
-    )
-    assert found.tag is not None
+    if found.tag is None:
+        raise UserError(
+            f"--use-checkpoint-args: --load {load} holds no checkpoint",
+            "shape and tokenizer are those of a checkpoint",
+            "correct --load, or drop --use-checkpoint-args",
+        )
     return {**found.manifest, "name": CHECKPOINT + found.tag.name}
 
 

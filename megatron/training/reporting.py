@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.config import values_of
+from megatron.config import config_to_dict, values_of
 from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
@@ -103,8 +103,6 @@ def _open_wandb(settings: Config, run_dir: Path) -> Any:
     if run.wandb_project is None:
         return None
     import wandb
-
-    from megatron.config import config_to_dict
 
     folder = Path(run.wandb_save_dir or run_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,8 @@ def resolve(
     mask_id = mask_row(flags, vocabulary.size, shape.padded_vocab_size, manifest)
     layout = layout_of(flags, launch.world_size)
     before = {} if flags.run.finetune else manifest
-    _check_apart(flags, sources, is_continued=bool(before))
+    if not (before or flags.run.skip_train or flags.data.allow_training_data_in_validation):
+        check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
     branch = import_module(BRANCH).begun(selection) if is_branch else branch_of(before)
     schedule = plan_schedule(flags, layout, unique_tokens=sources.unique_tokens, before=before, branch=branch)
     run_dir = _run_dir(flags, selection, run_name, is_first=is_first and not is_branch)
@@ -124,11 +125,6 @@ def _start(flags: Config, settings: Config, sources: Sources, selection: Selecti
     before, is_branching = manifest if is_continued else {}, start.is_branching
     start = replace(start, changed=_agreed_changes(settings, sources, before, is_branching=is_branching))
     return import_module(BRANCH).checked(start, settings) if is_branching else start
-
-
-def _check_apart(flags: Config, sources: Sources, *, is_continued: bool) -> None:
-    if not (is_continued or flags.run.skip_train or flags.data.allow_training_data_in_validation):
-        check_apart(sources.fingerprints["train"], sources.fingerprints["valid"])
 
 
 def _sources(flags: Config, launch: Launch) -> Sources:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.config.schema import Config, OptimizerConfig
-from megatron.errors import require
+from megatron.errors import UserError, require
 from megatron.runs.links import Branch
 from megatron.training.plan import Layout, Schedule
 
@@ -120,13 +120,12 @@ def _wsd_decay(optimizer: OptimizerConfig, end: int, *, warmup: float, branch: B
     decay = optimizer.lr_wsd_decay_samples
     if decay is None and branch is not None:
         decay = end - branch.samples
-    require(
-        decay is not None,
-        "--lr-decay-style WSD without --lr-wsd-decay-samples",
-        "the decay at its end has a length of its own",
-        "pass for instance a tenth of the training samples",
-    )
-    assert decay is not None
+    if decay is None:
+        raise UserError(
+            "--lr-decay-style WSD without --lr-wsd-decay-samples",
+            "the decay at its end has a length of its own",
+            "pass for instance a tenth of the training samples",
+        )
     require(
         0 <= decay <= end - warmup,
         f"the decay of {decay} samples does not fit between the warm-up of {warmup:g} and the end of the decay at {end}",

@@ -117,7 +117,7 @@ class Shards(ABC):
                     reader.read(fragment)
         self.refresh()
         if self.average is not None and is_averaged:
-            self.average.num_updates = int(reader.manifest[AVERAGE_UPDATES])
+            self.average.num_updates.fill_(int(reader.manifest[AVERAGE_UPDATES]))
         elif self.average is not None:
             self.average.restart()
 
@@ -128,7 +128,7 @@ class Shards(ABC):
 
     def updates(self) -> dict[str, int]:
         """Updates so far, of the weights and of their average, as the manifest counts them."""
-        averaged = {} if self.average is None else {AVERAGE_UPDATES: self.average.num_updates}
+        averaged = {} if self.average is None else {AVERAGE_UPDATES: int(self.average.num_updates)}
         return {"optimizer_steps": self.optimizer_steps(), **averaged}
 
     def exchange(self) -> None:
