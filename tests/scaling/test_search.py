@@ -379,6 +379,7 @@ def killed_until_it_ends(path: Path, *, kills: int, pause: float) -> int:
 
 
 REAL = {
+    "grid__objective": ["mdm"],
     "search__coordinates": {"lr": [0.001, 0.01]},
     "search__trials": 2,
     "grid__epochs": [0.3],

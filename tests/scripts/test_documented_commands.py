@@ -57,7 +57,7 @@ SMALL = {
     "benchmark.py": "--steps 1 --warmup 1 --num-workers 0 --seq-length 32",
     "pretrain_gpt.py": "--num-workers 0 --seq-length 32",  # whose branches need its length
     "pretrain_mdm.py": "--train-epochs 1 --num-workers 0",
-    "compare_estimators.py": "--questions 2 --repeats 2 --answer-tokens 4",
+    "compare_estimators.py": "--questions 2 --repeats 2",
     "push_to_hub.py": "--dry-run --output upload",
     "evaluate_downstream.py": "--num-mc 4",
     "likelihood.py": "--samples 8 --num-mc 2",
