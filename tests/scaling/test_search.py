@@ -397,7 +397,7 @@ FAKE = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("changes", "kills", "outcomes"),
-    [(FAKE, 40 if IS_STORM else 4, {FINISHED, GIVEN_UP, FAILED}), (REAL, 20 if IS_STORM else 2, {FINISHED})],
+    [(FAKE, 40 if IS_STORM else 2, {FINISHED, GIVEN_UP, FAILED}), (REAL, 20 if IS_STORM else 2, {FINISHED})],
     ids=["fake", "real"],
 )
 def test_killed_with_9_at_random_moments_gives_the_same_trials_and_choice(

@@ -45,9 +45,6 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         raise UserError("--task_list is empty", "an evaluation needs a task", "pass --task_list all or names")
     has_model = arguments.fetch_only or hasattr(arguments, "load")
     require(has_model, "no --load", "an evaluation needs a run directory or an export", "pass --load PATH")
-    no_likelihoods = "--only_generate computes no likelihoods to rank by or to average"
-    refused = dict.fromkeys(("multiple_choice", "loglikelihood_rolling"), no_likelihoods)
-    loader = task_loader(tasks, refused if arguments.only_generate else None)
     require(
         not arguments.results_path or not Path(arguments.results_path).is_dir(),
         f"--results_path {arguments.results_path} is a folder",
@@ -60,6 +57,9 @@ def run_downstream(argv: Sequence[str] | None = None) -> int:
         "items and their scores go into the JSON",
         "pass --results_path FILE",
     )
+    no_likelihoods = "--only_generate computes no likelihoods to rank by or to average"
+    refused = dict.fromkeys(("multiple_choice", "loglikelihood_rolling"), no_likelihoods)
+    loader = task_loader(tasks, refused if arguments.only_generate else None)
     if arguments.fetch_only:
         loader.load(tasks)
         print(f"fetched: {', '.join(tasks)}")
