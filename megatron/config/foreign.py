@@ -117,8 +117,10 @@ def translate(
     if wrong:
         raise _refusal(wrong)
     new = [word for _, _, here in aliased for word in here]
-    notes = [f"{' '.join(part.raw)} as {' '.join(here)}" for part, _, here in aliased]
-    read = [f"{note} ({rule.reason})" if rule.reason else note for note, (_, rule, _) in zip(notes, aliased)]
+    read = [
+        f"{' '.join(part.raw)} as {' '.join(here)}" + f" ({rule.reason})" * bool(rule.reason)
+        for part, rule, here in aliased
+    ]
     is_foreign = bool(taken) or any(part.flag != part.raw[0].partition("=")[0] for part in parts if part.flag)
     ours, idle = _without_idle([*ours, *new], parser, known) if is_foreign else ([*ours, *new], [])
     idle = [(part.flag, rule.reason) for part, rule in taken if rule.kind == "no effect"] + idle

@@ -58,9 +58,8 @@ def repeated(record: Mapping[str, Any], path: Path, registry: Registry) -> tuple
             load_tag=None if is_resumable else run.load_tag or (Path(tag).name if tag else None),
             noise_scheme=run.noise_scheme if scheme == NOISE_SCHEME else scheme,
         )
-        lines = [f"{path}: not taken over: {', '.join(f'{flag_of(name)} {value}' for name, value in left)}"] * bool(
-            left
-        )
+        told = ", ".join(f"{flag_of(name)} {value}" for name, value in left)
+        lines = [f"{path}: not taken over: {told}"] if left else []
         for attempt in attempts:
             for name, (before, now, *_) in (attempt.get("changed") or {}).items():
                 step = f"; from step {attempt['from_step']} on the run had {now}"

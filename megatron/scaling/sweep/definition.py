@@ -96,10 +96,8 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(
             f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
-    for run in runs:
-        run.parsed(
-            f"{path}: {run.name}: "
-        )  # what a trainer would refuse is, before the runs ahead of it take their hours
+    for run in runs:  # what a trainer would refuse is, before the runs ahead of it take their hours
+        run.parsed(f"{path}: {run.name}: ")
     dollars(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
     launcher, search = data.get("launcher") or ["python"], data.get("search")
     return Sweep(

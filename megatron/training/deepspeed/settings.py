@@ -210,8 +210,7 @@ def adopt_process_groups(context: ParallelContext) -> None:
 
     # Its information lines bury the progress of a run; its import resets the level.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its warning about optimizers that are not its own: Muon's is tested here.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     if context.device.type == "cpu":
         # On CPU DeepSpeed would compile a shared-memory operator at this point: minutes, and a lock that outlives a kill.
         backend_module = sys.modules["deepspeed.comm.torch"]
@@ -220,6 +219,11 @@ def adopt_process_groups(context: ParallelContext) -> None:
     deepspeed.init_distributed(
         dist_backend="gloo" if context.device.type == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's is for users: not its warning about optimizers that are not its own, as Muon's is."""
+    return "untested optimizer" not in record.getMessage()
 
 
 @contextmanager
