@@ -10,6 +10,7 @@ samples alone, also with another number of ranks. The objective prepares the bat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=context.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
+        # Whatever the program around us prefers: Workers counts on the trainer for a parent, and on its held-back signals.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         worker_init_fn=workers,
         timeout=timeout_seconds if num_workers else 0,
     )

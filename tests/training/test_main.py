@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -38,10 +40,26 @@ def test_only_our_own_errors_are_messages(
     assert ("error: a; b; c" in pools(1).output(0)) == isinstance(status, int)
 
 
-def test_wrong_flags_answer_without_torch(token_files: Path, tmp_path: Path) -> None:
-    import subprocess
-    import sys
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_program_around_it_may_start_its_processes_in_another_way(
+    method: str, token_files: Path, tmp_path: Path
+) -> None:
+    argv = jobs.flags(token_files, tmp_path / "run", train_iters=2, num_workers=None)
+    code = f"""
+if __name__ == "__main__":
+    import multiprocessing
+    from megatron.commands.pretrain import main
+    multiprocessing.set_start_method({method!r})
+    raise SystemExit(main("mdm", {argv!r}))
+"""
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "done: 2 steps" in result.stdout
 
+
+def test_wrong_flags_answer_without_torch(token_files: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from megatron.training.main import main; status = main('mdm', ['--lr', 'nan', '--model', '7M']);"
         "sys.exit(0 if status == 2 and 'torch' not in sys.modules else 1)"
