@@ -26,7 +26,12 @@ from training.started import LAYOUTS, REPO, Job, last_step, launch
 from training.test_resume import STEPS, assert_same_run, options
 
 IS_STORM = os.environ.get("STORM") == "1"
-KILLS = {"one": 40, "beside": 50, "dp2": 12, "tp2": 12, "pp2": 12, "zero3": 12, "fsdp2": 12} if IS_STORM else {"one": 3}
+STORMS: dict[str, tuple[int, dict[str, Any]]] = {
+    **LAYOUTS,
+    "beside": (1, {"async_save": True}),
+    "muon": (2, {"tp_size": 2, "optimizer": "muon", "ema_decay": 0.9}),
+}
+KILLS = {name: {"one": 40, "beside": 50}.get(name, 12) for name in STORMS} if IS_STORM else {"one": 3}
 LIMIT = 120.0  # seconds until nothing of a killed job is left, on a busy machine
 
 
@@ -115,7 +120,7 @@ def moment_of(run_dir: Path) -> str:
 @pytest.fixture
 def storm(request: pytest.FixtureRequest, token_files: Path, tmp_path: Path) -> Iterator[Storm]:
     """The storm over the layout that the test names."""
-    size, flags = (1, {"async_save": True}) if request.param == "beside" else LAYOUTS[request.param]
+    size, flags = STORMS[request.param]
     launcher = launch("python" if size == 1 else "torchrun", size)
 
     def command(run_dir: Path) -> list[str]:
