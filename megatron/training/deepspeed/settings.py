@@ -145,7 +145,7 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
     odd = [name for name in SECTIONS if not isinstance(stated.get(name, {}), dict)]
     sizes = {name: value for name, value in stated.items() if name.endswith(SIZES)}
-    odd += [name for name, size in sizes.items() if not (isinstance(size, int | float) and 0 <= size < float("inf"))]
+    odd += [name for name, size in sizes.items() if not (type(size) in (int, float) and 0 <= size < float("inf"))]
     told = ", ".join(f"{name} as {stated[name]!r}" for name in odd)
     rule = "a section is an object, and a size a number from 0"
     require(not odd, f"--deepspeed_config {path} has {told}", rule, "correct it, or leave it out")
@@ -165,7 +165,12 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         "zero_optimization.compute_grad_norm": True,
     }
     owned = OWNED | (OWNED_IF_SPLIT if config.parallel.splits_sequence(config.model.seq_length) else {})
-    wrong = [name for name in owned if stated.get(name) is not None and stated[name] != expected.get(name)]
+    named = [name for name in owned if stated.get(name) is not None]
+    wrong = [
+        name
+        for name in named
+        if (stated[name], stated[name] is True) != (expected.get(name), expected.get(name) is True)
+    ]
     told = " and ".join(f"{name} to {stated[name]}, the flags to {expected.get(name)}" for name in wrong)
     fix = f"change the file or {' and '.join(owned[name] for name in wrong)}"
     require(not wrong, f"--deepspeed_config {path} sets {told}", "they must agree", fix)
