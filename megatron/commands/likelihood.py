@@ -97,6 +97,7 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
     from megatron.evaluation.bench import load_models, open_samples
 
     models = load_models(options.runs, tag=options.load_tag, kind=options.load_kind, context=context)
+    _check_heeded(options, list(models.values()))
     paths = options.valid_data_path or []
     samples = open_samples(models, paths, number=options.samples, cache_path=options.data_cache_path)
     models, ensembles = _with_fits(options, models, samples, context)
@@ -108,6 +109,22 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
         print(report(found))
         if options.output:
             found.save(options.output)
+
+
+# Flags of samplers and mixtures of masked diffusion.
+OF_MASKED = ("policies", "tokens_per_step", "block_length", "temperature", "top_k", "top_p", "orders")
+
+
+def _check_heeded(options: argparse.Namespace, models: Sequence[InferenceModel]) -> None:
+    """Refuse flags that none of the models heeds."""
+    default = vars(build_parser().parse_args(["RUN"]))
+    given = [name for name in (*OF_MASKED, "num_mc") if getattr(options, name) != default[name]]
+    for name in given:
+        is_heeded = any(model.is_masked if name in OF_MASKED else not model.is_causal for model in models)
+        whose = "masked diffusion" if name in OF_MASKED else "a model whose likelihood is bounded"
+        sources = ", ".join(model.source for model in models)
+        told = f"--{name.replace('_', '-')} would have no effect on {sources}"
+        require(is_heeded, told, f"it is for {whose}", "drop it, or name such a model")
 
 
 def _packing(model: InferenceModel) -> str:
