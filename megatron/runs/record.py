@@ -89,7 +89,7 @@ class RunRecord:
         attempts: every start of the program on this run.
         origins: where the settings come from that were not left at their defaults, by field.
         branch: the run that this one left; None for all others.
-        branches: runs that left this one. Theirs to add (:func:`add_branch`): the run keeps what stands there.
+        branches: runs that left this one. Theirs to add (``runs/branches.py``): the run keeps what stands there.
         imported: of a run that others made (imported.py): source, licence, file and its SHA-256, fields; else empty.
     """
 
