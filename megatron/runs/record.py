@@ -21,7 +21,6 @@ from typing import Any
 
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
 from megatron.config.schema import AVERAGE, BERNOULLI, WEIGHT
-from megatron.errors import Failure
 from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
 from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of_known_fields
@@ -287,15 +286,10 @@ class MetricsFile:
         """
         if isinstance(row, ValidRow):
             self._valid.append(row)
-        try:
+        fix = "free space on that disk and start again: the run continues from its newest checkpoint"
+        with written_whole(self.path, "every row of a run is kept", fix):
             self._file.write(json_line(row))
             self._file.flush()
-        except OSError as error:
-            raise Failure(
-                f"{self.path} could not be written ({error.strerror})",
-                "every row of a run is kept",
-                "free space on that disk and start again: the run continues from its newest checkpoint",
-            ) from error
 
     def best(self, *last: ValidRow) -> ValidRow | None:
         """The best of the validations that were taken as the last one was, of trained weights or of their average; the earlier

@@ -16,7 +16,7 @@ from typing import Any
 from megatron.config.schema import Config
 from megatron.errors import require
 from megatron.files import read_object
-from megatron.parallel.context import ParallelContext, group_of_line
+from megatron.parallel.context import ParallelContext
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
 MAX_BUCKET_ELEMENTS = 500_000_000
@@ -249,9 +249,7 @@ def without_compiling() -> Iterator[None]:
 def tensor_parallel_groups(context: ParallelContext) -> SimpleNamespace:
     """What DeepSpeed asks of a Megatron ``mpu``: ``get_model_parallel_rank()`` and so on. Without tensor parallelism it needs
     none."""
-    dp = context.dp
-    if dp.group is None:  # DeepSpeed wants a real one, also of a process alone
-        dp = replace(dp, group=group_of_line([[rank] for rank in range(context.world_size)]))
+    dp = replace(context.dp, group=context.replicas())
     answers: dict[str, Any] = {}
     for name, axis in (("model", context.tp), ("tensor_model", context.tp), ("data", dp)):
         values = {"rank": axis.rank, "world_size": axis.size, "group": axis.group}

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megatron.model.gpt import GPTModel
-from megatron.parallel.context import ParallelContext, group_of_line
+from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from megatron.training.engine import Batches, Engine, Wishes
 from megatron.training.optimizer import build_optimizer
@@ -106,7 +106,7 @@ def share_out(model: GPTModel, context: ParallelContext, *, is_bf16: bool, keeps
         The units; the last is the model.
     """
     records = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
-    mesh = DeviceMesh.from_group(_replicas(context), context.device.type)
+    mesh = DeviceMesh.from_group(context.replicas(), context.device.type)
     policy = MixedPrecisionPolicy()
     if is_bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -124,16 +124,6 @@ def share_out(model: GPTModel, context: ParallelContext, *, is_bf16: bool, keeps
     for name, parameter in model.named_parameters():
         parameter.__dict__.update(shard=records[name])
     return units
-
-
-def _replicas(context: ParallelContext) -> dist.ProcessGroup:
-    """The data-parallel group, of one process too."""
-    if context.dp.group is not None:
-        return context.dp.group
-    if context.world_size == 1:
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
-    return group_of_line([[rank] for rank in range(context.world_size)])
 
 
 class RowShards(Shards):
