@@ -210,7 +210,12 @@ def test_each_line_of_a_generation_task_has_its_own_arguments(models, tmp_path) 
     lm = make(models, "ar")
     seen = []
     complete = lm.complete
-    lm.complete = lambda prompts, **o: (seen.append((o["until"], o["new"])), complete(prompts, **o))[1]
+
+    def watched(prompts, *, wanted, **options):
+        seen.append((wanted.stop_strings, wanted.max_new_tokens))
+        return complete(prompts, wanted=wanted, **options)
+
+    lm.complete = watched
     evaluate(lm, write(tmp_path / "short.jsonl", *items[:2]))
     assert sorted(seen) == [(("a", "o"), 5), (("e",), 9)]
     samples = evaluate(lm, path, gen_kwargs={"max_gen_toks": 3})["samples"]["story"]

@@ -26,7 +26,7 @@ from megatron.evaluation.scorer import CausalScorer, Estimate, Request
 from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import Completion, continue_causal
+from megatron.generation.text import Completion, Wanted, continue_causal
 
 
 @register_model("megatron_ar")
@@ -71,13 +71,11 @@ class MegatronAR(MegatronLM):
         """See :class:`MegatronLM`."""
         return token_sampling(options)
 
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[list[int]], *, settings: Any, wanted: Wanted) -> list[Completion]:
         """See :class:`MegatronLM`."""
         return continue_causal(
-            self.loaded.decoder, self.tokenizer, prompts, max_new_tokens=new, sampling=settings, stop_strings=until,
-            batch_size=self.batch_size, streams=streams, forbidden=self.loaded.unused_ids, device=self.device,
+            self.loaded.decoder, self.tokenizer, prompts, wanted, sampling=settings, forbidden=self.loaded.unused_ids,
+            device=self.device,
         )  # fmt: skip
 
 
