@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,12 +93,9 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str) -> None:
         """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
         processor = _import("sentencepiece").SentencePieceProcessor()
-        try:
-            processor.Load(str(_existing(model, "--tokenizer-model")))
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{model} ({error})", "it must be a SentencePiece model", "check --tokenizer-model"
-            ) from error
+        file = str(_existing(model, "--tokenizer-model"))
+        with _loading(model, "it must be a SentencePiece model", "check --tokenizer-model"):
+            processor.Load(file)
         self._processor = processor
         self.spec = {"type": "SentencePieceTokenizer", "model": model}
         self.name = f"SentencePieceTokenizer({Path(model).name})"
@@ -172,14 +170,9 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
     tokenizers = _import("tokenizers")
     for path, flag in ((vocab_file, "--vocab-file"), (merge_file, "--merge-file")):
         _existing(path, flag)
-    try:
+    given = f"cannot read a BPE from {vocab_file} and {merge_file}"
+    with _loading(given, "they must be GPT-2's vocab.json and merges.txt", "check --vocab-file and --merge-file"):
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
-    except Exception as error:
-        raise UserError(
-            f"cannot read a BPE from {vocab_file} and {merge_file} ({error})",
-            "they must be GPT-2's vocab.json and merges.txt",
-            "check --vocab-file and --merge-file",
-        ) from error
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
@@ -211,12 +204,8 @@ def hf_tokenizer(model: str) -> FastTokenizer:
             "for a SentencePiece .model file use --tokenizer-type SentencePieceTokenizer, for vocab.json "
             "and merges.txt use --vocab-file and --merge-file",
         )
-    try:
+    with _loading(str(file), "it must be a tokenizer.json of the tokenizers library", "check --tokenizer-model"):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise UserError(
-            f"{file} ({error})", "it must be a tokenizer.json of the tokenizers library", "check --tokenizer-model"
-        ) from error
     vocab = backend.get_vocab(with_added_tokens=True)
     eod = next((name for name in _EOD_NAMES if name in vocab), None)
     for config in (path / name for name in _HF_CONFIGS):
@@ -239,6 +228,15 @@ def _from_hub(name: str) -> Path:
             "--tokenizer-model is a folder, a tokenizer.json or a hub name",
             "check it and the network (or HF_HOME, the cache)",
         ) from error
+
+
+@contextmanager
+def _loading(given: str, rule: str, fix: str) -> Iterator[None]:
+    """Say in our words what a library has against a file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{given} ({error})", rule, fix) from error
 
 
 def _is_short_number(word: str) -> bool:

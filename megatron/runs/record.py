@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -305,10 +306,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file; rows are flushed as they come."""
-        try:
+        with suppress(OSError):  # a full disk refuses the same bytes again
             self._file.close()
-        except OSError:  # a full disk refuses the same bytes again
-            return
 
 
 def estimator_of(row: Mapping[str, Any]) -> str:
