@@ -165,12 +165,7 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         "zero_optimization.compute_grad_norm": True,
     }
     owned = OWNED | (OWNED_IF_SPLIT if config.parallel.splits_sequence(config.model.seq_length) else {})
-    named = [name for name in owned if stated.get(name) is not None]
-    wrong = [
-        name
-        for name in named
-        if (stated[name], stated[name] is True) != (expected.get(name), expected.get(name) is True)
-    ]
+    wrong = [name for name in owned if stated.get(name) is not None and not _agree(stated[name], expected.get(name))]
     told = " and ".join(f"{name} to {stated[name]}, the flags to {expected.get(name)}" for name in wrong)
     fix = f"change the file or {' and '.join(owned[name] for name in wrong)}"
     require(not wrong, f"--deepspeed_config {path} sets {told}", "they must agree", fix)
@@ -179,6 +174,11 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
     merged["zero_optimization"]["stage"] = settings["zero_optimization"]["stage"]
     return merged
+
+
+def _agree(value: Any, expected: Any) -> bool:
+    """Whether both are equal; ``true`` is no 1."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
 
 
 def _without_auto(value: Any) -> Any:
