@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
-from megatron.config.ranges import real, whole
+from megatron.config.ranges import real, refuse_idle, whole
 from megatron.errors import require
 from megatron.screen import Progress
 
@@ -117,14 +117,11 @@ OF_MASKED = ("policies", "tokens_per_step", "block_length", "temperature", "top_
 
 def _check_heeded(options: argparse.Namespace, models: Sequence[InferenceModel]) -> None:
     """Refuse flags that none of the models heeds."""
-    default = vars(build_parser().parse_args(["RUN"]))
-    given = [name for name in (*OF_MASKED, "num_mc") if getattr(options, name) != default[name]]
-    for name in given:
-        is_heeded = any(model.is_masked if name in OF_MASKED else not model.is_causal for model in models)
-        whose = "masked diffusion" if name in OF_MASKED else "a model whose likelihood is bounded"
-        sources = ", ".join(model.source for model in models)
-        told = f"--{name.replace('_', '-')} would have no effect on {sources}"
-        require(is_heeded, told, f"it is for {whose}", "drop it, or name such a model")
+    sources = ", ".join(model.source for model in models)
+    idle = {name: f"{sources}: none is masked diffusion" for name in OF_MASKED if not any(m.is_masked for m in models)}
+    if all(model.is_causal for model in models):
+        idle["num_mc"] = f"{sources}: every likelihood is exact"
+    refuse_idle(build_parser(), options, idle)
 
 
 def _packing(model: InferenceModel) -> str:
