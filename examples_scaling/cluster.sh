@@ -23,6 +23,7 @@ check_hostfile() {
 # Fills LAUNCH with what starts one program on all processes, python, torchrun or deepspeed, and WORLD with their number.
 choose_launcher() {
   if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then   # one task a node, started by srun
+    refuse "in a SLURM job" "its nodes are those of the job" "unset it, and pass sbatch --nodes" HOSTFILE NNODES
     NNODES="$SLURM_STEP_NUM_NODES" NODE_RANK="$SLURM_NODEID"
     if [ "$MASTER_ADDR" = localhost ]; then   # not from multi_node.sh, which says it, because a container has no scontrol
       MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST")"
@@ -31,16 +32,21 @@ choose_launcher() {
   fi
   [[ "$GPUS_PER_NODE $NNODES" =~ ^[1-9][0-9]*\ [1-9][0-9]*$ ]] || die "GPUS_PER_NODE=$GPUS_PER_NODE NNODES=$NNODES" \
     "both are whole numbers from 1" "mend or unset them"
+  [[ "$NODE_RANK" =~ ^(0|[1-9][0-9]*)$ && "$NODE_RANK" -lt "$NNODES" ]] || die "NODE_RANK=$NODE_RANK with NNODES=$NNODES" \
+    "nodes count from 0" "mend or unset one of them"
   WORLD=$((GPUS_PER_NODE * NNODES))
   if [ "$LAUNCHER" = auto ]; then
-    if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed
-    elif [ $((GPUS_PER_NODE * NNODES)) -gt 1 ]; then LAUNCHER=torchrun
-    else LAUNCHER=python; fi
+    if [ -n "$HOSTFILE" ]; then LAUNCHER=deepspeed; elif [ "$WORLD" -gt 1 ]; then LAUNCHER=torchrun; else LAUNCHER=python; fi
   fi
   [ -z "$HOSTFILE" ] || [ "$LAUNCHER" = deepspeed ] || die "HOSTFILE=$HOSTFILE with LAUNCHER=$LAUNCHER" \
     "only deepspeed reads a host file" "unset one of them"
-  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || [ -n "$HOSTFILE" ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
+  [ -z "$HOSTFILE" ] || refuse "with HOSTFILE=$HOSTFILE" "the file has a line a host" "unset one of them" NNODES GPUS_PER_NODE
+  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
     "python runs on one node, deepspeed on those of HOSTFILE" "unset LAUNCHER"
+  [ "$LAUNCHER" != python ] || [ "$GPUS_PER_NODE" = 1 ] || refuse "with LAUNCHER=python" \
+    "python starts one process" "unset one of them" GPUS_PER_NODE
+  [ "$LAUNCHER" = torchrun ] || idle "only torchrun keeps a log of each process" RANK_LOGS
+  [ "$NNODES" -gt 1 ] || [ -n "${SLURM_JOB_ID:-}" ] || idle "it is for several nodes without HOSTFILE" MASTER_ADDR
   case "$LAUNCHER" in
     python) LAUNCH=("$ENV_PYTHON") WORLD=1 ;;
     torchrun)

@@ -14,6 +14,14 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}"
 
 die() { echo "$(basename "$0"): error: $1; $2; $3" >&2; exit 2; }   # what was given, the rule, the fix
+# Of NAME..., those that the caller set: refuse BESIDE RULE FIX NAME... does so, idle WHY NAME... says that they were set in vain.
+is_given() { [[ -n "${!1:-}" && "$(declare -p "$1")" == "declare -x"* ]]; }
+refuse() { local name; for name in "${@:4}"; do ! is_given "$name" || die "$name=${!name} $1" "$2" "$3"; done; }
+idle() {
+  local name names=""
+  for name in "${@:2}"; do ! is_given "$name" || names="$names${names:+, }$name"; done
+  [ -z "$names" ] || echo "without effect here: $names ($1)" >&2
+}
 head_of() { sed -n '/^# shellcheck/d; /^#SBATCH/d; /^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
 DRY_RUN=0
 for argument in "$@"; do
@@ -51,6 +59,11 @@ GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
 
 # RANK_LOGS: a folder for the output of every process (torchrun), and for what NCCL did last where it hung. In a SLURM job:
 : "${RANK_LOGS:=${SLURM_JOB_ID:+$RUN_DIR/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}}}"
+# What a training alone reads, and what it shares with an evaluation of its objective.
+OF_TRAINING=(TRAIN_DATA EPOCHS TRAIN_SAMPLES LR MIN_LR WARMUP_FRACTION WEIGHT_DECAY ADAM_BETA1 ADAM_BETA2 CLIP_GRAD DROPOUT
+  EVAL_INTERVAL EVAL_ITERS LOG_INTERVAL SAVE_INTERVAL KEEP_LAST TENSORBOARD_DIR WANDB_PROJECT)
+SHARED=(VALID_DATA TOKENIZER_MODEL TOKENIZER_FLAGS SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE SEED TP_SIZE PP_SIZE
+  ZERO_STAGE BF16)
 # shellcheck source=cluster.sh
 source "$REPO/examples_scaling/cluster.sh"
 
@@ -100,6 +113,7 @@ launch() {
     [ "$argument" = --dry-run ] || flags+=("$argument")
     previous="$argument"
   done
+  case "$program" in tools/*) idle "$program takes the checkpoint's, or has flags for it" "${OF_TRAINING[@]}" "${SHARED[@]}" ;; esac
   find_python
   choose_launcher
   if [ "$LAUNCHER" != deepspeed ] || [ "$DRY_RUN" = 1 ]; then
@@ -152,6 +166,8 @@ shared_flags() {
 train() {
   local program; program="$(program_of "$1")"; shift
   shared_flags
+  idle "only an evaluation reads it" CHECKPOINT LOAD_TAG
+  [ -z "$TRAIN_SAMPLES" ] || idle "TRAIN_SAMPLES takes its place" EPOCHS
   FLAGS+=(--train-data-path "$TRAIN_DATA" --attention-dropout "$DROPOUT" --hidden-dropout "$DROPOUT"
     --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --lr-warmup-fraction "$WARMUP_FRACTION" --clip-grad "$CLIP_GRAD"
     --weight-decay "$WEIGHT_DECAY" --adam-beta1 "$ADAM_BETA1" --adam-beta2 "$ADAM_BETA2"
@@ -169,6 +185,7 @@ train() {
 evaluate() {
   local program; program="$(program_of "$1")"; shift
   shared_flags
+  idle "only a training reads it" "${OF_TRAINING[@]}"
   launch "$program" "${FLAGS[@]}" --load "${CHECKPOINT:-$RUN_DIR}" ${LOAD_TAG:+--load-tag "$LOAD_TAG"} \
-    --skip-train --eval-iters full --num-mc "$NUM_MC" "$@"
+    --skip-train --eval-iters full --num-mc "$NUM_MC" ${EXIT_DURATION_IN_MINS:+--exit-duration-in-mins "$EXIT_DURATION_IN_MINS"} "$@"
 }

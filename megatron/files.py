@@ -71,7 +71,11 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[None]:
+def written_whole(
+    path: str | Path,
+    rule: str = "it needs a writable folder with room on the disk; nothing half-written is left",
+    fix: str = "free space, mend permissions or choose another place",
+) -> Iterator[None]:
     """Turn an error of the operating system into a :class:`Failure` that names ``path`` and the cure.
 
     An error that names another file belongs to whatever the block reads, and passes.
@@ -81,13 +85,10 @@ def written_whole(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = path if error.filename is None else Path(os.fsdecode(error.filename))
-        if not named.name.lstrip(".").startswith(f"{path.name}.") and named not in (path, *path.parents):
+        is_beside = named.name.lstrip(".").startswith(f"{path.name}.") or named in path.parents
+        if not is_beside and path not in (named, *named.parents):
             raise
-        raise Failure(
-            f"{path} could not be written ({error.strerror or error})",
-            "it needs a writable folder with room on the disk; nothing half-written is left",
-            "free space, mend permissions or choose another place",
-        ) from error
+        raise Failure(f"{path} could not be written ({error.strerror or error})", rule, fix) from error
 
 
 def temporary_name(path: Path) -> Path:

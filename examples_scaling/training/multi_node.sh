@@ -24,5 +24,6 @@ SCRIPT="$EXAMPLES/${1:-}"; SCRIPT="${SCRIPT/"$EXAMPLES/examples_scaling/"/"$EXAM
 [ -f "$SCRIPT" ] || die "training script ${1:-not named}" "it is named from examples_scaling/" "for instance training/mdm/140m_100M.sh"
 shift
 if [ -n "${SLURM_JOB_ID:-}" ]; then run_on_nodes bash "$SCRIPT" "$@"; exit; fi
+idle "only a SLURM job reads it" SETUP CONTAINER STOP_MINUTES
 [ -n "$HOSTFILE" ] || [ "$DRY_RUN" = 1 ] || die "neither a SLURM job nor HOSTFILE" "several nodes need one of them" "see --help"
 exec bash "$SCRIPT" "$@"

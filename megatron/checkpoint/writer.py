@@ -29,14 +29,13 @@ from threading import Thread
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megatron.checkpoint.files import LATEST, NEXT, Fragment, grouped, write_manifest
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
 from megatron.files import replace_file
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import ParallelContext, Poll
 from megatron.parallel.sharding import ShardSpec
 
 Result = TypeVar("Result")
@@ -104,7 +103,7 @@ class Saving:
         self._report: tuple[str | None, dict[str, Any] | None] = (None, None)
         self._error: BaseException | None = None
         self._thread: Thread | None = None
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._poll = None if context.control_group is None else Poll(context.control_group)
         if staging is None:
             self._write(lambda: {f.key: f.data.detach().to("cpu", torch.float32).contiguous() for f in fragments})
             return
@@ -122,15 +121,7 @@ class Saving:
         """Whether the files of all ranks are there, or have failed; a collective call that waits for nobody. With several
         processes the answer is that to the call before."""
         is_there = self._thread is None or not self._thread.is_alive()
-        if self._context.control_group is None:
-            return is_there
-        before, own = self._asked, torch.tensor(is_there, dtype=torch.uint8)
-        work = dist.all_reduce(own, op=dist.ReduceOp.MIN, group=self._context.control_group, async_op=True)
-        self._asked = own, work
-        if before is None:
-            return False
-        before[1].wait()
-        return bool(before[0])
+        return is_there if self._poll is None else self._poll.ask(not is_there) == [False]
 
     def publish(self) -> Path:
         """Wait for the files of all ranks and complete the tag; a collective call.
@@ -146,8 +137,8 @@ class Saving:
             self._thread.join()
         if self._error is not None:
             raise self._error
-        if self._asked is not None:
-            self._asked[1].wait()
+        if self._poll is not None:
+            self._poll.end()
         context, scratch = self._context, self._scratch
         reports = context.gather_objects((*self._report, dict(self._specs)), everywhere=False)
         failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BINS",
         help="of the share of the text that is hidden (default: 8)",
     )
-    add("--num-mc", type=COUNT, default=8, metavar="PAIRS", help="pairs of masks for a bound (default: 8)")
+    add("--num-mc", type=COUNT, metavar="PAIRS", help="pairs of masks for a bound (default: 8)")
     add(
         "--train-data-path",
         nargs="+",
@@ -72,6 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron.runs.reading import load_run
 
     runs = [load_run(path) for path in dict.fromkeys(options.runs)]
+    require(
+        options.num_mc is None or not all(run.is_exact for run in runs),
+        f"--num-mc would have no effect on {', '.join(run.name for run in runs)}",
+        "an exact likelihood has no masks",
+        "drop it",
+    )
+    options.num_mc = options.num_mc or 8
     with processes(options.tensor_model_parallel_size) as context:
         for run in runs:
             record = score(run, options, context)

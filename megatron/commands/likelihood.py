@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.config.loading import add_load_kind
 from megatron.config.parser import Parser
-from megatron.config.ranges import real, whole
+from megatron.config.ranges import real, refuse_idle, whole
 from megatron.errors import require
 from megatron.screen import Progress
 
@@ -97,6 +97,7 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
     from megatron.evaluation.bench import load_models, open_samples
 
     models = load_models(options.runs, tag=options.load_tag, kind=options.load_kind, context=context)
+    _check_heeded(options, list(models.values()))
     paths = options.valid_data_path or []
     samples = open_samples(models, paths, number=options.samples, cache_path=options.data_cache_path)
     models, ensembles = _with_fits(options, models, samples, context)
@@ -108,6 +109,19 @@ def judge(options: argparse.Namespace, settings: list[Any], context: ParallelCon
         print(report(found))
         if options.output:
             found.save(options.output)
+
+
+# Flags of samplers and mixtures of masked diffusion.
+OF_MASKED = ("policies", "tokens_per_step", "block_length", "temperature", "top_k", "top_p", "orders")
+
+
+def _check_heeded(options: argparse.Namespace, models: Sequence[InferenceModel]) -> None:
+    """Refuse flags that none of the models heeds."""
+    sources = ", ".join(model.source for model in models)
+    idle = {name: f"{sources}: none is masked diffusion" for name in OF_MASKED if not any(m.is_masked for m in models)}
+    if all(model.is_causal for model in models):
+        idle["num_mc"] = f"{sources}: every likelihood is exact"
+    refuse_idle(build_parser(), options, idle)
 
 
 def _packing(model: InferenceModel) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser, named
-from megatron.config.ranges import real, whole
+from megatron.config.ranges import real, refuse_idle, whole
 from megatron.config.usage import suggestion
 from megatron.errors import UserError, require
 from megatron.model.arithmetic import DEVICES
@@ -28,7 +28,9 @@ EXAMPLES = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Plan and print."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    refuse_idle(parser, options, {} if options.peak_tflops is None else {"device": "--peak-tflops stands in its place"})
     plan = _plan(options)
     print(json.dumps(_finite(asdict(plan)), indent=1) if options.json else wrapped(_text(plan, options)))
 

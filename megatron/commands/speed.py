@@ -19,7 +19,7 @@ from megatron.config.schema import Config
 from megatron.config.shape import Shape, padded_size
 from megatron.config.validate import check_packages
 from megatron.data.dataset import Pieces
-from megatron.data.loader import build_loader, to_device
+from megatron.data.loader import Share, build_loader, to_device
 from megatron.model.arithmetic import peak_flops
 from megatron.model.batch import ModelBatch
 from megatron.model.gpt import GPTModel
@@ -116,14 +116,9 @@ def measure(
     objective = build_objective(config)
     engine = build_engine(config, objective, context)
     assert config.run.global_batch_size
-    loader = build_loader(
-        RandomTokens(config.model.seq_length),
-        objective,
-        context,
-        micro_batch_size=config.run.micro_batch_size,
-        last_sample=(warmup + steps + TRACED) * config.run.global_batch_size * (2 if compare_plain else 1),
-        num_workers=config.data.num_workers,
-    )
+    last = (warmup + steps + TRACED) * config.run.global_batch_size * (2 if compare_plain else 1)
+    share, tokens = Share(context.dp, config.run.micro_batch_size, last), RandomTokens(config.model.seq_length)
+    loader = build_loader(tokens, objective, share, device=context.device, num_workers=config.data.num_workers)
     plain = plain_step(config, objective) if compare_plain else None
     times: dict[str, list[float]] = {"engine": [], "plain": []}
     with loader as batches:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser
-from megatron.config.ranges import whole
+from megatron.config.ranges import refuse_idle, whole
 from megatron.errors import require
 from megatron.screen import wrapped
 
@@ -32,7 +32,12 @@ EXAMPLES = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the action says; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    idle = {} if options.action == "slurm" else {"output": f"{options.action} writes no job script"}
+    if options.action not in ("run", "search"):
+        idle |= dict.fromkeys(("jobs", "devices_per_job", "attempts"), f"{options.action} starts nothing")
+    refuse_idle(parser, options, idle)
     from megatron.scaling.sweep.definition import load_sweep
 
     sweep = load_sweep(options.sweep)

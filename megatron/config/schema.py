@@ -27,7 +27,6 @@ LOAD, SAVE, WANDB, WHOLE_MODEL = ("load",), ("save",), ("wandb_project",), ("pip
 VALIDATION, TRACKERS = ("valid_data_path", "valid_data_path_file"), ("tensorboard_dir", "wandb_project")
 RATES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")  # as Megatron spells them
 DECAY, WSD, MUON = ("lr_decay_style!=constant",), ("lr_decay_style=WSD",), ("optimizer=muon",)
-TRAINING = ("skip_train!=true",)
 GPT2_BPE = ("tokenizer_type=GPT2BPETokenizer", "tokenizer_type=none")
 MODEL_FILE = ("tokenizer_type=HFTokenizer", "tokenizer_type=SentencePieceTokenizer", "tokenizer_type=none")
 # What earlier versions had no choice of.
@@ -179,7 +178,7 @@ class OptimizerConfig:
         range=Range(above=0, at_most=1000), needs=MUON)
     clip_grad: float = option(1.0, "global gradient-norm limit; 0 disables", range=Range(at_least=0, at_most=1e9))
     ema_decay: float | None = option(None, "also keep an exponential moving average of the weights, and validate it; update n of "
-        "it decays by min(this, (1 + n) / (10 + n))", unit="DECAY", range=Range(above=0, below=1), needs=TRAINING, published=True)
+        "it decays by min(this, (1 + n) / (10 + n))", unit="DECAY", range=Range(above=0, below=1))
     cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
@@ -293,10 +292,9 @@ class RunConfig:
     skip_train: bool = option(False, "validate only")
     exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES", range=MINUTES)
     exit_interval: int | None = option(None, "save and exit after a step that is a multiple of this", unit="ITERS",
-        range=POSITIVE, needs=TRAINING, published=True)
+        range=POSITIVE)
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")
-    tensorboard_dir: str | None = option(None, "write TensorBoard events here", unit="DIR", needs=TRAINING,
-        published=True)
+    tensorboard_dir: str | None = option(None, "write TensorBoard events here", unit="DIR")
     tensorboard_queue_size: int = option(10, "events buffered before a write", unit="EVENTS", range=SIZE,
         needs=("tensorboard_dir",), published=True)
     log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard",
@@ -306,7 +304,7 @@ class RunConfig:
     log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard",
         needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
-        unit="NAME", needs=TRAINING, published=True)
+        unit="NAME")
     wandb_entity: str | None = option(None, "user or team of the W&B project", unit="NAME", needs=WANDB, published=True)
     wandb_exp_name: str | None = option(None, "name of the W&B run", unit="NAME", needs=WANDB, published=True)
     wandb_group: str | None = option(None, "group of the W&B run", unit="NAME", needs=WANDB, published=True)
@@ -330,4 +328,12 @@ class Config:
     )
 
 
+# What only training reads: beside --skip-train it is named at start, because scripts and files pass it to both.
+OF_TRAINING = {
+    *(item.name for item in fields(OptimizerConfig) if item.name != "cpu_optimizer"),
+    *("attention_dropout", "hidden_dropout", "recompute_activations"),
+    *("train_samples", "train_iters", "train_epochs", "log_interval", "eval_interval", "exit_interval"),
+    *("save_interval", "async_save", "keep_last", "save_best", "overwrite", "change_settings"),
+    *("no_load_optim", "no_load_rng", "tensorboard_dir", "wandb_project"),
+}
 SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}

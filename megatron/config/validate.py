@@ -11,8 +11,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from megatron.config.option import LARGEST, PACKAGES, check_range, idle_options, is_installed, spelling
-from megatron.config.schema import Config, RunConfig
+from megatron.config.option import LARGEST, PACKAGES, check_range, default_of, idle_options, is_installed, spelling
+from megatron.config.schema import OF_TRAINING, Config, RunConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
 
@@ -69,9 +69,14 @@ def check_packages(config: Config) -> None:
 
 
 def idle_notes(config: Config) -> list[str]:
-    """Flags of launch scripts that have no effect in this combination, each with the reason, to be named at start."""
-    idle = idle_options(_flags(config))
-    return [f"{spelling(item)} ({reason})" for item, reason in idle if item.metadata["published"]]
+    """Flags of launch scripts that have no effect in this combination, by the reason, to be named at start."""
+    flags = _flags(config)
+    idle = {spelling(item): reason for item, reason in idle_options(flags) if item.metadata["published"]}
+    if config.run.skip_train:
+        given = [item for item, value in flags if item.name in OF_TRAINING and value != default_of(item)]
+        idle |= {spelling(item): "needs no --skip-train" for item in given}
+    by_reason = {reason: [name for name in idle if idle[name] == reason] for reason in idle.values()}
+    return [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
 def _flags(config: Config, *options: Any) -> list[tuple[Field, Any]]:

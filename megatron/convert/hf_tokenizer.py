@@ -36,7 +36,7 @@ def named_tokenizer(data: DataConfig) -> DataConfig:
         tokenizer = build_tokenizer(data)
     except (ValueError, OSError):
         return data
-    spec = tokenizer.spec()
+    spec = tokenizer.spec
     return DataConfig(
         tokenizer_type=spec["type"],
         vocab_file=spec.get("vocab_file"),

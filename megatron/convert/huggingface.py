@@ -26,7 +26,7 @@ from megatron.checkpoint.writer import save_tensors
 from megatron.config.schema import Config, ModelConfig
 from megatron.errors import UserError
 from megatron.files import read_object
-from megatron.objectives import evaluation_objective
+from megatron.objectives import build_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
 from megatron.screen import Progress
 
@@ -45,7 +45,7 @@ def attention_family(config: Config) -> str:
     Raises:
         ValueError: the objective evaluates with a mask that neither class has.
     """
-    objective = evaluation_objective(config)
+    objective = build_objective(config).for_eval()
     if isinstance(objective.decoding, CausalDecoding):
         return "ar"
     if isinstance(objective.decoding, MaskedDecoding) and objective.decoding.shift == 0:

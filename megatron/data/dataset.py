@@ -13,8 +13,7 @@ import numpy as np
 
 from megatron.data.blend import BlendOrder, blend_order, parse_blend, prefixes_of
 from megatron.data.indexed import IndexedDataset, read_meta
-from megatron.data.order import plan_order
-from megatron.data.order_cache import default_cache_folders, load_or_build_maps
+from megatron.data.order import default_cache_folders, load_or_build_maps, plan_order
 from megatron.errors import UserError
 
 _HEADROOM = 1.005  # Megatron asks each data set of a blend for this much more than its share

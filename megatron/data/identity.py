@@ -16,7 +16,7 @@ import numpy as np
 from megatron.config.schema import DataConfig
 from megatron.data.blend import parse_blend, prefixes_of
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta, whole_prefix
-from megatron.data.tokenizer_types import Tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError
 from megatron.files import sha256_of
 from megatron.statistics import fingerprint, half_of

@@ -29,7 +29,7 @@ from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError, require
 from megatron.model.batch import ModelBatch, Samples, places_in_documents
 from megatron.objectives.base import Objective
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import Axis
 
 
 @dataclass(frozen=True)
@@ -92,30 +92,26 @@ class TokenDataset(Protocol):
     def pieces(self, index: int) -> Pieces: ...
 
 
-def micro_batches(
-    *, first_sample: int, last_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> Iterator[list[int]]:
-    """Stream indices of each micro-batch of one data-parallel rank.
+@dataclass(frozen=True)
+class Share:
+    """The samples of one data-parallel rank: iterating over it yields the stream indices of each micro-batch.
 
-    Args:
-        first_sample: samples already consumed.
-        last_sample: end of the stream; a last incomplete round is filled with indices past it.
+    Attributes:
+        dp: place among the data-parallel ranks.
         micro_batch_size: samples per micro-batch.
-        dp_rank, dp_size: place among the data-parallel ranks.
+        last_sample: end of the stream; a last incomplete round is filled with indices past it.
+        first_sample: samples already consumed.
     """
-    for start in range(first_sample, last_sample, micro_batch_size * dp_size):
-        first = start + dp_rank * micro_batch_size
-        yield list(range(first, first + micro_batch_size))
 
-
-class _Stream:
-    """:func:`micro_batches` that can be asked for again."""
-
-    def __init__(self, **share: int) -> None:
-        self._share = share
+    dp: Axis
+    micro_batch_size: int
+    last_sample: int
+    first_sample: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        return micro_batches(**self._share)
+        for start in range(self.first_sample, self.last_sample, self.micro_batch_size * self.dp.size):
+            first = start + self.dp.rank * self.micro_batch_size
+            yield list(range(first, first + self.micro_batch_size))
 
 
 class _MicroBatches(Dataset):
@@ -154,11 +150,9 @@ def to_device(batch: ModelBatch[torch.Tensor], device: torch.device) -> ModelBat
 def build_loader(
     dataset: TokenDataset,
     objective: Objective,
-    context: ParallelContext,
+    share: Share,
     *,
-    micro_batch_size: int,
-    last_sample: int,
-    first_sample: int = 0,
+    device: torch.device,
     num_workers: int = 2,
     packing: Packing = ONE_STREAM,
     timeout_seconds: float = 0,
@@ -168,27 +162,19 @@ def build_loader(
     Args:
         dataset: samples.
         objective: prepares them.
-        context: this process.
-        micro_batch_size: samples per micro-batch.
-        last_sample: end of the stream.
-        first_sample: samples already consumed.
+        share: which of them, and in which micro-batches.
+        device: of this process.
         num_workers: processes that prepare (0: this process).
         packing: how documents within a sample are treated.
         timeout_seconds: limit of the wait for one batch; 0: none.
     """
     workers = Workers()
     loader = DataLoader(
-        _MicroBatches(dataset, objective, packing, last_sample=last_sample),
-        sampler=_Stream(
-            first_sample=first_sample,
-            last_sample=last_sample,
-            micro_batch_size=micro_batch_size,
-            dp_rank=context.dp.rank,
-            dp_size=context.dp.size,
-        ),
+        _MicroBatches(dataset, objective, packing, last_sample=share.last_sample),
+        sampler=share,  # type: ignore[arg-type]
         batch_size=None,  # what the sampler gives are whole micro-batches
         num_workers=num_workers,
-        pin_memory=context.device.type == "cuda",
+        pin_memory=device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
         # Whatever the program around us prefers: Workers counts on the trainer for a parent, and on its held-back signals.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,

@@ -19,7 +19,7 @@ from megatron.evaluation.estimators import MaskedBound
 from megatron.evaluation.requests import encode_pair, windows
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.logits import LogitsFn
-from megatron.objectives import evaluation_objective
+from megatron.objectives import build_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
 
 
@@ -135,7 +135,7 @@ def gap_metric(
     Raises:
         UserError: bad questions, no tokenizer for the run's data, or an objective without a likelihood here.
     """
-    decoding = evaluation_objective(config).decoding
+    decoding = build_objective(config).for_eval().decoding
     is_causal = isinstance(decoding, CausalDecoding)
     mask_id = decoding.mask_token_id if isinstance(decoding, MaskedDecoding) else None
     require(

@@ -19,7 +19,15 @@ from megatron.generation.display import UncoverDisplay
 from megatron.generation.flags import NEW_TOKENS, build_generate_parser
 from megatron.generation.samplers import sampler_of
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import GAP, Completion, continue_causal, continue_masked, encode_with_gaps, fill_gaps
+from megatron.generation.text import (
+    GAP,
+    Completion,
+    Wanted,
+    continue_causal,
+    continue_masked,
+    encode_with_gaps,
+    fill_gaps,
+)
 from megatron.runs.counts import format_count
 
 if TYPE_CHECKING:
@@ -225,10 +233,8 @@ def _causal(
         loaded.decoder,
         loaded.require_tokenizer(),
         rows,
-        max_new_tokens=arguments.max_new_tokens,
+        Wanted(arguments.max_new_tokens, arguments.stop, arguments.batch_size),
         sampling=_sampling(arguments),
-        stop_strings=arguments.stop,
-        batch_size=arguments.batch_size,
         forbidden=loaded.unused_ids,
         device=loaded.device,
         on_token=recorder.on_token if arguments.animate else None,
@@ -251,7 +257,7 @@ def _filled(
         for observer in observers:
             observer(step)
 
-    options = {"settings": _settings(arguments), "batch_size": arguments.batch_size, "on_step": observe}
+    options: dict[str, Any] = {"settings": _settings(arguments), "on_step": observe}
     has_gap = [GAP.search(prompt) is not None for prompt in prompts]
     if arguments.infix is not None or any(has_gap):
         require(
@@ -267,12 +273,13 @@ def _filled(
             "gaps say how many tokens are added",
             "drop it, or write [MASK:N]",
         )
-        completions = fill_gaps(sampler, tokenizer, rows, stop_strings=arguments.stop, **options)
+        completions = fill_gaps(
+            sampler, tokenizer, rows, stop_strings=arguments.stop, batch_size=arguments.batch_size, **options
+        )
         return completions, [completion.text for completion in completions]
     rows = [_fitting(loaded, prompt, arguments.max_new_tokens) for prompt in prompts]
-    completions = continue_masked(
-        sampler, tokenizer, rows, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop, **options
-    )
+    wanted = Wanted(arguments.max_new_tokens, arguments.stop, arguments.batch_size)
+    completions = continue_masked(sampler, tokenizer, rows, wanted, **options)
     return completions, [prompt + completion.text for prompt, completion in zip(prompts, completions)]
 
 

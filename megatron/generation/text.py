@@ -110,40 +110,61 @@ def finish(tokenizer: TextTokenizer, tokens: Sequence[int], stop_strings: Sequen
     return cut_at_stop(tokenizer.decode(ids), stop_strings)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be written behind token prompts.
+
+    Attributes:
+        max_new_tokens: behind each, at most.
+        stop_strings: texts that end it.
+        batch_size: rows per forward pass.
+        streams: sample number of each prompt (its random stream); default 0, 1, 2, ...
+    """
+
+    max_new_tokens: int
+    stop_strings: Sequence[str] = ()
+    batch_size: int = 8
+    streams: Sequence[int] | None = None
+
+    def of_rows(self, indices: Sequence[int]) -> list[int]:
+        """The random streams of some prompts."""
+        return list(indices) if self.streams is None else [self.streams[index] for index in indices]
+
+
 def continue_causal(
     make_decoder: Callable[[], Decoder],
     tokenizer: TextTokenizer,
     prompts: Sequence[Sequence[int]],
+    wanted: Wanted,
     *,
-    max_new_tokens: int,
     sampling: TokenSampling,
-    stop_strings: Sequence[str] = (),
-    batch_size: int = 8,
-    streams: Sequence[int] | None = None,
     **options: object,
 ) -> list[Completion]:
     """Continue token prompts with an autoregressive model.
 
     Args:
-        streams: sample number of each prompt (its random stream); default 0, 1, 2, ...
+        make_decoder: makes a fresh decoder.
+        tokenizer: of the model.
+        prompts: at least one token each.
+        wanted: what is to be written.
+        sampling: temperature, top-k, top-p and seed.
         options: for generate_autoregressive, like the arguments not named here.
     """
-    streams = range(len(prompts)) if streams is None else streams
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together: less forced decoding
     results: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for start in range(0, len(order), wanted.batch_size):
+        indices = order[start : start + wanted.batch_size]
         outputs = generate_autoregressive(
             make_decoder(),
             [prompts[index] for index in indices],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=wanted.max_new_tokens,
             sampling=sampling,
-            stop=lambda row, new: has_stopped(tokenizer, new, stop_strings),
-            sample_numbers=[streams[index] for index in indices],
+            stop=lambda row, new: has_stopped(tokenizer, new, wanted.stop_strings),
+            sample_numbers=wanted.of_rows(indices),
             **options,  # type: ignore[arg-type]
         )
         for index, tokens in zip(indices, outputs):
-            results[index] = Completion(finish(tokenizer, tokens, stop_strings), tokens)
+            results[index] = Completion(finish(tokenizer, tokens, wanted.stop_strings), tokens)
     return [results[index] for index in range(len(prompts))]
 
 
@@ -151,35 +172,28 @@ def continue_masked(
     sampler: Sampler,
     tokenizer: TextTokenizer,
     prompts: Sequence[Sequence[int]],
+    wanted: Wanted,
     *,
-    max_new_tokens: int,
     settings: DiffusionSettings,
-    stop_strings: Sequence[str] = (),
-    batch_size: int = 8,
-    streams: Sequence[int] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> list[Completion]:
-    """Continue token prompts with a diffusion model; rows of equal length share a batch.
-
-    ``streams``: sample number of each prompt (its random stream); default 0, 1, 2, ...
-    """
-    streams = range(len(prompts)) if streams is None else streams
-    rows = [[*prompt, *([sampler.mask_id] * max_new_tokens)] for prompt in prompts]
+    """Continue token prompts with a diffusion model; rows of equal length share a batch."""
+    rows = [[*prompt, *([sampler.mask_id] * wanted.max_new_tokens)] for prompt in prompts]
     starts = [len(prompt) for prompt in prompts]
     results: dict[int, Completion] = {}
-    for indices in _equal_batches(rows, batch_size, mask_id=sampler.mask_id):
+    for indices in _equal_batches(rows, wanted.batch_size, mask_id=sampler.mask_id):
 
         def stop(row: int, prefix: list[int], indices: list[int] = indices) -> bool:
-            return has_stopped(tokenizer, prefix[starts[indices[row]] :], stop_strings)
+            return has_stopped(tokenizer, prefix[starts[indices[row]] :], wanted.stop_strings)
 
         filled = sampler.fill(
             [rows[index] for index in indices], settings=settings, stop=stop, on_step=on_step,
-            sample_numbers=[streams[index] for index in indices],
+            sample_numbers=wanted.of_rows(indices),
         )  # fmt: skip
         for index, tokens in zip(indices, filled):
             new = tokens[starts[index] :]
             new = new[: new.index(sampler.mask_id)] if sampler.mask_id in new else new
-            results[index] = Completion(finish(tokenizer, new, stop_strings), new)
+            results[index] = Completion(finish(tokenizer, new, wanted.stop_strings), new)
     return [results[index] for index in range(len(prompts))]
 
 

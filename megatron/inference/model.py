@@ -16,8 +16,7 @@ from megatron.checkpoint.select import select
 from megatron.checkpoint.tensors import open_whole_model
 from megatron.config.schema import WEIGHT, Config
 from megatron.config.shape import Shape
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.tokenizer_types import NullTokenizer
+from megatron.data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder

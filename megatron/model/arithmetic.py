@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.config.shape import Shape
@@ -31,21 +33,12 @@ class Device:
     link: float
 
 
-DEVICES = {
-    "A100": Device(("NVIDIA A100-SXM4-80GB",), 312e12, 81920, 2.039e12, 300e9),
-    "A100 40GB": Device(("NVIDIA A100-SXM4-40GB",), 312e12, 40960, 1.555e12, 300e9),
-    "A100 PCIe": Device(("NVIDIA A100 80GB PCIe",), 312e12, 81920, 1.935e12, 32e9),
-    "A100 PCIe 40GB": Device(("NVIDIA A100-PCIE-40GB",), 312e12, 40960, 1.555e12, 32e9),
-    "L40S": Device(("NVIDIA L40S",), 362e12, 46068, 0.864e12, 32e9),
-    "H20": Device(("NVIDIA H20",), 148e12, 97871, 4.0e12, 450e9),
-    "H100": Device(("NVIDIA H100 80GB HBM3",), 989e12, 81559, 3.35e12, 450e9),
-    "H100 NVL": Device(("NVIDIA H100 NVL",), 835e12, 95830, 3.9e12, 300e9),
-    "H100 PCIe": Device(("NVIDIA H100 PCIe",), 756e12, 81559, 2.0e12, 64e9),
-    "H200": Device(("NVIDIA H200",), 989e12, 143771, 4.8e12, 450e9),
-    "GH200": Device(("NVIDIA GH200 480GB", "NVIDIA GH200 120GB"), 989e12, 97871, 4.0e12, 450e9),
-    "B200": Device(("NVIDIA B200",), 2250e12, 183359, 8.0e12, 900e9),
-    "B300": Device(("NVIDIA B300 SXM6 AC",), 2250e12, 275040, 8.0e12, 900e9),
-}
+def _devices(table: str) -> Iterator[tuple[str, Device]]:
+    for name, names, peak, memory, bandwidth, link in (row.split(",") for row in table.splitlines()[1:]):
+        yield name, Device(tuple(names.split("|")), float(peak), int(memory), float(bandwidth), float(link))
+
+
+DEVICES = dict(_devices(Path(__file__).with_name("devices.csv").read_text(encoding="utf-8")))
 
 
 def parameters_for_compute(model: Shape, vocab_size: int) -> int:

@@ -109,11 +109,6 @@ def with_vocabulary(flags: ObjectiveConfig, mask_id: int | None, *, size: int, p
     return replace(flags, mask_token_id=mask_id, options=filled)
 
 
-def evaluation_objective(settings: Config) -> Objective:
-    """The objective of a run with evaluation settings."""
-    return build_objective(settings).for_eval()
-
-
 def needs_mask_token(name: str | None) -> bool:
     """Whether the vocabulary must have room for a mask token."""
     return name is not None and name in OBJECTIVES and OBJECTIVES[name].needs_mask_token

@@ -12,7 +12,8 @@ from megatron.config.option import PROBABILITY, Range, option
 from megatron.errors import require
 from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch, places_in_documents
 from megatron.objectives.ar import Autoregressive
-from megatron.objectives.base import BOUND, NO_BOUND, Setting, VocabularyOptions
+from megatron.objectives.base import BOUND, NO_BOUND, Setting
+from megatron.objectives.vocabulary import VocabularyOptions
 
 
 @dataclass(frozen=True)

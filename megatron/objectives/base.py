@@ -11,7 +11,6 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from megatron.config.option import TOKENS, option
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.config.shape import Shape
 from megatron.model.arithmetic import model_flops_per_token, positions_per_token
@@ -104,16 +103,6 @@ class Setting(NamedTuple):
 @dataclass(frozen=True)
 class NoOptions:
     """An objective without flags of its own."""
-
-
-@dataclass(frozen=True)
-class VocabularyOptions:
-    """Flags of everything that draws random tokens."""
-
-    noise_vocab_size: int | None = option(
-        None, "tokens that noise draws from, ids from 0; default: the vocabulary before padding", unit="TOKENS",
-        range=TOKENS, follows="vocabulary",
-    )  # fmt: skip
 
 
 class Objective(Protocol):

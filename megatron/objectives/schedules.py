@@ -22,8 +22,6 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron.errors import require
-
 MIN_MASK_PROB = 1e-3
 
 
@@ -57,56 +55,10 @@ class Linear:
         return np.ones_like(t)
 
 
-@dataclass(frozen=True)
-class Cosine:
-    """s = cos(π/2 · (1 − t)) (Chang et al., arXiv 2202.04200; arXiv 2406.04329, table 4): many highly masked draws."""
-
-    mean_share: float = 2 / np.pi
-
-    def share(self, t: np.ndarray) -> np.ndarray:
-        return np.sin(np.pi / 2 * t)
-
-    def rate(self, t: np.ndarray) -> np.ndarray:
-        return np.pi / 2 * np.cos(np.pi / 2 * t)
-
-
-@dataclass(frozen=True)
-class Polynomial:
-    """s = t^power (arXiv 2406.04329, table 4): a power above 1 gives many lightly masked draws.
-
-    Attributes:
-        power: exponent, at least 1: below it s'(0) is infinite, and the floor on p does not bound s'(t) / p(t).
-
-    Raises:
-        UserError: such a power.
-    """
-
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        require(
-            self.power >= 1,
-            f"--noise-schedule-power {self.power}",
-            "below 1 the weights of the loss are unbounded at t = 0",
-            "choose 1 (linear) or more",
-        )
-
-    def share(self, t: np.ndarray) -> np.ndarray:
-        return t**self.power
-
-    def rate(self, t: np.ndarray) -> np.ndarray:
-        return self.power * t ** (self.power - 1)
-
-    @property
-    def mean_share(self) -> float:
-        """1 / (power + 1)."""
-        return 1 / (self.power + 1)
-
-
 SCHEDULES = {
     "linear": "schedules.Linear",
-    "cosine": "schedules.Cosine",
-    "polynomial": "schedules.Polynomial",
+    "cosine": "curves.Cosine",
+    "polynomial": "curves.Polynomial",
     "bell": "densities.Bell",
     "measured": "densities.Measured",
 }

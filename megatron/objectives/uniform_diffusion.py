@@ -15,9 +15,10 @@ from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
 from megatron.model.loss import LossKind
 from megatron.model.mask import AttentionMask, Full
 from megatron.model.uniform_loss import UniformBound
-from megatron.objectives.base import BOUND, Decoding, Setting, UniformDecoding, VocabularyOptions, first_tokens
+from megatron.objectives.base import BOUND, Decoding, Setting, UniformDecoding, first_tokens
 from megatron.objectives.mdm import TimeOptions
 from megatron.objectives.schedules import Linear, bound_weight, mask_probability
+from megatron.objectives.vocabulary import VocabularyOptions
 
 # Shares of noise so near 0 or 1 that odds overflow or vanish; an exact count comes there once in 10^9 / seq draws.
 LEAST_SHARE = 1e-9

@@ -5,14 +5,16 @@ Nobody waits in silence: a process that waits for others says for whom, and one 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -22,7 +24,51 @@ import torch.distributed as dist
 
 from megatron.errors import Failure
 from megatron.parallel.launch import Launch, complain, local_device
-from megatron.parallel.watch import POLL_SECONDS, Watch
+
+POLL_SECONDS = 5.0
+GRACE_SECONDS = 10.0  # from a peer's message: most collectives fail by themselves, with more to say
+NEAR = 0.9  # share of the time limit
+
+
+class Watch:
+    """Looks after one rank of several from outside of what it waits for: by a thread.
+
+    A collective of NCCL does not notice that a peer is gone, and a host that waits for it hears no signal. So the thread looks
+    whether one has left a message (:meth:`Connection.leave`), and ends the process when the rank has not come to its own end
+    shortly after. And where a rank makes no step for most of the time that a collective may take, it prints what all its threads
+    are doing, while there still is something to see.
+    """
+
+    def __init__(self, *, timeout_seconds: float, news: Callable[[], str], end: Callable[[str], None]) -> None:
+        """Args:
+        timeout_seconds: limit of a collective.
+        news: what peers that left had to say, or "".
+        end: ends the process, because of such news.
+        """
+        self._limit, self._news, self._end = NEAR * timeout_seconds, news, end
+        self._beat: float | None = None
+        self._stopped = threading.Event()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def beat(self) -> None:
+        """The rank goes on; from the first call on it is expected to say so."""
+        self._beat = time.monotonic()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def _look(self) -> None:
+        while not self._stopped.wait(POLL_SECONDS):
+            waited = 0.0 if self._beat is None else time.monotonic() - self._beat
+            if waited > self._limit:
+                self._beat = None  # once, until it goes on
+                print(f"no step for {waited / 60:.0f} minutes; what the threads do:", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback(sys.stderr)
+            if (news := self._news()) and not self._stopped.wait(GRACE_SECONDS):
+                return self._end(news)
+        return None
+
 
 AGENT_SECONDS = 60.0
 LEFT = "left"  # key of the first rank that went after an error: which, and why

@@ -140,3 +140,35 @@ class ParallelContext:
         """Wait for every process."""
         if self.control_group is not None:
             dist.barrier(group=self.control_group)
+
+    def replicas(self) -> dist.ProcessGroup:
+        """The data-parallel group, a real one also of one process: engines ask for it. A collective call."""
+        if self.dp.group is not None or self.world_size == 1:
+            group = self.dp.group or dist.group.WORLD
+            assert group is not None
+            return group
+        return group_of_line([[rank] for rank in range(self.world_size)])
+
+
+class Poll:
+    """A question to the hosts of all ranks that waits for nobody: the answer is that to the call before, so the exchange runs
+    while the device computes. Collective calls: every rank makes the same ones in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def ask(self, *flags: bool) -> list[bool] | None:
+        """Whether any rank said so, flag by flag; None at the first call."""
+        own = torch.tensor(flags, dtype=torch.uint8)
+        work = dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        before, self._asked = self._asked, (own, work)
+        if before is None:
+            return None
+        before[1].wait()
+        return [bool(flag) for flag in before[0]]
+
+    def end(self) -> None:
+        """Take in the last answer: every rank asked once more than it heard."""
+        if self._asked is not None:
+            self._asked[1].wait()

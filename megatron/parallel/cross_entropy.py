@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import FunctionCtx
 
 from megatron.parallel.context import ParallelContext
 
@@ -73,9 +74,24 @@ def linear_loss(
     return _LinearLoss.apply(hidden, weight, row_loss, loss_weights, context, needs_grad)
 
 
+class _Kept(FunctionCtx):
+    """What the loss keeps from its forward for its backward pass: gradients for a loss gradient of one."""
+
+    weight_dtype: torch.dtype
+    saved_tensors: tuple[torch.Tensor, ...]
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, row_loss, loss_weights, context, needs_grad):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: _Kept,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        row_loss: RowLoss,
+        loss_weights: torch.Tensor,
+        context: ParallelContext,
+        needs_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         sums = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(hidden.shape[0], dtype=sums, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -101,7 +117,9 @@ class _LinearLoss(torch.autograd.Function):
         return (losses * loss_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_loss, _grad_losses):  # type: ignore[no-untyped-def]
+    def backward(
+        ctx: _Kept, grad_loss: torch.Tensor, _grad_losses: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # The buffers belong to this call alone, so they are scaled in place.
         grad_hidden = grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))

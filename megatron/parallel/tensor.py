@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx
 
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardedParameter, ShardSpec, initial_shard, sharded_parameter
@@ -113,16 +114,24 @@ def _scattering_sum(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     return functional.reduce_scatter_tensor(parts.reshape(-1, *parts.shape[2:]), "sum", size, group)
 
 
+class _Kept(FunctionCtx):
+    """What the functions below keep from their forward for their backward pass."""
+
+    group: dist.ProcessGroup
+    back: Message
+    saved_tensors: tuple[torch.Tensor, ...]
+
+
 class _Exchange(torch.autograd.Function):
     """One message of the activations in the forward pass, and the transposed one of their gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup, there: Message, back: Message) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: _Kept, x: torch.Tensor, group: dist.ProcessGroup, there: Message, back: Message) -> torch.Tensor:
         ctx.group, ctx.back = group, back
         return there(x, group)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: _Kept, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return ctx.back(grad, ctx.group), None, None, None
 
 
@@ -173,13 +182,13 @@ class _GatheredLinear(torch.autograd.Function):
     """``y = x Wᵀ`` of all tokens, of which each rank has, and keeps, its own: [batch, seq / tp, in] → [batch, seq, out / tp]."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: _Kept, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
         return F.linear(_gather(x, group), weight)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: _Kept, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight = ctx.saved_tensors
         return *_gathered_linear_backward(grad, x, weight, ctx.group.size(), ctx.group.group_name), None
 

@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from megatron.errors import Failure, UserError
+from megatron.errors import UserError
+from megatron.files import written_whole
 
 
 def lock_run(run_dir: Path) -> tuple[TextIO, bool]:
@@ -51,16 +52,11 @@ def lock_run(run_dir: Path) -> tuple[TextIO, bool]:
     except OSError:  # no locks here
         return file, False
     own = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
-    try:
+    with written_whole(
+        path, "it says who trains into this folder", "free space on that disk, or choose another --save"
+    ):
         file.truncate(0)
         os.write(file.fileno(), json.dumps(own).encode())
-    except OSError as error:
-        file.close()
-        raise Failure(
-            f"{path} could not be written ({error.strerror})",
-            "it says who trains into this folder",
-            "free space on that disk, or choose another --save",
-        ) from error
     return file, True
 
 

@@ -15,13 +15,13 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
 from megatron.config.schema import AVERAGE, BERNOULLI, WEIGHT
-from megatron.errors import Failure
 from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
 from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of_known_fields
@@ -89,7 +89,7 @@ class RunRecord:
         attempts: every start of the program on this run.
         origins: where the settings come from that were not left at their defaults, by field.
         branch: the run that this one left; None for all others.
-        branches: runs that left this one. Theirs to add (:func:`add_branch`): the run keeps what stands there.
+        branches: runs that left this one. Theirs to add (``runs/branches.py``): the run keeps what stands there.
         imported: of a run that others made (imported.py): source, licence, file and its SHA-256, fields; else empty.
     """
 
@@ -287,15 +287,10 @@ class MetricsFile:
         """
         if isinstance(row, ValidRow):
             self._valid.append(row)
-        try:
+        fix = "free space on that disk and start again: the run continues from its newest checkpoint"
+        with written_whole(self.path, "every row of a run is kept", fix):
             self._file.write(json_line(row))
             self._file.flush()
-        except OSError as error:
-            raise Failure(
-                f"{self.path} could not be written ({error.strerror})",
-                "every row of a run is kept",
-                "free space on that disk and start again: the run continues from its newest checkpoint",
-            ) from error
 
     def best(self, *last: ValidRow) -> ValidRow | None:
         """The best of the validations that were taken as the last one was, of trained weights or of their average; the earlier
@@ -311,10 +306,8 @@ class MetricsFile:
 
     def close(self) -> None:
         """Close the file; rows are flushed as they come."""
-        try:
+        with suppress(OSError):  # a full disk refuses the same bytes again
             self._file.close()
-        except OSError:  # a full disk refuses the same bytes again
-            return
 
 
 def estimator_of(row: Mapping[str, Any]) -> str:

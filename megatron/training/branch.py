@@ -13,7 +13,8 @@ from megatron.checkpoint.select import Selection, select
 from megatron.config import config_from_dict
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.errors import UserError, require
-from megatron.runs.links import Branch, Link, add_branch, branch_of
+from megatron.runs.branches import add_branch
+from megatron.runs.links import Branch, Link, branch_of
 from megatron.runs.record import RunRecord, holds_run
 from megatron.training.plan import Start
 from megatron.training.schedule import learning_rate

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,7 @@ from typing import Any
 
 from megatron.config import config_to_dict, values_of
 from megatron.config.schema import Config
-from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import replace_file, written_whole
 from megatron.objectives import OBJECTIVES
 from megatron.objectives.base import BOUND, EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
@@ -86,16 +85,9 @@ def _open_tensorboard(settings: Config, last_step: int) -> Any:
         return SummaryWriter(run.tensorboard_dir, max_queue=run.tensorboard_queue_size, purge_step=last_step + 1)
 
 
-@contextmanager
-def _written(folder: str | None) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Failure(
-            f"{folder} could not be written ({error.strerror or error})",
-            "TensorBoard's events go there",
-            "free space on that disk, or start again with another --tensorboard-dir or none",
-        ) from error
+def _written(folder: str | None) -> AbstractContextManager[None]:
+    fix = "free space on that disk, or start again with another --tensorboard-dir or none"
+    return written_whole(str(folder), "TensorBoard's events go there", fix)
 
 
 def _open_wandb(settings: Config, run_dir: Path) -> Any:

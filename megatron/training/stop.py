@@ -13,11 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron.parallel.connection import Connection
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import ParallelContext, Poll
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Exit status of a run that was stopped before its end (EX_TEMPFAIL: start it again), so that `train && eval` stops too.
@@ -51,7 +48,7 @@ class StopRequest:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.signal_name: str | None = None
         self.reason: str | None = None
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._asking = None if context.control_group is None else Poll(context.control_group)
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -65,8 +62,8 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._asked is not None and kind is None:
-            self._asked[1].wait()  # every rank asked once more than it looked
+        if self._asking is not None and kind is None:
+            self._asking.end()
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name is not None:
@@ -92,23 +89,11 @@ class StopRequest:
     def poll(self) -> str | None:
         """Why to stop now, or None. A collective call: every rank makes the same calls in the same order.
 
-        With several processes the answer is that to the question of the call before: the exchange runs while the device
-        computes, so nothing waits for it.
+        With several processes the answer is that to the question of the call before.
         """
-        self.reason = self.reason or self._poll()
+        if self.reason is None:
+            self.reason = self._reason(self._asking.ask(*self.wishes()) or () if self._asking else self.wishes())
         return self.reason
-
-    def _poll(self) -> str | None:
-        group = self.context.control_group
-        if group is None:
-            return self._reason(self.wishes())
-        own = torch.tensor(self.wishes(), dtype=torch.uint8)
-        before, self._asked = self._asked, (own, dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group, async_op=True))
-        if before is None:
-            return None
-        flags, work = before
-        work.wait()
-        return self._reason(flags.tolist())
 
     def _reason(self, wishes: Sequence[float]) -> str | None:
         names = (

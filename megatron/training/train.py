@@ -9,7 +9,7 @@ from megatron.checkpoint.select import agree_on_checkpoint
 from megatron.checkpoint.warm_start import MaskedReader, open_checkpoint
 from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
-from megatron.data.loader import build_loader, build_packing
+from megatron.data.loader import Share, build_loader, build_packing
 from megatron.model.arithmetic import total_parameters
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import Connection
@@ -70,14 +70,13 @@ def train(
             cache_path=settings.data.data_cache_path,
         )
         screen.print(describe(dataset))
+        begin, end = progress.consumed_samples, progress.consumed_samples + num_steps * batch_size
         batches = exits.enter_context(
             build_loader(
                 dataset,
                 objective,
-                context,
-                micro_batch_size=layout.micro_batch_size,
-                first_sample=progress.consumed_samples,
-                last_sample=progress.consumed_samples + num_steps * batch_size,
+                Share(context.dp, layout.micro_batch_size, end, begin),
+                device=context.device,
                 num_workers=settings.data.num_workers,
                 packing=build_packing(settings.data),
                 timeout_seconds=60 * settings.parallel.distributed_timeout_minutes,

@@ -16,7 +16,7 @@ import numpy as np
 from megatron.config.schema import EXACT_COUNT
 from megatron.data.dataset import BlendedDataset, GPTDataset, build_dataset
 from megatron.data.identity import selection_half
-from megatron.data.loader import build_loader, build_packing, micro_batches
+from megatron.data.loader import Share, build_loader, build_packing
 from megatron.objectives.base import EXACT, NO_BOUND, Objective, is_exact
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.record import VALID, VALID_AVERAGE, WEIGHTS, ValidRow
@@ -150,10 +150,11 @@ class Validator:
     def _one_draw(self, objective: Objective, entries: Entries, stop: StopRequest | None, progress: Progress) -> bool:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
         context, dataset, layout, seq = self.engine.context, self._dataset, self.plan.layout, self.plan.shape.seq_length
-        share = {"micro_batch_size": layout.micro_batch_size, "first_sample": 0, "last_sample": dataset.num_samples}
-        ids = micro_batches(**share, dp_rank=context.dp.rank, dp_size=context.dp.size)
+        share = Share(context.dp, layout.micro_batch_size, dataset.num_samples)
+        ids = iter(share)
         workers = self.plan.settings.data.num_workers
-        with build_loader(dataset, objective, context, **share, num_workers=workers, packing=self._packing) as batches:
+        how: dict[str, Any] = {"device": context.device, "num_workers": workers, "packing": self._packing}
+        with build_loader(dataset, objective, share, **how) as batches:
             while indices := [i for micro_batch in islice(ids, MICRO_BATCHES_PER_PASS) for i in micro_batch]:
                 losses = self.engine.eval_step(batches, num_micro_batches=len(indices) // layout.micro_batch_size)
                 # All of a pass may lie past the end, where another rank has the last samples.

@@ -164,7 +164,7 @@ def test_family_follows_the_attention_of_evaluation(objective: str, changes: dic
 
 def test_attention_that_neither_class_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = BlockMaskedDiffusion(mask_token_id=300, global_batch_size=1, seed=1, block_size=4)
-    monkeypatch.setattr("megatron.convert.huggingface.evaluation_objective", lambda config: other)
+    monkeypatch.setattr("megatron.convert.huggingface.build_objective", lambda config: other)
     with pytest.raises(ValueError, match="evaluates with BlockDiffusion attention"):
         attention_family(make_config("ar"))
 

@@ -22,7 +22,7 @@ from megatron.data.identity import check_vocabulary, tokenizer_fingerprint, veri
 from megatron.data.indexed import read_meta
 from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
 from megatron.data.prepare.readers import Source
-from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
 
 TRIALS = 60 * (25 if os.environ.get("STORM") else 1)  # a file and setting

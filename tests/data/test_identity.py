@@ -19,8 +19,7 @@ from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
 from megatron.data.prepare.readers import Source
 from megatron.data.prepare.subset import Selection, subset_indexed
-from megatron.data.tokenizer import Tokenizer, tokenizer_from_spec
-from megatron.data.tokenizer_types import ByteTokenizer, NullTokenizer, gpt2_bpe, hf_tokenizer
+from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, gpt2_bpe, hf_tokenizer, tokenizer_from_spec
 from megatron.errors import UserError
 from megatron.files import sha256_of
 
@@ -55,7 +54,7 @@ def test_a_tokenizer_is_known_by_its_vocabulary(tmp_path: Path, bpe: Tokenizer, 
     assert (
         tokenizer_fingerprint(bpe)
         == tokenizer_fingerprint(moved)
-        == tokenizer_fingerprint(tokenizer_from_spec(moved.spec()))
+        == tokenizer_fingerprint(tokenizer_from_spec(moved.spec))
     )
     other = train_bpe([text.upper() for text in TEXTS] * 3, vocab_size=270, folder=tmp_path / "other")
     found = {tokenizer_fingerprint(kind) for kind in (bpe, other, ByteTokenizer(), gpt2_bpe(*gpt2_files))}

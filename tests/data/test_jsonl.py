@@ -13,7 +13,7 @@ import pytest
 from megatron.convert.hf_config import read_config
 from megatron.convert.huggingface import INDEX, _read_index
 from megatron.data.jsonl import read_items, read_lines
-from megatron.data.tokenizer_types import hf_tokenizer
+from megatron.data.tokenizer import hf_tokenizer
 from megatron.errors import UserError
 from megatron.files import read_object
 from megatron.hub.model_card import read_run_records

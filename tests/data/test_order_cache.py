@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data import order_cache
+import megatron.data.order as data_order
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
-from megatron.data.order import IndexMaps, OrderPlan, build_maps, plan_order
-from megatron.data.order_cache import load_or_build_maps
+from megatron.data.order import IndexMaps, OrderPlan, build_maps, load_or_build_maps, plan_order
 
 
 def test_cache_is_used_and_keyed_by_all_inputs(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = make_data("x", [30, 40, 50])
     built: list[object] = []
-    monkeypatch.setattr(order_cache, "build_maps", lambda sizes, plan: built.append(plan) or build_maps(sizes, plan))
+    monkeypatch.setattr(data_order, "build_maps", lambda sizes, plan: built.append(plan) or build_maps(sizes, plan))
     first = GPTDataset(prefix, 20, 10, 1)
     again = GPTDataset(prefix, 20, 10, 1)
     assert len(built) == 1
@@ -105,11 +104,11 @@ def test_without_locks_the_rename_alone_is_safe(make_data, tmp_path: Path, monke
     plan = plan_order(tokens_per_epoch=120, num_samples=30, seq_length=10, seed=1)
 
     def race(sizes: np.ndarray, plan: OrderPlan) -> IndexMaps:
-        monkeypatch.setattr(order_cache, "build_maps", build_maps)
-        order_cache._store(next(iter(tmp_path.glob("c/*.lock"))).with_suffix(""), build_maps(sizes, plan), plan)
+        monkeypatch.setattr(data_order, "build_maps", build_maps)
+        data_order._store(next(iter(tmp_path.glob("c/*.lock"))).with_suffix(""), build_maps(sizes, plan), plan)
         return build_maps(sizes, plan)
 
-    monkeypatch.setattr(order_cache, "build_maps", race)
+    monkeypatch.setattr(data_order, "build_maps", race)
     maps = load_or_build_maps(sizes, plan, name="x", folders=[tmp_path / "c"])
     np.testing.assert_array_equal(maps.sample_order, build_maps(sizes, plan).sample_order)
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == ["", ".lock"]

@@ -13,11 +13,11 @@ import torch
 from megatron.config.schema import DataConfig
 from megatron.data.blend import blend_order
 from megatron.data.dataset import BlendedDataset, GPTDataset
-from megatron.data.loader import ONE_STREAM, Packing, build_loader, build_packing, places_in_documents
+from megatron.data.loader import ONE_STREAM, Packing, Share, build_loader, build_packing, places_in_documents
 from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.objectives.ar import Autoregressive
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import Axis
 
 SIZES = [5, 1, 12, 40, 3, 9, 0, 7, 2, 1]
 
@@ -81,7 +81,7 @@ def test_positions_begin_again_with_every_segment() -> None:
 def test_the_loader_gives_what_is_asked_for(make_data: Callable[..., str], packing: Packing, num_workers: int) -> None:
     dataset = GPTDataset(make_data("d", SIZES), 24, 16, seed=1)
     loader = build_loader(
-        dataset, Autoregressive(), ParallelContext(), micro_batch_size=8, last_sample=24, num_workers=num_workers,
+        dataset, Autoregressive(), Share(Axis(), 8, last_sample=24), device=torch.device("cpu"), num_workers=num_workers,
         packing=packing,
     )  # fmt: skip
     left_out = 0

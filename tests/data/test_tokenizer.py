@@ -14,8 +14,15 @@ from megatron.config.schema import DataConfig
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.preprocess import portable_spec
-from megatron.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_from_spec
-from megatron.data.tokenizer_types import ByteTokenizer, NullTokenizer, gpt2_bpe, hf_tokenizer
+from megatron.data.tokenizer import (
+    ByteTokenizer,
+    NullTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    gpt2_bpe,
+    hf_tokenizer,
+    tokenizer_from_spec,
+)
 from megatron.errors import UserError
 
 from .conftest import GOLDEN
@@ -48,7 +55,7 @@ def check(tokenizer: Tokenizer) -> None:
     assert tokenizer.eod_id not in ids  # a document cannot forge an end of document
     assert tokenizer.eod_id is not None
     assert tokenizer.eod_id < tokenizer.vocab_size
-    again = tokenizer_from_spec(json.loads(json.dumps(tokenizer.spec())))
+    again = tokenizer_from_spec(json.loads(json.dumps(tokenizer.spec)))
     assert again.encode_batch(TEXTS) == batch
     assert (again.vocab_size, again.eod_id, again.name) == (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.name)
     # Ids above the vocabulary (mask, padding) give no text and no error.
@@ -241,5 +248,5 @@ def test_a_hub_name_is_read_from_the_cache_of_the_hub(
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("abc")
     found = hf_tokenizer("me/bpe")
-    assert (found.spec()["model"], found.eod_id) == ("me/bpe", 0)
+    assert (found.spec["model"], found.eod_id) == ("me/bpe", 0)
     assert found.encode("lower") == hf_tokenizer(bpe_folder).encode("lower")

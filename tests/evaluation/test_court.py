@@ -211,6 +211,16 @@ def test_wrong_input_is_named(runs, flags, named) -> None:
         judge(runs, *flags)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--num-mc", "3"], ["--top-k", "1"], ["--policies", "random"], ["--orders", "2"]], ids=" ".join
+)
+def test_a_flag_that_no_model_heeds_is_refused(runs, flags) -> None:
+    with pytest.raises(
+        UserError, match=f"{flags[0]} would have no effect; .*ar.*: (none is masked|every likelihood is exact)"
+    ):
+        main([str(runs / "ar"), "--valid-data-path", str(runs / "valid"), "--samples", "1", *flags])
+
+
 def test_texts_that_are_never_drawn_have_an_infinite_value_and_no_verdict(runs, capsys) -> None:
     found = judge(runs, "--policies", "left-to-right, confidence", "--top-k", "1", "--num-mc", "1", output="never.json")
     assert [own["nll"] for own in found["findings"][2:]] == [math.inf] * 2

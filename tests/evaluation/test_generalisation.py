@@ -126,6 +126,8 @@ def test_averaged_weights_are_scored_where_asked_for(runs, tmp_path, capsys) -> 
 def test_wrong_input_is_named(runs, tmp_path) -> None:
     with pytest.raises(UserError, match="no --valid-data-path"):
         main([str(runs / "ar")])
+    with pytest.raises(UserError, match="--num-mc would have no effect on ar; an exact likelihood has no masks"):
+        main([str(runs / "ar"), "--num-mc", "8"])
     with pytest.raises(UserError, match="no --train-data-path"):
         main([str(runs / "ar"), "--valid-data-path", str(runs / "valid")])
     for train, valid in (("train", "train"), ("valid", "valid")):

@@ -12,6 +12,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.evaluator import simple_evaluate
 
+from megatron.errors import UserError
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
 from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.generation.diffusion import DiffusionSettings
@@ -263,6 +264,9 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
         (["--only_generate", "--only_mc_nll"], "exclude"),
         (["--policy", "margin"], "--eval_method exact"),
         (["--eval_method", "exact", "--estimator", "bernoulli"], "without an estimator"),
+        (["--only_generate", "--estimator", "bernoulli"], "--estimator would have no effect"),
+        (["--only_generate", "--no_adaptive"], "--no_adaptive would have no effect"),
+        (["--eval_method", "ar", "--no_adaptive"], "--no_adaptive would have no effect"),
     ],
 )
 def test_wrong_flags(runs, tasks, flags, message) -> None:
@@ -270,6 +274,27 @@ def test_wrong_flags(runs, tasks, flags, message) -> None:
 
     with pytest.raises(ValueError, match=message):
         run_downstream(["--load", str(runs["mdm"]), "--task_list", tasks["words"], *flags])
+
+
+@pytest.mark.parametrize("options", [
+    {"policy": "margin", "estimator": "bernoulli"}, {"policy": "margin", "num_mc": 8}, {"tokens_per_step": 4},
+    {"only_greedy": True, "num_mc": 8}, {"estimator": "left-to-right", "num_mc": 8},
+    {"estimator": "left-to-right", "adaptive": False}, {"only_greedy": True, "estimator": "bernoulli"},
+], ids=" ".join)  # fmt: skip
+def test_a_model_argument_without_effect_is_refused(runs, options) -> None:
+    with pytest.raises(UserError, match=f"{list(options)[-1]} .* would have no effect; .*; drop it"):
+        MegatronMDM(load=str(runs["mdm"]), **options)
+
+
+def test_a_number_of_draws_that_nothing_draws_and_bf16_on_a_cpu_are_named(runs, tasks, capsys) -> None:
+    from megatron.evaluation.lm_eval.command import run_downstream
+
+    for name, flags, is_drawn in (("ar", [], False), ("mdm", [], True), ("mdm", ["--eval_method", "ar"], False)):
+        words = ["--load", str(runs[name]), "--task_list", tasks["words"], "--limit", "2", "--num-mc", "2", "--bf16"]
+        assert run_downstream([*words, *flags]) == 0
+        shown = capsys.readouterr().out
+        assert ("--num-mc: no masks are drawn here" in shown) is not is_drawn
+        assert "--bf16: evaluated in float32 (on a CPU)" in shown
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ def train(objective: str, argv: list[str], watch: tuple[str, ...] = (), begins: 
 def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any:
     """The observer that fills ``trace``; a class made here, because pools import this module before torch is wanted."""
     from megatron.model.block import TransformerBlock
-    from megatron.model.embedding import Embedding
+    from megatron.model.gpt import Embedding
     from megatron.training.step import Observer
 
     def first(value: Any) -> Any:

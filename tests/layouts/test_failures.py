@@ -221,11 +221,11 @@ def run_with_a_stuck_rank(troubled: int, argv: list[str]) -> int:
 
     import torch.distributed as dist
 
-    from megatron.parallel import watch
+    from megatron.parallel import connection
     from megatron.training.main import main
     from megatron.training.step import Observer
 
-    watch.POLL_SECONDS, watch.GRACE_SECONDS = 1.0, 1.0
+    connection.POLL_SECONDS, connection.GRACE_SECONDS = 1.0, 1.0
     dist.destroy_process_group = lambda *_: threading.Event().wait()  # type: ignore[assignment]
 
     class Trouble(Observer):

@@ -38,7 +38,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Inputs and targets of the first samples, and the loss of each token as the engine of this rank finds it."""
     from megatron.data.dataset import build_dataset
-    from megatron.data.loader import build_loader, build_packing
+    from megatron.data.loader import Share, build_loader, build_packing
     from megatron.objectives import build_objective, parse
     from megatron.parallel.context import ParallelContext
     from megatron.parallel.launch import Launch
@@ -58,8 +58,10 @@ def token_losses(objective: str, argv: list[str]) -> tuple[list[torch.Tensor], t
     dataset = build_dataset(
         config.data.train_data_path, num_samples=SAMPLES, seq_length=seq_length, seed=1, name="train"
     )
-    options = {"micro_batch_size": config.run.micro_batch_size, "last_sample": SAMPLES, "num_workers": 0}
-    loader = build_loader(dataset, view, context, packing=build_packing(config.data), **options)
+    share = Share(context.dp, config.run.micro_batch_size, SAMPLES)
+    loader = build_loader(
+        dataset, view, share, device=context.device, num_workers=0, packing=build_packing(config.data)
+    )
     with loader:
         batches = list(loader)
     with engine.evaluating(view):

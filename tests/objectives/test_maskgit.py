@@ -19,8 +19,9 @@ from objective_helpers import (
 from megatron.config import config_from_dict, config_to_dict
 from megatron.model.mask import Full
 from megatron.objectives import build_objective
+from megatron.objectives.curves import Cosine
 from megatron.objectives.maskgit import MaskGIT
-from megatron.objectives.schedules import Cosine, Linear, mask_probability, mean_mask_probability
+from megatron.objectives.schedules import Linear, mask_probability, mean_mask_probability
 from megatron.testing.oracles import all_masks
 from megatron.training.resolve import changed_settings
 

@@ -16,7 +16,7 @@ from objective_helpers import (
     tiny_model,
 )
 
-from megatron.objectives import OBJECTIVES, build_objective, evaluation_objective, needs_mask_token
+from megatron.objectives import OBJECTIVES, build_objective, needs_mask_token
 from megatron.objectives.base import BOUND, EXACT, NO_BOUND, CausalDecoding, is_exact
 from megatron.testing.checks import check_noise_is_of_the_sample
 from megatron.training.validation import likelihood_fields
@@ -133,7 +133,7 @@ def test_a_training_step_gives_gradients_to_all_weights(name):
 def test_the_evaluation_objective_needs_no_batch_size(name):
     config = make_config(*flags_of(name))
     unknown = type(config)(**{**vars(config), "run": type(config.run)()})
-    assert evaluation_objective(unknown).label == build_objective(config).for_eval().label
+    assert build_objective(unknown).for_eval().label == build_objective(config).for_eval().label
 
 
 OTHERS_FLAGS = [["--ar-ratio", "0.1"], ["--random-length-ratio", "0.1"], ["--block-size", "4"], ["--randmask-ratio", "0.1"],

@@ -19,12 +19,11 @@ from objective_helpers import (
 
 from megatron.errors import UserError
 from megatron.model.mask import Full
+from megatron.objectives.curves import Cosine, Polynomial
 from megatron.objectives.mdm import MaskedDiffusion
 from megatron.objectives.schedules import (
     MIN_MASK_PROB,
-    Cosine,
     Linear,
-    Polynomial,
     bound_weight,
     build_schedule,
     mask_probability,

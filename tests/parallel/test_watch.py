@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from megatron.parallel import watch
-from megatron.parallel.watch import Watch
+from megatron.parallel import connection
+from megatron.parallel.connection import Watch
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(connection, "GRACE_SECONDS", 0.1)
 
 
 def test_a_rank_that_makes_no_step_shows_once_what_its_threads_do(capfd: pytest.CaptureFixture) -> None:

@@ -253,6 +253,54 @@ def test_a_launcher_that_would_train_on_one_of_several_nodes_is_refused(environm
 
 
 @pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"HOSTFILE": "hosts", "NNODES": "1"}, "NNODES=1 with HOSTFILE=hosts; the file has a line a host; "),
+        ({"HOSTFILE": "hosts", "GPUS_PER_NODE": "2"}, "GPUS_PER_NODE=2 with HOSTFILE=hosts; the file has a line a host; "),
+        ({"LAUNCHER": "python", "GPUS_PER_NODE": "8"}, "GPUS_PER_NODE=8 with LAUNCHER=python; python starts one process"),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 with NNODES=1; nodes count from 0; "),
+        ({"NNODES": "2", "NODE_RANK": "x"}, "NODE_RANK=x with NNODES=2; nodes count from 0; "),
+        ({"SLURM_STEP_NUM_NODES": "2", "HOSTFILE": "hosts"}, "HOSTFILE=hosts in a SLURM job; its nodes are those"),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0", "NNODES": "3", "MASTER_ADDR": "n0"},
+         "NNODES=3 in a SLURM job; its nodes are those of the job; "),
+    ],
+)  # fmt: skip
+def test_a_variable_that_another_one_overrules_is_refused(
+    environment: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    if "HOSTFILE" in environment:
+        environment = {**environment, "HOSTFILE": str(tmp_path / "hosts")}
+    done = dry_run_of(EXAMPLES / "training/ar/140m_100M.sh", **environment)
+    assert done.returncode == 2 and told in done.stderr.replace(f"{tmp_path}/", ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "told"),
+    [
+        ("training/ar/140m_100M.sh", {"EPOCHS": "2", "TRAIN_SAMPLES": "99"}, ["EPOCHS (TRAIN_SAMPLES takes its place)"]),
+        ("training/ar/140m_100M.sh", {"CHECKPOINT": "x", "LOAD_TAG": "best"}, ["CHECKPOINT, LOAD_TAG (only an evaluation"]),
+        ("training/ar/140m_100M.sh", {"GPUS_PER_NODE": "1", "RANK_LOGS": "x", "MASTER_ADDR": "a"},
+         ["RANK_LOGS (only torchrun", "MASTER_ADDR (it is for several"]),
+        ("evaluation/validate_ar.sh", {"LR": "1", "EPOCHS": "2", "SEED": "3"}, ["EPOCHS, LR (only a training reads it)"]),
+        ("evaluation/generate.sh", {"TP_SIZE": "2", "LR": "1", "MASTER_PORT": "29500"}, ["LR, TP_SIZE (tools/generate.py"]),
+        ("training/multi_node.sh", {"SETUP": "x", "STOP_MINUTES": "1", "NNODES": "2", "GPUS_PER_NODE": "1"},
+         ["SETUP, STOP_MINUTES (only a SLURM"]),
+        ("training/ar/140m_100M.sh", {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, []),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_a_variable_that_nothing_reads_is_named(script: str, environment: dict[str, str], told: list[str]) -> None:
+    words = ["training/ar/140m_100M.sh"] if "multi_node" in script else []
+    done = dry_run_of(EXAMPLES / script, *words, **environment)
+    assert done.returncode == 0, done.stderr
+    idle = [line for line in done.stderr.splitlines() if line.startswith("without effect here: ") and "--" not in line]
+    for line in told:
+        assert any(f"without effect here: {line}" in found for found in idle), done.stderr
+    assert bool(told) or not idle
+
+
+@pytest.mark.parametrize(
     "script",
     sorted({*EXAMPLES.rglob("*.sh")} - {EXAMPLES / name for name in ("common.sh", "cluster.sh", "quickstart/text.sh")}),
     ids=lambda path: path.stem,

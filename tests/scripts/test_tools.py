@@ -97,6 +97,9 @@ IDLE = {
     "generate --load a --top-k 3": "--top-k or --top-p at --temperature 0",
     "make_subset --input a.jsonl --output b --documents 3 --seed 7": "--seed would have no effect; the first documents",
     "make_subset --input a --output b --documents 3 --json-keys k": "--json-keys would have no effect; the input is token",
+    "plan --unique-tokens 1B --flops 1e20 --device A100 --peak-tflops 9": "--device would have no effect; --peak-tflops stands",
+    "sweep s.yaml list --jobs 2": "--jobs would have no effect; list starts nothing",
+    "sweep s.yaml run --output d": "--output would have no effect; run writes no job script",
     "push_to_hub a me/b --no-export --with-checkpoint --trim-vocab": "--trim-vocab would have no effect; there is no export",
 }
 

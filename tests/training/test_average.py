@@ -12,7 +12,7 @@ from layouts import jobs
 from layouts.pool import WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.training.average import Average
+from megatron.training.shards import Average
 
 STEPS = 8
 
@@ -34,7 +34,7 @@ def test_updates_by_hand() -> None:
 
 
 def test_exchange_and_back_is_exact_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.training.average.EXCHANGED", 2)
+    monkeypatch.setattr("megatron.training.shards.EXCHANGED", 2)
     weights = torch.nn.Parameter(torch.tensor([[1 / 3, 2.0, 5.0], [7.0, 8.0, 9.0]]))
     average = Average([weights], 0.9)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
-from megatron.runs.links import Link, add_branch
+from megatron.runs.branches import add_branch
+from megatron.runs.links import Link
 from megatron.runs.matching import differences
 from megatron.runs.reading import load_run
 from megatron.runs.record import RunRecord

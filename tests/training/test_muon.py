@@ -14,7 +14,7 @@ from layouts.pool import WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config.schema import OptimizerConfig
-from megatron.training.muon import COEFFICIENTS, MuonAdamW, orthogonal
+from megatron.training.optimizer import COEFFICIENTS, MuonAdamW, orthogonal
 
 SHAPES = ((6, 4), (4, 8))
 SCALES = {("spectral", 0.2): "match_rms_adamw", ("shape_scaling", 1.0): "original"}

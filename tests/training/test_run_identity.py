@@ -385,22 +385,3 @@ def test_a_validation_that_was_owed_is_made_up(start: Start, tmp_path: Path, tok
     assert list(jobs.records(tmp_path / "run", "valid")) == [2]
     assert start(load=tmp_path / "run", train_iters=4, **options)[0] == 0
     assert jobs.records(tmp_path / "run", "valid") == whole
-
-
-def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
-    token_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An export from another folder found no tokenizer: it looked beside a relative path of data."""
-    shutil.copytree(token_files, tmp_path / "data")
-    for suffix in (".bin", ".idx"):
-        shutil.copy(token_files / f"train{suffix}", tmp_path / f"data/more{suffix}")
-    (tmp_path / "list.txt").write_text("0.5 data/train 0.5 data/more\n")
-    monkeypatch.chdir(tmp_path)
-    for changes, expected in (
-        ({"train_data_path": "data/train"}, [f"{tmp_path}/data/train"]),
-        ({"train_data_path": None, "train_data_path_file": "list.txt"},
-         ["0.5", f"{tmp_path}/data/train", "0.5", f"{tmp_path}/data/more"]),
-    ):  # fmt: skip
-        argv = jobs.flags(token_files, tmp_path / "run", valid_data_path="data/valid", **changes)
-        data = resolve(parse(argv, objective="ar"), Launch(), run_name="x").settings.data
-        assert (data.train_data_path, data.valid_data_path) == (expected, [f"{tmp_path}/data/valid"])

@@ -103,9 +103,16 @@ def test_more_draws_measure_the_same_more_precisely(validate: Callable) -> None:
 
 
 def test_what_only_a_training_heeds_is_named(validate: Callable, tmp_path: Path, pools: Callable) -> None:
-    validate(tensorboard_dir=tmp_path / "events", exit_interval=3, ema_decay=0.9)
-    for flag in ("--tensorboard-dir", "--exit-interval", "--ema-decay"):
-        assert f"{flag} (needs no --skip-train)" in pools(1).output(0)
+    """Each once; also what is idle for another reason. The flags that an evaluation heeds are not among them."""
+    flags = {"tensorboard_dir": tmp_path / "events", "exit_interval": 3, "ema_decay": 0.9, "lr": 0.1, "train_iters": 5}
+    flags |= {"save_best": True, "keep_last": 2, "async_save": True, "overwrite": True, "no_load_rng": True}
+    validate(**flags, hidden_dropout=0.2, log_interval=7, seed=7, num_mc=2, exit_duration_in_mins=9)
+    (line,) = (line for line in pools(1).output(0).splitlines() if line.startswith("without effect here"))
+    named = [*flags, "hidden_dropout", "log_interval"]
+    assert " (needs no --skip-train)" in line
+    for name in named:
+        assert line.count(f"--{name.replace('_', '-')}") == 1, (name, line)
+    assert not [name for name in ("seed", "num-mc", "exit-duration-in-mins", "eval-iters") if f"--{name}" in line]
     assert not (tmp_path / "events").exists()
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron.data.tokenizer_types import GPT2_EOD, FastTokenizer, hf_tokenizer
+from megatron.data.tokenizer import GPT2_EOD, FastTokenizer, hf_tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_file, replace_folder
 

@@ -212,7 +212,7 @@ def _meta(key: str, tokenizer: Tokenizer, options: PreprocessOptions, summary: S
 
 def portable_spec(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Return the spec with files relative to ``folder``, so that data and tokenizer can be moved together."""
-    spec = tokenizer.spec()
+    spec = dict(tokenizer.spec)
     for key in FILES:
         if spec.get(key) and os.path.exists(spec[key]):
             spec[key] = os.path.relpath(os.path.realpath(spec[key]), folder.resolve())
@@ -227,7 +227,7 @@ def _encode_all(
         batch for source in sources for batch in read_batches(source, options.keys, text_split=options.text_split)
     )
     if options.workers <= 1:
-        encoder = BatchEncoder(tokenizer.spec(), options)
+        encoder = BatchEncoder(tokenizer.spec, options)
         for batch in batches:
             yield encoder(batch, _too_many(summary, options))
         return
@@ -235,7 +235,7 @@ def _encode_all(
         options.workers,
         mp_context=get_context("spawn"),  # forking a process with threads can hang
         initializer=_start_worker,
-        initargs=(tokenizer.spec(), options, os.getpid()),
+        initargs=(tokenizer.spec, options, os.getpid()),
     )
     with pool:
         waiting: collections.deque[Future[Encoded]] = collections.deque()

@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron.data.tokenizer_types import FastTokenizer, Tokenizer
+from megatron.data.tokenizer import FastTokenizer, Tokenizer
 
 # ASCII without the separators U+001C-1F, on which definitions of a space differ; Latin; punctuation, currency, symbols.
 KNOWN_RANGES = ((0x00, 0x1B), (0x20, 0x24F), (0x2000, 0x2064), (0x20A0, 0x20BF), (0x2100, 0x22FF))

@@ -45,7 +45,12 @@ class MegatronLM(GeneratingLM):
         max_gen_toks: tokens to generate where a task does not say.
         cache_dir: keep finished results here and continue from them; default: nothing is kept.
         tokenizer: vocab_file, merge_file, tokenizer_model, tokenizer_type of another tokenizer than the run's.
+
+    Attributes:
+        is_drawn: whether likelihoods are estimated from so many draws of noise as ``num_mc`` says.
     """
+
+    is_drawn = False
 
     def __init__(
         self,

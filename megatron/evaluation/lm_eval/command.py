@@ -80,7 +80,7 @@ def _evaluate(arguments: argparse.Namespace, tasks: list[str], loader: Any, cont
 
         lm.read_generation_arguments(simple_parse_args_string(arguments.gen_kwargs))
     if context.is_first_rank:
-        _say_what_has_no_effect(arguments)
+        _say_what_has_no_effect(arguments, lm)
     from lm_eval.evaluator import simple_evaluate
 
     results = simple_evaluate(
@@ -180,11 +180,16 @@ def _masked_lm(arguments: argparse.Namespace, options: dict[str, Any]) -> Any:
     if arguments.only_generate and arguments.only_mc_nll:
         raise UserError("--only_generate and --only_mc_nll exclude each other", "nothing would be left", "drop one")
     estimator = arguments.estimator or ("left-to-right" if arguments.eval_method == "ar" else "exact-count")
+    is_estimated = not (is_exact or arguments.only_generate)
+    is_drawn = is_estimated and estimator != "left-to-right"
+    for flag, is_heeded in (("estimator", is_estimated), ("no_adaptive", is_drawn)):
+        given, rule = f"--{flag} would have no effect", "it is for likelihoods that are estimated from masks"
+        require(is_heeded or not getattr(arguments, flag), given, rule, "drop it")
     return MegatronMDM(
-        **options, estimator=estimator, num_mc=getattr(arguments, "num_mc", DEFAULT_DRAWS),
-        adaptive=not arguments.no_adaptive, greedy="never" if arguments.only_mc_nll else "auto",
+        **options, estimator=estimator if is_estimated else None, num_mc=getattr(arguments, "num_mc", None) if is_drawn else None,
+        adaptive=False if arguments.no_adaptive else None, greedy="never" if arguments.only_mc_nll else "auto",
         only_greedy=arguments.only_generate, policy=(arguments.policy or "confidence") if is_exact else None,
-        tokens_per_step=arguments.tokens_per_step or 1,
+        tokens_per_step=arguments.tokens_per_step,
     )  # fmt: skip
 
 
@@ -200,13 +205,17 @@ def _check_model_flags(arguments: argparse.Namespace, model: ModelConfig) -> Non
             )
 
 
-def _say_what_has_no_effect(arguments: argparse.Namespace) -> None:
+def _say_what_has_no_effect(arguments: argparse.Namespace, lm: Any) -> None:
     known = {action.dest for action in build_parser(OBJECTIVES)._actions}
     idle = sorted(name for name in vars(arguments) if name in known - USED - MODEL_FIELDS)
     if idle:
         print(
             f"flags of training without effect on an evaluation: {', '.join('--' + n.replace('_', '-') for n in idle)}"
         )
+    if hasattr(arguments, "num_mc") and not lm.is_drawn:
+        print("--num-mc: no masks are drawn here")
+    if getattr(arguments, "bf16", False) and lm.get_model_info()["model_dtype"] == "torch.float32":
+        print(f"--bf16: evaluated in float32 ({'as --eval_fp32 says' if arguments.eval_fp32 else 'on a CPU'})")
     if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
         print(
             "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"

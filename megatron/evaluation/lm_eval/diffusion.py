@@ -13,7 +13,7 @@ from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import windows
 from megatron.evaluation.scorer import Estimate, Request
 from megatron.generation.diffusion import DiffusionSettings
-from megatron.generation.text import Completion, Sampler, continue_masked
+from megatron.generation.text import Completion, Sampler, Wanted, continue_masked
 
 
 class DiffusionLM(MegatronLM):
@@ -63,11 +63,6 @@ class DiffusionLM(MegatronLM):
         self.sampler.check(settings, num_masked=new)
         return settings
 
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[list[int]], *, settings: Any, wanted: Wanted) -> list[Completion]:
         """See :class:`MegatronLM`."""
-        return continue_masked(
-            self.sampler, self.tokenizer, prompts, max_new_tokens=new, settings=settings, stop_strings=until,
-            batch_size=self.batch_size, streams=streams,
-        )  # fmt: skip
+        return continue_masked(self.sampler, self.tokenizer, prompts, wanted, settings=settings)

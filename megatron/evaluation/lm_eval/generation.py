@@ -16,7 +16,7 @@ from megatron.evaluation.lm_eval.groups import Refusals, stream_names, stream_nu
 from megatron.evaluation.requests import ResultCache, whole_number
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import Completion
+from megatron.generation.text import Completion, Wanted
 from megatron.parallel.context import ParallelContext
 from megatron.screen import Progress
 
@@ -62,10 +62,8 @@ class GeneratingLM(TemplateLM):
         """
 
     @abstractmethod
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
-        """Continue token prompts by up to ``new`` tokens, each with its own random stream."""
+    def complete(self, prompts: Sequence[list[int]], *, settings: Any, wanted: Wanted) -> list[Completion]:
+        """Continue token prompts, each with its own random stream."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations of prompts up to a stop string; every repeat of a request has its own random stream."""
@@ -91,8 +89,8 @@ class GeneratingLM(TemplateLM):
             waiting.sort(key=lambda generation: -len(generation.tokens))
             for start in range(0, len(waiting), self.batch_size):
                 chunk = waiting[start : start + self.batch_size]
-                prompts, streams = [own.tokens for own in chunk], [own.stream for own in chunk]
-                completions = self.complete(prompts, settings=settings, until=until, new=new, streams=streams)
+                wanted = Wanted(new, until, self.batch_size, [own.stream for own in chunk])
+                completions = self.complete([own.tokens for own in chunk], settings=settings, wanted=wanted)
                 for own, completion in zip(chunk, completions):
                     results[own.index] = completion.text
                     self.cache.put(own.name, completion.text)

@@ -26,7 +26,7 @@ from megatron.evaluation.scorer import CausalScorer, Estimate, Request
 from megatron.generation.blocks import sampler_of
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
-from megatron.generation.text import Completion, continue_causal
+from megatron.generation.text import Completion, Wanted, continue_causal
 
 
 @register_model("megatron_ar")
@@ -71,13 +71,11 @@ class MegatronAR(MegatronLM):
         """See :class:`MegatronLM`."""
         return token_sampling(options)
 
-    def complete(
-        self, prompts: Sequence[list[int]], *, settings: Any, until: Sequence[str], new: int, streams: Sequence[int]
-    ) -> list[Completion]:
+    def complete(self, prompts: Sequence[list[int]], *, settings: Any, wanted: Wanted) -> list[Completion]:
         """See :class:`MegatronLM`."""
         return continue_causal(
-            self.loaded.decoder, self.tokenizer, prompts, max_new_tokens=new, sampling=settings, stop_strings=until,
-            batch_size=self.batch_size, streams=streams, forbidden=self.loaded.unused_ids, device=self.device,
+            self.loaded.decoder, self.tokenizer, prompts, wanted, sampling=settings, forbidden=self.loaded.unused_ids,
+            device=self.device,
         )  # fmt: skip
 
 
@@ -87,11 +85,11 @@ class MegatronMDM(DiffusionLM):
 
     Args:
         load: see :class:`MegatronLM`.
-        estimator: one of ``megatron.evaluation.estimators.ESTIMATORS``.
+        estimator: one of ``megatron.evaluation.estimators.ESTIMATORS``; default: exact-count.
         policy: score exactly under the sampler that uncovers by it, instead of by an estimator.
-        tokens_per_step: tokens that it uncovers in a pass.
-        num_mc: draws of every answer, or the most of them where ``adaptive``.
-        adaptive: race where a task's metrics need nothing but the winner of a question (see adaptive.py).
+        tokens_per_step: tokens that it uncovers in a pass; default: 1.
+        num_mc: draws of every answer, or the most of them where ``adaptive``; default: 128.
+        adaptive: race where a task's metrics need nothing but the winner of a question (see adaptive.py); default: yes.
         greedy: whether to say for every answer if greedy decoding gives it: "auto", or "never".
         only_greedy: say that and compute no likelihoods.
         seed: of the masks and of generated texts.
@@ -103,11 +101,11 @@ class MegatronMDM(DiffusionLM):
         self,
         load: str | None = None,
         *,
-        estimator: str = "exact-count",
+        estimator: str | None = None,
         policy: str | None = None,
-        tokens_per_step: int = 1,
-        num_mc: int = 128,
-        adaptive: bool = True,
+        tokens_per_step: int | None = None,
+        num_mc: int | None = None,
+        adaptive: bool | None = None,
         greedy: str = "auto",
         only_greedy: bool = False,
         seed: int = 1234,
@@ -117,11 +115,19 @@ class MegatronMDM(DiffusionLM):
         guidance: float = 0.0,
         **options: Any,
     ) -> None:
-        self.estimator = make_estimator(estimator, seed=whole_number("seed", seed, at_least=0))
-        self.num_mc = whole_number("num_mc", num_mc)
+        self.estimator = make_estimator(estimator or "exact-count", seed=whole_number("seed", seed, at_least=0))
+        self.num_mc = whole_number("num_mc", 128 if num_mc is None else num_mc)
         require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
-        self.adaptive, self.greedy, self.only_greedy = adaptive, greedy, only_greedy
-        self.policy, self.tokens_per_step = policy, whole_number("tokens_per_step", tokens_per_step)
+        self.adaptive, self.greedy, self.only_greedy = adaptive in (None, True), greedy, only_greedy
+        self.policy = policy
+        self.tokens_per_step = whole_number("tokens_per_step", 1 if tokens_per_step is None else tokens_per_step)
+        is_estimated = policy is None and not only_greedy
+        _refuse_idle({"tokens_per_step": tokens_per_step}, policy is not None, "it is for a policy")
+        _refuse_idle({"estimator": estimator}, is_estimated, "a policy and only_greedy need none")
+        self.is_drawn = is_estimated and self.estimator.max_draws(2) != 1
+        _refuse_idle(
+            {"num_mc": num_mc, "adaptive": adaptive}, self.is_drawn, "only an estimator that draws masks heeds it"
+        )
         self.generation = {
             "order": gen_order,
             "steps": gen_steps,
@@ -203,6 +209,11 @@ class MegatronMDM(DiffusionLM):
     def are_greedy(self, requests: Sequence[Request]) -> list[bool]:
         """See :class:`DiffusionLM`."""
         return self.scorer.is_greedy(requests, left_to_right=isinstance(self.estimator, LeftToRight))
+
+
+def _refuse_idle(given: dict[str, Any], is_heeded: bool, rule: str) -> None:
+    for name, value in given.items():
+        require(value is None or is_heeded, f"{name} {value} would have no effect", rule, "drop it")
 
 
 def not_computed() -> Estimate:

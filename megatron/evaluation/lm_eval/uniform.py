@@ -33,6 +33,8 @@ class MegatronUniform(DiffusionLM):
         options: the rest of :class:`MegatronLM`.
     """
 
+    is_drawn = True
+
     def __init__(
         self,
         load: str | None = None,

@@ -184,7 +184,7 @@ def _check_values(path: Path, space: Space) -> None:
 
 
 def _check_averages(path: Path, space: Space) -> None:
-    """No two values of ``ema-decay`` make the same trial: all above the end of its ramp do (``megatron.training.average``)."""
+    """No two values of ``ema-decay`` make the same trial: all above the end of its ramp do (``megatron.training.shards``)."""
     config = space.start.parsed()
     samples = int(space.longest * space.start.unique_tokens / config.model.seq_length)
     updates = samples // (config.run.global_batch_size or config.run.micro_batch_size)

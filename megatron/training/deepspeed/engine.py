@@ -10,7 +10,6 @@ import torch
 
 from megatron.model.gpt import build_layers
 from megatron.objectives.base import Objective
-from megatron.training.deepspeed.matrices import Matrices
 from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches, stages
 from megatron.training.deepspeed.settings import (
     adopt_process_groups,
@@ -18,10 +17,9 @@ from megatron.training.deepspeed.settings import (
     tensor_parallel_groups,
     without_compiling,
 )
-from megatron.training.deepspeed.shards import ZeroShards
+from megatron.training.deepspeed.shards import Matrices, ZeroShards
 from megatron.training.engine import Batches, Engine, Wishes
-from megatron.training.muon import MuonAdamW
-from megatron.training.optimizer import build_optimizer
+from megatron.training.optimizer import MuonAdamW, build_optimizer
 from megatron.training.step import StepResult
 
 

@@ -17,8 +17,7 @@ from megatron.data.loader import to_device
 from megatron.model.attention import SelfAttention
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
 from megatron.model.block import TransformerBlock
-from megatron.model.embedding import Embedding
-from megatron.model.gpt import Layer
+from megatron.model.gpt import Embedding, Layer
 from megatron.model.loss import HeadOutput
 from megatron.model.mask import WithinSegments, made_of
 from megatron.model.visibility import Visible

@@ -16,7 +16,7 @@ from typing import Any
 from megatron.config.schema import Config
 from megatron.errors import require
 from megatron.files import read_object
-from megatron.parallel.context import ParallelContext, group_of_line
+from megatron.parallel.context import ParallelContext
 
 # A bucket is a buffer of this many elements at most; DeepSpeed's default allocates 2 GB for any model.
 MAX_BUCKET_ELEMENTS = 500_000_000
@@ -145,7 +145,7 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
     odd = [name for name in SECTIONS if not isinstance(stated.get(name, {}), dict)]
     sizes = {name: value for name, value in stated.items() if name.endswith(SIZES)}
-    odd += [name for name, size in sizes.items() if not (isinstance(size, int | float) and 0 <= size < float("inf"))]
+    odd += [name for name, size in sizes.items() if not (type(size) in (int, float) and 0 <= size < float("inf"))]
     told = ", ".join(f"{name} as {stated[name]!r}" for name in odd)
     rule = "a section is an object, and a size a number from 0"
     require(not odd, f"--deepspeed_config {path} has {told}", rule, "correct it, or leave it out")
@@ -165,7 +165,7 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         "zero_optimization.compute_grad_norm": True,
     }
     owned = OWNED | (OWNED_IF_SPLIT if config.parallel.splits_sequence(config.model.seq_length) else {})
-    wrong = [name for name in owned if stated.get(name) is not None and stated[name] != expected.get(name)]
+    wrong = [name for name in owned if stated.get(name) is not None and not _agree(stated[name], expected.get(name))]
     told = " and ".join(f"{name} to {stated[name]}, the flags to {expected.get(name)}" for name in wrong)
     fix = f"change the file or {' and '.join(owned[name] for name in wrong)}"
     require(not wrong, f"--deepspeed_config {path} sets {told}", "they must agree", fix)
@@ -174,6 +174,11 @@ def _merge_file(settings: dict[str, Any], config: Config) -> dict[str, Any]:
         merged[key] = {**settings.get(key, {}), **value} if isinstance(value, dict) else value
     merged["zero_optimization"]["stage"] = settings["zero_optimization"]["stage"]
     return merged
+
+
+def _agree(value: Any, expected: Any) -> bool:
+    """Whether both are equal; ``true`` is no 1."""
+    return value == expected and isinstance(value, bool) == isinstance(expected, bool)
 
 
 def _without_auto(value: Any) -> Any:
@@ -244,9 +249,7 @@ def without_compiling() -> Iterator[None]:
 def tensor_parallel_groups(context: ParallelContext) -> SimpleNamespace:
     """What DeepSpeed asks of a Megatron ``mpu``: ``get_model_parallel_rank()`` and so on. Without tensor parallelism it needs
     none."""
-    dp = context.dp
-    if dp.group is None:  # DeepSpeed wants a real one, also of a process alone
-        dp = replace(dp, group=group_of_line([[rank] for rank in range(context.world_size)]))
+    dp = replace(context.dp, group=context.replicas())
     answers: dict[str, Any] = {}
     for name, axis in (("model", context.tp), ("tensor_model", context.tp), ("data", dp)):
         values = {"rank": axis.rank, "world_size": axis.size, "group": axis.group}

@@ -10,7 +10,10 @@ Nothing waits for the device: whether a step is skipped is decided there, by the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import chain
+from math import ceil
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,11 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megatron.model.gpt import GPTModel
-from megatron.parallel.context import ParallelContext, group_of_line
+from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import shard_of
 from megatron.training.engine import Batches, Engine, Wishes
-from megatron.training.fsdp2.shards import RowShards, own_rows
 from megatron.training.optimizer import build_optimizer
+from megatron.training.shards import Place, Shards
 from megatron.training.step import StepResult
 
 EPSILON = 1e-6  # of the clipping, as torch and DeepSpeed have it
@@ -103,7 +106,7 @@ def share_out(model: GPTModel, context: ParallelContext, *, is_bf16: bool, keeps
         The units; the last is the model.
     """
     records = {name: shard_of(parameter) for name, parameter in model.named_parameters()}
-    mesh = DeviceMesh.from_group(_replicas(context), context.device.type)
+    mesh = DeviceMesh.from_group(context.replicas(), context.device.type)
     policy = MixedPrecisionPolicy()
     if is_bf16:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -123,11 +126,46 @@ def share_out(model: GPTModel, context: ParallelContext, *, is_bf16: bool, keeps
     return units
 
 
-def _replicas(context: ParallelContext) -> dist.ProcessGroup:
-    """The data-parallel group, of one process too."""
-    if context.dp.group is not None:
-        return context.dp.group
-    if context.world_size == 1:
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
-    return group_of_line([[rank] for rank in range(context.world_size)])
+class RowShards(Shards):
+    """Fragments of rows: a master is this rank's part of one parameter."""
+
+    def __init__(
+        self,
+        own: Mapping[torch.nn.Parameter, torch.Tensor],
+        optimizer: torch.optim.Optimizer,
+        context: ParallelContext,
+        *,
+        regather: Callable[[], None],
+        ema_decay: float | None = None,
+    ) -> None:
+        """Args:
+        own: this rank's rows of each sharded parameter, in its memory; none where there are fewer rows than ranks.
+        optimizer: steps on them.
+        context: this process.
+        regather: makes the model gather its weights again.
+        ema_decay: of the average of the weights; None: none is kept.
+        """
+        self._own, self._regather = own, regather
+        super().__init__(list(own), optimizer, context, ema_decay=ema_decay)
+
+    def masters(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        """This rank's rows, by group."""
+        return [(master, group) for group in self.optimizer.param_groups for master in group["params"]]
+
+    def locate(self, parameter: torch.nn.Parameter) -> Place | None:
+        """All of its own master."""
+        master, whole = self._own[parameter], parameter.shape
+        first = self.context.dp.rank * ceil(whole[0] / self.context.dp.size)
+        return Place(master, first * whole[1:].numel(), 0, master.numel()) if master.numel() else None
+
+    def refresh(self) -> None:
+        """Drop weights that were gathered before; the next pass gathers the new ones."""
+        self._regather()
+
+
+def own_rows(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """This rank's rows of a sharded parameter as a plain one, in the same memory and with the same record."""
+    assert isinstance(parameter, DTensor)
+    rows = torch.nn.Parameter(parameter.to_local().detach())
+    rows.__dict__.update(shard=parameter.__dict__["shard"])
+    return rows

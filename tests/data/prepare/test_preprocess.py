@@ -21,7 +21,7 @@ from data.conftest import GOLDEN, ROOT
 from megatron.data.identity import tokenizer_fingerprint
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.prepare.preprocess import _result
-from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
 from megatron.files import sha256_of
 

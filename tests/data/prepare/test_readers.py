@@ -19,7 +19,7 @@ from megatron.data.prepare.readers import Source, find_sources, read_batches
 from megatron.data.prepare.rows import parse_row
 from megatron.data.prepare.streams import read_json_lines, read_lines
 from megatron.data.prepare.subset import Selection, subset_jsonl
-from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
 
 TEXTS = ["one\u2028two", "next\u0085line", "carriage\rreturn", "größer 第"]

@@ -14,7 +14,7 @@ import pytest
 from megatron.data.prepare.documents import ReadOptions
 from megatron.data.prepare.readers import Source, find_sources
 from megatron.data.prepare.split import MIN_TEXT_BYTES, SplitOptions, split
-from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
 
 Sides = tuple[list[dict[str, str]], list[dict[str, str]]]

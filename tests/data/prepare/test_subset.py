@@ -16,7 +16,7 @@ from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
 from megatron.data.prepare.inspection import histogram, inspect, record
 from megatron.data.prepare.subset import Selection, subset_indexed, subset_jsonl
 from megatron.data.prepare.writer import IndexedDatasetWriter
-from megatron.data.tokenizer_types import ByteTokenizer
+from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -11,7 +11,7 @@ import pytest
 from data.conftest import GOLDEN
 from megatron.data.prepare import word_cache
 from megatron.data.prepare.word_cache import KNOWN_RANGES, WordCache, applies_to, batch_encoder
-from megatron.data.tokenizer_types import ByteTokenizer, gpt2_bpe
+from megatron.data.tokenizer import ByteTokenizer, gpt2_bpe
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def bytes_held(module: Any, others: Sequence[Any], without: Sequence[Any]) -> in
 def census(argv: list[str]) -> dict[str, Any]:
     """Bytes that the engine of this rank holds, without rotary tables: ``between`` steps, and ``backward``, when the
     embedding has its gradient; with its parameters and settings."""
-    from megatron.model.embedding import Embedding
+    from megatron.model.gpt import Embedding
     from megatron.training.main import main
     from megatron.training.step import Observer
 
