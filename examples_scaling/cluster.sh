@@ -23,7 +23,9 @@ check_hostfile() {
 # Fills LAUNCH with what starts one program on all processes, python, torchrun or deepspeed, and WORLD with their number.
 choose_launcher() {
   if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then   # one task a node, started by srun
-    refuse "in a SLURM job" "its nodes are those of the job" "unset it, and pass sbatch --nodes" HOSTFILE NNODES
+    refuse "in a SLURM job" "its nodes are those of the job" "unset it, and pass sbatch --nodes" HOSTFILE
+    [ "$NNODES" = "$SLURM_STEP_NUM_NODES" ] || refuse "in a step of $SLURM_STEP_NUM_NODES nodes" \
+      "its nodes are those of the job" "unset it, and pass sbatch --nodes" NNODES
     NNODES="$SLURM_STEP_NUM_NODES" NODE_RANK="$SLURM_NODEID"
     if [ "$MASTER_ADDR" = localhost ]; then   # not from multi_node.sh, which says it, because a container has no scontrol
       MASTER_ADDR="$(scontrol show hostnames "$SLURM_STEP_NODELIST")"

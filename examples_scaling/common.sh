@@ -79,14 +79,15 @@ find_python() {
 # and whatever launcher stands between: launchers know few signals, kill after 30 s, or leave their processes behind. So
 # training is asked by its kill-switch file, which all nodes see; everything else gets SIGTERM (or ASK), as a whole process group.
 supervise() {
-  local status=0 child
+  local status=0 child="" name
   if [ "$DRY_RUN" = 1 ]; then printf '%q ' "$@"; echo; return; fi
-  STOPS="" INTERRUPTED=0
+  STOPS="" INTERRUPTED=0 EARLY=0
+  # shellcheck disable=SC2064  # of each its own name
+  for name in TERM USR1 HUP INT; do trap "pass_on $name \"\$child\"" "$name"; done   # before the command, which may signal at once
   set -m   # a process group of its own: Ctrl-C in a terminal comes through here
   "$@" & child=$!
   set +m
-  trap 'pass_on TERM "$child"' TERM; trap 'pass_on USR1 "$child"' USR1; trap 'pass_on HUP "$child"' HUP
-  trap 'pass_on INT "$child"' INT
+  [ "$EARLY" = 0 ] || hand_on "$child"
   until INTERRUPTED=0; status=0; wait "$child" || status=$?; [ "$INTERRUPTED" = 0 ]; do :; done
   trap - TERM USR1 HUP INT
   [ -z "$STOPS" ] || [ -z "${STOP_FILE:-}" ] || rm -f "$STOP_FILE"
@@ -96,12 +97,17 @@ supervise() {
   return "$status"
 }
 
-# pass_on SIGNAL CHILD: the trap of supervise.
+# pass_on SIGNAL CHILD: the trap of supervise. CHILD is empty until there is one.
 pass_on() {
   INTERRUPTED=1 STOPS="$STOPS $1"
-  case "$STOPS" in *INT*INT*) kill -KILL -- "-$2" || true; return ;; esac   # Ctrl-C twice; a checkpoint is whole or absent
+  if [ -n "$2" ]; then hand_on "$2"; else EARLY=1; fi
+}
+
+# hand_on CHILD: what a stop does to it.
+hand_on() {
+  case "$STOPS" in *INT*INT*) kill -KILL -- "-$1" || true; return ;; esac   # Ctrl-C twice; a checkpoint is whole or absent
   if [ -n "${STOP_FILE:-}" ]; then mkdir -p "$(dirname "$STOP_FILE")"; touch "$STOP_FILE"
-  else kill -s "${ASK:-TERM}" -- "-$2" || true; fi
+  else kill -s "${ASK:-TERM}" -- "-$1" || true; fi
 }
 
 # launch PROGRAM FLAGS...: runs one program of the repository.

@@ -262,7 +262,7 @@ def test_a_launcher_that_would_train_on_one_of_several_nodes_is_refused(environm
         ({"NNODES": "2", "NODE_RANK": "x"}, "NODE_RANK=x with NNODES=2; nodes count from 0; "),
         ({"SLURM_STEP_NUM_NODES": "2", "HOSTFILE": "hosts"}, "HOSTFILE=hosts in a SLURM job; its nodes are those"),
         ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "0", "NNODES": "3", "MASTER_ADDR": "n0"},
-         "NNODES=3 in a SLURM job; its nodes are those of the job; "),
+         "NNODES=3 in a step of 2 nodes; its nodes are those of the job; "),
     ],
 )  # fmt: skip
 def test_a_variable_that_another_one_overrules_is_refused(
