@@ -73,7 +73,7 @@ def set_back(run_dir: Path, tag: Path) -> list[str]:
     return ["; ".join(said)] if said else []
 
 
-def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int]) -> list[str]:
+def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int | None]) -> list[str]:
     """Delete the checkpoints of this run but the newest ``keep_last`` and those of the steps in ``keep``.
 
     The one that ``latest`` names is the newest. Those of another run (by run id) or without a readable manifest are

@@ -160,7 +160,7 @@ def _memory_lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
         yield "Layouts that fit, the fastest on paper first (GiB a GPU, seconds a step, MFU; none was measured):"
     for each in found["suggestions"]:
         yield f"  {each['bytes'] / GIB:5.1f}  {each['step_seconds']:7.3g} s  {each['mfu']:4.0%}  {each['flags']}"
-    if not found["fits"] and not found["suggestions"]:
+    if not found["suggestions"] and min((used, *found["remedies"].values())) > capacity:
         yield "No layout of this run fits on these GPUs: more of them, or larger ones, or a smaller model."
 
 

@@ -16,11 +16,18 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron.commands.running import run
 from megatron.errors import Failure
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
 STOPPED = 75  # EX_TEMPFAIL: saved before the end, to be continued
+GONE = "gone without a word"  # of another process, as Connection.peer_failure says it
+# Signals with which the system ends a program for a fault of its own.
+FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 
 
 def main() -> int:
@@ -50,21 +57,42 @@ def main() -> int:
                 given, "all nodes meet at MASTER_ADDR:MASTER_PORT", "check the address, or another port"
             ) from error
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            said = words.read_text() if words.exists() else ""
+            rank, failure = _first_to_end(error, said)
             status = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-            if words.exists():
-                print(words.read_text(), end="", file=sys.stderr)
+            if said and not (GONE in said and _is_mute(failure)):
+                print(said, end="", file=sys.stderr)
             elif status != STOPPED:
                 print(f"error: {_without_a_word(rank, failure.exitcode)}", file=sys.stderr)
             return status
     return 0
 
 
+def _first_to_end(error: ChildFailedError, said: str) -> tuple[int, ProcessFailure]:
+    """Rank and end of the process that ended first.
+
+    Others may miss one that was killed before torchrun does, which looks ten times a second and counts whole seconds; those
+    that torchrun ends itself end after that, by SIGTERM or much later.
+    """
+    rank, first = error.get_first_failure()
+    for other, failure in error.failures.items() if GONE in said else ():
+        is_own_end = _is_mute(failure) and failure.exitcode != -signal.SIGTERM
+        if is_own_end and failure.timestamp <= first.timestamp + 1:
+            return other, failure
+    return rank, first
+
+
+def _is_mute(failure: ProcessFailure) -> bool:
+    """Whether a process left no error."""
+    return failure.error_file == "<N/A>"
+
+
 def _without_a_word(rank: int, code: int) -> str:
     """The line about a process that left none: what it printed itself stands above."""
     if code < 0:
-        name = signal.Signals(-code).name
-        why = "the system does that when memory runs out" if name == "SIGKILL" else "somebody sent it"
+        number = signal.Signals(-code)
+        name, why = number.name, "a fault of compiled code does that" if number in FAULTS else "somebody sent it"
+        why = "the system does that when memory runs out" if name == "SIGKILL" else why
         return f"rank {rank} was ended by {name}; {why}; see the system's log, then start again"
     return f"rank {rank} ended first, with status {code}; a run needs all its ranks; see what it printed above"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import Field, fields
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def _validate_layout(config: Config, model: Shape, world: int) -> None:
     """Processes, the shares of the model that they hold, and those of the batch."""
     run, parallel = config.run, config.parallel
     tp, pp, zero = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.zero_stage
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        value = getattr(model, name)
-        options = ", ".join(str(n) for n in range(1, 65) if value % n == 0)
+    shared = {name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
+    options = ", ".join(str(n) for n in range(1, 65) if gcd(*shared.values()) % n == 0)
+    for name, value in shared.items():
         require(
             value % tp == 0,
             f"{name} {value} is not divisible by tensor-parallel size {tp}",

@@ -125,8 +125,7 @@ class Connection:
             return
         if self.store is None or isinstance(error, PeerFailure):
             return
-        rank, host = self.launch.rank, self.hosts[self.launch.rank]
-        reason = f"rank {rank} on {host} failed ({type(error).__name__}: {error})"[:500]
+        reason = f"rank {self.launch.rank} on {self.hosts[self.launch.rank]} failed ({in_a_line(error)})"
         with suppress(RuntimeError):  # its keeper is gone: nobody is left to be told
             self.store.compare_set(LEFT, "", reason)
         if self.watch is not None and self.launch.keeps_meeting_place:
@@ -143,8 +142,7 @@ class Connection:
         found = self._news()
         if not found:
             address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
-            where = f" at {address.group(1)}" if address else ""
-            found = f"a process{where} is gone without a word (killed, or its host is down)"
+            found = f"a process{f' at {address[1]}' if address else ''} is gone without a word (killed, or its host is down)"
         return self._lost(found)
 
     def _news(self) -> str:
@@ -178,8 +176,13 @@ def is_connected() -> bool:
 def show(error: BaseException, *, rank: int) -> None:
     """Print the traceback of a rank that failed, and see to it that the error is the last thing on the screen."""
     traceback.print_exception(error)
-    what = traceback.format_exception_only(error)[-1].strip()
-    complain(f"error: rank {rank} failed: {what}; its traceback is above", is_speaker=False)
+    complain(f"error: rank {rank} failed: {in_a_line(error)}; its traceback is above", is_speaker=False)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and message of an error, or how the traceback ends that it quotes (of a loader process)."""
+    text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    return text.splitlines()[-1 if "Traceback (most recent call last)" in text else 0][:500]
 
 
 def end_process(status: int) -> NoReturn:
@@ -232,8 +235,7 @@ def connect(launch: Launch, *, timeout_minutes: float = 30.0) -> Connection:
 def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
     """Open the meeting place, or call there until it opens."""
     assert launch.master_addr is not None and launch.master_port is not None
-    is_keeper = launch.keeps_meeting_place
-    address = (launch.master_addr, launch.master_port)
+    is_keeper, address = launch.keeps_meeting_place, (launch.master_addr, launch.master_port)
     if not is_keeper:
         _wait_for_answer(launch, address, timeout)
     try:

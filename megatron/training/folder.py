@@ -164,8 +164,7 @@ class RunFolder:
     def _remember_best(self) -> None:
         """Name the best validation of this branch, as its metrics tell it, in best.json; on the first rank."""
         assert self._log is not None
-        best = self._log.file.best()
-        path, progress = self.plan.run_dir / BEST, self.progress
+        best, path, progress = self._log.file.best(), self.plan.run_dir / BEST, self.progress
         progress.best_step, progress.best_text = (None, "") if best is None else (best.step, measured(best))
         if best is not None:
             fields = ("step", "weights", "nll", "nll_se", "label", "estimator", "num_mc")
@@ -174,11 +173,13 @@ class RunFolder:
             path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """Delete checkpoints beyond ``--keep-last``, but not the best one."""
-        keep_last = self.plan.settings.run.keep_last
-        if keep_last is not None and self._record is not None:
-            best = set() if self.progress.best_step is None else {self.progress.best_step}
-            for line in remove_old_checkpoints(self.plan.run_dir, keep_last=keep_last, keep=best):
+        """Delete checkpoints beyond ``--keep-last``, but not the best one; and none until that one is there, if it is to come: a
+        kill would leave neither it nor the best one before it."""
+        run, best = self.plan.settings.run, self.progress.best_step
+        is_coming = self._saving is not None or (run.save_best and best == self.progress.step)
+        is_early = is_coming and not (self.plan.run_dir / f"global_step{best}").is_dir()
+        if run.keep_last is not None and self._record is not None and not is_early:
+            for line in remove_old_checkpoints(self.plan.run_dir, keep_last=run.keep_last, keep={best}):
                 self.screen.print(line)
 
     def end(self, reason: str | None) -> None:

@@ -9,7 +9,7 @@ from itertools import product
 from megatron.training.preflight import Case, changed, fits, footprints
 from megatron.training.roofline import Cluster, step_seconds
 
-MICRO_BATCHES, STAGES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ def suggestion(case: Case, cluster: Cluster) -> Suggestion:
 def suggestions(case: Case, cluster: Cluster) -> list[Suggestion]:
     """All layouts that fit, the fastest on paper first; of equally fast ones the emptier first.
 
-    Tensor-parallel ranks stay within a node; the global batch, and all else that changes results, stays.
+    Tensor-parallel ranks stay within a node; the global batch, and all else that changes results, stays. Micro-batches are powers
+    of two, or that of the run.
     """
-    shards = [size for size in STAGES if size <= cluster.gpus_per_node]
-    choices = product(shards, STAGES, (1, 2, 3), MICRO_BATCHES, (False, True))
+    world = case.layout.world_size
+    node = min(world, cluster.gpus_per_node)
+    shards = [size for size in range(1, node + 1) if node % size == 0]
+    depths = [size for size in range(1, case.shape.num_layers + 1) if world % size == 0]
+    micro_batches = sorted({*MICRO_BATCHES, case.layout.micro_batch_size})
+    choices = product(shards, depths, (1, 2, 3), micro_batches, (False, True))
     found = []
     for tp, pp, zero, micro, is_recomputed in choices:
         if (pp > 1 and zero > 1) or replace(case.layout, zero_stage=zero).runs_as != zero:

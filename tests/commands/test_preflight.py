@@ -54,6 +54,17 @@ def test_suggestions_come_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "more", [["--gpus", "3", "--pipeline-model-parallel-size", "3"], ["--gpus", "2", "--gpus-per-node", "1"]]
+)
+def test_no_layout_fits_is_not_said_beside_one_that_does(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Three stages of three GPUs; tensor-parallel ranks on two nodes, which are never suggested."""
+    model = ["--objective", "ar", "--model", "6796M", "--bf16", "--train-iters", "10", "--attention-dropout", "0"]
+    assert preflight.main([*model, "--micro-batch-size", "32", "--global-batch-size", "256", *more]) == 1
+    text = capsys.readouterr().out
+    assert ("GiB  fits" in text or "Layouts that fit" in text) and "No layout" not in text
+
+
+@pytest.mark.parametrize(
     ("flags", "given"),
     [
         (["--device", "h1000"], "--device h1000"),

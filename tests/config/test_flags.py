@@ -12,7 +12,7 @@ import pytest
 
 from megatron.config import Config, build_parser, config_from_dict, config_to_dict
 from megatron.config.option import spelling
-from megatron.config.shape import Shape, padded_size
+from megatron.config.shape import PRESETS, Shape, padded_size
 from megatron.config.usage import TOPICS
 from megatron.config.validate import PATHS, idle_notes
 from megatron.errors import UserError
@@ -264,3 +264,12 @@ def test_flags_of_launch_scripts_without_effect_are_named() -> None:
 def test_switches_take_true_and_false() -> None:
     assert parse([*BASE, "--bf16", "True"]).run.bf16 and not parse([*BASE, "--bf16", "false"]).run.bf16
     assert not parse([*BASE, "--swiglu", "False"]).model.swiglu and parse([*BASE, "--swiglu"]).model.swiglu
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_tensor_parallel_sizes_that_an_error_offers_are_accepted(name: str) -> None:
+    words = ["--model", name, "--train-iters", "1", "--micro-batch-size", "1", "--tensor-model-parallel-size"]
+    with pytest.raises(UserError) as caught:
+        parse([*words, "59"], objective="ar", world_size=59)
+    for size in re.findall(r"\d+", str(caught.value).rpartition("--tensor-model-parallel-size")[2]):
+        parse([*words, size], objective="ar", world_size=int(size))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -102,6 +103,31 @@ def test_a_rank_that_fails_is_named_with_its_host_and_reason(three: list[Connect
     )
     three[0].leave(found)  # it fails because another did, which is no news
     assert "rank 0 on a" not in str(three[2].peer_failure(CLOSED))
+
+
+QUOTED = (
+    "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n" + "  File x\n" * 99
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(QUOTED + "OSError: no such shard\n"), "OSError: no such shard"),
+        (RuntimeError("CUDA error: no room\nKernel errors might come later"), "RuntimeError: CUDA error: no room"),
+        (KeyError("token 7"), "KeyError: 'token 7'"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
+)  # fmt: skip
+def test_an_error_of_many_lines_is_told_in_one_that_says_what_it_is(
+    three: list[Connection], error: BaseException, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_LAST_WORDS", str(tmp_path / "words"))
+    three[1].leave(error)
+    failure = three[0].peer_failure(CLOSED)
+    assert failure is not None and f"rank 1 on b failed ({line}); a run" in str(failure)
+    connection.show(error, rank=1)
+    assert (tmp_path / "words").read_text() == f"error: rank 1 failed: {line}; its traceback is above\n"
 
 
 def test_parting_ends_no_process(three: list[Connection]) -> None:

@@ -213,6 +213,36 @@ def test_torchrun_ends_as_its_processes_ended_with_one_error_at_the_end(
         assert by_hand.rstrip("= \n").endswith("traceback : error: a; b; c")
 
 
+@pytest.mark.parametrize(
+    ("number", "why"), [(9, "SIGKILL; the system does that when memory"), (11, "SIGSEGV; a fault of compiled code")]
+)
+def test_a_rank_that_was_killed_is_named_though_the_others_miss_it_first(number: int, why: str, tmp_path: Path) -> None:
+    """What they say of it is hearsay, and names no rank; it may reach torchrun before it sees the rank go."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, time\nfrom megatron.parallel.launch import complain\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    while not os.path.exists('said'): time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), int(sys.argv[1]))\n"
+        "complain('error: rank 0 lost a peer: a process is gone without a word (killed, or its host is down); a; b')\n"
+        "open('said', 'w')\n"
+        "time.sleep(60)\n"
+    )
+    command = [
+        sys.executable,
+        str(REPO / "tools/_torchrun.py"),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+        str(number),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    ending = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert ending.returncode == 128 + number
+    assert ending.stderr.startswith(f"error: rank 1 was ended by {why}") and ending.stderr.count("\n") == 1
+
+
 def test_torchrun_passes_usr1_on_and_does_not_end_before_its_processes(tmp_path: Path) -> None:
     """A time limit of SLURM may send it to every process of a job; torchrun's own default would end it and leave them behind."""
     program = tmp_path / "program.py"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from layouts import jobs
@@ -95,3 +100,39 @@ def test_disk_without_room(token_files: Path, small_disk: Path) -> None:
     assert "Traceback" not in process.output
     assert [tag.name for tag in tag_folders(run_dir)] == ["global_step8", "global_step4"]
     assert_intact(run_dir, 8)
+
+
+def main_killed_behind_a_validation(step: int, run_dir: Path, is_beside: bool, argv: list[str]) -> int:
+    """``main()`` that is killed while it writes the checkpoint of ``step``, when the validation of that step is through."""
+    from megatron.checkpoint import writer
+
+    original = writer.save_file
+
+    def save_file(tensors: Any, path: Path, metadata: Any) -> str:
+        if path.parent.name == f"global_step{step}.saving":
+            while is_beside and json.loads((run_dir / "best.json").read_text())["step"] != step:
+                time.sleep(0.01)
+            time.sleep(0.5 * is_beside)  # all that follows the validation
+            os._exit(137)
+        return original(tensors, path, metadata)
+
+    with mock.patch.object(writer, "save_file", save_file):
+        return jobs.run_main("ar", argv)
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_a_kill_in_the_save_of_a_new_best_leaves_the_best_one_before(
+    token_files: Path, tmp_path: Path, is_beside: bool
+) -> None:
+    """Every validation is the best so far. Beside the training the checkpoint is begun before the validation, else by it."""
+    run_dir = tmp_path / "run"
+    options = {"train_iters": 7, "eval_interval": 3, "eval_iters": 1, "valid_data_path": token_files / "valid", "keep_last": 1,
+               "save_best": True, "load": run_dir, "async_save": is_beside}  # fmt: skip
+    options["save_interval"] = 1 if is_beside else 5
+    argv = jobs.flags(token_files, run_dir, **options)
+    process = Process(main_killed_behind_a_validation, 6, run_dir, is_beside, argv)
+    assert process.wait() == 137, process.output
+    assert [tag.name for tag in tag_folders(run_dir)] == ["global_step5", "global_step3"], process.output
+    assert Process(jobs.run_main, "ar", argv).wait() == 0
+    assert [tag.name for tag in tag_folders(run_dir)] == ["global_step7"]
+    assert json.loads((run_dir / "best.json").read_text())["step"] == 7

@@ -170,6 +170,32 @@ def test_suggested_layouts_fit_and_are_accepted_and_the_fastest_comes_first() ->
 
 
 @pytest.mark.parametrize(
+    ("world", "flags"),
+    [
+        (3, {"pp_size": 3, "micro_batch_size": 1, "global_batch_size": 256, "model": "6796M"}),
+        (10, {"pp_size": 5, "global_batch_size": 256, "model": "425M"}),
+        (6, {"micro_batch_size": 5, "global_batch_size": 90, "model": "425M"}),
+        (
+            24,
+            {
+                "tp_size": 4,
+                "pp_size": 6,
+                "micro_batch_size": 12,
+                "global_batch_size": 96,
+                "recompute_activations": True,
+            },
+        ),
+    ],
+)
+def test_a_layout_that_fits_is_among_those_suggested(world: int, flags: dict[str, Any]) -> None:
+    """Also where counts of GPUs, stages or samples are no powers of two."""
+    run = case(world=world, **flags)
+    assert fits(run, H100)
+    found = [flags_of(each.case) for each in suggestions(run, Cluster(H100))]
+    assert flags_of(run) in found and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
     ("model", "objective", "micro", "seconds", "gib"),
     [
         ("140M", "ar", 8, 0.183, 9.9),

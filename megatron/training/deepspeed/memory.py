@@ -53,16 +53,16 @@ class Partition:
         """Of a rank's part where each parameter is cut on its own (ZeRO 3)."""
         return sum(ceil(count / self.dp_size) for group in self.groups for count in group)
 
-    def touched(self, rank: int) -> int:
-        """Of the whole parameters of which a rank owns any part."""
-        total, unit = 0, ALIGNMENT * self.dp_size
+    def touched(self) -> list[int]:
+        """Of the whole parameters of which a rank owns any part, for each rank."""
+        totals, unit = [0] * self.dp_size, ALIGNMENT * self.dp_size
         for group in self.groups:
-            size = ceil(sum(group) / unit) * unit // self.dp_size
-            start = 0
+            size, start = ceil(sum(group) / unit) * ALIGNMENT, 0
             for count in group:
-                total += count if start < (rank + 1) * size and start + count > rank * size else 0
+                for rank in range(start // size, (start + count - 1) // size + 1):
+                    totals[rank] += count
                 start += count
-        return total
+        return totals
 
 
 def optimizer_groups(shapes: Shapes) -> tuple[tuple[int, ...], ...]:
@@ -84,7 +84,7 @@ def held(
     *,
     is_pipeline: bool = False,
     has_average: bool = False,
-    rank: int = 0,
+    rank: int | None = None,
 ) -> Held:
     """What the engine of one rank holds besides activations, with AdamW.
 
@@ -93,7 +93,8 @@ def held(
         partition: the parameters of this rank.
         is_pipeline: whether the engine is that of a pipeline.
         has_average: whether an average of the weights is kept (``--ema-decay``): fp32, beside the masters.
-        rank: of the data-parallel ranks, which differ by what they own of gradients in fp32 under ZeRO 2.
+        rank: of the data-parallel ranks, which differ by what they own of gradients in fp32 under ZeRO 2; default: one that has
+            most.
     """
     zero, is_bf16 = settings["zero_optimization"], settings.get("bf16", {}).get("enabled", False)
     is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -129,9 +130,12 @@ def _zero1_bf16(settings: Mapping[str, Any], partition: Partition) -> Held:
     return Held(between, forward, passes, {**passes, "buckets": is_copied * FLOAT * partition.padded})
 
 
-def _zero2(settings: Mapping[str, Any], partition: Partition, width: int, *, rank: int, is_pipeline: bool) -> Held:
+def _zero2(
+    settings: Mapping[str, Any], partition: Partition, width: int, *, rank: int | None, is_pipeline: bool
+) -> Held:
     """``DeepSpeedZeroOptimizer``: ZeRO 2, ZeRO 1 in fp32, and either with the optimizer in host memory."""
     zero = settings["zero_optimization"]
+    is_cut = zero["stage"] == 2
     is_offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     largest = max(map(max, partition.groups))
     state = 3 * FLOAT * partition.own
@@ -142,18 +146,21 @@ def _zero2(settings: Mapping[str, Any], partition: Partition, width: int, *, ran
         "buckets": 0,
     }
     # What earlier micro-batches of a step left: this rank's part in fp32, whole tensors where all is fp32; of ZeRO 1 all.
-    own = FLOAT * partition.own if width < FLOAT else FLOAT * partition.touched(rank)
-    kept = own if zero["stage"] == 2 else FLOAT * partition.elements
-    has_several = settings["gradient_accumulation_steps"] > 1
-    kept = kept if has_several and not is_offloaded else 0
-    count = 2 if zero.get("overlap_comm") and not is_pipeline else 1
-    buckets = count * width * int(zero["reduce_bucket_size"])
-    forward = {**between, "gradients": kept, "buckets": buckets}
-    # Of ZeRO 1 the gradients move, one by one, into the bucket that reduces them.
-    rest = kept if zero["stage"] == 2 else max(0, FLOAT * partition.elements - buckets // count)
-    backward = {**between, "gradients": rest, "buckets": buckets}
-    update = {**between, "gradients": 0 if is_offloaded else max(own, FLOAT * partition.own)}
+    touched = partition.touched()
+    own = FLOAT * partition.own if width < FLOAT else FLOAT * (max(touched) if rank is None else touched[rank])
+    kept = (own if is_cut else FLOAT * partition.elements) * (settings["gradient_accumulation_steps"] > 1)
     host = state + _counters(partition) + FLOAT * partition.own + width * (partition.own + largest)
+    if is_offloaded and is_cut and width == FLOAT:  # whole tensors are kept there, from step to step
+        kept, host = 0, host + kept
+    is_overlapped = zero.get("overlap_comm") and not is_pipeline
+    buckets = (width if is_cut else FLOAT) * int(zero["reduce_bucket_size"])
+    count = 2 if is_overlapped else 1
+    forward = {**between, "gradients": kept, "buckets": count * buckets}
+    # Of ZeRO 1 the gradients move, one by one, into the bucket that reduces them; or all wait for the end of the pass.
+    whole = FLOAT * partition.elements
+    rest = kept if is_cut else max(0, whole - buckets) if is_overlapped else whole
+    backward = {**between, "gradients": rest, "buckets": count * buckets}
+    update = {**between, "gradients": 0 if is_offloaded else max(own, FLOAT * partition.own)}
     return Held(between, forward, backward, update, host * is_offloaded)
 
 
@@ -168,11 +175,11 @@ def _zero3(settings: Mapping[str, Any], partition: Partition, width: int) -> Hel
     counts = [count for group in partition.groups for count in group]
     # Alone, a rank computes with its partitions.
     whole = [0 if partition.dp_size == 1 else sum(kept) for kept in ([n for n in counts if n <= threshold], counts)]
-    state = (4 if is_offloaded else 3) * FLOAT * own
+    state = (5 if is_offloaded else 3) * FLOAT * own  # there: gradients as they come, and as the optimizer takes them
     between = {
         "weights": width * (own + whole[0]),
         "gradients": 0 if is_offloaded else FLOAT * own,
-        "optimizer": (0 if is_offloaded else state) + _counters(partition) + FLOAT + 1,
+        "optimizer": (0 if is_offloaded else state + FLOAT) + _counters(partition) + 1,
         "buckets": width * int(zero["reduce_bucket_size"]),
     }
     passes = {**between, "weights": width * (own + max(whole[0], min(whole[1], live)))}
