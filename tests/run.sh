@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs ruff, mypy and pytest. Further arguments go to pytest:
-#   bash tests/run.sh                    everything (13 minutes on 2 CPU cores, and 3 to install)
+#   bash tests/run.sh                    everything (14 minutes on 2 CPU cores, and 3 to install)
 #   bash tests/run.sh tests/data -k blend
 #   bash tests/run.sh --fast             single modules only (a minute)
 #   bash tests/run.sh --storm            kills, exits, command lines and damages at length instead, with their counts (hours)

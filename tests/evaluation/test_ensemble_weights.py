@@ -55,8 +55,9 @@ def runs(tmp_path_factory):
 
 def judge(runs, models: list[str], *flags: str, output="out.json") -> Likelihoods:
     words = ["+".join(str(runs / name) for name in own.split("+")) for own in models]
-    flags = ("--valid-data-path", str(runs / "valid"), "--num-mc", "2", "--policies", "random,confidence", *flags)
-    assert main([*words, *flags, "--tokens-per-step", "8", "--output", str(runs / output)]) == 0
+    if any("mdm" in own for own in models):
+        flags = ("--num-mc", "2", "--policies", "random,confidence", "--tokens-per-step", "8", *flags)
+    assert main([*words, "--valid-data-path", str(runs / "valid"), *flags, "--output", str(runs / output)]) == 0
     return Likelihoods.load(runs / output)
 
 

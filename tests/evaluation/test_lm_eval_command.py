@@ -17,20 +17,6 @@ from tests.evaluation import tiny
 QUESTION = {"query": "Return the path of", "choices": ["the file that is", "a list of all the"], "gold": 0}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("requests")
-
-
-@pytest.fixture(scope="module")
-def runs(folder) -> dict[str, Path]:
-    tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", 400)
-    return {
-        name: tiny.make_run(folder / name, tiny.config_for(name, tokenizer, vocab_size=400, seq_length=64), scale=2.0)
-        for name in ("ar", "mdm")
-    }
-
-
 def write(path: Path, *items: dict) -> str:
     return str(tiny.write_jsonl(path, list(items)))
 
