@@ -3,7 +3,7 @@
 
 # DeepSpeed runs on this one node, without a word, where it finds no file or no host in it.
 check_hostfile() {
-  local line hosts=" " host slots number=0; WORLD=0
+  local line hosts=" " host slots number=0; WORLD=0 HOSTS=0
   [ -f "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE" "it names a file" "check the name"
   while IFS= read -r line || [ -n "$line" ]; do
     number=$((number + 1)) line="${line%%#*}"
@@ -13,10 +13,13 @@ check_hostfile() {
     host="${BASH_REMATCH[1]}" slots="${BASH_REMATCH[2]}"
     [ "$((10#$slots))" -gt 0 ] || die "$HOSTFILE, line $number: $line" "a host has at least one slot" "mend or remove the line"
     case "$hosts" in *" $host "*) die "$HOSTFILE, line $number: $host again" "a host has one line" "remove one of them" ;; esac
-    hosts="$hosts$host " WORLD=$((WORLD + 10#$slots))
+    hosts="$hosts$host " WORLD=$((WORLD + 10#$slots)) HOSTS=$((HOSTS + 1))
   done <"$HOSTFILE"
-  [ "$hosts" != " " ] || die "$HOSTFILE names no host" "a line is: host slots=8" "fill it in"
-  [[ "$hosts" != *" "*" "*" "* || "$DRY_RUN" = 1 ]] || command -v pdsh >/dev/null || die "$HOSTFILE names several hosts, and there is no pdsh" \
+  [ "$HOSTS" -gt 0 ] || die "$HOSTFILE names no host" "a line is: host slots=8" "fill it in"
+  [ "$NNODES" = "$HOSTS" ] || refuse "with HOSTFILE=$HOSTFILE" "it has $HOSTS hosts" "unset one of them" NNODES
+  [ $((GPUS_PER_NODE * HOSTS)) = "$WORLD" ] || refuse "with HOSTFILE=$HOSTFILE" "it has $WORLD slots on $HOSTS hosts" \
+    "unset one of them" GPUS_PER_NODE
+  [ "$HOSTS" = 1 ] || [ "$DRY_RUN" = 1 ] || command -v pdsh >/dev/null || die "$HOSTFILE names several hosts, and there is no pdsh" \
     "deepspeed reaches them through pdsh and ssh" "install pdsh (apt-get install pdsh; conda install -c conda-forge pdsh)"
 }
 
@@ -42,8 +45,7 @@ choose_launcher() {
   fi
   [ -z "$HOSTFILE" ] || [ "$LAUNCHER" = deepspeed ] || die "HOSTFILE=$HOSTFILE with LAUNCHER=$LAUNCHER" \
     "only deepspeed reads a host file" "unset one of them"
-  [ -z "$HOSTFILE" ] || refuse "with HOSTFILE=$HOSTFILE" "the file has a line a host" "unset one of them" NNODES GPUS_PER_NODE
-  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
+  [ "$NNODES" -le 1 ] || [ "$LAUNCHER" = torchrun ] || [ -n "$HOSTFILE" ] || die "NNODES=$NNODES with LAUNCHER=$LAUNCHER" \
     "python runs on one node, deepspeed on those of HOSTFILE" "unset LAUNCHER"
   [ "$LAUNCHER" != python ] || [ "$GPUS_PER_NODE" = 1 ] || refuse "with LAUNCHER=python" \
     "python starts one process" "unset one of them" GPUS_PER_NODE

@@ -255,8 +255,8 @@ def test_a_launcher_that_would_train_on_one_of_several_nodes_is_refused(environm
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"HOSTFILE": "hosts", "NNODES": "1"}, "NNODES=1 with HOSTFILE=hosts; the file has a line a host; "),
-        ({"HOSTFILE": "hosts", "GPUS_PER_NODE": "2"}, "GPUS_PER_NODE=2 with HOSTFILE=hosts; the file has a line a host; "),
+        ({"HOSTFILE": "hosts", "NNODES": "1"}, "NNODES=1 with HOSTFILE=hosts; it has 2 hosts; "),
+        ({"HOSTFILE": "hosts", "GPUS_PER_NODE": "8"}, "GPUS_PER_NODE=8 with HOSTFILE=hosts; it has 4 slots on 2 hosts; "),
         ({"LAUNCHER": "python", "GPUS_PER_NODE": "8"}, "GPUS_PER_NODE=8 with LAUNCHER=python; python starts one process"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1 with NNODES=1; nodes count from 0; "),
         ({"NNODES": "2", "NODE_RANK": "x"}, "NODE_RANK=x with NNODES=2; nodes count from 0; "),
@@ -273,6 +273,13 @@ def test_a_variable_that_another_one_overrules_is_refused(
         environment = {**environment, "HOSTFILE": str(tmp_path / "hosts")}
     done = dry_run_of(EXAMPLES / "training/ar/140m_100M.sh", **environment)
     assert done.returncode == 2 and told in done.stderr.replace(f"{tmp_path}/", ""), done.stderr
+
+
+def test_a_variable_that_says_what_the_other_one_says_is_accepted(tmp_path: Path) -> None:
+    """As exported by the profile of a cluster."""
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    names = {"HOSTFILE": str(tmp_path / "hosts"), "NNODES": "2", "GPUS_PER_NODE": "2"}
+    assert "--hostfile" in dry_run(EXAMPLES / "training/ar/140m_100M.sh", **names)
 
 
 @pytest.mark.parametrize(
