@@ -112,7 +112,7 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     vocab = {"vocab_size": shape.padded_vocab_size}
     embedding = {"shape": shape, "factory": root, **vocab}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
-    common = {"shape": shape, "rotary": RotaryEmbedding.of(shape), "recompute": recompute}  # one table for all of them
+    common = {"shape": shape, "rotary": RotaryEmbedding.of(shape, root.device), "recompute": recompute}  # one for all
     for index in range(shape.num_layers):
         layers.append(Layer(TransformerBlock, {**common, "factory": root.child(f"layers.{index}")}))
     layers.append(Layer(FinalNorm, {"shape": shape, "factory": root.child("final_layernorm")}))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.sharding import ShardedParameter, ShardSpec, initial_shard, sharded_parameter
 
 
@@ -43,6 +43,12 @@ class ParameterFactory:
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
     is_drawn: bool = True
+
+    @classmethod
+    def of_shapes(cls, tp_size: int = 1) -> ParameterFactory:
+        """Makes a tensor-parallel rank's parameters without memory and numbers, to count them. A meta tensor that is drawn, or
+        a ``torch.device("meta")`` around ``arange``, would load torch's compiler, a second at every start."""
+        return cls(ParallelContext(tp=Axis(size=tp_size)), device=torch.device("meta"), is_drawn=False)
 
     def child(self, name: str) -> ParameterFactory:
         """The factory of a sub-module."""

@@ -13,8 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.checkpoint.select import select
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
@@ -30,7 +28,6 @@ from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
 from megatron.objectives import OBJECTIVES, Objective, build_objective, with_vocabulary
 from megatron.objectives.base import flops_per_token
-from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.deepspeed.memory import Partition, held, optimizer_groups
 from megatron.training.deepspeed.pipeline import stages
@@ -316,10 +313,9 @@ def _tokens(flags: Config, layout: Layout, notes: list[str]) -> float | None:
 def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Shapes, Shapes, Shapes, Shapes]:
     """Shapes of a rank's parameters in the embedding, one block, the last norm and the head, by building
     them without memory; a head that is tied has none."""
-    with torch.device("meta"):
-        layers = build_layers(shape, ParameterFactory(ParallelContext(tp=Axis(size=tp_size)), seed=0))
-        parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
-        sizes = [tuple(tuple(p.shape) for p in part.build().parameters()) for part in parts]
+    layers = build_layers(shape, ParameterFactory.of_shapes(tp_size))
+    parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
+    sizes = [tuple(tuple(p.shape) for p in part.build().parameters()) for part in parts]
     embedding, block, norm, head = [*sizes, ()][:4]
     return embedding, block, norm, head
 

@@ -15,7 +15,6 @@ from megatron.training.deepspeed.settings import (
     adopt_process_groups,
     deepspeed_settings,
     tensor_parallel_groups,
-    without_compiling,
 )
 from megatron.training.deepspeed.shards import Matrices, ZeroShards
 from megatron.training.engine import Batches, Engine, Wishes
@@ -48,7 +47,7 @@ class DeepSpeedEngine(Engine):
         settings = deepspeed_settings(self.config, dp_size=context.dp.size, num_parameters=num_parameters)
         optimizer = build_optimizer(module.parameters(), self.config.optimizer)
         mpu = tensor_parallel_groups(context) if context.tp.size > 1 and not self.is_pipeline else None
-        with redirect_stdout(StringIO()), without_compiling():  # its bf16 optimizer prints eighteen lines on memory
+        with redirect_stdout(StringIO()):  # its bf16 optimizer prints eighteen lines on memory
             self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
             )

@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from megatron.config.schema import Config
 from megatron.errors import require
@@ -213,6 +213,12 @@ def adopt_process_groups(context: ParallelContext) -> None:
     warnings.filterwarnings("ignore", message="c10d::broadcast_")
     import deepspeed
 
+    # Its own Muon, which it imports with an engine and nothing here uses: to compile that would load torch's compiler, a second
+    # at every start.
+    compiling, torch.compile = torch.compile, lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    import deepspeed.runtime.zero.muon.original_muon
+
+    torch.compile = compiling
     # Its information lines bury the progress of a run; its import resets the level.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
@@ -229,21 +235,6 @@ def adopt_process_groups(context: ParallelContext) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a line of DeepSpeed's is for users: not its warning about optimizers that are not its own, as Muon's is."""
     return "untested optimizer" not in record.getMessage()
-
-
-@contextmanager
-def without_compiling() -> Iterator[None]:
-    """Within it ``torch.compile`` leaves functions as they are. While it builds an engine DeepSpeed imports its own Muon, which
-    nothing here uses; to decorate it would load torch's compiler: a second at every start."""
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it at every decoration
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def tensor_parallel_groups(context: ParallelContext) -> SimpleNamespace:
