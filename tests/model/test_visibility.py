@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 from plain_transformer import attention
-from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron.config.schema import ModelConfig
@@ -222,6 +221,8 @@ def test_a_compiled_block_takes_block_masks_without_compiling_again(monkeypatch,
     ]
     visible = block.self_attention.visible
     expected = [block(batch, visible(batch, mask)).hidden for batch in batches]
+    from torch._dynamo.testing import CompileCounter  # seconds to load
+
     counter = CompileCounter()
     torch._dynamo.reset()
     block.transform = torch.compile(block.transform, dynamic=False, backend=counter)
