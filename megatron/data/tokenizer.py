@@ -75,15 +75,19 @@ class FastTokenizer(Tokenizer):
         self.eod_id = backend.token_to_id(eod) if eod else None
 
     def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`; by several threads of the library."""
         return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`; special tokens are shown."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones too."""
         return self.backend.get_vocab(with_added_tokens=True)
 
 
@@ -103,15 +107,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = processor.eos_id() if processor.eos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
         return self._processor.encode(text, out_type=int)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`."""
         return self._processor.encode(list(texts), out_type=int)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
+        """The id of every piece."""
         return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
 
 
@@ -124,12 +132,15 @@ class ByteTokenizer(Tokenizer):
     spec = {"type": "ByteTokenizer"}  # noqa: RUF012 (not to be changed)
 
     def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of bytes; what is no UTF-8 becomes U+FFFD, and other ids give nothing."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def vocabulary(self) -> dict[str, int]:
+        """Names for all 257 ids."""
         return {**{f"byte {index}": index for index in range(256)}, "end of document": 256}
 
 
@@ -155,9 +166,11 @@ class NullTokenizer(Tokenizer):
         return [int(word) for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The ids as numbers with spaces between them."""
         return " ".join(str(int(i)) for i in ids)
 
     def vocabulary(self) -> None:
+        """None: it knows only ids."""
         return None
 
 

@@ -69,6 +69,7 @@ class LMHead(nn.Module):
         self.weight = factory.normal("weight", spec, shape.init_method_std)
 
     def forward(self, hidden: torch.Tensor) -> HeadOutput:
+        """``hidden`` [batch, seq, hidden] beside this rank's rows of the output matrix."""
         return HeadOutput(hidden, self.weight)
 
 

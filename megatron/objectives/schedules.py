@@ -49,9 +49,11 @@ class Linear:
     mean_share: float = 0.5
 
     def share(self, t: np.ndarray) -> np.ndarray:
+        """s(t)."""
         return t
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t)."""
         return np.ones_like(t)
 
 

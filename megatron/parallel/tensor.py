@@ -233,6 +233,7 @@ class ColumnParallelLinear(TensorParallelModule):
         self.bias = factory.constant("bias", ShardSpec((out_size,), 0, tuple(blocks)), 0.0) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's output channels; shapes as in the class."""
         if not self.is_split:
             return F.linear(copy_to_tensor_parallel(x, self.context), self.weight, self.bias)
         y = _GatheredLinear.apply(x, self.weight, self.context.tp.group)
@@ -249,6 +250,7 @@ class RowParallelLinear(TensorParallelModule):
         self.bias = factory.constant("bias", ShardSpec((out_size,)), 0.0) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks; shapes as in the class."""
         y = reduce_from_tensor_parallel(F.linear(x, self.weight), self.context, is_split=self.is_split)
         # The bias is whole on every rank: added once, after the sum.
         return y if self.bias is None else y + self.own(self.bias)
@@ -264,6 +266,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.rows = vocab_size // self.context.tp.size
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table; shapes as in the class."""
         if self.context.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.context.tp.rank * self.rows

@@ -123,6 +123,7 @@ class Run:
 
     @property
     def objective(self) -> str:
+        """Name of what was trained."""
         return str(self.info["objective"])
 
     @property
@@ -132,6 +133,7 @@ class Run:
 
     @property
     def is_exact(self) -> bool:
+        """Whether the number is a likelihood itself."""
         return "exact" in self.label.lower()
 
     @property
@@ -176,6 +178,7 @@ class Run:
 
     @property
     def train_flops(self) -> float:
+        """Training compute 6*N*D that the run was asked for; 0 without training data."""
         return float(self.info["train_flops"] or 0)
 
     @property
@@ -257,6 +260,7 @@ class Run:
 
     @property
     def samples_done(self) -> int:
+        """Samples at the last logged step; 0 before the first."""
         return max((int(row["samples"]) for row in self.train), default=0)
 
     @property
