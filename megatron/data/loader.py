@@ -91,7 +91,6 @@ class TokenDataset(Protocol):
 
     def pieces(self, index: int) -> Pieces:
         """The documents that a sample is cut from."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts; the fast way to encode."""
@@ -49,11 +48,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; ids outside the vocabulary (mask, padding) give nothing."""
-        ...
 
     def vocabulary(self) -> dict[str, int] | None:
         """Return the id of every token, as the tokenizer spells tokens; None when it knows only ids."""
-        ...
 
 
 class FastTokenizer(Tokenizer):

@@ -155,15 +155,12 @@ class Objective(Protocol):
         Raises:
             UserError: the options do not fit each other or the run.
         """
-        ...
 
     def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
         """Make a batch; all noise is a function of (seed, sample id)."""
-        ...
 
     def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
         """What each token counts in this draw of the noise, [batch, seq]; 1 in the mean over draws of evaluation."""
-        ...
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Objective:
         """The same objective with evaluation settings: no training-only noise, a fixed seed.
@@ -173,7 +170,6 @@ class Objective(Protocol):
             num_draws: how many there are; they are averaged with equal weights, and what one has for noise may depend on
                 all of them (times spread over them, pairs of complementary masks).
         """
-        ...
 
 
 def flops_per_token(shape: Shape, objective: Objective) -> float:

@@ -30,16 +30,13 @@ class Schedule(Protocol):
 
     def share(self, t: np.ndarray) -> np.ndarray:
         """s(t)."""
-        ...
 
     def rate(self, t: np.ndarray) -> np.ndarray:
         """s'(t)."""
-        ...
 
     @property
     def mean_share(self) -> float:
         """∫₀¹ s(t) dt."""
-        ...
 
 
 @dataclass(frozen=True)
