@@ -41,7 +41,7 @@ APART: dict[str, dict[str, Any]] = {
         "help": "Megatron's defaults (LayerNorm, GELU, learned positions, biases, linear decay, intervals), not ours"},
 }
 # fmt: on
-LAYERED = ("--config", "--use-checkpoint-args")  # what brings settings from elsewhere
+LAYERED = {"--config", "--use-checkpoint-args"}  # what brings settings from elsewhere
 
 
 class HasOptions(Protocol):
@@ -87,7 +87,7 @@ def parse(
     """
     words = sys.argv[1:] if argv is None else list(argv)
     notes, origins = [] if notes is None else notes, {} if origins is None else origins
-    if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+    if LAYERED & flags_in(words):
         told = {"prog": prog, "world_size": world_size, "notes": notes, "origins": origins, "recorded": recorded}
         return import_module("megatron.config.layers").parse(words, registry, objective=objective, **told)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
@@ -99,6 +99,9 @@ def parse(
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
         notes += lines
     values, sections = vars(parser.parse_args(words)), {}
+    require(
+        values["dump_config"] is None, "--dump-config", "this program prints no settings", "give it to megatron train"
+    )
     origins |= dict.fromkeys(_given(parser, words), "flag") | origins
     for section, cls in SECTIONS.items():
         sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
@@ -129,6 +132,11 @@ def _needed(registry: Registry, words: Sequence[str], *, default: str, prog: str
         if {word.partition("=")[0] for word in words if word.startswith("-")} <= known:
             return own, parser
     return registry, build_parser(registry, prog)
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The flags of a command line, in whichever spelling, with hyphens."""
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def _given(parser: Parser, words: Sequence[str]) -> list[str]:
