@@ -91,17 +91,11 @@ def parse(
         told = {"prog": prog, "world_size": world_size, "notes": notes, "origins": origins, "recorded": recorded}
         return import_module("megatron.config.layers").parse(words, registry, objective=objective, **told)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
-    for word in words:
-        flag, _, value = word.partition("=")
-        is_empty = word.startswith("--") and value == "--"  # argparse would give an empty list of values
-        require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
+    _check_words(words)
     if _is_foreign(parser, words):
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
         notes += lines
     values, sections = vars(parser.parse_args(words)), {}
-    require(
-        values["dump_config"] is None, "--dump-config", "this program prints no settings", "give it to megatron train"
-    )
     origins |= dict.fromkeys(_given(parser, words), "flag") | origins
     for section, cls in SECTIONS.items():
         sections[section] = cls(**{item.name: values[item.name] for item in fields(cls) if item.metadata})
@@ -132,6 +126,15 @@ def _needed(registry: Registry, words: Sequence[str], *, default: str, prog: str
         if {word.partition("=")[0] for word in words if word.startswith("-")} <= known:
             return own, parser
     return registry, build_parser(registry, prog)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    given = "--dump-config"
+    require(given not in flags_in(words), given, "this program prints no settings", "give it to megatron train")
+    for word in words:
+        flag, _, value = word.partition("=")
+        is_empty = word.startswith("--") and value == "--"  # argparse would give an empty list of values
+        require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
 
 
 def flags_in(words: Sequence[str]) -> set[str]:

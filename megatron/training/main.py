@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from megatron.config.cli import LAYERED, flags_in
 from megatron.config.validate import check_packages
 from megatron.errors import UserError, require
+from megatron.files import lock_run
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch, complain
-from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run, holds_run
 
 if TYPE_CHECKING:

@@ -33,8 +33,7 @@ from megatron.objectives import build_objective, needs_mask_token, with_vocabula
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
-from megatron.runs.links import Branch, branch_of
-from megatron.runs.record import holds_run
+from megatron.runs.record import Branch, branch_of, holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
@@ -90,7 +89,7 @@ def resolve(
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(),
         objective=with_vocabulary(flags.objective, mask_id, size=vocabulary.size, padded=shape.padded_vocab_size),
-        optimizer=schedule.recorded(flags.optimizer),
+        optimizer=schedule.optimizer,
         run=_run(given.run, before, layout, schedule, branch),
     )
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))  # another one after --no-load-rng

@@ -17,7 +17,7 @@ from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
 from megatron.runs.provenance import this_attempt
-from megatron.runs.record import ValidRow, suffix_of, write_evaluation
+from megatron.runs.record import ValidRow, write_evaluation
 from megatron.training.engine import Engine, build_engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
@@ -168,7 +168,7 @@ def evaluate_checkpoint(
         "result": asdict(row),
         "attempt": asdict(this_attempt(layout=plan.layout.sizes(), device=context.device)),
     }  # fmt: skip
-    name = f"step{row.step}{suffix_of(row.kind)}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
+    name = f"step{row.step}{row.suffix}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
     path = write_evaluation(plan.run_dir, record, name=name)
     sums.with_halves(validator.halves).save(path.with_suffix(".npz"))
     screen.print(f"recorded in {path}")

@@ -18,7 +18,7 @@ from layouts.pool import Process, WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
-from megatron.runs.record import TrainRow, ValidRow
+from megatron.runs.record import TrainRow, ValidRow, clear_run
 from megatron.screen import format_seconds
 from megatron.training.reporting import MetricsLog, Screen
 
@@ -160,7 +160,6 @@ def train_without(run_dir: Path, argv: list[str]) -> int:
     """The status of a run whose checkpoint another one, which replaces it, deletes meanwhile."""
     from unittest import mock
 
-    from megatron.runs.record import clear_run
     from megatron.training import resolve
     from megatron.training.main import main
 
@@ -173,6 +172,17 @@ def train_without(run_dir: Path, argv: list[str]) -> int:
 
     with mock.patch.object(resolve, "resolve", then_delete):
         return main("mdm", argv)
+
+
+def test_replacing_a_run_deletes_its_checkpoints_and_nothing_beside_them(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for place in (run_dir / "global_step1", run_dir / "global_step1-mine", tmp_path / "store"):
+        place.mkdir(parents=True)
+        (place / "manifest.json").write_text("{}")
+    (run_dir / "global_step2").symlink_to(tmp_path / "store")
+    clear_run(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["global_step1-mine"]
+    assert (tmp_path / "store/manifest.json").exists(), "what a link names is not in the folder"
 
 
 def train_row(**changes: Any) -> TrainRow:
