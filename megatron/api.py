@@ -6,8 +6,6 @@ Each function is loaded when it is first asked for, so that ``import megatron`` 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import shlex
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,19 +43,16 @@ def train(flags: Mapping[str, Any] | Sequence[str] | str) -> Run:
     from megatron.objectives import parse
     from megatron.parallel.connection import connect
     from megatron.parallel.launch import Launch
+    from megatron.training.configuration import recorded
 
-    words = _words(flags)
-    said = io.StringIO()
+    words, launch = _words(flags), Launch.from_environment()
     try:
-        with contextlib.redirect_stderr(said):
-            run = parse(words, prog="flags").run
+        run = parse(words, world_size=launch.world_size, recorded=recorded).run
     except SystemExit:
-        message = said.getvalue().strip().removeprefix("flags: error: ") or "--help from Python"
-        raise UserError(message, "flags are those of megatron train --help", "correct the call") from None
+        raise UserError("--help from Python", "it prints flags and leaves", "run megatron train --help") from None
     folder = run.save or (run.load if run.skip_train else None)
     require(folder is not None, "flags without save", "the run is read from there", 'add "save": "runs/NAME"')
     # DeepSpeed keeps the process group of its first engine, so one process keeps one for all its runs.
-    launch = Launch.from_environment()
     if launch.world_size == 1:
         connect(launch)
     status = main(argv=words, raise_errors=True)

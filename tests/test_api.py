@@ -61,6 +61,11 @@ def test_the_names_are_few_and_all_there() -> None:
         ("--model 7M --train-iters 1 --save 'a b' --zero-stage 7", "--zero-stage is 7"),
         ({"model": "7M", "help": True}, "--help"),
         ({"model": "7M", "train_iters": 1, "train_data_path": "absent", "save": "x"}, "absent"),
+        (
+            {"model": "7M", "train_iters": 1, "use_checkpoint_args": True, "load": "absent", "save": "x"},
+            "--load absent",
+        ),
+        ({"model": "7M", "train_iters": 1, "dump_config": True, "save": "x"}, "--dump-config; this program prints"),
     ],
     ids=str,
 )
@@ -72,6 +77,20 @@ def test_wrong_flags_are_raised_not_printed(
         megatron.train(flags)
     assert message in str(error.value)
     assert capsys.readouterr().err == ""
+
+
+def test_processes_of_a_launcher_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(megatron.UserError, match="no training data"):
+        megatron.train({"model": "7M", "num_attention_heads": 4, "tp_size": 2, "train_iters": 1, "save": "x"})
 
 
 def test_training_is_for_the_main_thread() -> None:

@@ -90,11 +90,14 @@ def name_in(file: Path) -> str | None:
 
 
 def delete_tag(folder: Path) -> None:
-    """Delete a tag, its manifest first: half-deleted it is no checkpoint.
+    """Delete a tag, its manifest first: half-deleted it is no checkpoint. Of a link, what it names stays.
 
     Raises:
         OSError: not all of it could be deleted.
     """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 

@@ -41,7 +41,7 @@ APART: dict[str, dict[str, Any]] = {
         "help": "Megatron's defaults (LayerNorm, GELU, learned positions, biases, linear decay, intervals), not ours"},
 }
 # fmt: on
-LAYERED = ("--config", "--use-checkpoint-args")  # what brings settings from elsewhere
+LAYERED = {"--config", "--use-checkpoint-args"}  # what brings settings from elsewhere
 
 
 class HasOptions(Protocol):
@@ -87,14 +87,11 @@ def parse(
     """
     words = sys.argv[1:] if argv is None else list(argv)
     notes, origins = [] if notes is None else notes, {} if origins is None else origins
-    if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+    if LAYERED & flags_in(words):
         told = {"prog": prog, "world_size": world_size, "notes": notes, "origins": origins, "recorded": recorded}
         return import_module("megatron.config.layers").parse(words, registry, objective=objective, **told)
     registry, parser = _needed(registry, words, default=objective, prog=prog)
-    for word in words:
-        flag, _, value = word.partition("=")
-        is_empty = word.startswith("--") and value == "--"  # argparse would give an empty list of values
-        require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
+    _check_words(words)
     if _is_foreign(parser, words):
         words, lines = import_module("megatron.config.foreign").translate(words, parser, world_size=world_size)
         notes += lines
@@ -129,6 +126,20 @@ def _needed(registry: Registry, words: Sequence[str], *, default: str, prog: str
         if {word.partition("=")[0] for word in words if word.startswith("-")} <= known:
             return own, parser
     return registry, build_parser(registry, prog)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    given = "--dump-config"
+    require(given not in flags_in(words), given, "this program prints no settings", "give it to megatron train")
+    for word in words:
+        flag, _, value = word.partition("=")
+        is_empty = word.startswith("--") and value == "--"  # argparse would give an empty list of values
+        require(not is_empty, f"{flag} has the value '--'", "it takes a value", "correct it")
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The flags of a command line, in whichever spelling, with hyphens."""
+    return {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def _given(parser: Parser, words: Sequence[str]) -> list[str]:

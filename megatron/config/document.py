@@ -13,6 +13,8 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron.errors import UserError, require
 
 RULE = "a configuration file is YAML or JSON: one 'name: value' for each setting, named as the flag"
@@ -20,12 +22,32 @@ NESTING = (
     "a value is a word or a list of words; the only groups are model, objective, data, optimizer, parallel and run"
 )
 MAX_BYTES = 1 << 24
-SCALAR_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "null", "bool", "int", "float"))
 UNSET = ("~", "null", "Null", "NULL")
 
 
-class Table(list[tuple[str, Any]]):
+class Table(list[tuple[Any, Any]]):
     """Pairs of a mapping in their order, equal names among them; a value is a word, None, a list or another table."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which a scalar is the word that it is written as, and a mapping is its pairs."""
+
+    def word(self, node: yaml.ScalarNode) -> str | None:
+        """The scalar as it stands; None for the word of an open setting, unless it is quoted."""
+        text, where = str(self.construct_scalar(node)), f"line {node.start_mark.line + 1}"
+        is_quoted = node.style is not None
+        fix = "a setting that is left open is null"
+        require(text or is_quoted, f"{where}: a name without a value", fix, "give a value")
+        return None if text in UNSET and not is_quoted else text
+
+    def table(self, node: yaml.MappingNode) -> Table:
+        """The mapping."""
+        return Table(self.construct_pairs(node, deep=True))
+
+
+for _kind in ("str", "null", "bool", "int", "float", "timestamp", "merge", "value"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", Loader.word)
+Loader.add_constructor("tag:yaml.org,2002:map", Loader.table)
 
 
 def read_document(path: Path) -> tuple[Table, dict[str, Any] | None]:
@@ -45,10 +67,8 @@ def read_document(path: Path) -> tuple[Table, dict[str, Any] | None]:
         try:
             tree = json.loads(text, object_pairs_hook=Table, parse_int=str, parse_float=str, parse_constant=str)
             is_record = any(name == "config" and isinstance(value, Table) for name, value in tree)
-            return _plain(tree, path), json.loads(text) if is_record else None
+            return tree, json.loads(text) if is_record else None
         except (ValueError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
             require(path.suffix != ".json", f"{path} is no JSON ({error})", RULE, "correct it")
     tree = _yaml(text, path)
     require(
@@ -76,56 +96,16 @@ def _text(path: Path) -> str:
         raise UserError(f"--config {path} is not UTF-8 (byte {error.start})", RULE, "save it as UTF-8") from error
 
 
-def _plain(value: Any, path: Path) -> Any:
-    """A tree of JSON with words for its scalars."""
-    if isinstance(value, Table):
-        return Table((_word(name, path), _plain(member, path)) for name, member in value)
-    if isinstance(value, list):
-        return [_plain(member, path) for member in value]
-    return value if value is None else _word(value if isinstance(value, str) else str(value).lower(), path)
-
-
 def _yaml(text: str, path: Path) -> Any:
-    import yaml
-
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return None if node is None else _tree(node, path, yaml, depth=0)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path} is no YAML ({problem or str(error).splitlines()[0]}{where})", RULE, "correct it"
-        ) from error
+        problem = problem or str(error).splitlines()[0]
+        raise UserError(f"{path} is no YAML ({problem}{where})", RULE, "correct it") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply", RULE, "correct it") from error
-
-
-def _tree(node: Any, path: Path, yaml: Any, *, depth: int) -> Any:
-    where = f"{path}, line {node.start_mark.line + 1}"
-    require(depth <= 3, f"{where}: nested too deeply", NESTING, "correct it")  # here, because aliases multiply
-    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
-        for key, _ in node.value:
-            require(isinstance(key, yaml.ScalarNode), f"{where}: a name is a list or a mapping", RULE, "correct it")
-        return Table((_word(key.value, path), _tree(value, path, yaml, depth=depth + 1)) for key, value in node.value)
-    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
-        return [_tree(member, path, yaml, depth=depth + 1) for member in node.value]
-    is_word = isinstance(node, yaml.ScalarNode) and node.tag in SCALAR_TAGS
-    require(is_word or node.tag.endswith(":timestamp"), f"{where}: the tag {node.tag}", RULE, "remove it")
-    if node.style is None:  # not quoted
-        require(node.value, f"{where}: a name without a value", "a setting that is left open is null", "give a value")
-        return None if node.value in UNSET else _word(node.value, path)
-    return _word(node.value, path)
-
-
-def _word(text: str, path: Path) -> str:
-    """The text, if a command line could hold it."""
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        text = "\0"
-    require("\0" not in text, f"{path} has a character that no word has", RULE, "remove it")
-    return text
 
 
 def flat(table: Table, sections: Collection[str], path: Path) -> Table:
@@ -137,14 +117,30 @@ def flat(table: Table, sections: Collection[str], path: Path) -> Table:
         path: the file, for errors.
 
     Raises:
-        UserError: names of other mappings and of nested lists, all of them.
+        UserError: a name or a word that no command line could hold; names of other mappings and of nested lists, all of them.
     """
     pairs, nested = Table(), Table()
     for name, value in table:
-        is_section = isinstance(value, Table) and name in sections
+        is_section = isinstance(value, Table) and name in [*sections]
         for own, member in value if is_section else [(name, value)]:
-            is_list = isinstance(member, list) and all(isinstance(word, str) for word in member)
-            (pairs if member is None or isinstance(member, str) or is_list else nested).append((own, member))
+            require(isinstance(own, str), f"{path}: a name is a list or a mapping", RULE, "correct it")
+            words = [_word(word, path) for word in member] if isinstance(member, list) else _word(member, path)
+            is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)
+            is_plain = words is None or isinstance(words, str) or is_list
+            (pairs if is_plain else nested).append((_word(own, path), words))
     names = ", ".join(dict.fromkeys(name for name, _ in nested))
     require(not nested, f"{path} has no word or list of words for {names}", NESTING, "correct it")
     return pairs
+
+
+def _word(value: Any, path: Path) -> Any:
+    """A scalar as a command line would hold it; lists and tables as they are."""
+    if isinstance(value, bool):  # of JSON
+        return str(value).lower()
+    if isinstance(value, str):
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            value = "\0"
+        require("\0" not in value, f"{path} has a character that no word has", RULE, "remove it")
+    return value

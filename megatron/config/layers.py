@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.config import cli
-from megatron.config.cli import LAYERED, Registry, build_parser, owned_options, truth
+from megatron.config.cli import LAYERED, Registry, build_parser, flags_in, owned_options, truth
 from megatron.config.document import Table, flat, read_document
 from megatron.config.foreign import rules, split
 from megatron.config.recorded import flags_of, repeated
@@ -214,8 +214,8 @@ def parse(
         UserError: as there; where it is about a setting that is not from the command line, it says from where that is.
     """
     words = expand(words, registry, prog=more["prog"], recorded=recorded, origins=origins, notes=notes)
-    left = next((word for word in words if word.partition("=")[0].replace("_", "-") in LAYERED), None)
-    require(left is None, f"{left} behind --", "no flag stands there", "drop the --")
+    left = " ".join(LAYERED & flags_in(words))
+    require(not left, f"{left} behind --", "no flag stands there", "drop the --")
     sources = dict(origins)
     try:
         return cli.parse(words, registry, origins=origins, notes=notes, **more)

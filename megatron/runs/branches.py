@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.errors import Failure
 from megatron.files import one_at_a_time, replace_file
-from megatron.runs.links import RECORD, RECORD_LOCK, Link
+from megatron.runs.record import RECORD, RECORD_LOCK, Link
 
 
 def add_branch(run_dir: Path, link: Link, *, parent_id: str) -> str | None:

@@ -18,22 +18,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag
+from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag, tag_folders
 from megatron.config.schema import AVERAGE, BERNOULLI, WEIGHT
 from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
-from megatron.runs.links import RECORD, RECORD_LOCK, Branch, Link, branch_of, of_known_fields
 
-FORMAT = 1
 DIVERGED = "steps in a row had a NaN or infinite gradient"  # what a run that diverged says last, with their number
-METRICS, STOPPED = "metrics.jsonl", "stopped.json"
+RECORD, METRICS, STOPPED = "run.json", "metrics.jsonl", "stopped.json"
+RECORD_LOCK = ".run.json.lock"  # held for a moment by whoever changes run.json: the run itself, and branches of it
 VALIDATIONS, EVALUATIONS, GENERALISATION = "validations", "evaluations", "generalisation"
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 # Kinds of rows: of training, and of validations of the weights as trained and of their average (--ema-decay).
 TRAIN, VALID, VALID_AVERAGE = "train", "valid", "valid_ema"
 WEIGHTS = {VALID: WEIGHT, VALID_AVERAGE: AVERAGE}
+Record = TypeVar("Record")
 PROTOCOL = ("label", "estimator", "num_mc", "num_samples", "data")  # what makes two validations of a run comparable
 
 
@@ -69,6 +69,31 @@ class Attempt:
     from_tag: str | None = None
     changed: dict[str, list[Any]] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """Another run: its folder, its run id, and the checkpoint (and step) that it shares with this one."""
+
+    run: str
+    run_id: str
+    tag: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Branch(Link):
+    """Where a run left another one (``--branch-from``); kept in run.json and in its checkpoints.
+
+    Attributes:
+        samples: consumed by then.
+        order_samples: that the data order of both is planned for.
+        changed: settings that differ from there on, ``section.name`` → [before, now].
+    """
+
+    samples: int
+    order_samples: int
+    changed: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class RunRecord:
     branch: Branch | None = None
     branches: list[Link] = field(default_factory=list)
     imported: dict[str, str] = field(default_factory=dict)
-    format: int = FORMAT
+    format: int = 1
 
     def write(self, run_dir: Path) -> None:
         """Replace ``run.json``; branches that were added meanwhile stay."""
@@ -132,12 +157,27 @@ class RunRecord:
         """The record of a run; None where there is none that can be read (a damaged one is no reason to lose a run)."""
         try:
             values = json.loads((run_dir / RECORD).read_bytes())
-            attempts = [of_known_fields(Attempt, attempt) for attempt in values.get("attempts", [])]
-            branches = [of_known_fields(Link, link) for link in values.get("branches", [])]
-            found = {"attempts": attempts, "branches": branches, "branch": branch_of(values)}
-            return of_known_fields(cls, {**values, **found})
+            for name, kind in (("attempts", Attempt), ("branches", Link)):
+                values[name] = [of_known_fields(kind, entry) for entry in values.get(name, [])]
+            return of_known_fields(cls, {**values, "branch": branch_of(values)})
         except (OSError, ValueError, TypeError, AttributeError):  # no JSON, of another kind, or fields are missing
             return None
+
+
+def branch_of(values: Mapping[str, Any]) -> Branch | None:
+    """The branch that a manifest or a run.json records."""
+    found = values.get("branch")
+    return None if found is None else of_known_fields(Branch, found)
+
+
+def of_known_fields(cls: type[Record], values: dict[str, Any]) -> Record:
+    """A record from JSON; fields of other versions are passed over.
+
+    Raises:
+        TypeError: a field is missing.
+    """
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -211,6 +251,11 @@ class ValidRow(Position):
     def weights(self) -> str:
         """Kind of the weights that were validated."""
         return WEIGHTS[self.kind]
+
+    @property
+    def suffix(self) -> str:
+        """Ending that tells files of validations of the averaged weights apart."""
+        return "" if self.kind == VALID else f"_{self.weights}"
 
 
 Row = TrainRow | ValidRow
@@ -311,7 +356,7 @@ class MetricsFile:
 
 
 def estimator_of(row: Mapping[str, Any]) -> str:
-    """How a recorded validation was estimated; before there was a choice, coins where there was noise."""
+    """How a recorded validation was estimated; before there was a choice, by coins where there was noise."""
     return str(row.get("estimator", "" if row["label"] == EXACT else BERNOULLI))
 
 
@@ -321,11 +366,6 @@ def kind_of(label: str, num_mc: int, estimator: str, weights: str = WEIGHT) -> s
     return text if weights == WEIGHT else f"{text} of the averaged weights"
 
 
-def suffix_of(kind: str) -> str:
-    """Ending that tells files of validations of the averaged weights apart."""
-    return "" if kind == VALID else f"_{WEIGHTS[kind]}"
-
-
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run already."""
     return any((folder / name).exists() for name in (RECORD, METRICS)) or any(folder.glob(f"global_step*/{MANIFEST}"))
@@ -333,7 +373,7 @@ def holds_run(folder: Path) -> bool:
 
 def clear_run(folder: Path) -> None:
     """Remove a run from its folder (``--overwrite``): its records and checkpoints, nothing else."""
-    for tag in folder.glob("global_step*"):
+    for tag in tag_folders(folder):
         delete_tag(tag)
     for name in (LATEST, RECORD, METRICS, BEST, STOPPED, "wandb_id"):
         (folder / name).unlink(missing_ok=True)
@@ -343,12 +383,11 @@ def clear_run(folder: Path) -> None:
 
 def write_evaluation(run_dir: Path, record: dict[str, Any], *, name: str) -> Path:
     """Add an evaluation of a checkpoint: a record of its own beside the run that it judges, under a new name."""
-    folder = run_dir / EVALUATIONS
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while (path := folder / (f"{name}.json" if number == 0 else f"{name}-{number}.json")).exists():
-        number += 1
-    replace_file(path, json.dumps(record, indent=1))
+    path, number = run_dir / EVALUATIONS / f"{name}.json", 0
+    with one_at_a_time(path.with_name(".lock")):  # several may judge one run at a time
+        while path.exists():
+            path, number = path.with_name(f"{name}-{number + 1}.json"), number + 1
+        replace_file(path, json.dumps(record, indent=1))
     return path
 
 

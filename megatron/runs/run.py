@@ -13,8 +13,7 @@ import numpy as np
 
 from megatron.config.schema import WEIGHT
 from megatron.runs.counts import format_count
-from megatron.runs.links import Branch, branch_of
-from megatron.runs.record import OVER_DOCUMENTS, Position, kind_of
+from megatron.runs.record import OVER_DOCUMENTS, Branch, Position, branch_of, kind_of
 from megatron.runs.sums import halves, load_sums
 from megatron.statistics import ValidationSums, mean_loss
 

@@ -14,8 +14,7 @@ from megatron.config import config_from_dict
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.errors import UserError, require
 from megatron.runs.branches import add_branch
-from megatron.runs.links import Branch, Link, branch_of
-from megatron.runs.record import RunRecord, holds_run
+from megatron.runs.record import Branch, Link, RunRecord, branch_of, holds_run
 from megatron.training.plan import Start
 from megatron.training.schedule import learning_rate
 

@@ -62,15 +62,16 @@ def dump(objective: str, words: Sequence[str], launch: Launch) -> int:
         UserError: as at the start of the run, but for a run directory that holds a run.
     """
     chooser = ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--dump-config", nargs="?", const="-")
-    place = chooser.parse_known_args(words)[0].dump_config
+    chooser.add_argument("--dump-config", "--dump_config", nargs="?", const="-")
+    options, rest = chooser.parse_known_args(words)
+    place = options.dump_config
     given, fix = f"--dump-config {place}", "give another name"
     require(place and not isdir(place), f"{given} is no name of a file", "the settings are written to a file", fix)
     require(not isfile(place), f"{given}: there is such a file", "nothing is replaced", fix)
     origins: dict[str, str] = {}
     notes: list[str] = []
     told = {"world_size": launch.world_size, "origins": origins, "recorded": recorded, "notes": notes}
-    flags = parse(list(words), objective=objective, **told)
+    flags = parse(rest, objective=objective, **told)
     plan = resolve(flags, launch, run_name="RUN", origins=origins, is_rehearsal=True)
     if launch.is_first_rank:
         text = "\n".join([*document(flags, plan), ""])

@@ -23,7 +23,7 @@ from megatron.files import replace_file, written_whole
 from megatron.model.arithmetic import total_parameters
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
-from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow, suffix_of
+from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.engine import Engine
 from megatron.training.plan import Plan, Sources, Start
@@ -95,7 +95,7 @@ class RunFolder:
         """
         if self._log is not None:
             folder = self.plan.run_dir / VALIDATIONS
-            paths = [folder / f"step{row.step}{suffix_of(row.kind)}.npz" for row in rows]
+            paths = [folder / f"step{row.step}{row.suffix}.npz" for row in rows]
             with written_whole(paths[0]):
                 folder.mkdir(exist_ok=True)
             for path, own in zip(paths, sums()):

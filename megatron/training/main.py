@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.config.cli import LAYERED
+from megatron.config.cli import LAYERED, flags_in
 from megatron.config.validate import check_packages
 from megatron.errors import UserError, require
+from megatron.files import lock_run
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch, complain
-from megatron.runs.lock import lock_run
 from megatron.runs.record import clear_run, holds_run
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(
     try:
         launch = Launch.from_environment()
         words = sys.argv[1:] if argv is None else list(argv)
-        if any(word.partition("=")[0] == "--dump-config" for word in words):
+        if "--dump-config" in flags_in(words):
             return import_module("megatron.training.configuration").dump(objective, words, launch)
         origins: dict[str, str] = {}
         flags = _flags(objective, words, launch, origins)
@@ -105,7 +105,7 @@ def _plan(flags: Config, launch: Launch, words: Sequence[str], origins: dict[str
 
     run_name = f"{flags.objective.objective}_{datetime.now():%Y%m%d_%H%M%S}"
     plan = resolve(flags, launch, run_name=run_name, origins=origins)
-    if any(word.partition("=")[0].replace("_", "-") in LAYERED for word in words):
+    if LAYERED & flags_in(words):
         import_module("megatron.training.configuration").check_contents(plan)
     return plan
 

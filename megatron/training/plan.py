@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from megatron.config.shape import Preset, Shape
 from megatron.model.arithmetic import parameters_for_compute
 from megatron.objectives import Objective
 from megatron.objectives.base import compute_per_token
-from megatron.runs.links import Branch, branch_of
+from megatron.runs.record import Branch, branch_of
 
 WORKED_OUT = "worked out"  # origin of what data, checkpoint and other settings decide
 
@@ -68,22 +68,14 @@ class Schedule:
     Attributes:
         train_samples: length of training, as given: data order and learning rate are planned with it, as megatron-core
             does; training ends with the last whole global batch.
-        warmup_samples: linear warm-up; a fraction of the decay need not be whole.
-        decay_samples: samples over which the rate decays.
-        wsd_decay_samples: of them, those at their end over which WSD does; None for other styles.
         order_samples: samples that the data order is planned for: of a branch, those of the run that it left.
+        optimizer: the flags with every length of the rate: linear warm-up (a fraction of the decay need not be whole), decay,
+            and of the latter what lies at its end for WSD (None for other styles).
     """
 
     train_samples: int
-    warmup_samples: float
-    decay_samples: int
-    wsd_decay_samples: int | None
     order_samples: int
-
-    def recorded(self, optimizer: OptimizerConfig) -> OptimizerConfig:
-        """The flags of the optimizer with these lengths."""
-        lengths = {"decay": self.decay_samples, "warmup": self.warmup_samples, "wsd_decay": self.wsd_decay_samples}
-        return replace(optimizer, **{f"lr_{name}_samples": samples for name, samples in lengths.items()})  # type: ignore[arg-type]
+    optimizer: OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Interval:
     """Steps since the last log line. Nothing waits for the device until :meth:`row`.
 
     Attributes:
-        wishes: of the last step that was read, the same on every rank; see :class:`StepNumbers`.
+        numbers: of the last step that was read, the same on every rank.
     """
 
     def __init__(self, progress: Progress, screen: Screen, throughput: Throughput, *, max_skipped: int) -> None:
@@ -148,7 +148,7 @@ class Interval:
         max_skipped: steps in a row that may be skipped.
         """
         self.progress, self.screen, self.throughput, self.max_skipped = progress, screen, throughput, max_skipped
-        self.wishes: tuple[int, ...] = ()
+        self.numbers = StepNumbers(math.nan, math.nan, skipped=False, lr=math.nan)
         self._sum = torch.tensor(progress.loss_sum, device=throughput.device)
         self._count = torch.tensor(progress.loss_count, device=throughput.device)
         self._pending: tuple[int, PendingStep] | None = None
@@ -164,9 +164,8 @@ class Interval:
         self._sum += torch.where(result.skipped, 0.0, result.loss)
         self._count += ~result.skipped
         self._num_steps += 1
-        before, self._pending = self._pending, (self.progress.step, result.to_host())
-        if before is not None:
-            self._read(*before)
+        self._read()
+        self._pending = self.progress.step, result.to_host()
 
     def row(self, position: dict) -> TrainRow:
         """The log line; begins a new interval. The only wait for the device in a run.
@@ -174,16 +173,14 @@ class Interval:
         Args:
             position: see :meth:`Progress.position`.
         """
-        assert self._pending is not None
-        numbers, self._pending = self._read(*self._pending), None
         self.store()
         seconds, progress = time.perf_counter() - self._started, self.progress
         row = TrainRow(
             **position,
             # Where every step was skipped there is no loss to show.
             loss=progress.loss_sum / progress.loss_count if progress.loss_count else math.nan,
-            lr=numbers.lr,
-            grad_norm=numbers.grad_norm,
+            lr=self.numbers.lr,
+            grad_norm=self.numbers.grad_norm,
             seconds=seconds,
             step_seconds=seconds / self._num_steps,
             skipped_steps=progress.skipped_steps,
@@ -195,7 +192,12 @@ class Interval:
         return row
 
     def store(self) -> None:
-        """Note the sums in the progress, for a checkpoint in the middle of an interval."""
+        """Note in the progress what the steps of the interval gave, for a checkpoint in the middle of it.
+
+        Raises:
+            Failure: too many steps in a row were skipped.
+        """
+        self._read()
         self.progress.loss_sum, self.progress.loss_count = self._sum.item(), int(self._count.item())
 
     @contextmanager
@@ -205,11 +207,12 @@ class Interval:
         yield
         self._started += time.perf_counter() - began
 
-    def _read(self, step: int, pending: PendingStep) -> StepNumbers:
-        numbers = pending.read()
-        self.wishes = numbers.wishes
-        self.progress.count_skip(numbers.skipped, limit=self.max_skipped)
-        if numbers.skipped:
+    def _read(self) -> None:
+        if self._pending is None:
+            return
+        (step, pending), self._pending = self._pending, None
+        self.numbers = pending.read()
+        self.progress.count_skip(self.numbers.skipped, limit=self.max_skipped)
+        if self.numbers.skipped:
             total = self.progress.skipped_steps
             self.screen.print(f"step {step} skipped: its gradient is not finite ({total} so far)")
-        return numbers

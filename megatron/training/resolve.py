@@ -33,8 +33,7 @@ from megatron.objectives import build_objective, needs_mask_token, with_vocabula
 from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
-from megatron.runs.links import Branch, branch_of
-from megatron.runs.record import holds_run
+from megatron.runs.record import Branch, branch_of, holds_run
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
 from megatron.training.reporting import say
@@ -90,7 +89,7 @@ def resolve(
         data=with_absolute_paths(flags.data, train=sources.train, valid=sources.valid),
         model=shape.recorded(),
         objective=with_vocabulary(flags.objective, mask_id, size=vocabulary.size, padded=shape.padded_vocab_size),
-        optimizer=schedule.recorded(flags.optimizer),
+        optimizer=schedule.optimizer,
         run=_run(given.run, before, layout, schedule, branch),
     )
     noisy = replace(settings, run=replace(settings.run, seed=seeds.noise))  # another one after --no-load-rng
@@ -311,25 +310,24 @@ def _run_dir(flags: Config, selection: Selection, run_name: str, *, is_first: bo
         return Path(run.load).resolve().parent if is_tag else Path(run.load)
     run_dir = Path(run.save) if run.save else Path("runs") / run_name
     is_own = run.load is not None and _same(Path(run.load), run_dir)
-    if is_first:
-        require(
-            not (run.finetune and is_own),
-            f"--finetune with one folder {run_dir} for --load and --save",
-            "it starts a new run, and a run directory belongs to one run",
-            "choose another --save, or drop --finetune to continue",
-        )
-        require(
-            run.skip_train or run.overwrite or is_own or not holds_run(run_dir),
-            f"--save {run_dir} holds a run already",
-            "a run directory belongs to one run",
-            f"pass --load {run_dir} to continue it, --overwrite to replace it, or another --save",
-        )
-        require(
-            not (run.overwrite and is_own),
-            f"--overwrite with --load {run_dir}",
-            "a run is either continued or replaced",
-            "drop one of them",
-        )
+    require(
+        not (run.finetune and is_own),
+        f"--finetune with one folder {run_dir} for --load and --save",
+        "it starts a new run, and a run directory belongs to one run",
+        "choose another --save, or drop --finetune to continue",
+    )
+    require(
+        run.load is None or not run.overwrite or not Path(run.load).resolve().is_relative_to(run_dir.resolve()),
+        f"--overwrite of {run_dir} with a checkpoint of {run.load}",
+        "what is replaced is deleted first, and nothing could be loaded",
+        "choose another --save, or drop --overwrite",
+    )
+    require(
+        not is_first or run.skip_train or run.overwrite or is_own or not holds_run(run_dir),
+        f"--save {run_dir} holds a run already",
+        "a run directory belongs to one run",
+        f"pass --load {run_dir} to continue it, --overwrite to replace it, or another --save",
+    )
     return run_dir
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.errors import UserError, require
-from megatron.runs.links import Branch
+from megatron.runs.record import Branch
 from megatron.training.plan import Layout, Schedule
 
 # What is left of the height above --min-lr when a share x of the decay is over, by the names of Megatron-LM.
@@ -104,7 +105,8 @@ def plan_schedule(
     decay = None
     if optimizer.lr_decay_style == "WSD" and not run.skip_train:
         decay = _wsd_decay(optimizer, end, warmup=warmup, branch=branch)
-    return Schedule(samples, warmup, end, decay, order)
+    lengths = replace(optimizer, lr_warmup_samples=warmup, lr_decay_samples=end, lr_wsd_decay_samples=decay)
+    return Schedule(samples, order, lengths)
 
 
 def _warmup(optimizer: OptimizerConfig, end: int, *, before: dict[str, Any]) -> float:

@@ -10,13 +10,14 @@ from megatron.checkpoint.warm_start import MaskedReader, open_checkpoint
 from megatron.config.schema import AVERAGE
 from megatron.data.dataset import build_dataset, describe
 from megatron.data.loader import Share, build_loader, build_packing
+from megatron.errors import require
 from megatron.model.arithmetic import total_parameters
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
 from megatron.runs.provenance import this_attempt
-from megatron.runs.record import ValidRow, suffix_of, write_evaluation
+from megatron.runs.record import ValidRow, write_evaluation
 from megatron.training.engine import Engine, build_engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
@@ -106,7 +107,11 @@ def train(
             if is_last or progress.step % run.log_interval == 0:
                 folder.write(interval.row(folder.position()))
             with interval.paused():
-                reason = None if is_last else stop.hear(interval.wishes) or _exit_at(progress.step, run.exit_interval)
+                reason = (
+                    None
+                    if is_last
+                    else stop.hear(interval.numbers.wishes) or _exit_at(progress.step, run.exit_interval)
+                )
                 is_saved = folder.save(engine, interval, at_once=is_last or reason is not None)
                 if reason is None and validator.is_due(progress.step, is_last):  # after the save: it may take long
                     reason = validator.run(folder, stop)
@@ -163,7 +168,7 @@ def evaluate_checkpoint(
         "result": asdict(row),
         "attempt": asdict(this_attempt(layout=plan.layout.sizes(), device=context.device)),
     }  # fmt: skip
-    name = f"step{row.step}{suffix_of(row.kind)}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
+    name = f"step{row.step}{row.suffix}_{row.label.split()[0].lower()}_{row.num_mc}x{row.num_samples}"
     path = write_evaluation(plan.run_dir, record, name=name)
     sums.with_halves(validator.halves).save(path.with_suffix(".npz"))
     screen.print(f"recorded in {path}")
@@ -197,20 +202,17 @@ def _build(plan: Plan, connection: Connection, observer: Observer | None) -> tup
 
 
 def _verified(plan: Plan, context: ParallelContext) -> Start:
-    """The start of the plan with its files read: all ranks share the reading, and fall back together."""
+    """The start of the plan with its files read: all ranks share the reading, and fall back together.
+
+    Raises:
+        UserError: nothing that can be used is there any more.
+    """
     start = plan.start
     if start.tag is None or start.place is None:
         return start
     selection = agree_on_checkpoint(*start.place, context)
-    is_there = selection.tag is not None
-    return replace(
-        start,
-        tag=selection.tag,
-        manifest=selection.manifest,
-        warning=selection.warning,
-        is_continued=start.is_continued and is_there,
-        with_optimizer=start.with_optimizer and is_there,
-    )
+    require(selection.tag, f"{start.tag} is gone", "it was there when this run was planned", "start again")
+    return replace(start, tag=selection.tag, manifest=selection.manifest, warning=selection.warning)
 
 
 def _introduce(plan: Plan, start: Start, progress: Progress, screen: Screen, *, label: str) -> None:

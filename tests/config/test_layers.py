@@ -100,7 +100,7 @@ def test_a_word_of_a_file_means_what_it_means_on_the_command_line(
         ("lr: 1\n\tseed: 2", "is no YAML .*line 2"),
         ("lr: 1\n---\nseed: 2", "is no YAML .*another document"),
         ("lr: !!python/name:os.system x", "the tag .*os.system"),
-        ("lr: !env LR", "the tag !env"),
+        ("lr: !env LR", "the tag .!env"),
         ("? [a]\n: 1", "a name is a list or a mapping"),
         ('save: "a\\0b"', "has a character that no word has"),
         ("a: " + "[" * 5000, "nested too deeply"),

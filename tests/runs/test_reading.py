@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from megatron.runs.comparison import comparisons, overfitting, summary_row
 from megatron.runs.matching import matched_pairs
 from megatron.runs.reading import find_runs, load_run
-from megatron.runs.record import MetricsFile, ValidRow
+from megatron.runs.record import MetricsFile, ValidRow, write_evaluation
 from megatron.scaling.report.page import write_report
 from runs.synthetic_runs import write_run
 
@@ -34,6 +35,22 @@ def test_reads_what_was_written(pair):
     assert run.best is not None
     assert run.best.nll == run.column("nll").min()
     assert not load_run(pair[1]).is_exact
+
+
+def test_evaluations_that_are_recorded_at_once_are_all_kept(tmp_path):
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=write_evaluations, args=(tmp_path, 10)) for _ in range(5)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    names = {file.name for file in (tmp_path / "evaluations").glob("*.json")}
+    assert names == {"step1_nll.json", *(f"step1_nll-{number}.json" for number in range(1, 50))}
+
+
+def write_evaluations(run_dir, count):
+    for _ in range(count):
+        write_evaluation(run_dir, {}, name="step1_nll")
 
 
 def test_torn_last_line_is_dropped(tmp_path):

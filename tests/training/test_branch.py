@@ -21,10 +21,9 @@ from megatron.errors import UserError
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
 from megatron.runs.branches import add_branch
-from megatron.runs.links import Link
 from megatron.runs.matching import differences
 from megatron.runs.reading import load_run
-from megatron.runs.record import RunRecord
+from megatron.runs.record import Link, RunRecord
 from megatron.training.plan import Plan
 from megatron.training.resolve import resolve
 

@@ -169,7 +169,7 @@ def contradictions(plan: Plan) -> list[str]:
         "every token has a row": shape.padded_vocab_size >= plan.vocabulary.size,
         "the mask has a row": mask_id is None or 0 <= mask_id < shape.padded_vocab_size,
         "warm-up comes before decay": optimizer.lr_decay_style == "constant"
-        or 0 <= schedule.warmup_samples < schedule.decay_samples,
+        or 0 <= optimizer.lr_warmup_samples < optimizer.lr_decay_samples,
         "rates fall": 0 <= optimizer.min_lr <= optimizer.lr and optimizer.lr > 0,
         "probabilities are ones": 0 <= plan.settings.model.hidden_dropout < 1 and 0 <= plan.settings.model.attention_dropout < 1,
         "there are data": bool(plan.sources.train) or (run.skip_train and bool(plan.sources.valid)),
@@ -229,13 +229,14 @@ def differing(plan: Plan, again: Plan, without: tuple[Any, ...] = ()) -> dict[st
     }
     parts = (
         "layout",
-        "schedule",
         "seeds",
         "objective",
         "vocabulary",
         *(() if without else ("shape", "start", "run_dir")),
     )
     pairs = {name: (getattr(plan, name), getattr(again, name)) for name in parts}
+    for name in ("train_samples", "order_samples"):
+        pairs[name] = getattr(plan.schedule, name), getattr(again.schedule, name)
     return found | {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -58,6 +58,9 @@ def test_a_dump_is_every_setting_with_its_origin_and_starts_nothing(
     assert {name.removeprefix("# ") for name in lines} >= values_of(Config()).keys() | {"ar_ratio"}
     # To a file; it is the same, and gives the same again.
     assert main("mdm", [*words, str(tmp_path / "b.yaml")]) == 0 and (tmp_path / "b.yaml").read_text() == text
+    assert main("mdm", [*words[:-1], "--dump_config"]) == 0 and capsys.readouterr().out.startswith(text)
+    with pytest.raises(UserError, match="--dump-config; this program prints no settings"):
+        parse(words, objective="mdm")
     assert main("ar", ["--config", str(tmp_path / "b.yaml"), "--dump-config"]) == 0
     again = capsys.readouterr().out
     assert yaml.safe_load(again) == yaml.safe_load(text)

@@ -18,7 +18,7 @@ from layouts.pool import Process, WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
-from megatron.runs.record import TrainRow, ValidRow
+from megatron.runs.record import TrainRow, ValidRow, clear_run
 from megatron.screen import format_seconds
 from megatron.training.reporting import MetricsLog, Screen
 
@@ -137,6 +137,52 @@ def test_a_folder_that_holds_a_run_is_refused_or_replaced(
         if status == 2:
             assert f"--save {run_dir} holds a run already" in pools(1).output(0)
     assert list(jobs.records(run_dir)) == [1, 2] and not (run_dir / "global_step4").exists()
+    # Its own checkpoint would be deleted before it is loaded, and the run start afresh without a word.
+    for load in (run_dir / "global_step2", run_dir):
+        argv = jobs.flags(token_files, run_dir, overwrite=True, load=load, train_iters=3)
+        assert pools(1).run(jobs.train, "mdm", argv)[0].status == 2
+        assert f"--overwrite of {run_dir} with a checkpoint of {load}; what is replaced" in pools(1).output(0)
+    assert (run_dir / "global_step2").is_dir()
+
+
+def test_a_checkpoint_that_goes_before_it_is_read_is_no_fresh_start(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = jobs.flags(token_files, run_dir, train_iters=1)
+    assert pools(1).run(jobs.train, "mdm", argv)[0].status == 0
+    argv = jobs.flags(token_files, tmp_path / "other", load=run_dir, finetune=True, train_iters=1)
+    assert pools(1).run(train_without, run_dir, argv) == [2]
+    assert "global_step1 is gone; it was there when this run was planned" in pools(1).output(0)
+
+
+def train_without(run_dir: Path, argv: list[str]) -> int:
+    """The status of a run whose checkpoint another one, which replaces it, deletes meanwhile."""
+    from unittest import mock
+
+    from megatron.training import resolve
+    from megatron.training.main import main
+
+    original = resolve.resolve
+
+    def then_delete(*arguments: Any, **more: Any) -> Any:
+        plan = original(*arguments, **more)
+        clear_run(run_dir)
+        return plan
+
+    with mock.patch.object(resolve, "resolve", then_delete):
+        return main("mdm", argv)
+
+
+def test_replacing_a_run_deletes_its_checkpoints_and_nothing_beside_them(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for place in (run_dir / "global_step1", run_dir / "global_step1-mine", tmp_path / "store"):
+        place.mkdir(parents=True)
+        (place / "manifest.json").write_text("{}")
+    (run_dir / "global_step2").symlink_to(tmp_path / "store")
+    clear_run(run_dir)
+    assert [path.name for path in run_dir.iterdir()] == ["global_step1-mine"]
+    assert (tmp_path / "store/manifest.json").exists(), "what a link names is not in the folder"
 
 
 def train_row(**changes: Any) -> TrainRow:

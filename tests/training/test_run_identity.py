@@ -291,8 +291,8 @@ def test_order_and_decay_are_planned_with_the_given_samples(token_files: Path, t
     """As megatron-core does; training ends with the last whole batch."""
     argv = jobs.flags(token_files, tmp_path / "run", train_iters=None, train_samples=190, lr_warmup_fraction=0.0125)
     plan = resolve(parse(argv, objective="ar"), Launch(), run_name="x")
-    assert (plan.schedule.train_samples, plan.schedule.decay_samples, plan.schedule.warmup_samples) == (190, 190, 2.375)
-    assert plan.settings.optimizer.lr_warmup_samples == 2.375
+    rate = plan.settings.optimizer
+    assert (plan.schedule.train_samples, rate.lr_decay_samples, rate.lr_warmup_samples) == (190, 190, 2.375)
 
 
 def test_a_run_of_679_samples_trains_the_first_672_of_an_order_of_679(
@@ -331,7 +331,7 @@ def test_a_second_run_in_one_folder_is_refused_at_once(token_files: Path, tmp_pa
     assert second.returncode == 2
     assert "is being trained into by process" in second.stderr and " since " in second.stderr
     imported = re.findall(r"^import time:.*\| +(\S+)$", second.stderr, re.MULTILINE)
-    assert "megatron.runs.lock" in imported and "torch" not in imported  # heard before the seconds of imports
+    assert "megatron.runs.record" in imported and "torch" not in imported  # heard before the seconds of imports
     assert first.is_running
     first.stop()  # killed: its lock is stale
     argv = jobs.flags(token_files, tmp_path, load=tmp_path, train_iters=100_000, exit_duration_in_mins=1e-6)

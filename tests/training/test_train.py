@@ -73,14 +73,15 @@ def test_an_interval_goes_on_after_a_restart() -> None:
     assert [row.loss for row in drive((6.0, False), (7.0, False), log_interval=3, progress=progress)] == [3.0, 7.0]
 
 
-def test_losses_of_the_unfinished_interval_travel_with_the_checkpoint() -> None:
+def test_losses_and_skips_of_the_unfinished_interval_travel_with_the_checkpoint() -> None:
     throughput = Throughput(batch_size=1, seq_length=1, flops_per_token=1.0, num_devices=1, device=torch.device("cpu"))
     progress = Progress()
     interval = Interval(progress, Screen(total_steps=9, first_step=0, enabled=False), throughput, max_skipped=1)
-    for loss in (1.0, 2.0):
-        interval.add(StepResult(torch.tensor(loss), torch.tensor(1.0), torch.tensor(False), 1e-3))
+    for loss, skipped in ((1.0, False), (2.0, False), (math.nan, True)):
+        interval.add(StepResult(torch.tensor(loss), torch.tensor(1.0), torch.tensor(skipped), 1e-3))
     interval.store()
     assert (progress.loss_sum, progress.loss_count) == (3.0, 2)
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (1, 1), "that of the step before the save, too"
 
 
 def test_saves_fall_on_the_interval_and_on_the_last_step(
