@@ -253,6 +253,12 @@ def _validate_run(config: Config) -> None:
         "pass for instance --eval-iters 10",
     )
     require(
+        not run.skip_train or run.eval_iters == "full" or int(run.eval_iters) > 0,
+        f"--skip-train with --eval-iters {run.eval_iters}",
+        "an evaluation validates",
+        "drop one of them",
+    )
+    require(
         run.gap_task is None or (parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3),
         f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",
         "answers are scored by the whole model on every data-parallel rank",
