@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron.errors import Failure
 from megatron.parallel.launch import Launch, complain, local_device
+from megatron.screen import say
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # from a peer's message: most collectives fail by themselves, with more to say
@@ -64,7 +65,7 @@ class Watch:
             waited = 0.0 if self._beat is None else time.monotonic() - self._beat
             if waited > self._limit:
                 self._beat = None  # once, until it goes on
-                print(f"no step for {waited / 60:.0f} minutes; what the threads do:", file=sys.stderr, flush=True)
+                say(f"no step for {waited / 60:.0f} minutes; what the threads do:", to_errors=True)
                 faulthandler.dump_traceback(sys.stderr)
             if (news := self._news()) and not self._stopped.wait(GRACE_SECONDS):
                 return self._end(news)
@@ -332,7 +333,7 @@ def _wait(launch: Launch, is_over: Callable[[], bool], limit: timedelta, whom: C
         if now - said >= patience:
             said, patience = now, 2 * patience
             if awaited := whom():
-                print(f"rank {launch.rank} on {socket.gethostname()} waits for {awaited}", file=sys.stderr, flush=True)
+                say(f"rank {launch.rank} on {socket.gethostname()} waits for {awaited}", to_errors=True)
         time.sleep(0.2)
     return True
 

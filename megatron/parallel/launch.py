@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
-from megatron.screen import wrapped
+from megatron.screen import say, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def complain(error: str, *, is_speaker: bool | None = None) -> None:
                 file.write(error + "\n")
             return
     if os.environ.get("RANK", "0") == "0" if is_speaker is None else is_speaker:
-        print(wrapped(error) if sys.stderr.isatty() else error, file=sys.stderr, flush=True)
+        say(wrapped(error) if sys.stderr is not None and sys.stderr.isatty() else error, to_errors=True)
 
 
 def _chain() -> tuple[tuple[int, int], ...]:

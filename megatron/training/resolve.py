@@ -35,9 +35,9 @@ from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
 from megatron.runs.links import Branch, branch_of
 from megatron.runs.record import holds_run
+from megatron.screen import say
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
-from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
 BRANCH = "megatron.training.branch"
