@@ -164,7 +164,7 @@ class Interval:
         self._sum += torch.where(result.skipped, 0.0, result.loss)
         self._count += ~result.skipped
         self._num_steps += 1
-        before, self._pending = self._pending, (self.progress.step, result.to_host())
+        before, self._pending = self._pending, (self.progress.step, PendingStep(result))
         if before is not None:
             self._read(*before)
 
