@@ -35,6 +35,7 @@ class Launch:
         master_addr, master_port: where the processes meet; None for a process alone.
         agent_attempt: restart count of a torchrun agent that keeps the meeting place, or None where rank 0 keeps it.
         chain: processes above this one that started it and wait for it, each with its parent: (child, parent).
+        began: when the program did, on the monotonic clock.
     """
 
     rank: int = 0
@@ -44,6 +45,7 @@ class Launch:
     master_port: int | None = None
     agent_attempt: int | None = None
     chain: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:

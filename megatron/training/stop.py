@@ -35,11 +35,11 @@ class StopRequest:
         """Args:
         context: this process.
         connection: tells whether a launcher of this process is gone, and is told that the process goes on.
-        run: has the time limit, from now on, and the kill-switch file.
+        run: has the time limit, from the start of the program as in Megatron-LM, and the kill-switch file.
         """
         self.context, self.connection, self.run = context, connection, run
         minutes = run.exit_duration_in_mins
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.deadline = None if minutes is None else connection.launch.began + 60 * minutes
         self.signal_name: str | None = None
         self.reason: str | None = None
         self._asking = None if context.control_group is None else Poll(context.control_group)
