@@ -252,6 +252,9 @@ def _validate_run(config: Config) -> None:
         "it counts validation steps, or is 'full'",
         "pass for instance --eval-iters 10",
     )
+    is_nothing = run.skip_train and run.eval_iters != "full" and int(run.eval_iters) == 0
+    given = f"--skip-train with --eval-iters {run.eval_iters}"
+    require(not is_nothing, given, "an evaluation validates", "drop one of them")
     require(
         run.gap_task is None or (parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3),
         f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",

@@ -124,6 +124,18 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     return layers
 
 
+def through(
+    blocks: nn.ModuleList, stream: Stream, mask: AttentionMask, caches: Sequence[LayerCache] | None = None
+) -> Stream:
+    """The stream behind the last of some blocks, whose mask is made once; see :meth:`GPTModel.hidden_states`."""
+    first, own = blocks[0], [None] * len(blocks) if caches is None else caches
+    assert isinstance(first, TransformerBlock)
+    visible = first.self_attention.visible(stream, mask, own[0])
+    for block, cache in zip(blocks, own):
+        stream = block(stream, visible, cache)
+    return stream
+
+
 class GPTModel(nn.Module):
     """All layers in one module: training without pipeline stages, inference and export."""
 
@@ -169,13 +181,7 @@ class GPTModel(nn.Module):
             ids = inputs.input_ids
             places = caches[0].length + torch.arange(ids.shape[1], device=ids.device)
             inputs = inputs._replace(position_ids=places.expand(ids.shape))
-        stream = self.embedding(inputs)
-        first, own = self.layers[0], [None] * len(self.layers) if caches is None else caches
-        assert isinstance(first, TransformerBlock)
-        visible = first.self_attention.visible(stream, mask, own[0])
-        for layer, cache in zip(self.layers, own):
-            stream = layer(stream, visible, cache)
-        return self.final_layernorm(stream.hidden)
+        return self.final_layernorm(through(self.layers, self.embedding(inputs), mask, caches).hidden)
 
     def head(self, hidden: torch.Tensor) -> HeadOutput:
         """Hidden states and this rank's rows of the output matrix."""

@@ -228,9 +228,8 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     largest = max(prod(shape) for part in _layer_parameters(case.shape, 1) for shape in part)
     drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = (
-        0 if offloaded and not case.config.run.async_save else _saved_bytes(case) * max(sizes) // case.layout.dp_size
-    )
+    is_there = offloaded and not case.config.run.async_save  # on the host in any case, and saved from there
+    saved = 0 if is_there else _saved_bytes(case) * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
         "building": min(ranks, drawing) * 2 * FLOAT * largest,
@@ -263,10 +262,11 @@ def open_files(case: Case) -> int:
 
 def _vocabulary(flags: Config, notes: list[str]) -> int:
     data = flags.data
-    places = [data.vocab_file, data.merge_file, data.tokenizer_model]
     if data.vocab_size is not None:
         return data.vocab_size
-    if any(places) and all(Path(place).exists() for place in places if place):
+    places = [place for place in (data.vocab_file, data.merge_file, data.tokenizer_model) if place]
+    is_named = places or data.tokenizer_type not in (None, "NullTokenizer")  # one of bytes has no file
+    if is_named and all(Path(place).exists() for place in places):
         return build_tokenizer(data).vocab_size
     prefixes = _prefixes(flags)
     sizes = {(read_meta(prefix) or {}).get("vocab_size") for prefix in prefixes} if prefixes else set()

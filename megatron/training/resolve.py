@@ -34,9 +34,9 @@ from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
 from megatron.runs.record import Branch, branch_of, holds_run
+from megatron.screen import say
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
-from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
 BRANCH = "megatron.training.branch"

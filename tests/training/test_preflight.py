@@ -296,6 +296,11 @@ def test_what_a_run_refuses_preflight_refuses_too(flags: dict[str, Any], told: s
         case(model="7M", tokenizer_type="NullTokenizer", **{"vocab_size": 500, **flags})
 
 
+def test_a_tokenizer_without_files_is_known_where_there_are_no_data() -> None:
+    known = case(model="7M", tokenizer_type="ByteTokenizer")
+    assert known.shape.padded_vocab_size == 384 and not known.notes
+
+
 def test_a_checkpoint_is_asked_where_it_is_and_assumed_where_not(
     token_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,9 @@ from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.training.reporting import Screen
 from megatron.training.resolve import resolve
+from megatron.training.validation import Validator
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -66,6 +68,20 @@ def test_validation_on_training_data_is_refused_and_has_a_flag(token_files: Path
         assert not (tmp_path / "run").exists()
     for allowed in ("--allow-training-data-in-validation", "--skip-train"):
         assert len(resolve(parse([*argv, allowed], objective="mdm"), Launch(), run_name="x").sources.valid) == 4
+
+
+def test_an_evaluation_of_nothing_is_refused_and_a_run_without_validation_is_none(
+    tmp_path: Path, token_files: Path
+) -> None:
+    argv = [*jobs.flags(token_files, tmp_path / "run"), "--valid-data-path", str(token_files / "valid")]
+    for none in ("0", "00"):
+        message = refused([*argv, "--eval-iters", none, "--skip-train", "--load", str(tmp_path)])
+        assert message == f"error: --skip-train with --eval-iters {none}; an evaluation validates; drop one of them"
+        plan = resolve(parse([*argv, "--eval-iters", none], objective="mdm"), Launch(), run_name="x")
+        engine: Any = None
+        assert not Validator(
+            plan, engine, probe=None, screen=Screen(total_steps=1, first_step=0, enabled=False)
+        ).has_data
 
 
 def test_ids_beyond_the_vocabulary_name_the_file(token_files: Path, tmp_path: Path) -> None:
