@@ -200,10 +200,10 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
     write_manifest(scratch, manifest)
     replace_file(run_dir / NEXT, tag.name)
     replaced = run_dir / f"{tag.name}.replaced"
-    if tag.exists():  # of the same step, before the run was set back; deleted only when the new one stands
-        shutil.rmtree(replaced, ignore_errors=True)
-        tag.rename(replaced)
     try:
+        if tag.exists():  # of the same step, before the run was set back; deleted only when the new one stands
+            shutil.rmtree(replaced, ignore_errors=True)
+            tag.rename(replaced)
         scratch.rename(tag)
     except OSError:
         if replaced.exists():

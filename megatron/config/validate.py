@@ -258,13 +258,19 @@ def _validate_run(config: Config) -> None:
         "answers are scored by the whole model on every data-parallel rank",
         "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
     )
-    has_validation = bool(config.data.valid_data_path or config.data.valid_data_path_file)
     require(
-        has_validation or not run.save_best,
+        config.data.valid_data_path or config.data.valid_data_path_file or not run.save_best,
         "--save-best without validation data",
         "the best checkpoint is that of the best validation",
         "pass --valid-data-path, or drop it",
     )
+    for kind in ("train", "valid"):
+        require(
+            not (getattr(config.data, f"{kind}_data_path") and getattr(config.data, f"{kind}_data_path_file")),
+            f"--{kind}-data-path and --{kind}-data-path-file are both given",
+            "the data are named once",
+            "drop one of them",
+        )
     for flag, file, content in (
         ("--deepspeed_config", parallel.deepspeed_config, "settings"),
         ("--gap-task", run.gap_task, "questions, one JSON object a line"),

@@ -12,7 +12,7 @@ import numpy as np
 from megatron.config.option import LARGEST
 from megatron.config.schema import DataConfig
 from megatron.data.indexed import clean_prefix
-from megatron.errors import UserError, require
+from megatron.errors import UserError
 
 _BLOCK = 4096  # samples per row of running counts
 _MAX_LANES = 8192
@@ -86,19 +86,14 @@ def prefixes_of(*blends: Sequence[str]) -> list[str]:
 
 
 def data_paths(config: DataConfig, kind: str) -> list[str]:
-    """Return the blend that the flags name for ``kind``, train or valid; empty where they name none.
+    """Return the blend for ``kind``, train or valid, of flags or of a record, which says what a file meant; empty where none is
+    named.
 
     Raises:
-        UserError: it is named twice, or by a wrong data path file.
+        UserError: a wrong data path file.
     """
     direct, file = getattr(config, f"{kind}_data_path"), getattr(config, f"{kind}_data_path_file")
-    require(
-        not (direct and file),
-        f"--{kind}-data-path and --{kind}-data-path-file are both given",
-        "the data are named once",
-        "drop one of them",
-    )
-    return read_data_path_file(file) if file else list(direct)
+    return list(direct) if direct or not file else read_data_path_file(file)
 
 
 def data_prefixes(config: DataConfig) -> list[str]:

@@ -29,7 +29,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point, which no token is.
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_PART = re.compile(r"@(\d+(?:\.\d+)?(?:e-\d+)?):(\d+(?:\.\d+)?)$")
+_PART = re.compile(r"@(\d+(?:\.\d+)?(?:e-\d+)?):(\d+(?:\.\d+)?(?:e-\d+)?)$")
 _CHUNK = 1 << 16  # documents checked at once: they stay in the processor's cache
 SEAL = "sha256"  # entry of PREFIX.meta.json: digest of all other entries
 

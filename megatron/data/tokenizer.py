@@ -94,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str) -> None:
         """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
         processor = _import("sentencepiece").SentencePieceProcessor()
-        file = str(_existing(model, "--tokenizer-model"))
+        file = _existing(model, "--tokenizer-model")
         with _loading(model, "it must be a SentencePiece model", "check --tokenizer-model"):
             processor.Load(file)
         self._processor = processor
@@ -178,11 +178,10 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
         ValueError: a file is missing or is not what it should be.
     """
     tokenizers = _import("tokenizers")
-    for path, flag in ((vocab_file, "--vocab-file"), (merge_file, "--merge-file")):
-        _existing(path, flag)
+    files = _existing(vocab_file, "--vocab-file"), _existing(merge_file, "--merge-file")
     given = f"cannot read a BPE from {vocab_file} and {merge_file}"
     with _loading(given, "they must be GPT-2's vocab.json and merges.txt", "check --vocab-file and --merge-file"):
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
@@ -253,10 +252,9 @@ def _is_short_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 18  # Python refuses to read very long ones
 
 
-def _existing(path: str, flag: str) -> Path:
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise UserError(f"{flag} {path} does not exist", "it must be a readable file", "check the path")
+def _existing(path: str, flag: str) -> str:
+    found = os.path.expanduser(path)
+    require(os.path.isfile(found), f"{flag} {path} does not exist", "it must be a readable file", "check the path")
     return found
 
 

@@ -54,14 +54,15 @@ def test_the_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [tag.name, "latest"]
 
 
+@pytest.mark.parametrize("refused", ["", ".saving"], ids=["old one out", "new one in"])
 def test_a_save_that_cannot_take_the_place_puts_the_old_one_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     save(tmp_path, 1.0)
     rename = Path.rename
 
     def refuse_new(self: Path, target: Path) -> Path:
-        if self.suffix == ".saving":
+        if self.suffix == refused:
             raise OSError("stale file handle")
         return rename(self, target)
 

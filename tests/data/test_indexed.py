@@ -159,7 +159,7 @@ def test_a_part_is_cut_by_documents_as_megatron_core_cuts(make_data) -> None:
         np.testing.assert_array_equal(part.tokens, np.concatenate([part[i] for i in range(len(part))]))
 
 
-@pytest.mark.parametrize("part", ["0.1:0.1", "0.5:0.2", "0:1.5"])
+@pytest.mark.parametrize("part", ["0.1:0.1", "0.5:0.2", "0:1.5", "0.0:1e-06"])
 def test_a_part_without_documents_is_refused(make_data, part: str) -> None:
     with pytest.raises(UserError, match=r"means documents \d+ to \d+ of 2; a part runs between .*; write"):
         IndexedDataset(f"{make_data('x', [60, 40])}@{part}")

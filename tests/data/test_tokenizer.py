@@ -125,6 +125,14 @@ def test_truncation_in_a_tokenizer_json_is_ignored(bpe_folder: str, tmp_path: Pa
     assert hf_tokenizer(str(tmp_path)).encode("a") == hf_tokenizer(bpe_folder).encode("a")
 
 
+def test_files_below_home(gpt2_files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were found, and then not read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, file in zip(("vocab.json", "merges.txt"), gpt2_files):
+        shutil.copy(file, tmp_path / name)
+    assert gpt2_bpe("~/vocab.json", "~/merges.txt").encode("lower") == gpt2_bpe(*gpt2_files).encode("lower")
+
+
 def test_special_tokens_of_a_folder(bpe_folder: str, tmp_path: Path) -> None:
     shutil.copytree(bpe_folder, tmp_path / "t")
     raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())

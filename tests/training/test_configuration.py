@@ -16,6 +16,7 @@ from layouts.pool import WorkerPool
 
 from megatron.config import Config, values_of
 from megatron.config.recorded import repeated
+from megatron.data.blend import data_paths
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 from megatron.parallel.launch import Launch
@@ -249,3 +250,4 @@ def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
         argv = jobs.flags(token_files, tmp_path / "run", valid_data_path="data/valid", **changes)
         data = resolve(parse(argv, objective="ar"), Launch(), run_name="x").settings.data
         assert (data.train_data_path, data.valid_data_path) == (expected, [f"{tmp_path}/data/valid"])
+        assert (data_paths(data, "train"), data_paths(data, "valid")) == (expected, [f"{tmp_path}/data/valid"])
