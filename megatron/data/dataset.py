@@ -70,12 +70,10 @@ class GPTDataset:
         self.seq_length = seq_length
         self.name = name
         self.tokens_per_epoch = self.documents.num_tokens
-        try:
-            self.plan = plan_order(
-                tokens_per_epoch=self.tokens_per_epoch, num_samples=num_samples, seq_length=seq_length, seed=seed
-            )
-        except UserError as error:
-            raise UserError(f"{self.documents.name}: {error.given}", error.rule, error.fix) from None
+        tokens, source = self.tokens_per_epoch, self.documents.name
+        self.plan = plan_order(
+            tokens_per_epoch=tokens, num_samples=num_samples, seq_length=seq_length, seed=seed, source=source
+        )
         self.num_samples = self.plan.total_samples if num_samples is None else num_samples
         self.num_epochs = self.num_samples * seq_length / self.tokens_per_epoch
         self.text_bytes_per_token = text_bytes_per_token(self.documents.prefix)

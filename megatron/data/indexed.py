@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import UserError, require
+from megatron.files import read_object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -53,23 +54,12 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     """Return the contents of PREFIX.meta.json, or None where there is none (published data has none).
 
     Raises:
-        DamagedData: the file is not a JSON object, or not what was written.
+        UserError: the file is not a JSON object, or not what was written.
     """
     path = Path(whole_prefix(prefix) + ".meta.json")
-    try:
-        meta = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, RecursionError) as error:
-        raise DamagedData(
-            f"{path} is not JSON ({error})",
-            "it must be as tools/preprocess_data.py wrote it",
-            "delete it to do without",
-        ) from error
-    if not isinstance(meta, dict):
-        raise DamagedData(
-            f"{path} holds a {type(meta).__name__}", "it must hold a JSON object", "delete it to do without"
-        )
+    meta = read_object(path, rule="it must be as tools/preprocess_data.py wrote it", fix="delete it to do without")
     seal = meta.pop(SEAL, None)
     if seal is not None and seal != seal_of(meta):
         raise DamagedData(

@@ -101,7 +101,7 @@ def test_a_file_is_that_of_the_library_and_hashed_as_it_is_written(tmp_path: Pat
     tensors = {f"b/é{size}": torch.randn(size, 3).to(dtype) for size in (1, 7, 500_000)}
     tensors |= {"a/empty": torch.empty(0, dtype=dtype), "a/transposed": torch.randn(5, 4).to(dtype).t()}
     for metadata in (None, {"format": "pt"}):
-        checksum = writer.save_tensors(tmp_path / "ours", tensors, metadata=metadata)
+        checksum = writer.save_file(tensors, tmp_path / "ours", metadata)
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, tmp_path / "theirs", metadata)
         content = (tmp_path / "ours").read_bytes()
@@ -123,7 +123,7 @@ def test_a_save_beside_the_training_holds_what_was_there_when_it_began(
     """The writer is held up until the weights have changed: the files are those of a save that was waited for."""
     staging, go, save_file = Staging(), Event(), writer.save_file
 
-    def slow(tensors: Any, path: Path, metadata: Any) -> str:
+    def slow(tensors: Any, path: Path, metadata: Any = None) -> str:
         assert go.wait(60)
         return save_file(tensors, path, metadata)
 
