@@ -252,7 +252,5 @@ def unique_tokens(parts: Iterable[IndexedDataset]) -> int:
 
 def text_bytes_per_token(prefix: str) -> float | None:
     """Return the bytes of original text per token (EOD tokens count, with 0 bytes), or None when not recorded."""
-    meta = read_meta(prefix)
-    if not meta or not meta.get("tokens") or meta.get("text_bytes") is None:
-        return None
-    return float(meta["text_bytes"]) / float(meta["tokens"])
+    meta = read_meta(prefix) or {}
+    return meta["text_bytes"] / meta["tokens"] if meta.get("tokens") and meta.get("text_bytes") is not None else None

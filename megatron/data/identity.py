@@ -170,8 +170,7 @@ def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprints: Sequ
 def _maker(prefix: str) -> dict[str, Any] | None:
     """The tokenizer of a data set, as far as its PREFIX.meta.json tells: older ones have no fingerprint, which decides alone."""
     meta = read_meta(prefix) or {}
-    spec = meta.get("tokenizer")
-    is_ids = isinstance(spec, dict) and spec.get("type") == "NullTokenizer"  # which say nothing of what they stand for
+    is_ids = (meta.get("tokenizer") or {}).get("type") == "NullTokenizer"  # which say nothing of what they stand for
     if is_ids or meta.get("vocab_size") is None:
         return None
     entries = {"ids": "vocab_size", "fingerprint": "tokenizer_fingerprint", "end of document": "eod_id"}

@@ -68,7 +68,7 @@ class FastTokenizer(Tokenizer):
         self.backend = backend
         self.spec = spec
         self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have holes
         self.eod_id = backend.token_to_id(eod) if eod else None
 
     def encode(self, text: str) -> list[int]:
@@ -341,7 +341,7 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
             )
         return {"type": kind, "vocab_size": config.vocab_size, **files}
     for prefix, meta in metas.items():
-        if isinstance(meta.get("tokenizer"), dict):
+        if meta.get("tokenizer"):
             spec = dict(meta["tokenizer"])
             for entry in FILES:
                 beside = Path(prefix).parent / str(spec.get(entry))

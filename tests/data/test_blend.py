@@ -154,6 +154,7 @@ def test_data_path_files(tmp_path: Path) -> None:
         '"1.0 path/prefix"': [(1.0, "path/prefix")],
         "1.0 path/prefix\n": [(1.0, "path/prefix")],
         '"0.3 a" "0.7 b c"\n\n': [(0.3, "a"), (0.7, "b c")],
+        '"0.3\ta" "0.7   b c"': [(0.3, "a"), (0.7, "b c")],
         "path/prefix": [(1.0, "path/prefix")],
     }
     for text, expected in cases.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -83,6 +84,21 @@ def test_damaged_meta(make_data) -> None:
     Path(prefix + ".meta.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.meta\.json cannot be read \(.*; delete it"):
         read_meta(prefix)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [("vocab_size", "257"), ("vocab_size", 257.0), ("eod_id", [2]), ("largest_id", True), ("text_bytes", "5"),
+     ("digests", "x"), ("tokenizer", [])],
+)  # fmt: skip
+def test_an_entry_of_a_wrong_type_is_named(make_data, entry: str, wrong: object) -> None:
+    """Of a meta that somebody wrote by hand: tracebacks, or a vocabulary of 257.0 tokens."""
+    prefix = make_data("x", [3])
+    Path(prefix + ".meta.json").write_text(json.dumps({"vocab_size": 257, entry: wrong}))
+    with pytest.raises(UserError, match=rf"x\.meta\.json holds no valid {entry}; it must be as .* wrote it; delete it"):
+        read_meta(prefix)
+    Path(prefix + ".meta.json").write_text(json.dumps({entry: None}))
+    assert read_meta(prefix) == {entry: None}
 
 
 def test_a_changed_meta_is_refused_and_one_without_a_checksum_accepted(make_data) -> None:

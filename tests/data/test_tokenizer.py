@@ -125,6 +125,13 @@ def test_truncation_in_a_tokenizer_json_is_ignored(bpe_folder: str, tmp_path: Pa
     assert hf_tokenizer(str(tmp_path)).encode("a") == hf_tokenizer(bpe_folder).encode("a")
 
 
+def test_a_tokenizer_without_tokens_has_none(bpe_folder: str, tmp_path: Path) -> None:
+    raw = json.loads((Path(bpe_folder) / "tokenizer.json").read_text())
+    raw["added_tokens"], raw["model"]["vocab"], raw["model"]["merges"] = [], {}, []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert hf_tokenizer(str(tmp_path)).vocab_size == 0
+
+
 def test_files_below_home(gpt2_files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They were found, and then not read."""
     monkeypatch.setenv("HOME", str(tmp_path))
