@@ -281,24 +281,16 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the flags name, or else the one that the training data names in PREFIX.meta.json.
 
     Raises:
-        UserError: the flags contradict each other or the data, name nothing, or files are missing.
+        UserError: the flags contradict each other or name nothing, or files are missing. That data were made with it is checked
+            by :func:`megatron.data.identity.check_vocabulary`, where they are read.
     """
-    metas = {prefix: meta for prefix in data_prefixes(config) if (meta := read_meta(prefix)) is not None}
-    tokenizer = tokenizer_from_spec(_spec_of(config, metas))
-    if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
-            "they must agree",
-            "leave --vocab-size out (it is for NullTokenizer)",
-        )
-    for prefix, meta in metas.items():
-        made = (meta.get("vocab_size", tokenizer.vocab_size), meta.get("eod_id", tokenizer.eod_id))
-        if tokenizer.eod_id is not None and made != (tokenizer.vocab_size, tokenizer.eod_id):
-            raise UserError(
-                f"{prefix} was made with a tokenizer of {made[0]} ids and EOD {made[1]}",
-                f"{tokenizer.name} has {tokenizer.vocab_size} and {tokenizer.eod_id}",
-                "use the tokenizer of the data or preprocess again",
-            )
+    tokenizer = tokenizer_from_spec(_spec_of(config))
+    require(
+        config.vocab_size in (None, tokenizer.vocab_size),
+        f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
+        "they must agree",
+        "leave --vocab-size out (it is for NullTokenizer)",
+    )
     return tokenizer
 
 
@@ -324,7 +316,7 @@ def _kind(name: str) -> str:
     return kind
 
 
-def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _spec_of(config: DataConfig) -> dict[str, Any]:
     kind = config.tokenizer_type
     files = {"vocab_file": config.vocab_file, "merge_file": config.merge_file, "model": config.tokenizer_model}
     if kind is None and (config.vocab_file or config.merge_file):
@@ -340,9 +332,8 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
                 "drop the flag or change --tokenizer-type",
             )
         return {"type": kind, "vocab_size": config.vocab_size, **files}
-    for prefix, meta in metas.items():
-        if meta.get("tokenizer"):
-            spec = dict(meta["tokenizer"])
+    for prefix in data_prefixes(config):
+        if spec := dict((read_meta(prefix) or {}).get("tokenizer") or {}):
             for entry in FILES:
                 beside = Path(prefix).parent / str(spec.get(entry))
                 if spec.get(entry) and beside.exists():
