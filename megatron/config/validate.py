@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.option import LARGEST, PACKAGES, check_range, default_of, idle_options, is_installed, spelling
-from megatron.config.schema import OF_TRAINING, Config, RunConfig
+from megatron.config.schema import OF_TRAINING, Config, DataConfig, RunConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
 
@@ -41,6 +41,7 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
         require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
     _validate_engine(config)
     _validate_paths(flags)
+    _validate_data(config.data)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
     _validate_attention(shape)
@@ -206,6 +207,16 @@ def _validate_engine(config: Config) -> None:
         require(parallel.engine != "fsdp2" or not is_given, f"--engine fsdp2 with {given}", rule, fix)
 
 
+def _validate_data(data: DataConfig) -> None:
+    for kind in ("train", "valid"):
+        require(
+            not (getattr(data, f"{kind}_data_path") and getattr(data, f"{kind}_data_path_file")),
+            f"--{kind}-data-path and --{kind}-data-path-file are both given",
+            "the data are named once",
+            "drop one of them",
+        )
+
+
 def _validate_branch(run: RunConfig) -> None:
     for other in ("skip_train", "finetune"):
         require(
@@ -261,9 +272,8 @@ def _validate_run(config: Config) -> None:
         "answers are scored by the whole model on every data-parallel rank",
         "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
     )
-    has_validation = bool(config.data.valid_data_path or config.data.valid_data_path_file)
     require(
-        has_validation or not run.save_best,
+        config.data.valid_data_path or config.data.valid_data_path_file or not run.save_best,
         "--save-best without validation data",
         "the best checkpoint is that of the best validation",
         "pass --valid-data-path, or drop it",

@@ -68,7 +68,7 @@ class FastTokenizer(Tokenizer):
         self.backend = backend
         self.spec = spec
         self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have holes
         self.eod_id = backend.token_to_id(eod) if eod else None
 
     def encode(self, text: str) -> list[int]:
@@ -94,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str) -> None:
         """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
         processor = _import("sentencepiece").SentencePieceProcessor()
-        file = str(_existing(model, "--tokenizer-model"))
+        file = _existing(model, "--tokenizer-model")
         with _loading(model, "it must be a SentencePiece model", "check --tokenizer-model"):
             processor.Load(file)
         self._processor = processor
@@ -178,11 +178,10 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
         ValueError: a file is missing or is not what it should be.
     """
     tokenizers = _import("tokenizers")
-    for path, flag in ((vocab_file, "--vocab-file"), (merge_file, "--merge-file")):
-        _existing(path, flag)
+    files = _existing(vocab_file, "--vocab-file"), _existing(merge_file, "--merge-file")
     given = f"cannot read a BPE from {vocab_file} and {merge_file}"
     with _loading(given, "they must be GPT-2's vocab.json and merges.txt", "check --vocab-file and --merge-file"):
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
@@ -253,10 +252,9 @@ def _is_short_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 18  # Python refuses to read very long ones
 
 
-def _existing(path: str, flag: str) -> Path:
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise UserError(f"{flag} {path} does not exist", "it must be a readable file", "check the path")
+def _existing(path: str, flag: str) -> str:
+    found = os.path.expanduser(path)
+    require(os.path.isfile(found), f"{flag} {path} does not exist", "it must be a readable file", "check the path")
     return found
 
 
@@ -283,24 +281,16 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the flags name, or else the one that the training data names in PREFIX.meta.json.
 
     Raises:
-        UserError: the flags contradict each other or the data, name nothing, or files are missing.
+        UserError: the flags contradict each other or name nothing, or files are missing. That data were made with it is checked
+            by :func:`megatron.data.identity.check_vocabulary`, where they are read.
     """
-    metas = {prefix: meta for prefix in data_prefixes(config) if (meta := read_meta(prefix)) is not None}
-    tokenizer = tokenizer_from_spec(_spec_of(config, metas))
-    if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
-            "they must agree",
-            "leave --vocab-size out (it is for NullTokenizer)",
-        )
-    for prefix, meta in metas.items():
-        made = (meta.get("vocab_size", tokenizer.vocab_size), meta.get("eod_id", tokenizer.eod_id))
-        if tokenizer.eod_id is not None and made != (tokenizer.vocab_size, tokenizer.eod_id):
-            raise UserError(
-                f"{prefix} was made with a tokenizer of {made[0]} ids and EOD {made[1]}",
-                f"{tokenizer.name} has {tokenizer.vocab_size} and {tokenizer.eod_id}",
-                "use the tokenizer of the data or preprocess again",
-            )
+    tokenizer = tokenizer_from_spec(_spec_of(config))
+    require(
+        config.vocab_size in (None, tokenizer.vocab_size),
+        f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
+        "they must agree",
+        "leave --vocab-size out (it is for NullTokenizer)",
+    )
     return tokenizer
 
 
@@ -326,7 +316,7 @@ def _kind(name: str) -> str:
     return kind
 
 
-def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _spec_of(config: DataConfig) -> dict[str, Any]:
     kind = config.tokenizer_type
     files = {"vocab_file": config.vocab_file, "merge_file": config.merge_file, "model": config.tokenizer_model}
     if kind is None and (config.vocab_file or config.merge_file):
@@ -342,9 +332,8 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
                 "drop the flag or change --tokenizer-type",
             )
         return {"type": kind, "vocab_size": config.vocab_size, **files}
-    for prefix, meta in metas.items():
-        if isinstance(meta.get("tokenizer"), dict):
-            spec = dict(meta["tokenizer"])
+    for prefix in data_prefixes(config):
+        if spec := dict((read_meta(prefix) or {}).get("tokenizer") or {}):
             for entry in FILES:
                 beside = Path(prefix).parent / str(spec.get(entry))
                 if spec.get(entry) and beside.exists():

@@ -23,12 +23,14 @@ from megatron.parallel.tensor import ParameterFactory, TensorParallelModule, Voc
 class Embedding(nn.Module):
     """Token embedding, plus a learned position table where there is no RoPE, plus dropout."""
 
-    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
         self.hidden_dropout = shape.hidden_dropout
-        std = shape.init_method_std
         self.word_embeddings = VocabParallelEmbedding(
-            factory.child("word_embeddings"), vocab_size=vocab_size, hidden_size=shape.hidden_size, std=std
+            factory.child("word_embeddings"),
+            vocab_size=shape.padded_vocab_size,
+            hidden_size=shape.hidden_size,
+            std=shape.init_method_std,
         )
         self.position_embeddings = None
         if not shape.use_rotary_position_embeddings:
@@ -63,9 +65,9 @@ class LMHead(nn.Module):
     It hands the hidden states and the matrix on: the loss decides which logits are needed.
     """
 
-    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
-        spec = ShardSpec((vocab_size, shape.hidden_size), 0, (vocab_size,))
+        spec = ShardSpec((shape.padded_vocab_size, shape.hidden_size), 0, (shape.padded_vocab_size,))
         self.weight = factory.normal("weight", spec, shape.init_method_std)
 
     def forward(self, hidden: torch.Tensor) -> HeadOutput:
@@ -110,15 +112,14 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     Returns:
         ``num_layers + 3`` layers. The last one returns hidden states and this rank's rows of the output matrix.
     """
-    vocab = {"vocab_size": shape.padded_vocab_size}
-    embedding = {"shape": shape, "factory": root, **vocab}
+    embedding = {"shape": shape, "factory": root}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
     common = {"shape": shape, "rotary": RotaryEmbedding.of(shape, root.device), "recompute": recompute}  # one for all
     for index in range(shape.num_layers):
         layers.append(Layer(TransformerBlock, {**common, "factory": root.child(f"layers.{index}")}))
     layers.append(Layer(FinalNorm, {"shape": shape, "factory": root.child("final_layernorm")}))
     if shape.untie_embeddings_and_output_weights:
-        layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))
+        layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head")}))
     else:
         layers.append(Layer(Embedding, embedding, tied_to="embedding", forward=tied_head))
     return layers

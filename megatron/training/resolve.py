@@ -158,8 +158,9 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
     elif data.vocab_size is not None:
         size = data.vocab_size
     else:
-        metas = (read_meta(prefix) or {} for _, prefix in parse_blend(sources.train or sources.valid))
+        metas = [read_meta(prefix) or {} for _, prefix in parse_blend(sources.train or sources.valid)]
         sizes = {meta["vocab_size"] for meta in metas if meta.get("vocab_size")}
+        fingerprint = next((meta["tokenizer_fingerprint"] for meta in metas if "tokenizer_fingerprint" in meta), None)
         require(
             len(sizes) == 1,
             f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
@@ -167,7 +168,8 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
             "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
         )
         size = sizes.pop()
-    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprints=[fingerprint] if fingerprint else [])
+    own = [fingerprint] if named and fingerprint else []
+    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprints=own)
     if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
         verify_data(sources.train, sources.valid, say=say)
     return Vocabulary(size, {"vocab_size": size, "fingerprint": fingerprint})

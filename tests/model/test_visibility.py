@@ -173,7 +173,7 @@ def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
 
 
 def test_empty_tiles_of_block_diffusion_are_skipped():
-    some, every = tile_occupancy(static_rule(BlockDiffusion(TILE), 8 * TILE), 8 * TILE, torch.device("cpu"))
+    some, every = tile_occupancy(BlockDiffusion(TILE), 8 * TILE, torch.device("cpu"))
     assert not some.any()
     # Noised: own tile and the clean past, 1 … 4 tiles a row; clean: 1 … 4; of 64.
     assert int(every.sum()) == 10 + 10
