@@ -196,14 +196,14 @@ def _validate_engine(config: Config) -> None:
     parallel, optimizer = config.parallel, config.optimizer
     pp = parallel.pipeline_model_parallel_size
     for is_given, given, rule, fix in (
-        (pp > 1, f"{pp} pipeline stages", "it shares out whole models", "--pipeline-model-parallel-size 1"),
+        (pp > 1, f"{pp} pipeline stages", "it shares out whole models", "use --pipeline-model-parallel-size 1"),
         (optimizer.optimizer != "adam", f"--optimizer {optimizer.optimizer}",
-         "it steps with torch's fused AdamW on rows of the matrices", "--optimizer adam"),
-        (optimizer.cpu_optimizer, "--cpu-optimizer", "it keeps optimizer state on the device", "--no-cpu-optimizer"),
+         "it steps with torch's fused AdamW on rows of the matrices", "use --optimizer adam"),
+        (optimizer.cpu_optimizer, "--cpu-optimizer", "it keeps optimizer state on the device", "drop it"),
         (config.run.gap_task is not None, "--gap-task",
-         "answers are scored by the whole model on every data-parallel rank", "tools/evaluate_downstream.py on checkpoints"),
+         "answers are scored by the whole model on every data-parallel rank", "use tools/evaluate_downstream.py on checkpoints"),
     ):  # fmt: skip
-        fix = f"use {fix}, or --engine deepspeed"
+        fix = f"{fix}, or pass --engine deepspeed"
         require(parallel.engine != "fsdp2" or not is_given, f"--engine fsdp2 with {given}", rule, fix)
 
 

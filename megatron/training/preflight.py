@@ -7,7 +7,7 @@ CUDA libraries take is assumed and named. No GPU, no process group, no data are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -49,13 +49,15 @@ class Case:
     """A run on machines that need not be there.
 
     Attributes:
-        flags: as given, with other settings of the layout where a layout is tried out.
+        typed: the flags as given.
+        flags: the same, with other settings of the layout where a layout is tried out.
         config: the same, with batch and vocabulary filled in.
         shape, layout, objective: its parts.
         tokens: length of training; None where only data tell it, which are not here.
         notes: what was assumed.
     """
 
+    typed: Config
     flags: Config
     config: Config
     shape: Shape
@@ -150,8 +152,8 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
     run = replace(flags.run, global_batch_size=batch)
     config = replace(flags, model=shape.recorded(), objective=objective, run=run)
     tokens = _tokens(flags, layout, notes)
-    flags = replace(flags, run=run)  # a batch which no other layout changes
-    return Case(flags, config, shape, layout, build_objective(config), tokens, tuple(notes))
+    batched = replace(flags, run=run)  # a batch which no other layout changes
+    return Case(flags, batched, config, shape, layout, build_objective(config), tokens, tuple(notes))
 
 
 def changed(case: Case, **changes: int | bool | None) -> Case | None:
@@ -159,7 +161,7 @@ def changed(case: Case, **changes: int | bool | None) -> Case | None:
 
     Args:
         case: the run; its global batch stays.
-        changes: fields of ``parallel`` and ``run`` by name.
+        changes: fields of ``parallel``, ``optimizer`` and ``run`` by name.
     """
     flags, config = _with(case.flags, changes), _with(case.config, changes)
     cls = OBJECTIVES[str(config.objective.objective)]
@@ -184,11 +186,12 @@ def changed(case: Case, **changes: int | bool | None) -> Case | None:
 
 
 def _with(config: Config, changes: Mapping[str, int | bool | None]) -> Config:
-    """The configuration with other values of some fields of ``parallel`` and ``run``; its global batch stays."""
-    known = {item.name for item in fields(config.parallel)}
-    parallel: dict[str, Any] = {name: value for name, value in changes.items() if name in known}
-    run: dict[str, Any] = {name: value for name, value in changes.items() if name not in known}
-    return replace(config, parallel=replace(config.parallel, **parallel), run=replace(config.run, **run))
+    """The configuration with other values of some fields of these sections; its global batch stays."""
+    for section in ("parallel", "optimizer", "run"):
+        part: Any = getattr(config, section)
+        known = {name: value for name, value in changes.items() if hasattr(part, name)}
+        config = replace(config, **{section: replace(part, **known)})
+    return config
 
 
 def footprints(case: Case) -> list[Footprint]:

@@ -124,9 +124,13 @@ def test_broken_rule(token_files: Path, tmp_path: Path, rule: str) -> None:
 
 
 FSDP2: dict[str, tuple[int, dict[str, Any], list[str]]] = {
-    "pipeline": (2, {"pp_size": 2}, ["--engine fsdp2 with 2 pipeline stages", "or --engine deepspeed"]),
+    "pipeline": (2, {"pp_size": 2}, ["--engine fsdp2 with 2 pipeline stages", "or pass --engine deepspeed"]),
     "muon": (1, {"optimizer": "muon"}, ["--engine fsdp2 with --optimizer muon", "use --optimizer adam"]),
-    "host": (1, {"cpu_optimizer": True}, ["--engine fsdp2 with --cpu-optimizer", "on the device"]),
+    "host": (
+        1,
+        {"cpu_optimizer": True},
+        ["--engine fsdp2 with --cpu-optimizer", "on the device; drop it, or pass --engine deepspeed"],
+    ),
     "answers": (1, {"gap_task": "x.jsonl", "valid_data_path": "x"}, ["--engine fsdp2 with --gap-task", "downstream"]),
     "settings": (1, {"deepspeed_config": "x.json"}, ["--deepspeed_config would have no effect", "--engine deepspeed"]),
 }
