@@ -151,8 +151,12 @@ class Validator:
         context, dataset, layout, seq = self.engine.context, self._dataset, self.plan.layout, self.plan.shape.seq_length
         share = Share(context.dp, layout.micro_batch_size, dataset.num_samples)
         ids = iter(share)
-        workers = self.plan.settings.data.num_workers
-        how: dict[str, Any] = {"device": context.device, "num_workers": workers, "packing": self._packing}
+        how: dict[str, Any] = {
+            "device": context.device,
+            "num_workers": self.plan.settings.data.num_workers,
+            "packing": self._packing,
+            "timeout_seconds": 60 * self.plan.settings.parallel.distributed_timeout_minutes,
+        }
         with build_loader(dataset, objective, share, **how) as batches:
             while indices := [i for micro_batch in islice(ids, MICRO_BATCHES_PER_PASS) for i in micro_batch]:
                 losses = self.engine.eval_step(batches, num_micro_batches=len(indices) // layout.micro_batch_size)

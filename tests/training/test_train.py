@@ -15,6 +15,8 @@ from layouts import jobs
 from layouts.pool import WorkerPool
 
 from megatron.config.schema import RunConfig
+from megatron.data.batches import Batches
+from megatron.data.loader import build_loader
 from megatron.errors import Failure
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext
@@ -142,6 +144,33 @@ def beats(argv: list[str]) -> int:
         patch.setattr(Connection, "beat", lambda self: heard.append(None))
         assert jobs.train("mdm", argv).status == 0
     return len(heard)
+
+
+def limits_of_loaders(argv: list[str]) -> list[float]:
+    """How long a run waits for a batch, in seconds, of every loader that it makes."""
+    found: list[float] = []
+
+    def build(*arguments: Any, timeout_seconds: float = 0, **options: Any) -> Batches:
+        found.append(timeout_seconds)
+        return build_loader(*arguments, timeout_seconds=timeout_seconds, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("train", "validation"):
+            patch.setattr(f"megatron.training.{module}.build_loader", build)
+        assert jobs.train("mdm", argv).status == 0
+    return found
+
+
+def test_a_loader_process_that_hangs_is_waited_for_as_long_in_a_validation(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    more = {
+        "valid_data_path": token_files / "valid",
+        "eval_iters": 2,
+        "distributed_timeout_minutes": 7,
+    }
+    (found,) = pools(1).run(limits_of_loaders, jobs.flags(token_files, tmp_path, train_iters=1, **more))
+    assert found == [420, 420]
 
 
 def test_the_time_limit_counts_from_the_start_of_the_program() -> None:
