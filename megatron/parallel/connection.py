@@ -73,6 +73,7 @@ class Watch:
 
 
 AGENT_SECONDS = 60.0
+COMPLETE = "complete"  # key that is there once all ranks are
 LEFT = "left"  # key of the first rank that went after an error: which, and why
 NOTICE_SECONDS = 15.0  # before the first line; each next one comes after twice as long
 # How gloo, NCCL and the store word it when the other end of a connection is gone.
@@ -277,11 +278,6 @@ def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[s
     """Host name of every rank, once all have given theirs; the first of those that wait says who is missing."""
     keys = [f"host/{rank}" for rank in range(launch.world_size)]
 
-    def have_come() -> bool:
-        with suppress(RuntimeError):  # the second is over, or the store is gone
-            store.wait(keys, timedelta(seconds=1))
-        return store.check(keys)
-
     def absent() -> str:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         ranks = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {launch.world_size}"
@@ -294,7 +290,9 @@ def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[s
 
     try:
         store.set(keys[launch.rank], socket.gethostname())
-        if _wait(launch, have_come, timeout, awaited) or not (ranks := absent()):
+        if store.check(keys):  # the last one tells the others, which ask for one key; torch prints lines about a wait
+            store.set(COMPLETE, "")
+        if _wait(launch, lambda: store.check([COMPLETE]), timeout, awaited) or not (ranks := absent()):
             return tuple(store.get(key).decode() for key in keys)
     except RuntimeError as error:
         raise Failure(
