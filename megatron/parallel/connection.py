@@ -257,7 +257,9 @@ def _wait_for_answer(launch: Launch, address: tuple[str, int], timeout: timedelt
     """Call at the meeting place until somebody answers. An agent of torchrun keeps it from before its processes start."""
     by_agent = launch.agent_attempt is not None
     limit = min(timeout, timedelta(seconds=AGENT_SECONDS)) if by_agent else timeout
-    keeper = "the agent of torchrun" if by_agent else "rank 0"
+    keeper, rule = "rank 0", "rank 0 opens it within --distributed-timeout-minutes"
+    if by_agent:
+        keeper, rule = "the agent of torchrun", "the agent of torchrun keeps it open"
 
     def answers() -> bool:
         with suppress(OSError), socket.create_connection(address, timeout=NOTICE_SECONDS):
@@ -267,9 +269,7 @@ def _wait_for_answer(launch: Launch, address: tuple[str, int], timeout: timedelt
     if not _wait(launch, answers, limit, lambda: f"{keeper}, which opens {launch.meeting_place}"):
         raise Failure(
             f"rank {launch.rank}: nobody answers at {launch.meeting_place}",
-            "the agent of torchrun keeps it open"
-            if by_agent
-            else "rank 0 opens it within --distributed-timeout-minutes",
+            rule,
             "check that rank 0 runs, its address, and the network between the hosts",
         )
 
