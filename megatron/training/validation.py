@@ -135,14 +135,17 @@ class Validator:
         """Sums of the objective's own loss, and of one that its training adds; None when it was broken off."""
         draws, estimator = self._draws(evaluated)
         entries: Entries = [], []
-        total, is_speaker = draws * self._dataset.num_samples, self.engine.context.is_first_rank
-        with Progress("validation", total, unit="samples", enabled=is_speaker) as progress:
+        context, one_round = self.engine.context, self.plan.layout.micro_batch_size * self.engine.context.dp.size
+        total = (
+            draws * math.ceil(self._dataset.num_samples / one_round) * one_round
+        )  # what fills up the last one is read
+        with Progress("validation", total, unit="samples", enabled=context.is_first_rank) as progress:
             for draw in range(draws):
                 view = evaluated.for_eval(draw, draws)
                 with self.engine.evaluating(view):
                     if not self._one_draw(view, entries, stop, progress):
                         return None
-        gathered = self.engine.context.gather_objects(entries)
+        gathered = context.gather_objects(entries)
         own, added = ([entry for part in gathered for entry in part[kind]] for kind in (0, 1))
         return _collect(own, draws=draws if estimator else 0), _collect(added, draws=0) if added else None
 

@@ -14,6 +14,7 @@ import torch
 from layouts import jobs
 from layouts.pool import WorkerPool
 
+from megatron import screen
 from megatron.config.schema import RunConfig
 from megatron.data.batches import Batches
 from megatron.data.loader import build_loader
@@ -171,6 +172,31 @@ def test_a_loader_process_that_hangs_is_waited_for_as_long_in_a_validation(
     }
     (found,) = pools(1).run(limits_of_loaders, jobs.flags(token_files, tmp_path, train_iters=1, **more))
     assert found == [420, 420]
+
+
+def progress_of_validations(argv: list[str]) -> list[tuple[int, int | None]]:
+    """How far each validation of a run says that it is at its end, and of what."""
+    found: list[tuple[int, int | None]] = []
+
+    class Seen(screen.Progress):
+        def close(self) -> None:
+            found.append((self.done, self.total))
+            super().close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron.training.validation.Progress", Seen)
+        assert jobs.train("mdm", argv).status == 0
+    return found
+
+
+def test_a_validation_ends_at_a_hundred_percent(
+    pools: Callable[[int], WorkerPool], token_files: Path, tmp_path: Path
+) -> None:
+    """Also where its samples are no whole rounds of micro-batches."""
+    sizes = {"micro_batch_size": 4, "global_batch_size": 8, "train_iters": 1}
+    more = {"valid_data_path": token_files / "valid", "eval_iters": "full", "num_mc": 2, **sizes}
+    found = pools(2).run(progress_of_validations, jobs.flags(token_files, tmp_path, **more))
+    assert all(done == total for ((done, total),) in found), found
 
 
 def test_the_time_limit_counts_from_the_start_of_the_program() -> None:
