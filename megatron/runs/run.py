@@ -134,12 +134,12 @@ class Run:
     @property
     def is_exact(self) -> bool:
         """Whether the number is a likelihood itself."""
-        return "exact" in self.label.lower()
+        return is_exact(self.label)
 
     @property
     def is_likelihood(self) -> bool:
         """Whether the number is a likelihood or a bound on it, so that it may be compared at all."""
-        return self.is_exact or (self.label.lower().startswith("nll bound"))
+        return is_likelihood(self.label)
 
     @property
     def is_evaluation(self) -> bool:
@@ -289,3 +289,13 @@ class Run:
         speed = self.train_column("tokens_per_second")
         speed = speed[np.isfinite(speed) & (speed > 0)]
         return float(np.median(speed)) if speed.size else None
+
+
+def is_exact(label: str) -> bool:
+    """Whether numbers of this label are likelihoods themselves."""
+    return "exact" in label.lower()
+
+
+def is_likelihood(label: str) -> bool:
+    """Whether numbers of this label are likelihoods or bounds on them, so that they may be compared at all."""
+    return is_exact(label) or label.lower().startswith("nll bound")
