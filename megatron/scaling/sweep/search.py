@@ -95,7 +95,7 @@ class Search:
 
     def chain(self) -> Chain:
         """The search as the runner takes it."""
-        return Chain(self._runs(), self._outcome, self._watch if self.gives_up else None)
+        return Chain(self.space.title, self._runs(), self._outcome, self._watch if self.gives_up else None)
 
     def catch_up(self) -> SweepRun | None:
         """Judge the trials that are over. Returns the run that is missing next; None where the search is complete."""
