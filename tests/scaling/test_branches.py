@@ -42,6 +42,10 @@ def test_a_branch_has_its_trunks_settings_its_own_schedule_and_length(tmp_path: 
     assert first.flops == pytest.approx(trunk.flops * 0.5 / 2 * 0.2), "what it adds"
     assert sweep.flops == pytest.approx(sum(run.flops for run in sweep.runs))
     assert unmatched(sweep.runs) == []
+    to_the_end = load_sweep(written(tmp_path / "end", branches={**BLOCK, "steps": [16]})).runs
+    assert {run.epochs for run in to_the_end} == {2} and unmatched(to_the_end) == [], (
+        "a branch is compared with branches"
+    )
 
 
 @pytest.mark.parametrize(

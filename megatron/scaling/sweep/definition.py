@@ -251,14 +251,14 @@ def dollars(flops: float, price: Mapping[str, Any]) -> float | None:
 
 
 def unmatched(runs: Sequence[SweepRun]) -> list[str]:
-    """What differs between runs of one comparison (same model, data, epochs and seed) besides the objective.
+    """What differs between runs of one comparison (same model, data, epochs, seed and step of branching) besides the objective.
 
     Flags of the schema's objective section, and the number of noise draws, belong to the objective.
     """
     allowed = _objective_flags()
-    groups: dict[tuple, list[SweepRun]] = {}
+    groups: dict[str, list[SweepRun]] = {}
     for run in runs:
-        groups.setdefault((run.model, run.unique_tokens, run.epochs, run.seed), []).append(run)
+        groups.setdefault(run.name.removeprefix(run.objective), []).append(run)
     found = []
     for members in groups.values():
         for other in members[1:]:
