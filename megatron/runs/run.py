@@ -240,10 +240,12 @@ class Run:
 
     @cached_property
     def split(self) -> tuple[tuple[Validation, ValidationSums, ValidationSums], ...] | None:
-        """Every one of ``validations`` with the sums of its selection half, on which all choices are made, and of its
-        report half; None where one of them has no such sums."""
+        """Every one of ``validations`` with a finite loss, with the sums of its selection half, on which all choices are made,
+        and of its report half; None where one of them has no such sums."""
         found = []
         for row in self.validations:
+            if not math.isfinite(row.nll):  # never chosen
+                continue
             sums = self.sums(row)
             parts = None if sums is None else halves(sums)
             if parts is None:

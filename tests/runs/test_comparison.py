@@ -14,6 +14,7 @@ from megatron.runs.crossing import crossing
 from megatron.runs.reading import find_runs, load_run
 from megatron.runs.sums import halves as split_halves
 from megatron.runs.sums import load_sums
+from megatron.scaling.sweep.search import curve_of
 from megatron.statistics import mean_loss
 from runs.synthetic_runs import write_run, write_sums
 
@@ -111,6 +112,15 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     assert run.result.nll == pytest.approx(report.loss.sum() / report.tokens.sum())
     assert run.result.error_unit == "20 documents"
     assert "flatters" not in " ".join(conclusion([run]))
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace(f'"nll": {run.valid[2].nll}', '"nll": null'))
+    other = load_run(folder)
+    assert other.result == run.result, "a validation that gave no number, and would not be chosen"
+    assert np.array_equal(np.delete(curve_of(other).loss, 2), np.delete(curve_of(run).loss, 2)), (
+        "nor changes how others are judged"
+    )
+    assert np.isnan(curve_of(other).loss[2])
+    (folder / "metrics.jsonl").write_text(text)
     (folder / f"validations/step{run.valid[0].step:08d}.npz").unlink()
     whole = load_run(folder).result
     assert whole is not None
