@@ -70,13 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> Plan:
     from megatron.runs.counts import parse_count
-    from megatron.scaling.fit import load_fits
+    from megatron.scaling.fit import load_fits, of_one_source
     from megatron.scaling.literature import PUBLISHED
     from megatron.scaling.planner import Budget, Model, make_plan
 
     models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
-        models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
+        fits = load_fits(options.fits)
+        models.update({fit.objective: fit for fit in fits if fit.objective in models} | of_one_source(fits))
     unique = parse_count(options.unique_tokens, "--unique-tokens")
     given = f"--unique-tokens {options.unique_tokens}"
     require(

@@ -19,7 +19,8 @@ FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "ma
 class Gap:
     """A difference of two validation losses, nats per token.
 
-    ``reach``: half of its 95 % interval; ``how``: where the error comes from.
+    ``error``: NaN where that of a loss is not known; ``reach``: half of its 95 % interval, of what is known; ``how``: where the
+    error comes from.
     """
 
     value: float
@@ -35,7 +36,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Overfitting:
-    """``best`` is the lowest validation. ``rises``: the last validation lies above it beyond the error of the
+    """``best`` is the validation that the result is of. ``rises``: the last validation lies above it beyond the error of the
     difference. ``at_end``: the best of several validations is the last one, so training longer may still help."""
 
     best: Validation
@@ -56,13 +57,13 @@ def overfitting(run: Run) -> Overfitting | None:
     Paired by document where the sums of both validations are kept. Otherwise the two errors are added, although both
     share samples and noise: that test errs towards "no overfitting".
     """
-    best = run.best
-    if best is None:
+    if run.result is None:
         return None
+    best = run.result.row
     last = [row for row in run.curve_of(best) if math.isfinite(row.nll)][-1]
     rise = last.nll - best.nll
     if last is best:
-        return Overfitting(best, rises=False, at_end=len(run.valid) > 1, rise=0.0)
+        return Overfitting(best, rises=False, at_end=len(run.curve_of(best)) > 1, rise=0.0)
     gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
     return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
 
@@ -75,15 +76,14 @@ def gap_between(first: Run, second: Run) -> Gap:
     one, other = first.result, second.result
     assert one is not None
     assert other is not None
-    sums = [_result_sums(run, result) for run, result in ((first, one), (second, other))]
-    if one.chosen_apart != other.chosen_apart:
-        sums = [None, None]
-    return _gap(one, other, sums=(sums[0], sums[1]))
+    if one.chosen_apart != other.chosen_apart or not _share_data(one.row, other.row):
+        return _gap(one, other)
+    return _gap(one, other, sums=(_result_sums(first, one), _result_sums(second, other)))
 
 
 def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
     """Validation ``other`` of ``second`` minus ``one`` of ``first``, paired by document where the sums of both are kept."""
-    return _gap(one, other, sums=(first.sums(one), second.sums(other)))
+    return _gap(one, other, sums=(first.sums(one), second.sums(other)) if _share_data(one, other) else (None, None))
 
 
 def summary_row(run: Run) -> dict[str, str]:
@@ -175,14 +175,22 @@ def _gap(
     first: Validation | Result,
     second: Validation | Result,
     *,
-    sums: tuple[ValidationSums | None, ValidationSums | None],
+    sums: tuple[ValidationSums | None, ValidationSums | None] = (None, None),
 ) -> Gap:
     value = second.nll - first.nll
     if sums[0] is not None and sums[1] is not None and len(set(sums[0].sample) & set(sums[1].sample)):
         paired = difference(sums[0], sums[1])
         return Gap(paired.value, paired.error, reach(paired), f"paired over {paired.num_documents:,} documents")
-    error = math.hypot(*(row.nll_se if math.isfinite(row.nll_se) else 0.0 for row in (first, second)))
+    known = [row.nll_se for row in (first, second) if math.isfinite(row.nll_se)]
+    error = math.hypot(*known)
+    if len(known) < 2:
+        return Gap(value, math.nan, 2 * error, "whose error is not known")
     return Gap(value, error, 2 * error, "from two errors added, as if the runs were judged on different samples")
+
+
+def _share_data(one: Validation, other: Validation) -> bool:
+    """Whether samples of one number are one sample: records from before data were recorded ("") are taken to say so."""
+    return one.protocol == other.protocol or "" in (one.protocol, other.protocol)
 
 
 def _result_sums(run: Run, result: Result) -> ValidationSums | None:

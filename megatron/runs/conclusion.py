@@ -30,7 +30,7 @@ def conclusion(runs: Sequence[Run]) -> list[str]:
 def _compare_text(first: Run, second: Run) -> str:
     """One paragraph about the best AR run and the best run of another objective on the same data."""
     gap = gap_between(first, second)
-    size = f"{abs(gap.value):.3f} ± {gap.error:.3f} nats/token, {gap.how}"
+    size = f"{plus_minus(abs(gap.value), gap.error)} nats/token, {gap.how}"
     name, bound = second.objective.upper(), not second.is_exact
     if not gap.is_real:
         verdict = f"the two cannot be told apart (a difference of {size})" + (

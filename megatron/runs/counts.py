@@ -35,7 +35,7 @@ def parse_count(text: str, flag: str = "", *, least: float = 1) -> float:
 
 
 def format_count(value: float) -> str:
-    """A count in words for labels: 912345 -> "0.91M", 100000 -> "100k", 425e6 -> "425M"."""
+    """A count in words for labels: 912345 -> "0.912M", 100000 -> "100k", 425e6 -> "425M"."""
     for scale, suffix in _COUNTS:
         if value >= scale * 0.9:
             return f"{value / scale:.3g}{suffix}"

@@ -40,12 +40,12 @@ def crossing(first: Run, second: Run) -> Crossing:
     epochs, losses = np.log([row.epoch for row in base]), [row.nll for row in base]
     common = [row for row in curve if base[0].epoch <= row.epoch <= base[-1].epoch * (1 + 1e-9)]
     below = [row.nll < float(np.interp(math.log(row.epoch), epochs, losses)) for row in common]
-    best = min(losses)
+    assert first.best is not None  # of the trained weights or of their average
     last = common[-1] if common else None
     partner = min(base, key=lambda row: abs(row.epoch - last.epoch)) if last else None
     return Crossing(
         _from_there_on(common, below),
-        _from_there_on(curve, [row.nll < best for row in curve]),
+        _from_there_on(curve, [row.nll < first.best.nll for row in curve]),
         gap_at(first, partner, second, last) if last and partner else None,
         last.epoch if last else math.nan,
     )

@@ -134,6 +134,7 @@ class Generalisation:
         found = cls.load(folder)
         if found is not None and found.protocol == protocol:
             return found
+        (folder / GENERALISATION / RECORD).unlink(missing_ok=True)  # first: it names the others
         for file in (folder / GENERALISATION).glob("*.npz"):
             file.unlink()
         return cls(folder, protocol)

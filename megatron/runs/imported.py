@@ -190,11 +190,13 @@ def collect(table: Table, fields: Fields, *, curve: bool = False) -> tuple[list[
             found, kept.unique_tokens = kept, max(kept.unique_tokens, found.unique_tokens)
         else:
             runs[str(number)] = found
-        step = int(float(values[STEP])) if STEP in table.columns else 0
+        step = _step(values, where) if STEP in table.columns else 0
         tokens = _tokens(values, fields, table, found.parameters, where)
-        error = _value(values, fields.loss_se, table, where) if fields.loss_se else math.nan
+        error = _value(values, fields.loss_se, table, where, least=0) if fields.loss_se else math.nan
         found.points.append((step, tokens, loss, error))
     for run in runs.values():
+        given, fix = f"{table.place}: run {run.name} has no training tokens", "name other --tokens or --unique-tokens"
+        require(run.unique_tokens >= 1, given, "a run was trained on some", fix)
         _put_in_order(run, table, has_steps=STEP in table.columns)
     return list(runs.values()), left_out
 
@@ -202,9 +204,11 @@ def collect(table: Table, fields: Fields, *, curve: bool = False) -> tuple[list[
 def _put_in_order(run: Imported, table: Table, *, has_steps: bool) -> None:
     """Sort the points of a curve by step, where the table has it, and tokens; without one they are numbered."""
     points = sorted(run.points, key=lambda point: point[:2])
-    twice = next((one for one, other in itertools.pairwise(points) if one[:2] == other[:2]), None)
+    place = 0 if has_steps else 1
+    twice = next((one for one, other in itertools.pairwise(points) if one[place] == other[place]), None)
     if twice is not None:
-        given = f"{table.place}: run {run.name} has two losses at {twice[1]:g} tokens"
+        where = f"step {twice[0]}" if has_steps else f"{twice[1]:g} tokens"
+        given = f"{table.place}: run {run.name} has two losses at {where}"
         raise UserError(given, "a curve has one at each place", "correct the table, or tell its runs apart with --name")
     run.points = points if has_steps else [(number, *point[1:]) for number, point in enumerate(points, 1)]
 
@@ -295,9 +299,18 @@ def _run(values: Row, fields: Fields, table: Table, name: str, where: str) -> Im
 
 
 def _tokens(values: Row, fields: Fields, table: Table, parameters: float, where: str) -> float:
+    least = 0 if table.name else 1  # a log may begin with a validation before the first step
     if fields.tokens:
-        return _value(values, fields.tokens, table, where)
-    return _value(values, fields.flops, table, where) / (6 * parameters)
+        return _value(values, fields.tokens, table, where, least=least)
+    return _value(values, fields.flops, table, where, least=least * 6 * parameters) / (6 * parameters)
+
+
+def _step(values: Row, where: str) -> int:
+    try:
+        return int(float(values[STEP]))
+    except (ValueError, OverflowError):
+        rule = "the column step holds whole numbers, by which a curve is in order"
+        raise UserError(f"{where}: step is {values[STEP]!r}", rule, "correct the table, or rename the column") from None
 
 
 def _loss(values: Row, row: Row, fields: Fields, table: Table) -> float | None:
@@ -314,12 +327,12 @@ def _loss(values: Row, row: Row, fields: Fields, table: Table) -> float | None:
     return loss if math.isfinite(loss) and loss > 0 else None
 
 
-def _value(values: Row, given: str, table: Table, where: str) -> float:
-    """A positive number from what a field was given as."""
+def _value(values: Row, given: str, table: Table, where: str, *, least: float = 1) -> float:
+    """A finite number of at least ``least`` from what a field was given as."""
     column, factor = _column(given, table)
     text = given if column is None else values.get(column, "")
     try:
-        return (text if isinstance(text, float) else parse_count(str(text).strip(), least=1e-12)) * factor
+        value = (text if isinstance(text, float) else parse_count(str(text).strip(), least=1e-12)) * factor
     except UserError:
         known = f"the columns are {', '.join(table.columns)}"
         rule = (
@@ -328,6 +341,9 @@ def _value(values: Row, given: str, table: Table, where: str) -> float:
         raise UserError(
             f"{where}: {given} is {str(text)!r}", rule, "name another column or correct the table"
         ) from None
+    fix = f"name its unit where it has one, as in {given}*1e9, or correct the table"
+    require(least <= value < math.inf, f"{where}: {given} is {value:g}", f"it is at least {least:g}, and finite", fix)
+    return value
 
 
 def _column(given: str, table: Table) -> tuple[str | None, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ def load_run(path: str | Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     _add_evaluations(rows, folder)
     curve, other = _split_validations(rows.valid)
-    averaged, apart = _split_validations(rows.averaged)
+    # A validation is there with the row of the trained weights, which is its last: who looks in between sees the other alone.
+    whole = {row.step for row in rows.valid}
+    averaged, apart = _split_validations([row for row in rows.averaged if row.step in whole])
     if averaged and curve and averaged[0].conditions != curve[0].conditions:
         averaged, apart = [], [*averaged, *apart]
     return Run(
@@ -76,7 +78,7 @@ def load_run(path: str | Path) -> Run:
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """Load every run in the given places: each is a run directory or a folder that holds run directories at any depth.
 
-    Runs come back once each, in order; names that occur twice are prefixed by their parent folder.
+    Runs come back once each, in order; names that occur twice are prefixed by as many folders as set them apart.
 
     Raises:
         UserError: a place holds no run, or a run cannot be read.
@@ -98,11 +100,18 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
             )
         folders.update({folder.resolve(): folder for folder in found})
     runs = [load_run(folder) for folder in folders.values()]
-    counts = Counter(run.name for run in runs)
-    return [
-        run if counts[run.name] == 1 else replace(run, name=f"{run.path.resolve().parent.name}/{run.name}")
-        for run in runs
-    ]
+    named: dict[str, list[Run]] = {}
+    for run in runs:
+        named.setdefault(run.name, []).append(run)
+    return [replace(run, name=_name_among(run, named[run.name])) for run in runs]
+
+
+def _name_among(run: Run, namesakes: Sequence[Run]) -> str:
+    """The shortest end of its path that is of no other run of this name, and as long for all of them."""
+    paths, length = [one.path.resolve().parts for one in namesakes], 1
+    while len({path[-length:] for path in paths}) < len(paths):
+        length += 1
+    return "/".join(run.path.resolve().parts[-length:])
 
 
 def _holds_evaluations_only(folder: Path) -> bool:

@@ -20,7 +20,8 @@ def average_seeds(runs: Sequence[Run]) -> list[Run]:
     """
     groups: list[list[Run]] = []
     for run in runs:
-        group = next((group for group in groups if is_replicate(group[0], run)), None)
+        # A seed that is there already (a copy of a run) says nothing about the spread between seeds.
+        group = next((group for group in groups if all(is_replicate(one, run) for one in group)), None)
         if group is None:
             groups.append([run])
         else:
@@ -81,7 +82,5 @@ def _mean_validation(rows: Sequence[Validation]) -> Validation:
         rows[0],
         nll=float(values.mean()),
         nll_se=math.hypot(between, within),
-        bits_per_byte=None
-        if any(value is None for value in bits)
-        else float(np.mean([value for value in bits if value])),
+        bits_per_byte=None if None in bits else float(np.mean(bits)),  # type: ignore[arg-type]
     )

@@ -133,12 +133,12 @@ class Run:
     @property
     def is_exact(self) -> bool:
         """Whether the number is a likelihood itself."""
-        return "exact" in self.label.lower()
+        return is_exact(self.label)
 
     @property
     def is_likelihood(self) -> bool:
         """Whether the number is a likelihood or a bound on it, so that it may be compared at all."""
-        return self.is_exact or (self.label.lower().startswith("nll bound"))
+        return is_likelihood(self.label)
 
     @property
     def is_evaluation(self) -> bool:
@@ -239,10 +239,12 @@ class Run:
 
     @cached_property
     def split(self) -> tuple[tuple[Validation, ValidationSums, ValidationSums], ...] | None:
-        """Every one of ``validations`` with the sums of its selection half, on which all choices are made, and of its
-        report half; None where one of them has no such sums."""
+        """Every one of ``validations`` with a finite loss, with the sums of its selection half, on which all choices are made,
+        and of its report half; None where one of them has no such sums."""
         found = []
         for row in self.validations:
+            if not math.isfinite(row.nll):  # never chosen
+                continue
             sums = self.sums(row)
             parts = None if sums is None else halves(sums)
             if parts is None:
@@ -288,3 +290,13 @@ class Run:
         speed = self.train_column("tokens_per_second")
         speed = speed[np.isfinite(speed) & (speed > 0)]
         return float(np.median(speed)) if speed.size else None
+
+
+def is_exact(label: str) -> bool:
+    """Whether numbers of this label are likelihoods themselves."""
+    return "exact" in label.lower()
+
+
+def is_likelihood(label: str) -> bool:
+    """Whether numbers of this label are likelihoods or bounds on them, so that they may be compared at all."""
+    return is_exact(label) or label.lower().startswith("nll bound")

@@ -270,6 +270,15 @@ def load_fits(path: Path) -> list[Fit]:
         ) from None
 
 
+def of_one_source(fits: Sequence[Fit], objectives: Sequence[str] = ("ar", "mdm")) -> dict[str, Fit]:
+    """Fits of these objectives, by name, of the source that has most of them; of own runs, which come last, where several do."""
+    by_source: dict[str, dict[str, Fit]] = {}
+    for fit in fits:
+        if fit.objective in objectives:
+            by_source.setdefault(fit.source, {})[fit.objective] = fit
+    return max(reversed(by_source.values()), key=len, default={})
+
+
 def _evaluate(law: Law, theta: Array, points: Points) -> Array:
     reference = Reference()
     return law.loss(law.to_phi(theta, reference), points, reference)[0]

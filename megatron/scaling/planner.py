@@ -177,10 +177,18 @@ def make_plan(models: Mapping[str, Model], budget: Budget) -> Plan:
         budget: data, compute and sizes.
 
     Raises:
-        UserError: an objective is missing, or a law says that nothing is learned within the budget.
+        UserError: an objective is missing, a law says that nothing is learned within the budget, or the fits are of two sources.
     """
     missing = {"ar", "mdm"} - models.keys()
     require(not missing, f"no law for {', '.join(sorted(missing))}", "a plan compares ar and mdm", "fit runs of both")
+    sources = {model.source for model in models.values() if isinstance(model, Fit)}
+    whose = " and ".join(f"runs of {source}" if source else "own runs" for source in sorted(sources))
+    require(
+        len(sources) < 2,
+        f"fits of {whose}",
+        "losses of two sources are not compared",
+        "fit runs of one source (--fits)",
+    )
     choices = {name: choose(name, models[name], budget) for name in ("ar", "mdm")}
     require(
         any(choice.loss.value < budget.guessing for choice in choices.values()),

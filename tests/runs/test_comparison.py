@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron.runs.comparison import comparisons, conditioning_gap, gap_between, overfitting, plus_minus, summary_row
 from megatron.runs.conclusion import conclusion
+from megatron.runs.crossing import crossing
 from megatron.runs.reading import find_runs, load_run
 from megatron.runs.sums import halves as split_halves
+from megatron.runs.sums import load_sums
+from megatron.scaling.sweep.search import curve_of
+from megatron.statistics import mean_loss
 from runs.synthetic_runs import write_run, write_sums
 
 
@@ -107,6 +112,15 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     assert run.result.nll == pytest.approx(report.loss.sum() / report.tokens.sum())
     assert run.result.error_unit == "20 documents"
     assert "flatters" not in " ".join(conclusion([run]))
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace(f'"nll": {run.valid[2].nll}', '"nll": null'))
+    other = load_run(folder)
+    assert other.result == run.result, "a validation that gave no number, and would not be chosen"
+    assert np.array_equal(np.delete(curve_of(other).loss, 2), np.delete(curve_of(run).loss, 2)), (
+        "nor changes how others are judged"
+    )
+    assert np.isnan(curve_of(other).loss[2])
+    (folder / "metrics.jsonl").write_text(text)
     (folder / f"validations/step{run.valid[0].step:08d}.npz").unlink()
     whole = load_run(folder).result
     assert whole is not None
@@ -140,3 +154,53 @@ def test_what_scoring_rules_give_ar_is_stated_and_sized(pair, tmp_path):
     assert conditioning_gap(ar, shifted) is None
     text = " ".join(conclusion([ar, mdm]))
     assert "tokens 1 to 128 of a sample given token 0, MDM on tokens 0 to 127 given nothing" in text
+
+
+def test_samples_of_different_validation_data_are_not_paired(tmp_path):
+    """Sample 3 of one set is not sample 3 of another."""
+    folders = [write_run(tmp_path / name, name, epochs=20) for name in ("ar", "mdm")]
+    for folder, data in zip(folders, ("one", "two")):
+        write_sums(folder)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps({**row, "data": data} if row["kind"] == "valid" else row) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text(text)
+    ar, mdm = map(load_run, folders)
+    for gap in (gap_between(ar, mdm), crossing(ar, mdm).end):
+        assert gap is not None and "as if the runs were judged on different samples" in gap.how
+        assert gap.error > ar.best.nll_se
+
+
+def test_an_unknown_error_is_not_shown_as_zero(pair, tmp_path):
+    folder = write_run(tmp_path / "mdm", "mdm")
+    text = (folder / "metrics.jsonl").read_text().replace('"nll_se": 0.025', '"nll_se": null')
+    (folder / "metrics.jsonl").write_text(text)
+    ar, mdm = load_run(pair[0]), load_run(folder)
+    gap = gap_between(ar, mdm)
+    assert np.isnan(gap.error) and gap.reach == pytest.approx(2 * 0.012), "what is known counts"
+    text = " ".join(conclusion([ar, mdm]))
+    assert f"AR is ahead by {gap.value:.3f} nats/token, whose error is not known" in text
+
+
+def test_what_is_said_of_the_end_is_of_the_checkpoint_that_was_chosen(tmp_path):
+    """The selection half prefers the validation before the last one, all documents the last."""
+    folder = write_run(tmp_path / "mdm", "mdm", epochs=20)
+    write_sums(folder, halves=True)
+    last, before = (load_run(folder).valid[place] for place in (-1, -2))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "valid" and row["step"] in (last.step, before.step):
+            sums = load_sums(folder / row["sums"])
+            by = (
+                np.where(sums.in_selection, 0.0, -0.2)
+                if row["step"] == last.step
+                else np.where(sums.in_selection, -0.9, 0.9)
+            )
+            changed = replace(sums, loss=sums.loss + by * sums.tokens)
+            changed.save(folder / row["sums"])
+            row["nll"] = mean_loss(changed).value
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = load_run(folder)
+    assert run.best.step == last.step and run.result.row.step == before.step
+    text = " ".join(conclusion([run]))
+    assert f"at epoch {run.result.row.epoch:.3g} " in text and "still improving at the end" not in text
+    assert overfitting(run).best.step == before.step

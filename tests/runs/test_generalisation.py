@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +78,16 @@ def test_a_bin_of_nothing_has_no_gap(effects) -> None:
 
 def test_a_record_is_read_as_it_was_written_and_goes_on(tmp_path: Path, effects) -> None:
     assert Generalisation.load(tmp_path) is None
+    (tmp_path / "other").mkdir()
     for seed in (4, 2):
         Generalisation.begin(tmp_path, PROTOCOL).add(point(effects, seed=seed))
     record = Generalisation.load(tmp_path)
     assert record is not None and record.protocol == PROTOCOL
     assert [(own.step, own.epoch) for own in record.points] == [(2, 3.0), (4, 5.0)]
     assert mean_loss(record.points[0].seen.sums(1)) == point(effects, seed=2).loss("seen", 1)
+    Generalisation.begin(tmp_path / "other", PROTOCOL).add(point(effects, seed=2))
+    Generalisation.begin(tmp_path / "other", replace(PROTOCOL, seq_length=7))
+    assert Generalisation.load(tmp_path / "other") is None, "until the first checkpoint of the new protocol"
     (tmp_path / "generalisation/4.npz").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"4\.npz cannot be read"):
         _ = Generalisation.begin(tmp_path, PROTOCOL).points

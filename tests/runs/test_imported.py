@@ -81,6 +81,24 @@ def test_a_curve_is_in_order_has_one_loss_a_place_and_is_of_one_name_whatever_it
         imported(tmp_path / "twice", [row("a", 1e8, 4.0), row("a", 2e8, 3.9), row("a", 1e8, 3.8)], "--curve")
 
 
+def test_steps_are_numbers_and_one_has_one_loss(tmp_path):
+    """What a reader of the run would keep is the last of a step."""
+    header = (*HEADER, "step")
+    for number, (steps, message) in enumerate(
+        {("5", "5"): "two losses at step 5", ("5", "ten"): "step is 'ten'"}.items()
+    ):
+        rows = [("a", 1e8, tokens, 1e8, 4.0, step) for tokens, step in zip((1e9, 2e9), steps)]
+        table = write_table(tmp_path / f"{number}.csv", rows, header)
+        with pytest.raises(UserError, match=message):
+            import_runs.main([table, "--output", str(tmp_path / "out"), *COMMON, *FIELDS, "--curve"])
+
+
+def test_sizes_in_a_unit_of_their_own_are_refused(tmp_path):
+    """0.07 billion parameters would be none; none have no logarithm."""
+    with pytest.raises(UserError, match=r"row 1: params is 0\.07; it is at least 1, and finite; .*params\*1e9"):
+        imported(tmp_path, [("a", 0.07, "4e9", "1e8", 3.9)])
+
+
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     table = write_table(tmp_path / "table.csv", [("a", 1e8, 1e9, 1e8, 4, 5)], (*HEADER, "loss"))
     with pytest.raises(UserError, match="two columns loss"):
@@ -173,6 +191,18 @@ def test_a_tensorboard_log_is_a_curve(tmp_path):
     assert [row.nll for row in run.valid] == pytest.approx([4.5, 4.0, 3.5])
     with pytest.raises(UserError, match="leave --curve out"):
         import_runs.main([str(tmp_path / "logs"), "--output", str(tmp_path / "no"), *COMMON, *fields, "--curve"])
+
+
+def test_a_log_may_begin_before_the_first_step_and_no_further(tmp_path):
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter(str(tmp_path / "logs" / "old"))
+    writer.add_scalar("loss", 9.0, 0)
+    writer.close()
+    fields = ["--parameters", "1M", "--tokens", "step*4096", "--loss", "loss"]
+    words = [str(tmp_path / "logs"), "--output", str(tmp_path / "out"), *COMMON, *fields, "--unique-tokens"]
+    with pytest.raises(UserError, match="run old has no training tokens"):
+        import_runs.main([*words, "all"])
+    import_runs.main([*words, "1e5"])
+    assert [(row.step, row.tokens, row.epoch) for row in find_runs([tmp_path / "out"])[0].valid] == [(0, 0, 0.0)]
 
 
 def test_logs_whose_folders_share_a_name_are_runs_of_their_own_and_a_taken_one_stops_all(tmp_path):

@@ -216,6 +216,9 @@ def test_runs_of_one_name_get_their_folder(tmp_path):
     write_run(tmp_path / "a/ar", "ar", epochs=2)
     write_run(tmp_path / "b/ar", "ar", epochs=2)
     assert [run.name for run in find_runs([tmp_path, tmp_path / "a"])] == ["a/ar", "b/ar"]
+    write_run(tmp_path / "c/a/ar", "ar", epochs=2)
+    top = tmp_path.name
+    assert [run.name for run in find_runs([tmp_path])] == [f"{top}/a/ar", f"{top}/b/ar", "c/a/ar"]
 
 
 def test_averaged_weights_are_a_curve_of_their_own_and_may_be_the_best(tmp_path):
@@ -237,6 +240,19 @@ def test_averaged_weights_are_a_curve_of_their_own_and_may_be_the_best(tmp_path)
     turn, before = overfitting(run), overfitting(plain)
     assert turn is not None and before is not None and turn.rise == pytest.approx(before.rise)
     assert "averaged weights" in write_report([run], tmp_path / "report.html").read_text()
+
+
+def test_a_validation_that_is_being_written_is_none_yet(tmp_path):
+    """The row of the averaged weights comes first: who looks between the two, or after a kill there, sees it alone."""
+    ar, folder = write_run(tmp_path / "ar", "ar", epochs=2), write_run(tmp_path / "mdm", "mdm", epochs=2)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["kind"] == "valid")
+    rows = [row for row in rows if row["kind"] == "train" and row["step"] <= first["step"]]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {**first, "kind": "valid_ema"}])
+    (folder / "metrics.jsonl").write_text(text)
+    run = load_run(folder)
+    assert run.best is None and not run.averaged
+    assert write_report([load_run(ar), run], tmp_path / "report").is_file()
 
 
 def test_averages_without_the_row_of_the_trained_weights_are_measured_again(tmp_path):

@@ -44,6 +44,8 @@ def test_only_runs_that_differ_in_nothing_else_are_averaged(seeds, tmp_path):
     assert not is_replicate(seeds[0], other)
     assert not is_replicate(seeds[0], again)  # of one seed: the same run twice is no evidence
     assert [len(run.seeds) for run in average_seeds([longer, *seeds, other])] == [0, 3, 0]
+    copy = load_run(write_run(tmp_path / "copy", "mdm", epochs=40, seed=3))
+    assert [run.seeds for run in average_seeds([*seeds, copy])] == [(1, 2, 3), ()], "a seed counts once"
 
 
 def test_an_unfinished_seed_shortens_the_mean(seeds, tmp_path):

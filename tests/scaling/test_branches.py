@@ -42,6 +42,10 @@ def test_a_branch_has_its_trunks_settings_its_own_schedule_and_length(tmp_path: 
     assert first.flops == pytest.approx(trunk.flops * 0.5 / 2 * 0.2), "what it adds"
     assert sweep.flops == pytest.approx(sum(run.flops for run in sweep.runs))
     assert unmatched(sweep.runs) == []
+    to_the_end = load_sweep(written(tmp_path / "end", branches={**BLOCK, "steps": [16]})).runs
+    assert {run.epochs for run in to_the_end} == {2} and unmatched(to_the_end) == [], (
+        "a branch is compared with branches"
+    )
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,7 @@ def test_a_branch_has_its_trunks_settings_its_own_schedule_and_length(tmp_path: 
         ({"branches__steps": [5]}, "branches leave at step 5; checkpoints are saved every 4 steps"),
         ({"branches__steps": [20]}, "a branch from step 20 ends at epoch 2.5; ar-small-100-2ep-seed1 is planned for 2"),
         ({"branches__decay": 0}, "branches.decay 0 is in the file; it must be positive"),
+        ({"branches__flags": {"seed": 3, "train_samples": 7}}, "sweep.yaml: seed, train-samples in branches.flags"),
         ({"flags__keep-last": 1}, "keep-last, and branches; a branch leaves a checkpoint of its trunk"),
         ({"branches": {"steps": [4]}}, "branches is .*; it is steps, decay"),
     ],
@@ -77,3 +82,12 @@ def test_branches_wait_for_their_trunk_and_come_with_it(tmp_path: Path) -> None:
     script = write_slurm(sweep, sweep.runs, tmp_path / "slurm")
     assert (tmp_path / "slurm/runs.txt").read_text().split() == ["ar-small-100-2ep-seed1", "mdm-small-100-2ep-seed1"]
     assert "--array=0-1" in script.read_text() and sys.executable in script.read_text()
+
+
+def test_branches_of_a_failed_trunk_have_failed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody stopped them: a status of 130 would say so."""
+    monkeypatch.setenv("FAKE_FAIL", "mdm")
+    sweep = load_sweep(written(tmp_path))
+    runs = [run for run in sweep.runs if run.objective == "mdm"]
+    results = Runner(sweep, attempts=1, say=lambda text: None).run(runs)
+    assert [results[run.name] for run in runs] == ["failed"] * 3

@@ -8,9 +8,10 @@ from runs.synthetic_runs import write_run
 
 from megatron.runs.generalisation import Generalisation, Measured, Point, Protocol
 from megatron.runs.reading import find_runs
-from megatron.scaling.report.generalisation import differences_text, generalisation_chart
+from megatron.scaling.report.generalisation import _number, differences_text, generalisation_chart
 from megatron.scaling.report.page import write_report
 from megatron.scaling.report.panels import compose
+from megatron.statistics import Estimate
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,9 @@ def test_three_panels_of_which_the_legend_says_what_is_a_bound(runs) -> None:
     assert names == [
         f"{name}, {side}" for name in ("ar – NLL (exact)", "mdm – of bounds") for side in ("unseen", "seen")
     ]
+
+
+def test_an_unknown_error_is_not_shown_as_zero() -> None:
+    """Of a single document nothing is known of others."""
+    assert _number(Estimate(-1.0, float("nan"), 1, float("nan"))) == "−1.000"
+    assert _number(Estimate(-1.0, 0.01, 1000, 1e9)) == "−1.000 ± 0.020"

@@ -7,14 +7,16 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from runs.synthetic_runs import write_run
 
+from megatron.errors import UserError
 from megatron.runs.reading import find_runs
-from megatron.scaling.fit import Fit, fit_law, save_fits
+from megatron.scaling.fit import Fit, fit_law, of_one_source, save_fits
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, U_SHAPED, Points, Reference
 from megatron.scaling.literature import MUENNIGHOFF, PUBLISHED
 from megatron.scaling.observations import observe
@@ -53,6 +55,19 @@ def budget(unique, flops, sizes=None):
 def truth_fit(law, theta):
     """The law without noise, as a fit with one refit."""
     return Fit(law, np.array(theta), np.array([theta]), 0.0, None, None, {}, "x", "x", 0, 0)
+
+
+def test_fits_of_two_sources_are_not_compared(fits, tmp_path, capsys):
+    """As their runs are not: data and tokenizers differ."""
+    theirs = [replace(fit, source="paper X") for fit in fits.values()]
+    words = ["--unique-tokens", "100M", "--flops", "1e20", "--fits", str(tmp_path / "fits.json")]
+    save_fits([theirs[0], fits["mdm"]], tmp_path / "fits.json")
+    with pytest.raises(UserError, match="fits of own runs and runs of paper X; losses of two sources are not compared"):
+        plan_program(words)
+    save_fits([*theirs, fits["ar"]], tmp_path / "fits.json")  # only theirs are a pair
+    plan_program(words)
+    assert capsys.readouterr().out.count("imported from paper X") == 2
+    assert of_one_source([*theirs, *fits.values()]) == fits, "own ones before others"
 
 
 def test_published_line_decides_without_fits():

@@ -14,10 +14,12 @@ import pytest
 from runs.synthetic_runs import write_run
 
 from megatron.runs.reading import find_runs
-from megatron.scaling.report.frontier import frontier, pareto
+from megatron.scaling.report.frontier import frontier, iso_loss, pareto
 from megatron.scaling.report.page import write_report
+from megatron.scaling.report.pairs import crossing_text, pair_numbers_html
 from megatron.scaling.report.panels import compose
-from megatron.scaling.report.tables import load_downstream
+from megatron.scaling.report.plots import facets, learning_curves
+from megatron.scaling.report.tables import evaluations_html, load_downstream
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +76,53 @@ def test_report_of_a_sweep_has_frontier_and_contours(tmp_path):
         "iso_loss.png",
     }
     assert page.count("<figure") == 3
+
+
+def test_runs_on_one_line_of_epochs_and_sizes_have_no_contours(tmp_path):
+    """Eight sizes trained for one epoch span no surface; matplotlib's triangulation fails on them."""
+    for number in range(1, 9):
+        write_run(tmp_path / f"runs/{number}", "ar", parameters=100_000 * number, epochs=1, validations=1)
+    runs = find_runs([tmp_path / "runs"])
+    assert write_report(runs, tmp_path / "out").is_file() and iso_loss(runs) is None
+    write_run(tmp_path / "runs/longer", "ar", epochs=4, validations=3)
+    chart = iso_loss(find_runs([tmp_path / "runs"]))
+    assert chart is not None
+    compose(chart)
+
+
+def test_budgets_without_a_panel_are_named(tmp_path):
+    for number in range(1, 9):
+        write_run(tmp_path / str(number), "ar", unique=50_000 * number, epochs=1, validations=2)
+    runs = find_runs([tmp_path])
+    for chart in (facets(runs), pareto(runs)):
+        assert len(chart.panels) == 6 and chart.caption.endswith(" Not drawn: 350k, 400k unique tokens.")
+
+
+def test_evaluations_are_marked_by_their_own_label(tmp_path):
+    """A folder may hold exact and bounded evaluations of one model."""
+    folder = write_run(tmp_path / "dual", "mdm", epochs=2)
+    row = next(r for r in map(json.loads, (folder / "metrics.jsonl").open()) if r["kind"] == "valid")
+    (folder / "evaluations").mkdir()
+    for label in ("NLL (exact)", "NLL bound"):
+        record = {**row, "kind": "evaluation", "label": label, "nll": 3.0, "ppl": 20.1, "bits_per_byte": 2.061}
+        (folder / f"evaluations/{label.split()[1]}.json").write_text(json.dumps(record))
+    page = evaluations_html(find_runs([folder]))
+    assert "<td>≤ 20.09</td><td>≤ 2.061</td>" in page and "<td>20.09</td><td>2.061</td>" in page
+
+
+def test_the_best_of_averaged_weights_is_marked_and_is_what_is_to_be_passed(tmp_path):
+    folders = write_run(tmp_path / "ar", "ar"), write_run(tmp_path / "mdm", "mdm", parameters=900_000_000)
+    rows = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    rows += [{**row, "kind": "valid_ema", "nll": row["nll"] - 2} for row in rows if row["kind"] == "valid"]
+    ar, mdm = (find_runs([folder])[0] for folder in folders)
+    assert "AR's best is passed" in crossing_text(ar, mdm)
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ar = find_runs([folders[0]])[0]
+    assert "AR's best is not reached" in crossing_text(ar, mdm), "it is that of the average"
+    page = pair_numbers_html([ar, mdm])
+    assert page.count("<td>NLL (exact) of the averaged weights</td>") == 1 and page.count("<td>NLL (exact)</td>") == 1
+    panel = compose(learning_curves([ar])).axes[0]
+    assert panel.get_ylim()[0] < ar.best.nll, "the star is in the picture"
 
 
 def test_frontier_keeps_only_unbeaten_points():

@@ -422,3 +422,19 @@ def test_killed_with_9_at_random_moments_gives_the_same_trials_and_choice(
     assert chosen == [search.chosen.run.name for search in expected if search.chosen]
     names = [{folder.name for folder in (tmp_path / which / "runs").iterdir()} for which in ("alone", "killed")]
     assert names[1] - names[0] == {"search.json"}
+
+
+def test_a_search_that_cannot_go_on_fails_in_words_and_the_other_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path, search__trials=1)
+    sweep = load_sweep(path)
+    first = sweep.runs[0].folder
+    first.mkdir(parents=True)
+    (first / "run.json").write_text("{}")
+    done = subprocess.run([*PROGRAM, str(path), "search"], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and f"{first.name}: failed: {first}/run.json has format None" in done.stdout
+    assert f"{sweep.runs[1].name}: finished" in done.stdout
+
+
+def test_a_value_that_is_there_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the coordinate lr has the values 1e-3, 0\.001, 0\.01; it has two or more"):
+        load_sweep(write(tmp_path, search__trials=3, search__coordinates={"lr": ["1e-3", 0.001, 0.01]}))

@@ -126,6 +126,20 @@ def test_an_open_page_follows_a_run_without_being_loaded_again(served) -> None:
         assert browser.run("document.getElementById('live').textContent").startswith("Updated at")
 
 
+def test_everything_that_a_page_shows_is_watched(tmp_path) -> None:
+    """Also what stands beside a run that was named alone, and no checkpoint."""
+    run = write_run(tmp_path / "run", "mdm", validations=1)
+    page = tmp_path / "report.html"
+    page.write_text("")
+    before = (live := LiveReport([run], lambda: page))._stamps()
+    shown = ["search.json", "likelihood.json", "run/likelihood_2.json", "run/generalisation/record.json"]
+    shown += ["run/evaluations/one.json", "run/downstream.json", "run/samples.jsonl"]
+    for name in [*shown, "other.json", "run/global_step1/run.json"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert live._stamps().keys() - before.keys() == {tmp_path / name for name in shown}
+
+
 def test_ctrl_c_ends_it_with_130_and_a_wrong_port_is_refused(tmp_path) -> None:
     write_run(tmp_path / "run", "mdm", validations=3)
     command = [sys.executable, str(ROOT / "tools/report.py"), str(tmp_path / "run"), "--output", str(tmp_path / "out")]

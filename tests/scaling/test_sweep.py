@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from megatron.scaling.literature import preset_parameters
 from megatron.scaling.sweep.definition import hours, load_sweep, unmatched
 from megatron.scaling.sweep.price import price_of
 from megatron.scaling.sweep.runner import Runner, command_line, last_line, make_subsets
+from megatron.scaling.sweep.slurm import write_slurm
 from megatron.scaling.sweep.state import read_attempts, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +102,9 @@ def test_epochs_by_objective_excluded_runs_and_own_flags(tmp_path):
         "mdm-7M-100-1ep-seed1234": 4,
     }
     assert sweep.runs[0].parameters == preset_parameters("7M")
+    grid = {"objective": ["ar", "mdm"], "model": ["7M"], "unique_tokens": ["1e2"], "epochs": ["6e12 FLOPs"]}
+    rule = {"objective": "mdm", "unique_tokens": "1e2", "epochs": "6e12 FLOPs"}  # as the grid says it
+    assert [run.objective for run in load_sweep(write_sweep(tmp_path, grid=grid, exclude=[rule])).runs] == ["ar"]
 
 
 def test_every_command_parses_with_the_real_flags(tmp_path):
@@ -182,7 +187,12 @@ def test_check_finds_what_else_differs(tmp_path):
     ("changes", "message"),
     [
         ({"gird": {}}, "unknown keys gird"),
-        ({"flags": {"seed": 3}}, "flags name seed"),
+        ({"flags": {"seed": 3}}, "seed in flags; the grid or the sweep sets these"),
+        ({"objectives": {"mdm": {"seed": 3, "num-mc": 2}}}, "sweep.yaml: seed in objectives.mdm"),
+        (
+            {"grid": {"objective": "ar", "model": {"own": {"train_epochs": 3}}, "unique_tokens": [100], "epochs": [1]}},
+            "train-epochs in grid.model.own",
+        ),
         ({"data": {100: "x"}}, "no data for 200 unique tokens"),
         ({"grid": {"objective": "ar", "model": ["9M"], "unique_tokens": [100], "epochs": [1]}}, "neither a preset"),
         ({"grid": {"objective": "ar", "model": ["7M"], "unique_tokens": [100, 100], "epochs": [1]}}, "twice"),
@@ -313,6 +323,30 @@ def test_a_signal_stops_the_training_processes(tmp_path, number):
     assert "stopping" in out
     assert {state(run) for run in sweep.runs} == {"interrupted", "waiting"}
     assert read_attempts(sweep.runs[0])[-1]["returncode"] == 75, "no launcher was told to kill its trainers"
+
+
+def test_jobs_take_the_gpus_that_they_are_given(tmp_path, monkeypatch):
+    sweep = load_sweep(write_sweep(tmp_path))
+    runner = Runner(sweep, jobs=2, devices_per_job=2, say=lambda text: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runner._environment(1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,GPU-7")
+    assert [runner._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4,5", "6,GPU-7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    with pytest.raises(UserError, match=r"2 GPUs a job, 2 jobs or more; CUDA_VISIBLE_DEVICES=4,5,6"):
+        runner.run(sweep.runs)
+    assert not any(starts(sweep).values()), "before anything starts"
+
+
+def test_an_option_of_slurm_is_one_word_whatever_is_in_it(tmp_path, monkeypatch):
+    """sbatch takes quotes as a shell does, an unquoted blank for the next option, and # for a comment."""
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    sweep = load_sweep(write_sweep(tmp_path / "my runs", slurm={"comment": "two words #1", "partition": "gpu"}))
+    lines = write_slurm(sweep, sweep.runs, Path("jobs")).read_text().splitlines()
+    words = [shlex.split(line) for line in lines if line.startswith("#SBATCH ")]
+    assert ["#SBATCH", f"--output={tmp_path}/my runs/jobs/%x-%a.txt"] in words
+    assert ["#SBATCH", "--comment=two words #1"] in words and all(len(line) == 2 for line in words)
 
 
 def test_slurm_script(tmp_path, monkeypatch):

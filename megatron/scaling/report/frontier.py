@@ -13,21 +13,21 @@ from matplotlib.colors import ListedColormap
 from megatron.runs.counts import format_count
 from megatron.runs.run import Run
 from megatron.scaling.report.panels import Chart, Panel
-from megatron.scaling.report.style import count_seeds, limit_height, log_axis, objective_style
+from megatron.scaling.report.style import count_seeds, first_budgets, limit_height, log_axis, objective_style
 
-MAX_PANELS, MAX_CONTOURS = 6, 12
+MAX_CONTOURS = 12
 
 
 def pareto(runs: Sequence[Run]) -> Chart:
     """Best validation against training FLOPs, one panel per budget of unique tokens (at most six): every validation faint,
     and per objective the frontier of what it reaches for a compute budget, drawn on to the largest compute of the panel."""
-    budgets = sorted({run.unique_tokens for run in runs if run.valid})[:MAX_PANELS]
+    budgets, rest = first_budgets([run for run in runs if run.valid])
     return Chart(
         "pareto",
         "Every validation of every run (faint) and the lowest loss that each objective reaches for a compute "
         "budget, one panel per budget of unique tokens; it goes on flat, because a larger budget reaches what a smaller "
         "one does. Points along a run are taken before its learning rate has decayed, so the frontier is what these runs "
-        "reach, not the best possible.",
+        f"reach, not the best possible.{rest}",
         [Panel(f"Frontier on {format_count(size)} unique tokens", partial(_draw_pareto, runs=runs, budget=size))
          for size in budgets],
         share_y=True,
@@ -74,14 +74,28 @@ def frontier(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def contour_sets(runs: Sequence[Run]) -> list[tuple[str, int, list[Run]]]:
-    """(objective, unique tokens, runs) where there are enough runs for contours: 3 sizes and 8 validations."""
+    """(objective, unique tokens, runs) where there are enough runs for contours: 3 sizes, 8 validations that are not all on one
+    line of epochs and sizes (as finished runs of one epoch are), and losses that differ."""
     sets = []
     for objective, unique in sorted({(run.objective, run.unique_tokens) for run in runs}):
         members = [run for run in runs if (run.objective, run.unique_tokens) == (objective, unique) and run.valid]
-        points = sum(len(run.valid) for run in members)
-        if len({run.parameters for run in members}) >= 3 and points >= 8:
+        x, y, losses = surface(members)
+        spans = np.linalg.matrix_rank(np.stack([x - x[:1], y - y[:1]])) == 2
+        if len({*y}) >= 3 and len(losses) >= 8 and spans and losses.min() < np.quantile(losses, 0.8):
             sets.append((objective, unique, members))
     return sets
+
+
+def surface(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logarithms (to 10) of epochs and of parameters, and the lowest loss there, each [places]."""
+    cells: dict[tuple[float, float], float] = {}
+    for run in runs:
+        for row in run.valid:
+            if row.epoch > 0 and np.isfinite(row.nll):
+                place = (round(float(np.log10(row.epoch)), 3), float(np.log10(run.parameters)))
+                cells[place] = min(cells.get(place, np.inf), row.nll)
+    x, y = np.array(list(cells), dtype=np.float64).reshape(-1, 2).T
+    return x, y, np.array(list(cells.values()), dtype=np.float64)
 
 
 def iso_loss(runs: Sequence[Run]) -> Chart | None:
@@ -112,19 +126,10 @@ def _draw_contours(panel: Axes, *, members: Sequence[Run]) -> None:
     )
     panel.set_title(title)
     panel.set_ylabel("parameters")
-    cells: dict[tuple[float, int], float] = {}
-    for run in members:
-        for row in run.valid:
-            if row.epoch > 0 and np.isfinite(row.nll):
-                key = (round(float(np.log10(row.epoch)), 3), run.parameters)
-                cells[key] = min(cells.get(key, np.inf), row.nll)
-    epochs = 10 ** np.array([key[0] for key in cells])
-    sizes = np.array([key[1] for key in cells], dtype=np.float64)
-    losses = np.array(list(cells.values()))
+    x, y, losses = surface(members)
     # Early validations are far above the rest and would take all the levels.
     levels = np.linspace(losses.min(), np.quantile(losses, 0.8), 9)
     shades = matplotlib.colormaps["cividis_r"](np.linspace(0.0, 0.75, 64))  # labels stay readable on the darkest
-    x, y = np.log10(epochs), np.log10(sizes)
     filled = panel.tricontourf(x, y, losses, levels=levels, cmap=ListedColormap(shades), extend="max")
     lines = panel.tricontour(x, y, losses, levels=levels, colors="black", linewidths=0.6)
     panel.clabel(lines, fontsize=7, fmt="%.2f")
@@ -132,9 +137,9 @@ def _draw_contours(panel: Axes, *, members: Sequence[Run]) -> None:
     best = int(np.argmin(losses))
     panel.plot(x[best], y[best], "*", markersize=13, color="white", markeredgecolor="black", clip_on=False, zorder=5)
     panel.set_xlabel("epochs")
-    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if epochs.min() <= tick <= epochs.max()]
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000) if 10 ** x.min() <= tick <= 10 ** x.max()]
     panel.set_xticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
-    shown = np.unique(sizes)
-    panel.set_yticks(np.log10(shown), [format_count(size) for size in shown])
+    shown = np.unique(y)
+    panel.set_yticks(shown, [format_count(size) for size in 10**shown])
     panel.grid(visible=False)
     panel.figure.colorbar(filled, ax=panel, shrink=0.85, format="%.2f")

@@ -112,7 +112,8 @@ def _row(run: Run, record: Generalisation, point: Point) -> dict[str, str]:
 
 
 def _number(value: Estimate) -> str:
-    return f"{value.value:.3f} ± {_bar(value):.3f}".replace("-", "−")
+    half = reach(value)
+    return (f"{value.value:.3f}" + (f" ± {half:.3f}" if math.isfinite(half) else "")).replace("-", "−")
 
 
 def _bar(value: Estimate) -> float:

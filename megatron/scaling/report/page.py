@@ -14,7 +14,7 @@ from megatron.runs.conclusion import conclusion
 from megatron.runs.replicates import average_seeds
 from megatron.runs.run import Run
 from megatron.scaling.chinchilla import DataConstrained
-from megatron.scaling.fit import Fit
+from megatron.scaling.fit import Fit, of_one_source
 from megatron.scaling.multiplier import Baseline
 from megatron.scaling.report import brackets, law_plots, plots
 from megatron.scaling.report.frontier import iso_loss, pareto
@@ -116,7 +116,7 @@ def charts(runs: Sequence[Run], fits: Sequence[Fit] = ()) -> list[Chart]:
     if any(isinstance(fit.law, DataConstrained) for fit in fits):
         found.append(law_plots.data_value(fits))
     if fits:
-        by_objective = {fit.objective: fit for fit in fits}
+        by_objective = of_one_source(fits)
         found.append(law_plots.critical_line(by_objective.get("ar"), by_objective.get("mdm"), validated))
     return found
 

@@ -66,6 +66,6 @@ def _row(name: str, run: Run, row: Validation) -> dict[str, str]:
         "Epoch": epoch_text(row.epoch),
         "Step": f"{row.step:,}",
         "Validation, nats/token": plus_minus(row.nll, row.nll_se),
-        "Kind": run.label,
+        "Kind": row.full_label,
         "Training FLOPs": f"{row.flops:.1e}",
     }

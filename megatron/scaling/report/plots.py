@@ -15,7 +15,7 @@ from megatron.runs.counts import format_count
 from megatron.runs.crossing import crossing
 from megatron.runs.run import Run
 from megatron.scaling.report.panels import Chart, Panel
-from megatron.scaling.report.style import LineStyle, count_seeds, limit_height, log_axis, run_styles
+from megatron.scaling.report.style import LineStyle, count_seeds, first_budgets, limit_height, log_axis, run_styles
 
 
 def learning_curves(runs: Sequence[Run]) -> Chart:
@@ -41,11 +41,11 @@ def learning_curves(runs: Sequence[Run]) -> Chart:
 
 def facets(runs: Sequence[Run]) -> Chart:
     """Validation against epochs for many runs: one panel per budget of unique tokens (at most six)."""
-    budgets = sorted({run.unique_tokens for run in runs})[:6]
+    budgets, rest = first_budgets(runs)
     return Chart(
         "curves_by_budget",
         "Validation loss against epochs, one panel per budget. Bars are one standard error (the table says over what); the "
-        "star is the best validation.",
+        f"star is the best validation.{rest}",
         [
             Panel(f"Validation on {format_count(size)} unique tokens", partial(_draw_budget, runs=runs, budget=size))
             for size in budgets

@@ -98,7 +98,7 @@ def _settings_html(runs: Sequence[Run]) -> str:
 
 
 def _key(run: Run, runs: Sequence[Run]) -> str:
-    """Name of a run's column; names are unique but where a mean of seeds stands beside its runs."""
+    """Name of a run's column; its place where runs that were not found together share a name."""
     return run.name if [other.name for other in runs].count(run.name) == 1 else str(run.path)
 
 

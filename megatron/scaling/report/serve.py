@@ -23,7 +23,8 @@ ADDRESS = "127.0.0.1"
 LEAST_SECONDS = 5.0
 """Between two looks at the files: drawing takes a core for a second or more, which a run on this machine misses."""
 _WATCHED = re.compile(
-    r"run\.json|metrics\.jsonl|.*/evaluations/[^/]*\.json|(downstream|likelihood).*\.json|samples.*\.jsonl"
+    r"(run|search)\.json|metrics\.jsonl|.*/evaluations/[^/]*\.json|.*/generalisation/record\.json|"
+    r"(downstream|likelihood).*\.json|samples.*\.jsonl"
 )
 
 _SCRIPT = """
@@ -114,6 +115,9 @@ class LiveReport:
 
     def _files(self) -> Iterator[Path]:
         for place in self.places:
+            if (place / "run.json").is_file():  # beside a run lies what was found of several
+                beside = place.resolve().parent
+                yield from (*beside.glob("likelihood*.json"), *beside.glob("search.json"))
             for folder, inner, names in os.walk(place):
                 inner[:] = [name for name in inner if not name.startswith("global_step")]  # checkpoints hold many files
                 for name in names:

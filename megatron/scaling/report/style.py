@@ -21,6 +21,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from megatron.runs.counts import format_count
 from megatron.runs.run import Run
 
 RC: Any = {
@@ -52,6 +53,8 @@ _OTHERS: tuple[tuple[str, Any, str], ...] = (
     ("#444444", (0, (2, 4)), "X"),
 )
 MAX_LEGEND = 12
+MAX_BUDGETS = 6
+"""Panels of budgets of unique tokens in one figure."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,13 @@ def count_seeds(runs: Sequence[Run]) -> str:
     return f"{' to '.join(str(count) for count in (counts[0], counts[-1])[: len(counts)])} seed{'s' * (counts[-1] > 1)}"
 
 
+def first_budgets(runs: Sequence[Run]) -> tuple[list[int], str]:
+    """Budgets of unique tokens that have a panel, and a sentence for the caption on those that have none."""
+    found = sorted({run.unique_tokens for run in runs})
+    rest = found[MAX_BUDGETS:]
+    return found[:MAX_BUDGETS], f" Not drawn: {', '.join(map(format_count, rest))} unique tokens." if rest else ""
+
+
 def log_axis(panel: Axes, label: str) -> None:
     """Make an axis logarithmic, with ticks that do not overlap."""
     panel.set_xscale("log")
@@ -122,7 +132,7 @@ def limit_height(panel: Axes, runs: Sequence[Run], below: float = 1.0) -> None:
 
     ``below`` is the room under the best validation, in margins.
     """
-    values = np.concatenate([run.column("nll") for run in runs] or [np.array([])])
+    values = np.array([row.nll for run in runs for row in run.validations])
     values = values[np.isfinite(values)]
     if not values.size:
         return

@@ -14,7 +14,7 @@ from megatron.files import read_object
 from megatron.runs.comparison import plus_minus
 from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, matched_pairs
-from megatron.runs.run import Run
+from megatron.runs.run import Run, is_exact, is_likelihood
 from megatron.scaling.fit import Fit
 from megatron.scaling.multiplier import Baseline, of_run
 from megatron.scaling.sweep.search import FAILED, GIVEN_UP
@@ -63,7 +63,8 @@ def evaluations_html(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         for row in run.other_valid:
-            known = row.label.lower().startswith(("nll (exact", "nll bound"))
+            known, at_most = is_likelihood(row.label), "" if is_exact(row.label) else "≤ "
+            bits = row.bits_per_byte
             rows.append(
                 {
                     "Run": run.name,
@@ -73,8 +74,8 @@ def evaluations_html(runs: Sequence[Run]) -> str:
                     "± over": row.error_unit,
                     "Samples": f"{row.num_samples:,}",
                     "Kind": row.kind,
-                    "Perplexity": f"{'' if run.is_exact else '≤ '}{row.ppl:.4g}" if known else "–",
-                    "Bits per byte": "–" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+                    "Perplexity": f"{at_most}{row.ppl:.4g}" if known else "–",
+                    "Bits per byte": f"{at_most}{bits:.3f}" if known and bits is not None else "–",
                     "Protocol": row.protocol or "–",
                 }
             )
@@ -166,7 +167,7 @@ def laws_html(fits: Sequence[Fit]) -> str:
             }
         )
     warnings = "".join(
-        f'<p><span class="warn">Do not trust the law of {fit.objective.upper()}</span>: {html.escape(text)}.</p>'
+        f'<p><span class="warn">Do not trust the law of {html.escape(fit.objective.upper())}</span>: {html.escape(text)}.</p>'
         for fit in fits
         for text in fit.doubts
     )

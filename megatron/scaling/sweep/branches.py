@@ -12,7 +12,9 @@ from megatron.errors import require
 from megatron.scaling.sweep.form import count, positive
 from megatron.scaling.sweep.sweep_run import SweepRun, dashed
 
-TRUNK_ONLY = ("train-epochs", "lr-decay-style", "keep-last")  # what a branch has its own of, or has no use for
+TRUNK_ONLY = {"train-epochs", "lr-decay-style"}  # what a branch has its own of
+OF_A_BRANCH = {"train-samples", "branch-from"}
+"""Flags that are set here."""
 
 
 def branches_of(path: Path, block: Mapping[str, Any] | None, trunk: SweepRun) -> list[SweepRun]:

@@ -17,13 +17,13 @@ from megatron.errors import UserError, require
 from megatron.model.arithmetic import DEVICES, parameters_for_compute
 from megatron.objectives import OBJECTIVES
 from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
-from megatron.scaling.sweep.branches import branches_of
+from megatron.scaling.sweep.branches import OF_A_BRANCH, branches_of
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
 from megatron.scaling.sweep.space import Space, spaces_of
 from megatron.scaling.sweep.sweep_run import SweepRun, dashed, name_of
 
 _OWNED = {"save", "load", "kill-switch-file", "train-data-path", "train-epochs", "seed", "model", "objective"}
-"""Flags that the grid sets; naming them under flags would contradict it."""
+"""Flags that the grid and the sweep set; naming them elsewhere would contradict it."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,8 @@ def load_sweep(path: Path) -> Sweep:
             "see docs/scaling.md",
         ) from None
     check_form(path, data)
+    _check_owned(path, data)
     flags = dashed(data.get("flags") or {})
-    if wrong := sorted(_OWNED & flags.keys()):
-        raise UserError(
-            f"{path}: flags name {', '.join(wrong)}", "the grid or the sweep sets these", "remove them from flags"
-        )
     runs = tuple(_expand(data, flags, Path(data["output"])))
     if not runs:
         raise UserError(f"{path}: the grid is empty", "every axis needs a value", "check grid and exclude")
@@ -114,6 +111,20 @@ def load_sweep(path: Path) -> Sweep:
     )
 
 
+def _check_owned(path: Path, data: Mapping[str, Any]) -> None:
+    """No flag of any block is one that the grid, the sweep or a branch sets."""
+    models, branches = data["grid"]["model"], data.get("branches") or {}
+    blocks = {"flags": data.get("flags"), "branches.flags": branches.get("flags")}
+    blocks |= {f"objectives.{name}": given for name, given in (data.get("objectives") or {}).items()}
+    blocks |= {f"grid.model.{name}": given for name, given in (models.items() if isinstance(models, dict) else ())}
+    for place, block in blocks.items():
+        owned = _OWNED | (OF_A_BRANCH if place == "branches.flags" else set())
+        wrong = sorted(owned & dashed(block or {}).keys())
+        require(
+            not wrong, f"{path}: {', '.join(wrong)} in {place}", "the grid or the sweep sets these", "remove them there"
+        )
+
+
 def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> Iterator[SweepRun]:
     """Every run of the grid, in the order of cost, so that short runs report early."""
     grid, found = data["grid"], []
@@ -132,7 +143,11 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
             }
             size = _parameters(str(model), dashed(models[model] or {}), _vocab_size(data))
             place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": seed(number)}
-            if matching := {i for i, rule in enumerate(rules) if all(place[key] == rule[key] for key in rule)}:
+            # A rule says a value as the grid does ("1e8", "1e19 FLOPs"), or as what it is.
+            said = place | {"model": model, "unique_tokens": unique, "epochs": length, "seed": number}
+            if matching := {
+                i for i, rule in enumerate(rules) if all(rule[key] in (place[key], said[key]) for key in rule)
+            }:
                 used |= matching
                 continue
             own = dashed((data.get("objectives") or {}).get(objective) or {})
@@ -236,14 +251,14 @@ def dollars(flops: float, price: Mapping[str, Any]) -> float | None:
 
 
 def unmatched(runs: Sequence[SweepRun]) -> list[str]:
-    """What differs between runs of one comparison (same model, data, epochs and seed) besides the objective.
+    """What differs between runs of one comparison (same model, data, epochs, seed and step of branching) besides the objective.
 
     Flags of the schema's objective section, and the number of noise draws, belong to the objective.
     """
     allowed = _objective_flags()
-    groups: dict[tuple, list[SweepRun]] = {}
+    groups: dict[str, list[SweepRun]] = {}
     for run in runs:
-        groups.setdefault((run.model, run.unique_tokens, run.epochs, run.seed), []).append(run)
+        groups.setdefault(run.name.removeprefix(run.objective), []).append(run)
     found = []
     for members in groups.values():
         for other in members[1:]:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from megatron.errors import Failure
+from megatron.errors import Failure, require
 from megatron.files import one_at_a_time
 from megatron.scaling.sweep.definition import Sweep
 from megatron.scaling.sweep.state import claim, is_finished, lock, read_attempts
@@ -34,11 +34,13 @@ class Chain:
     """Runs that follow each other; the next one may depend on what the last one showed.
 
     Attributes:
+        name: of the first of them, under which it is told that no next one could be had.
         runs: gives the next run when the last one is over. It ends where that one is not.
         outcome: what came of a run, in a word; "" where it needs another start.
         watch: looks at a run while it trains, and may stop it through its file.
     """
 
+    name: str
     runs: Iterator[SweepRun]
     outcome: Callable[[SweepRun], str] = lambda run: "finished" if is_finished(run) else ""
     watch: Callable[[SweepRun], None] | None = None
@@ -51,7 +53,7 @@ class Runner:
     Attributes:
         sweep: what to run.
         jobs: runs at the same time.
-        devices_per_job: GPUs that each job sees (CUDA_VISIBLE_DEVICES); 0 leaves the environment alone.
+        devices_per_job: GPUs that each job sees (CUDA_VISIBLE_DEVICES), of those that this program sees; 0: all of them.
         attempts: starts of one run before it counts as failed, in this call.
         say: where progress lines go.
     """
@@ -68,8 +70,8 @@ class Runner:
     def run(self, runs: Sequence[SweepRun]) -> dict[str, str]:
         """Bring every run to its end. Returns {run name: "finished" | "skipped" | "failed" | "stopped"}.
 
-        A run that another process trains is waited for. Signals to stop (``STOPS``) are passed on; the training processes
-        save and stop.
+        A branch fails with its trunk. A run that another process trains is waited for. Signals to stop (``STOPS``) are passed
+        on; the training processes save and stop.
 
         Raises:
             ValueError: a directory belongs to another configuration (before anything starts).
@@ -79,18 +81,27 @@ class Runner:
         make_subsets(self.sweep, runs, self.say)
         names = {run.name for run in runs}
         trunks = [run for run in runs if run.trunk is None or run.trunk.name not in names]
-        results = self.follow([Chain(_with_branches(trunk, runs)) for trunk in trunks])
-        return {run.name: results.get(run.name, "stopped") for run in runs}
+        results = self.follow([Chain(trunk.name, _with_branches(trunk, runs)) for trunk in trunks])
+        for run in runs:
+            has_failed = run.trunk is not None and results.get(run.trunk.name) == "failed"
+            results.setdefault(run.name, "failed" if has_failed else "stopped")
+        return {run.name: results[run.name] for run in runs}
 
     def follow(self, chains: Sequence[Chain]) -> dict[str, str]:
         """Bring every chain to its end, ``jobs`` of them at a time and taking turns.
 
         Returns:
             {run name: its outcome, or "skipped" | "failed" | "stopped"}.
+
+        Raises:
+            UserError: there are fewer GPUs than the jobs need.
         """
+        slots = range(min(self.jobs, len(chains)))
+        for slot in slots:
+            self._environment(slot)
         pending: list[tuple[Chain, SweepRun | None]] = [(chain, None) for chain in chains]
         results: dict[str, str] = {}
-        threads = [threading.Thread(target=self._work, args=(slot, pending, results)) for slot in range(self.jobs)]
+        threads = [threading.Thread(target=self._work, args=(slot, pending, results)) for slot in slots]
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # nohup
         previous = {number: signal.signal(number, self._stop) for number in {*STOPS} - ignored}
         try:
@@ -111,19 +122,20 @@ class Runner:
                 if not pending:
                     return
                 chain, run = pending.pop(0)
-            if run is None and (run := next(chain.runs, None)) is None:
-                continue
-            with lock(run) as descriptor:
-                if descriptor is None:
-                    with self._guard:
-                        pending.append((chain, run))
-                    self._stopping.wait(POLL_SECONDS)
+            try:
+                if run is None and (run := next(chain.runs, None)) is None:
                     continue
-                try:
+                with lock(run) as descriptor:
+                    if descriptor is None:
+                        with self._guard:
+                            pending.append((chain, run))
+                        self._stopping.wait(POLL_SECONDS)
+                        continue
                     results[run.name] = self._bring_to_end(chain, run, slot=slot, descriptor=descriptor)
-                except (OSError, ValueError) as error:  # the other runs go on
-                    self.say(f"{run.name}: failed: {error}")
-                    results[run.name] = "failed"
+            except (OSError, ValueError) as error:  # the other runs go on
+                name = chain.name if run is None else run.name
+                self.say(f"{name}: failed: {error}")
+                results[name] = "failed"
             with self._guard:
                 pending.append((chain, None))
 
@@ -187,8 +199,12 @@ class Runner:
         if self.jobs > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
         if self.devices_per_job:
-            first = slot * self.devices_per_job
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + self.devices_per_job)))
+            numbers = range(slot * self.devices_per_job, (slot + 1) * self.devices_per_job)
+            given = environment.get("CUDA_VISIBLE_DEVICES")  # of a scheduler, or to leave GPUs to others
+            seen = [name for name in (given or "").split(",") if name.strip()]
+            require(given is None or len(seen) >= numbers.stop, f"{self.devices_per_job} GPUs a job, {slot + 1} jobs or more",
+                    f"CUDA_VISIBLE_DEVICES={given}", "ask for fewer --jobs or --devices-per-job")  # fmt: skip
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(n) if given is None else seen[n] for n in numbers)
         return environment
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

@@ -95,7 +95,7 @@ class Search:
 
     def chain(self) -> Chain:
         """The search as the runner takes it."""
-        return Chain(self._runs(), self._outcome, self._watch if self.gives_up else None)
+        return Chain(self.space.title, self._runs(), self._outcome, self._watch if self.gives_up else None)
 
     def catch_up(self) -> SweepRun | None:
         """Judge the trials that are over. Returns the run that is missing next; None where the search is complete."""
@@ -199,12 +199,11 @@ def curve_of(result: Run | None) -> Curve:
     weights as trained and averaged) the best."""
     if result is None:
         return Curve(np.array([]), np.array([]), np.array([]), np.array([]), unique_tokens=0)
-    rows = [(row, row.nll) for row in result.validations]
-    if result.split is not None:
-        rows = [(row, mean_loss(chosen).value) for row, chosen, _ in result.split]
+    selected = {id(row): mean_loss(chosen).value for row, chosen, _ in result.split or ()}
     best: dict[int, tuple[Validation, float]] = {}
-    for row, loss in rows:
-        if row.step not in best or loss < best[row.step][1]:
+    for row in result.validations:
+        loss = selected.get(id(row), row.nll)
+        if row.step not in best or loss < best[row.step][1] or math.isnan(best[row.step][1]):
             best[row.step] = row, loss
     points = [best[step] for step in sorted(best)]
     planned = max(1, result.samples_planned)

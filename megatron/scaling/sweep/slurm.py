@@ -50,7 +50,7 @@ def write_slurm(sweep: Sweep, runs: Sequence[SweepRun], folder: Path) -> Path:
     program = [sys.executable, str(ROOT / "tools/sweep.py"), str(sweep.path.resolve()), action, "--only"]
     lines = [
         "#!/usr/bin/env bash",
-        *(f"#SBATCH {word}" for word in words),
+        *(f"#SBATCH {shlex.quote(word)}" for word in words),
         f"source {shlex.quote(str(common))}",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f'name="$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(names.resolve()))})"',

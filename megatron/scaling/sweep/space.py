@@ -227,7 +227,8 @@ def _coordinate(path: Path, name: str, values: Any, owned: set[str]) -> Coordina
                 f"the first sets {', '.join(found[0])}", "name the same flags in every value")  # fmt: skip
     coordinate = Coordinate(name, found)
     texts = [coordinate.text(index) for index in range(len(found))]
-    require(len({*texts}) == len(texts) >= 2, f"{path}: the coordinate {name} has the values {', '.join(texts)}",
+    numbers = {tuple(str(_number(value[flag])) for flag in found[0]) for value in found}  # 1e-3 is text to YAML
+    require(len({*texts}) == len(numbers) == len(texts) >= 2, f"{path}: the coordinate {name} has the values {', '.join(texts)}",
             "it has two or more that differ", "mend the list")  # fmt: skip
     return coordinate
 
