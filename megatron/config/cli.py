@@ -12,7 +12,7 @@ from importlib import import_module
 from os.path import expanduser
 from typing import Any, ClassVar, Protocol
 
-from megatron.config.option import check_range, default_of, spelling
+from megatron.config.option import default_of, spelling
 from megatron.config.parser import HelpOnTopic, Parser, named
 from megatron.config.schema import SECTIONS, Config
 from megatron.config.validate import PATHS, validate
@@ -103,8 +103,9 @@ def parse(
     given = {name: values[name] for name in owned if values[name] is not None}
     # A launch script of the paper asks for its objective by one of the flags.
     asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
-    name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
-    name = named(name, list(registry))
+    chosen = asked[0] if asked and objective == "ar" else objective
+    name = sections["objective"].objective
+    name = named(chosen if name is None else name, list(registry))
     _check_name(name, registry)
     options = registry[name].Options(**_own_options(name, given, owned))
     sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
@@ -181,7 +182,6 @@ def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[
     """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
         item, owners = owned[flag]
-        check_range(item, value)
         require(
             name in owners or not value,  # 0 and False switch off, as in published scripts
             f"{spelling(item)} with objective {name}",

@@ -96,6 +96,15 @@ RULES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "preset": ({"model": "7b"}, ["--model '7b' is not a preset", "7M"]),
     "load tag": ({"load_tag": "latest"}, ["--load-tag would have no effect", "it needs --load"]),
     "flag of another objective": ({"randmask_ratio": 0.5}, ["--randmask-ratio with objective mdm"]),
+    "no validation": (
+        {"valid_data_path": "x", "eval_iters": 0, "skip_train": True},
+        ["--skip-train without validation: --eval-iters 0", "raise --eval-iters"],
+    ),
+    "no best": (
+        {"valid_data_path": "x", "eval_iters": "00", "save_best": True},
+        ["--save-best without validation: --"],
+    ),
+    "no objective": ({"objective": ""}, ["--objective ''; an objective is one of ar, mdm"]),
     "settings file": ({"deepspeed_config": "/nowhere.json"}, ["/nowhere.json does not exist"]),
 }
 
