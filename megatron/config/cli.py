@@ -282,7 +282,7 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
         arguments["metavar"] = "NAME" if len(meta["choices"]) > 3 else "|".join(meta["choices"])
     else:
         is_place = meta["unit"] in PATHS  # a shell expands ~ in some spellings only
-        arguments["type"] = _number(base) if base is not str else expanduser if is_place else str
+        arguments["type"] = number_of(base) if base is not str else expanduser if is_place else str
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
     group.add_argument(*spellings, **arguments)
 
@@ -309,7 +309,7 @@ def truth(text: str) -> bool:
     return WORDS[text.lower()]
 
 
-def _number(base: type) -> Callable[[str], Any]:
+def number_of(base: type) -> Callable[[str], Any]:
     """A converter whose message names the kind of number; whole numbers may be written 1e6."""
     kind, example = ("a whole number", "1000 or 1e3") if base is int else ("a number", "0.0003 or 3e-4")
 
