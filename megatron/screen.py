@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -41,6 +42,27 @@ def fitted(parts: Sequence[tuple[int, str]], tail: str = "") -> str:
         if not width or len(line) <= width or last == 0:
             return line
         kept = [part for part in kept if part[0] < last]
+
+
+def say(text: str, *, to_errors: bool = False, write: Callable[..., object] = print) -> bool:
+    """Print a line for a person; a closed or full output is not worth a run. Returns whether it took the line.
+
+    Args:
+        text: the line.
+        to_errors: to standard error instead of standard output.
+        write: takes the text, and ``file=``.
+    """
+    stream = sys.stderr if to_errors else sys.stdout
+    try:
+        write(text, file=stream)
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 2 if to_errors else 1
+        )  # so that what is buffered can be flushed at exit
+        return False
+    return True
 
 
 def format_seconds(seconds: float) -> str:
@@ -90,7 +112,7 @@ class Progress:
             self.bar.update(count)
         elif self._is_shown and time.monotonic() - self._last >= self.interval:
             self._last = time.monotonic()
-            print(self.line(), file=sys.stderr, flush=True)
+            say(self.line(), to_errors=True)
 
     def line(self) -> str:
         """``encoding: 40%, 12 MB of 30 MB, 1:20 min left; note``."""

@@ -105,10 +105,12 @@ class ValidationSums:
 
     @property
     def num_documents(self) -> int:
+        """Documents with a counted token."""
         return len(np.unique(self.document))
 
     @property
     def num_samples(self) -> int:
+        """Samples with a counted token."""
         return len(np.unique(self.sample))
 
     def with_halves(self, in_selection: Array) -> ValidationSums:

@@ -23,9 +23,26 @@ if TYPE_CHECKING:
     from layouts.pool import WorkerPool
 
 
+# Minutes in few tests: first, that no process ends alone with one of them. The number of its tests, by which xdist would order
+# groups, says little of how long one takes.
+LONG = (
+    "pools", "test_documented_commands.py", "test_laptop.py", "test_search.py", "test_stopping.py", "test_layouts.py",
+    "test_exits.py", "test_uniform_diffusion.py", "test_statistics.py", "test_laws.py", "test_command_lines.py",
+    "test_sweep_torchrun.py", "test_gpu_day.py", "test_kill_storm.py", "test_blocks.py", "test_tools.py", "test_lm_eval.py",
+    "test_lm_eval_requests.py", "test_failures.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Groups begin in the order of the tests, which :func:`pytest_collection_modifyitems` makes."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before the worker of xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` skip themselves where there is none; tests that share worker pools stay in one process."""
+    """Tests marked ``gpu`` skip themselves where there is none; tests that share worker pools stay in one process; long groups
+    come first."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -34,11 +51,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.pluginmanager.hasplugin("xdist"):
+        kind: dict[pytest.Item, str] = {}
         for item in items:
             shares_pools = "pools" in getattr(item, "fixturenames", ())
             # A file stays together for what its tests share; jobs of their own share nothing and take long.
             whole = item.nodeid if item.path.name == "test_exits.py" else str(item.path)
             item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else whole))
+            kind[item] = "pools" if shares_pools else item.path.name
+        items.sort(key=lambda item: LONG.index(kind[item]) if kind[item] in LONG else len(LONG))  # stable
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron import screen
 from megatron.screen import Progress, fitted, wrapped
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Terminal(io.StringIO):
@@ -34,6 +38,20 @@ def test_a_log_gets_a_line_every_interval_with_the_time_left(
     now += 90
     unknown.update(7)
     assert capsys.readouterr().err == "reading: 7 rows in 1:30 min\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_under_the_errors_ends_nothing() -> None:
+    """A line of a validation, and an error, which is then told by the status alone."""
+    program = (
+        "from megatron.screen import Progress\nfrom megatron.parallel.launch import complain\n"
+        "for _ in range(2): Progress('validation', 3, interval_seconds=0).update()\n"
+        "complain('error: x', is_speaker=True)\nprint('on')"
+    )
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=full, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "on\n")
 
 
 def test_what_was_done_before_does_not_count_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,25 @@
 # crossover of AR and MDM on little text (examples_scaling/sweeps/crossover_1m.yaml) for the minutes that are left. Everything is in OUT.
 # PYTHON: an interpreter with torch (default: python3). WHEELS: a folder of wheels that it lacks, installed into OUT/site.
 # STEPS: which of "tests speed plain crossover". MODELS: presets whose speed is measured.
+# A signal ends the step that runs, and the day, with 128 and its number; what is in OUT stays.
 set -uo pipefail
 [ $# -ge 1 ] && [ "${1#-}" = "$1" ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit $(( $# ? 0 : 2 )); }
-case "${2:-60}" in ''|*[!0-9]*) echo "gpu_day.sh: error: MINUTES is $2; it is a whole number; for example 60" >&2; exit 2 ;; esac
+refuse() { echo "gpu_day.sh: error: $1" >&2; exit 2; }   # before a minute of the machine is spent
+[ $# -le 2 ] || refuse "there are $# arguments; it takes OUT and MINUTES; settings are variables, named by --help"
+MINUTES="${2:-60}"
+case "$MINUTES" in *[!0-9]*|??????*|0*|'') refuse "MINUTES is $MINUTES; it is a whole number from 1 on; for example 60" ;; esac
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-mkdir -p "$1" && OUT="$(cd "$1" && pwd)" || exit 1
 : "${PYTHON:=python3}" "${WHEELS:=}" "${STEPS=tests speed plain crossover}" "${MODELS:=140M 425M}" "${OBJECTIVES:=ar mdm}" "${TEST_JOBS:=8}"
 : "${SPEED_FLAGS:=--seq-length 2048 --micro-batch-size 8 --global-batch-size 32 --bf16}" "${TIMED_STEPS:=10}" "${CROSSOVER:=$REPO/examples_scaling/sweeps/crossover_1m.yaml}"
-DEADLINE=$(( $(date +%s) + ${2:-60} * 60 ))
+does() { case " $STEPS " in *" $1 "*) true ;; *) false ;; esac; }
+for word in $STEPS; do case "$word" in tests|speed|plain|crossover) ;; *) refuse "STEPS has $word; steps are tests, speed, plain and crossover; correct it" ;; esac; done
+command -v "$PYTHON" >/dev/null || refuse "PYTHON is $PYTHON, which is no program; it is an interpreter with torch; correct it"
+PYTHON="$(realpath --no-symlinks "$(command -v "$PYTHON")")"
+[ -z "$WHEELS" ] || compgen -G "$WHEELS/*.whl" >/dev/null || refuse "WHEELS is $WHEELS, where no wheel is; it is a folder of *.whl files; correct it"
+! does crossover || [ -f "$CROSSOVER" ] || refuse "CROSSOVER is $CROSSOVER, which is no file; it is a sweep; correct it"
+CROSSOVER="$(realpath "$CROSSOVER")"
+mkdir -p "$1" && OUT="$(cd "$1" && pwd)" || exit 1
+DEADLINE=$(( $(date +%s) + MINUTES * 60 ))
 export PYTHONPATH="$REPO:$REPO/tests${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 # step NAME SECONDS COMMAND...: for so long at most, and not past the end of the day; what it says is in OUT/NAME.log.
@@ -19,14 +30,25 @@ step() {
   local name="$1" limit="$2" left=$(( DEADLINE - $(date +%s) )) began status=0; shift 2
   [ "$left" -ge 15 ] || { echo "$name: no time left"; return 1; }
   began="$(date +%s)"
-  timeout --signal INT --kill-after 20 $(( left < limit ? left : limit )) "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  set -m   # a process group of its own, in which Ctrl-C is heard
+  timeout --signal INT --kill-after 20 $(( left < limit ? left : limit )) "$@" >"$OUT/$name.log" 2>&1 &
+  set +m
+  wait "$!" || status=$?
   echo "$name: status $status after $(( $(date +%s) - began )) s"
   return "$status"
 }
-does() { case " $STEPS " in *" $1 "*) true ;; *) false ;; esac; }
+# stopped NUMBER: the trap of a signal. What runs is asked to end, and is killed 20 seconds later.
+stopped() {
+  trap '' HUP INT TERM
+  local running; running="$(jobs -pr)"
+  if [ -n "$running" ]; then kill -INT "$running"; wait; fi
+  echo "stopped; what was measured is in $OUT"
+  exit $(( 128 + $1 ))
+}
+trap 'stopped 1' HUP; trap 'stopped 2' INT; trap 'stopped 15' TERM
 
 if [ -n "$WHEELS" ]; then
-  step install 120 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$OUT/site" "$WHEELS"/*.whl || exit 1
+  step install 120 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$OUT/site" "$WHEELS"/*.whl || { tail -n 3 "$OUT/install.log"; exit 1; }
   export PYTHONPATH="$PYTHONPATH:$OUT/site"
 fi
 cd "$REPO" || exit 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -50,7 +50,7 @@ class SpanMaskedDiffusion(MaskedDiffusion):
             "a span lies within a sample",
             f"pass at most {setting.seq_length}",
         )
-        return cls(**cls.noise(options, setting), span_length=options.span_length)
+        return replace(cls.plain(options, setting), span_length=options.span_length)
 
     def masks_and_weights(self, sample_ids: np.ndarray, seq_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Whole spans masked with the probability of the schedule, see :meth:`MaskedDiffusion.masks_and_weights`."""

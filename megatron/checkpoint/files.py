@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.config.schema import WEIGHT
 from megatron.errors import UserError, require
-from megatron.files import replace_file, sha256_of
+from megatron.files import read_object, replace_file, sha256_of
 
 if TYPE_CHECKING:  # who only asks what a folder holds does not wait for torch
     import torch
@@ -26,6 +26,7 @@ FORMAT = 2  # 2 carries a checksum of itself; 1, without it, is still read
 SEAL = "sha256"
 AVERAGED_FROM = "averaged_from"  # field of the manifest of a mean of checkpoints: which ones
 AVERAGE_UPDATES = "average_updates"  # field of the manifest where there is an average: updates that it has seen
+_RULE, _FIX = "a manifest must be as it was written", "restore it, or choose another --load-tag"
 ABANDONED = "abandoned"  # folder of branches that a run has left
 
 
@@ -122,12 +123,7 @@ def read_manifest(tag: Path) -> dict[str, Any]:
             "a checkpoint is complete only with its manifest",
             "convert others with tools/convert_checkpoint.py, or choose another --load",
         )
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
-    if not isinstance(manifest, dict):
-        raise _damaged(path, "holds no JSON object")
+    manifest = read_object(path, rule=_RULE, fix=_FIX)
     version = manifest.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(
@@ -196,9 +192,7 @@ def _seal_of(manifest: dict[str, Any]) -> str:
 
 
 def _damaged(path: Path, how: str) -> UserError:
-    return UserError(
-        f"{path} {how}", "a manifest must be as it was written", "restore it, or choose another --load-tag"
-    )
+    return UserError(f"{path} {how}", _RULE, _FIX)
 
 
 def _holds(is_valid: Callable[[Any], bool], value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class ShardFile:
     """An open safetensors file of flat fp32 tensors.
 
     Attributes:
-        ranges: offset of the first byte and number of elements, by key; of other tensors there is nothing to be read.
+        ranges: offset of the first byte and number of elements of the fp32 tensors, by key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,14 +43,8 @@ class ShardFile:
             if not 8 < start <= size:
                 raise ValueError(f"a header that ends at byte {start} of {size}")
             header = json.loads(os.pread(self._descriptor, start - 8, 8))
-            found = {
-                key: (tensor["dtype"], *tensor["data_offsets"]) for key, tensor in header.items() if KEY.match(key)
-            }
-            self.ranges = {
-                key: (start + int(low), (int(high) - int(low)) // 4)
-                for key, (kind, low, high) in found.items()
-                if kind == "F32"
-            }
+            found = {key: tensor["data_offsets"] for key, tensor in header.items() if tensor.get("dtype") == "F32"}
+            self.ranges = {key: (start + int(low), (int(high) - int(low)) // 4) for key, (low, high) in found.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._unreadable(error) from error
 
@@ -199,7 +193,8 @@ class CheckpointReader:
         """Read elements ``start`` … of one flattened shard (kind, name, rank) into ``data`` [n]."""
         position, end = start, start + data.numel()
         fragments = self._index.get(shard, [])
-        for fragment in fragments[_first_at(fragments, start) :]:
+        behind = bisect_left(fragments, (start + 1,))  # the first that begins behind ``start``
+        for fragment in fragments[max(0, behind - 1) :]:
             if position == end or fragment[0] > position:
                 break
             first, file_name, key = fragment
@@ -216,9 +211,3 @@ class CheckpointReader:
             "a shard is missing",
             "load another tag with --load-tag",
         )
-
-
-def _first_at(fragments: list[tuple[int, str, str]], start: int) -> int:
-    """The first of the fragments, in order, that may hold element ``start``."""
-    after = bisect_right(fragments, start, key=lambda fragment: fragment[0])
-    return bisect_left(fragments, fragments[after - 1][0], key=lambda fragment: fragment[0]) if after else 0

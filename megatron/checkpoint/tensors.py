@@ -19,6 +19,7 @@ from megatron.errors import UserError
 from megatron.model.gpt import GPTModel
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.sharding import ShardSpec, shard_of
+from megatron.parallel.tensor import ParameterFactory
 
 SIZES = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size",
          "seq_length", "max_position_embeddings", "padded_vocab_size")  # fmt: skip
@@ -49,8 +50,9 @@ def model_tensors(model: ModelConfig, *, num_tensors: int, source: str) -> dict[
             f"sizes lie between 1 and {LARGEST_SIZE:,}, and a layer has tensors",
             "check that configuration and files belong together",
         )
-    with torch.device("meta"):
-        records = [shard_of(parameter) for parameter in GPTModel(Shape.of(model)).parameters()]
+    records = [
+        shard_of(parameter) for parameter in GPTModel(Shape.of(model), ParameterFactory.of_shapes()).parameters()
+    ]
     return {record.name: record.spec for record in records}
 
 

@@ -34,7 +34,7 @@ from megatron.checkpoint.files import LATEST, NEXT, Fragment, grouped, write_man
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import replace_file, written_whole
 from megatron.parallel.context import ParallelContext, Poll
 from megatron.parallel.sharding import ShardSpec
 
@@ -177,9 +177,10 @@ def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
 
 def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: ParallelContext) -> dict[str, Any]:
     """Returns name, size, checksum and keys of the file, as the manifest lists it."""
-    scratch.mkdir(parents=True, exist_ok=True)
     path = scratch / f"shard-{context.rank:05d}.safetensors"
-    checksum = save_tensors(path, tensors)
+    with written_whole(path):
+        scratch.mkdir(parents=True, exist_ok=True)
+        checksum = save_file(tensors, path)
     return {path.name: {"bytes": path.stat().st_size, "sha256": checksum, "keys": grouped(tensors)}}
 
 
@@ -200,10 +201,10 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
     write_manifest(scratch, manifest)
     replace_file(run_dir / NEXT, tag.name)
     replaced = run_dir / f"{tag.name}.replaced"
-    if tag.exists():  # of the same step, before the run was set back; deleted only when the new one stands
-        shutil.rmtree(replaced, ignore_errors=True)
-        tag.rename(replaced)
     try:
+        if tag.exists():  # of the same step, before the run was set back; deleted only when the new one stands
+            shutil.rmtree(replaced, ignore_errors=True)
+            tag.rename(replaced)
         scratch.rename(tag)
     except OSError:
         if replaced.exists():
@@ -214,28 +215,16 @@ def _publish(run_dir: Path, scratch: Path, tag: Path, manifest: dict[str, Any]) 
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> str:
-    """Write a safetensors file to the disk, with the permissions that the umask gives.
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> str:
+    """Write the file that ``safetensors.torch.save_file`` writes, byte for byte, to the disk; other threads run meanwhile, as in
+    the library they do not.
 
     Returns:
         Its SHA-256, in hexadecimal, of what was to be written: nothing is read again.
 
     Raises:
-        Failure: it could not be written.
+        OSError: it could not be written.
     """
-    try:
-        return save_file(tensors, path, metadata)
-    except OSError as error:
-        raise Failure(
-            f"{path} could not be written ({error})",
-            "tensors need a writable folder with room for them",
-            "free space or choose another folder",
-        ) from error
-
-
-def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> str:
-    """The file that ``safetensors.torch.save_file`` writes, byte for byte; other threads run meanwhile, as in the library they
-    do not. Returns its SHA-256."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0

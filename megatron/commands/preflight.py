@@ -153,9 +153,10 @@ def _memory_lines(case: Case, found: dict[str, Any]) -> Iterator[str]:
     yield "  at other moments: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in found["moments"].items())
     if found["remedies"]:
         yield "What one flag makes of it:"
+    width = max(map(len, found["remedies"]), default=0)
     for flag, size in sorted(found["remedies"].items(), key=lambda item: item[1]):
         verdict = "fits" if size <= capacity else "does not fit"
-        yield f"  {flag:<34} {size / GIB:6.1f} GiB  {verdict}"
+        yield f"  {flag:<{width}} {size / GIB:6.1f} GiB  {verdict}"
     if found["suggestions"]:
         yield "Layouts that fit, the fastest on paper first (GiB a GPU, seconds a step, MFU; none was measured):"
     for each in found["suggestions"]:

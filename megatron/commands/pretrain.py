@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron.commands.running import leave_memory_as_it_is, missing_package
+from megatron.commands.running import begin, missing_package
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(objective: str = "ar", argv: Sequence[str] | None = None, *, raise_errors: bool = False) -> int:
     """Run the program with ``objective`` as its default; returns the exit status (see :func:`megatron.training.main.main`)."""
-    leave_memory_as_it_is()
+    begin()
     try:
         from megatron.training.main import main as train
 

@@ -22,6 +22,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import NoReturn
 
 from megatron.errors import Failure, UserError
@@ -46,7 +47,7 @@ REFUSED = {
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and leave with the status of the table above. A process of several that fails ends at once: on Python's way
     out it would wait for the others, which may wait for it."""
-    leave_memory_as_it_is()
+    begin()
     try:
         status = status_of(main)
     except BaseException as error:
@@ -58,10 +59,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def leave_memory_as_it_is() -> None:
-    """At its end the interpreter looks through all that was imported for cycles to free, 0.3 to 0.6 processor seconds with
-    DeepSpeed; the system takes the memory anyway."""
+def begin() -> None:
+    """What every program does first.
+
+    At its end the interpreter would look through all that was imported for cycles to free, 0.3 to 0.6 processor seconds with
+    DeepSpeed; the system takes the memory anyway. And no letter that the encoding of the output lacks (``±`` in ASCII, the
+    name of a file that is no UTF-8) ends a program: it is shown as an escape, as on standard error.
+    """
     atexit.register(gc.freeze)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def status_of(main: Callable[[], int | None]) -> int:

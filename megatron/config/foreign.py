@@ -81,6 +81,7 @@ class Words(NamedTuple):
 
     @property
     def value(self) -> str:
+        """What follows the flag, as one text."""
         return " ".join(self.values)
 
     def words(self) -> list[str]:

@@ -290,7 +290,8 @@ class RunConfig:
         "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",
         unit="FILE", needs=VALIDATION, affects="validation")
     skip_train: bool = option(False, "validate only")
-    exit_duration_in_mins: float | None = option(None, "save and exit after this long", unit="MINUTES", range=MINUTES)
+    exit_duration_in_mins: float | None = option(None, "save and exit this long after the start of the program",
+        unit="MINUTES", range=MINUTES)
     exit_interval: int | None = option(None, "save and exit after a step that is a multiple of this", unit="ITERS",
         range=POSITIVE)
     kill_switch_file: str | None = option(None, "save and exit when this file appears", unit="FILE")

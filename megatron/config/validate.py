@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.option import LARGEST, PACKAGES, check_range, default_of, idle_options, is_installed, spelling
-from megatron.config.schema import OF_TRAINING, Config, RunConfig
+from megatron.config.schema import OF_TRAINING, Config, DataConfig, RunConfig
 from megatron.config.shape import Shape
 from megatron.errors import UserError, require
 
@@ -41,6 +41,7 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
         require(is_tolerated, f"{spelling(item)} would have no effect", f"it {reason}", "drop it or pass what it needs")
     _validate_engine(config)
     _validate_paths(flags)
+    _validate_data(config.data)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
     _validate_layout(config, shape, world_size)
@@ -191,15 +192,25 @@ def _validate_engine(config: Config) -> None:
     parallel, optimizer = config.parallel, config.optimizer
     pp = parallel.pipeline_model_parallel_size
     for is_given, given, rule, fix in (
-        (pp > 1, f"{pp} pipeline stages", "it shares out whole models", "--pipeline-model-parallel-size 1"),
+        (pp > 1, f"{pp} pipeline stages", "it shares out whole models", "use --pipeline-model-parallel-size 1"),
         (optimizer.optimizer != "adam", f"--optimizer {optimizer.optimizer}",
-         "it steps with torch's fused AdamW on rows of the matrices", "--optimizer adam"),
-        (optimizer.cpu_optimizer, "--cpu-optimizer", "it keeps optimizer state on the device", "--no-cpu-optimizer"),
+         "it steps with torch's fused AdamW on rows of the matrices", "use --optimizer adam"),
+        (optimizer.cpu_optimizer, "--cpu-optimizer", "it keeps optimizer state on the device", "drop it"),
         (config.run.gap_task is not None, "--gap-task",
-         "answers are scored by the whole model on every data-parallel rank", "tools/evaluate_downstream.py on checkpoints"),
+         "answers are scored by the whole model on every data-parallel rank", "use tools/evaluate_downstream.py on checkpoints"),
     ):  # fmt: skip
-        fix = f"use {fix}, or --engine deepspeed"
+        fix = f"{fix}, or pass --engine deepspeed"
         require(parallel.engine != "fsdp2" or not is_given, f"--engine fsdp2 with {given}", rule, fix)
+
+
+def _validate_data(data: DataConfig) -> None:
+    for kind in ("train", "valid"):
+        require(
+            not (getattr(data, f"{kind}_data_path") and getattr(data, f"{kind}_data_path_file")),
+            f"--{kind}-data-path and --{kind}-data-path-file are both given",
+            "the data are named once",
+            "drop one of them",
+        )
 
 
 def _validate_branch(run: RunConfig) -> None:

@@ -17,7 +17,7 @@ from megatron.checkpoint.tensors import check_tensors, full_shapes, model_tensor
 from megatron.config.schema import Config, DataConfig
 from megatron.config.shape import Shape
 from megatron.convert.hf_config import huggingface_config, read_config, write_config
-from megatron.convert.hf_tokenizer import end_of_document, named_tokenizer, tokenizer_size, write_tokenizer
+from megatron.convert.hf_tokenizer import end_of_document, tokenizer_size, write_tokenizer
 from megatron.convert.huggingface import (
     CLASSES,
     DTYPES,
@@ -88,7 +88,6 @@ def export_folder(
     """
     options = options or ExportOptions()
     check_expressible(config.model)
-    config = replace(config, data=named_tokenizer(config.data))
     family = attention_family(config)
     dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if config.run.bf16 else "float32")
     rows = kept_rows(config, tensors["word_embeddings.weight"].shape[0]) if options.trim_vocab else None

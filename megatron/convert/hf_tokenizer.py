@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import DataConfig
+from megatron.data.identity import tokenizer_of
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError
 
@@ -25,15 +27,16 @@ FILES = (
 )
 
 
-def named_tokenizer(data: DataConfig) -> DataConfig:
+def named_tokenizer(data: DataConfig, recorded: Mapping[str, Any]) -> DataConfig:
     """Return the settings with the tokenizer spelled out, where the run left it to its training data to name it.
 
-    Runs on pre-tokenised data, or whose data are gone, keep what they have: perhaps no tokenizer.
+    Runs on pre-tokenised data, or whose data are gone or were made with another tokenizer since (``recorded``: what the run says
+    of its own), keep what they have: perhaps no tokenizer.
     """
     if data.tokenizer_type is not None and data.vocab_size is not None:
         return data
     try:
-        tokenizer = build_tokenizer(data)
+        tokenizer = tokenizer_of(data, recorded)
     except (ValueError, OSError):
         return data
     spec = tokenizer.spec

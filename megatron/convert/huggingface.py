@@ -22,10 +22,10 @@ from torch import Tensor
 
 from megatron.checkpoint.tensors import model_tensors
 from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
-from megatron.checkpoint.writer import save_tensors
+from megatron.checkpoint.writer import save_file
 from megatron.config.schema import Config, ModelConfig
 from megatron.errors import UserError
-from megatron.files import read_object
+from megatron.files import read_object, written_whole
 from megatron.objectives import build_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
 from megatron.screen import Progress
@@ -151,7 +151,8 @@ def write_weights(tensors: Mapping[str, Tensor], folder: Path, *, max_shard_size
     parts = plan.filename_to_tensors
     for file, names in Progress("writing", len(parts), unit="files").over(parts.items()):
         part = {name: tensors[name].contiguous() for name in names}
-        save_tensors(folder / file, part, metadata={"format": "pt"})
+        with written_whole(folder / file):
+            save_file(part, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

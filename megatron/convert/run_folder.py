@@ -19,7 +19,7 @@ from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.config.shape import Shape
 from megatron.convert.hf_folder import CONFIG_FILES
-from megatron.convert.hf_tokenizer import copy_tokenizer
+from megatron.convert.hf_tokenizer import copy_tokenizer, named_tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_folder
 from megatron.model.arithmetic import parameters_for_compute
@@ -41,7 +41,7 @@ def read_run(
         kind: of the weights: ``weight`` or ``ema``; default: as trained, and of the tag ``best`` those validated as the best.
 
     Returns:
-        Configuration, full canonical tensors (fp32), and the folder of the tag.
+        Configuration, its tokenizer spelled out; full canonical tensors (fp32); and the folder of the tag.
 
     Raises:
         ValueError: no checkpoint there, or a damaged one.
@@ -57,7 +57,8 @@ def read_run(
         print(found.warning, file=sys.stderr, flush=True)
     reader = open_whole_model(found.tag, kind or found.weights)
     names = Progress("reading", len(reader.specs), unit="tensors").over(reader.specs)
-    return reader.config, {name: reader.tensor(name) for name in names}, found.tag
+    data = named_tokenizer(reader.config.data, reader.manifest.get("tokenizer") or {})
+    return replace(reader.config, data=data), {name: reader.tensor(name) for name in names}, found.tag
 
 
 def origin_of(folder: Path) -> Path | None:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from megatron.errors import Failure
 from megatron.model.batch import ModelBatch
+from megatron.screen import say
 
 # How torch words it when a loader process died, or could not hand its batch over.
 DIED = re.compile(r"DataLoader worker .*(killed|exited)", re.DOTALL)
@@ -83,7 +84,7 @@ class Workers:
 
 
 def _cannot_hand_over(error: Exception, _batch: object) -> NoReturn:
-    print(f"a loader process ends: {error}", file=sys.stderr, flush=True)
+    say(f"a loader process ends: {error}", to_errors=True)
     os._exit(1)  # which the trainer notices at once
 
 

@@ -25,7 +25,7 @@ def read_data_path_file(path: str | Path) -> list[str]:
     Prefixes are relative to the working directory, as on the command line.
 
     Raises:
-        ValueError: the file is missing, or does not hold exactly one line with balanced quotes.
+        UserError: the file is missing, or does not hold exactly one line with balanced quotes.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # behind the mark that some editors write
@@ -53,31 +53,31 @@ def parse_blend(items: Sequence[str]) -> list[tuple[float, str]]:
     Accepted: one prefix; ``WEIGHT PREFIX WEIGHT PREFIX …`` as separate items; ``"WEIGHT PREFIX"``, one item a pair.
 
     Raises:
-        ValueError: anything else, or a weight that is not a positive number.
+        UserError: anything else, or a weight that is not a positive number.
     """
-    items = [item.strip() for item in items]
-    if len(items) == 1 and _as_weight(items[0].split(maxsplit=1)[0] if items[0] else "") is None and items[0]:
-        return [(1.0, clean_prefix(items[0]))]
     words: list[str] = []
-    for item in items:
-        first, _, rest = item.partition(" ")
+    for item in map(str.strip, items):
+        pair = item.split(maxsplit=1)
         # Only an item that begins with a number is a pair: a prefix may hold spaces.
-        words += [first, rest.strip()] if rest and _as_weight(first) is not None else [item]
+        words += pair if len(pair) == 2 and _as_weight(pair[0]) is not None else [item]
+    if len(words) == 1 and words[0] and _as_weight(words[0]) is None:
+        words = ["1", *words]
     pairs = [(_as_weight(weight), prefix) for weight, prefix in zip(words[::2], words[1::2])]
-    if not words or len(words) % 2 or any(weight is None or not prefix for weight, prefix in pairs):
-        raise UserError(
-            f"data path {' '.join(items)!r}",
-            "it must be one prefix, or pairs of a weight and a prefix",
-            "write for example 0.3 path/a 0.7 path/b",
-        )
-    bad = [prefix for weight, prefix in pairs if not 0 < (weight or 0.0) <= LARGEST]
-    if bad:
-        raise UserError(
-            f"weight of {bad[0]} in {' '.join(items)!r}",
-            f"weights are above 0 and at most {LARGEST:.0e}",
-            "drop it or correct its weight",
-        )
-    return [(float(weight or 0.0), clean_prefix(prefix)) for weight, prefix in pairs]
+    known = [(weight, clean_prefix(prefix)) for weight, prefix in pairs if weight is not None and prefix]
+    require(
+        words and len(words) == 2 * len(known),
+        f"data path {' '.join(items)!r}",
+        "it must be one prefix, or pairs of a weight and a prefix",
+        "write for example 0.3 path/a 0.7 path/b",
+    )
+    bad = [prefix for weight, prefix in known if not 0 < weight <= LARGEST]
+    require(
+        not bad,
+        f"weight of {', '.join(bad)} in {' '.join(items)!r}",
+        f"weights are above 0 and at most {LARGEST:.0e}",
+        "drop it or correct its weight",
+    )
+    return known
 
 
 def prefixes_of(*blends: Sequence[str]) -> list[str]:
@@ -86,19 +86,14 @@ def prefixes_of(*blends: Sequence[str]) -> list[str]:
 
 
 def data_paths(config: DataConfig, kind: str) -> list[str]:
-    """Return the blend that the flags name for ``kind``, train or valid; empty where they name none.
+    """Return the blend for ``kind``, train or valid, of flags or of a record, which says what a file meant; empty where none is
+    named.
 
     Raises:
-        UserError: it is named twice, or by a wrong data path file.
+        UserError: a wrong data path file.
     """
     direct, file = getattr(config, f"{kind}_data_path"), getattr(config, f"{kind}_data_path_file")
-    require(
-        not (direct and file),
-        f"--{kind}-data-path and --{kind}-data-path-file are both given",
-        "the data are named once",
-        "drop one of them",
-    )
-    return read_data_path_file(file) if file else list(direct)
+    return list(direct) if direct or not file else read_data_path_file(file)
 
 
 def data_prefixes(config: DataConfig) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,12 +70,10 @@ class GPTDataset:
         self.seq_length = seq_length
         self.name = name
         self.tokens_per_epoch = self.documents.num_tokens
-        try:
-            self.plan = plan_order(
-                tokens_per_epoch=self.tokens_per_epoch, num_samples=num_samples, seq_length=seq_length, seed=seed
-            )
-        except UserError as error:
-            raise UserError(f"{self.documents.name}: {error.given}", error.rule, error.fix) from None
+        tokens, source = self.tokens_per_epoch, self.documents.name
+        self.plan = plan_order(
+            tokens_per_epoch=tokens, num_samples=num_samples, seq_length=seq_length, seed=seed, source=source
+        )
         self.num_samples = self.plan.total_samples if num_samples is None else num_samples
         self.num_epochs = self.num_samples * seq_length / self.tokens_per_epoch
         self.text_bytes_per_token = text_bytes_per_token(self.documents.prefix)
@@ -148,7 +147,7 @@ class BlendedDataset:
         prefixes = [os.path.realpath(part.documents.name) for part in datasets]
         self._first_documents = [ends[prefixes.index(prefix)] for prefix in prefixes]
         self.num_samples = len(self.order)
-        self.tokens_per_epoch = sum(dataset.tokens_per_epoch for dataset in self.datasets)
+        self.tokens_per_epoch = unique_tokens(dataset.documents for dataset in self.datasets)
         self.num_epochs = self.num_samples * self.datasets[0].seq_length / self.tokens_per_epoch
         rates = [dataset.text_bytes_per_token for dataset in self.datasets]
         known = [rate for rate in rates if rate is not None]
@@ -232,17 +231,26 @@ def describe(dataset: GPTDataset | BlendedDataset) -> str:
 
 
 def count_unique_tokens(paths: Sequence[str]) -> int:
-    """Return the tokens of a data path, every prefix counted once, 0 of an empty one; builds no index maps.
+    """Return the tokens of a data path, see :func:`unique_tokens`, 0 of an empty one; builds no index maps.
 
     Raises:
-        ValueError: a wrong blend, or missing or damaged data.
+        UserError: a wrong blend, or missing or damaged data.
     """
-    return sum(IndexedDataset(prefix).num_tokens for prefix in prefixes_of(paths))
+    return unique_tokens(map(IndexedDataset, prefixes_of(paths)))
+
+
+def unique_tokens(parts: Iterable[IndexedDataset]) -> int:
+    """Return the tokens of some data, every document counted once however often its file, or a part that holds it, is named."""
+    total, ends = 0, defaultdict[str, int](int)  # of each file, the document behind the last that was counted
+    for part in sorted(parts, key=lambda part: part.part or (0, len(part))):
+        begin, end = part.part or (0, len(part))
+        counted = ends[file := os.path.realpath(part.prefix)]
+        total += int(part.sizes[max(0, counted - begin) :].sum(dtype=np.int64))
+        ends[file] = max(counted, end)
+    return total
 
 
 def text_bytes_per_token(prefix: str) -> float | None:
     """Return the bytes of original text per token (EOD tokens count, with 0 bytes), or None when not recorded."""
-    meta = read_meta(prefix)
-    if not meta or not meta.get("tokens") or meta.get("text_bytes") is None:
-        return None
-    return float(meta["text_bytes"]) / float(meta["tokens"])
+    meta = read_meta(prefix) or {}
+    return meta["text_bytes"] / meta["tokens"] if meta.get("tokens") and meta.get("text_bytes") is not None else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 from megatron.config.schema import DataConfig
 from megatron.data.blend import parse_blend, prefixes_of
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta, whole_prefix
-from megatron.data.tokenizer import Tokenizer
-from megatron.errors import UserError
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.errors import UserError, require
 from megatron.files import sha256_of
 from megatron.statistics import fingerprint, half_of
 
@@ -40,6 +40,32 @@ def tokenizer_fingerprint(tokenizer: Tokenizer, *, without: Collection[int] = ()
         return f"ids:{tokenizer.vocab_size}"
     items = sorted((token, number) for token, number in vocabulary.items() if number not in without)
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:32]
+
+
+def tokenizer_of(data: DataConfig, recorded: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a run, from the settings that it recorded.
+
+    Args:
+        data: its settings; where they name no tokenizer, its training data do.
+        recorded: ``vocab_size`` and ``fingerprint`` of the tokenizer as it was then, as far as they are known.
+
+    Raises:
+        UserError: it cannot be built, or is another one by now, because data or files were made anew.
+    """
+    tokenizer = build_tokenizer(data)
+    now = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer_fingerprint(tokenizer)}
+    changed = [
+        f"{name} {recorded[name]} (now {value})"
+        for name, value in now.items()
+        if recorded.get(name) not in (None, value)
+    ]
+    require(
+        not changed,
+        f"{tokenizer.name} is not the tokenizer of the run, which had {', '.join(changed)}",
+        "ids mean what they meant in training",
+        "name the tokenizer of then",
+    )
+    return tokenizer
 
 
 def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:
@@ -94,7 +120,8 @@ def with_absolute_paths(data: DataConfig, *, train: Sequence[str], valid: Sequen
     """
 
     def path(value: str | None) -> str | None:
-        return os.path.abspath(value) if value and os.path.exists(value) else value
+        file = os.path.expanduser(value or "")
+        return os.path.abspath(file) if os.path.exists(file) else value
 
     names = ("vocab_file", "merge_file", "tokenizer_model", "train_data_path_file", "valid_data_path_file")
     found: dict[str, Any] = {name: path(getattr(data, name)) for name in names}
@@ -148,62 +175,49 @@ def check_vocabulary(*blends: Sequence[str], vocab_size: int, fingerprints: Sequ
         UserError: which data set was made with another tokenizer than which, or holds which id.
     """
     prefixes = prefixes_of(*blends)
-    makers = [maker for maker in (_maker(prefix) for prefix in prefixes) if maker is not None]
-    own = [fingerprint for fingerprint in fingerprints if not fingerprint.startswith("ids:")]
-    if own:
-        known = {maker.fingerprint for maker in makers}
+    makers = {prefix: maker for prefix in prefixes if (maker := _maker(prefix)) is not None}
+    if own := [fingerprint for fingerprint in fingerprints if not fingerprint.startswith("ids:")]:
+        known = {maker.get("fingerprint") for maker in makers.values()}
         fingerprint = next((each for each in own if each in known), own[0])
-        makers.insert(0, _Maker("the tokenizer of this run", fingerprint, vocab_size, None))
-    for maker in makers[1:]:
-        if not maker.agrees(makers[0]):
-            raise UserError(
-                f"{maker.name} was made with {maker.describe()}",
-                f"{makers[0].name} has {makers[0].describe()}, and ids must mean one thing",
-                "preprocess it again with the same tokenizer, or give other data",
-            )
+        makers = {"the tokenizer of this run": {"ids": vocab_size, "fingerprint": fingerprint}, **makers}
+    for name, maker in makers.items():
+        first_name, first = next(iter(makers.items()))
+        shared = maker.keys() & first.keys()
+        require(
+            all(maker[entry] == first[entry] for entry in shared & {"fingerprint"} or shared),
+            f"{name} was made with {_described(maker)}",
+            f"{first_name} has {_described(first)}, and ids must mean one thing",
+            "preprocess it again with the same tokenizer, or give other data",
+        )
     for prefix in prefixes:
         _check_ids(prefix, vocab_size)
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """The tokenizer of a data set, as far as its PREFIX.meta.json tells (older ones have no fingerprint)."""
-
-    name: str
-    fingerprint: str | None
-    vocab_size: int | None
-    eod_id: int | None
-
-    def agrees(self, other: _Maker) -> bool:
-        if self.fingerprint is not None and other.fingerprint is not None:
-            return self.fingerprint == other.fingerprint
-        pairs = ((self.vocab_size, other.vocab_size), (self.eod_id, other.eod_id))
-        return all(mine == theirs for mine, theirs in pairs if mine is not None and theirs is not None)
-
-    def describe(self) -> str:
-        known = {"fingerprint": self.fingerprint, "end of document": self.eod_id}
-        rest = "".join(f", {name} {value}" for name, value in known.items() if value is not None)
-        return f"a vocabulary of {self.vocab_size} ids{rest}"
-
-
-def _maker(prefix: str) -> _Maker | None:
+def _maker(prefix: str) -> dict[str, Any] | None:
+    """The tokenizer of a data set, as far as its PREFIX.meta.json tells: older ones have no fingerprint, which decides alone."""
     meta = read_meta(prefix) or {}
-    spec = meta.get("tokenizer")
-    is_ids = isinstance(spec, dict) and spec.get("type") == "NullTokenizer"  # which say nothing of what they stand for
+    is_ids = (meta.get("tokenizer") or {}).get("type") == "NullTokenizer"  # which say nothing of what they stand for
     if is_ids or meta.get("vocab_size") is None:
         return None
-    return _Maker(prefix, meta.get("tokenizer_fingerprint"), meta["vocab_size"], meta.get("eod_id"))
+    entries = {"ids": "vocab_size", "fingerprint": "tokenizer_fingerprint", "end of document": "eod_id"}
+    return {name: meta[entry] for name, entry in entries.items() if meta.get(entry) is not None}
+
+
+def _described(maker: dict[str, Any]) -> str:
+    rest = "".join(f", {name} {value}" for name, value in maker.items() if name != "ids")
+    return f"a vocabulary of {maker['ids']} ids{rest}"
 
 
 def _check_ids(prefix: str, vocab_size: int) -> None:
     recorded = (read_meta(prefix) or {}).get("largest_id")
-    largest = recorded if recorded is not None else max((int(block.max()) for block in _blocks(prefix)), default=-1)
-    if largest >= vocab_size:
-        raise UserError(
-            f"{prefix}.bin holds the id {largest}",
-            f"ids must be below the size of the vocabulary, {vocab_size}",
-            "give the tokenizer (or --vocab-size) that the data were made with",
-        )
+    blocks = _blocks(prefix) if recorded is None else [np.array(recorded)] * (recorded >= 0)  # -1: no tokens
+    wrong = next((int(i) for block in blocks for i in (block.min(), block.max()) if not 0 <= i < vocab_size), None)
+    require(
+        wrong is None,
+        f"{prefix}.bin holds the id {wrong}",
+        f"ids must be from 0 up, and below the size of the vocabulary, {vocab_size}",
+        "give the tokenizer (or --vocab-size) that the data were made with",
+    )
 
 
 def _blocks(prefix: str) -> Iterator[np.ndarray]:

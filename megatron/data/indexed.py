@@ -19,18 +19,23 @@ import os
 import re
 import struct
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from megatron.errors import UserError, require
+from megatron.files import read_object
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # Megatron's codes; 6 and 7 are floating point, which no token is.
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_PART = re.compile(r"@(\d+(?:\.\d+)?(?:e-\d+)?):(\d+(?:\.\d+)?)$")
+_PART = re.compile(r"@(\d+(?:\.\d+)?(?:e-\d+)?):(\d+(?:\.\d+)?(?:e-\d+)?)$")
 _CHUNK = 1 << 16  # documents checked at once: they stay in the processor's cache
+# Entries of PREFIX.meta.json that programs read; each may be absent or null.
+_ENTRIES = {"vocab_size": int, "eod_id": int, "largest_id": int, "tokens": int, "text_bytes": int,
+            "tokenizer": dict, "digests": dict}  # fmt: skip
 SEAL = "sha256"  # entry of PREFIX.meta.json: digest of all other entries
 
 
@@ -53,23 +58,15 @@ def read_meta(prefix: str | Path) -> dict[str, Any] | None:
     """Return the contents of PREFIX.meta.json, or None where there is none (published data has none).
 
     Raises:
-        DamagedData: the file is not a JSON object, or not what was written.
+        UserError: the file is not a JSON object, not what was written, or holds an entry of a wrong type.
     """
     path = Path(whole_prefix(prefix) + ".meta.json")
-    try:
-        meta = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, RecursionError) as error:
-        raise DamagedData(
-            f"{path} is not JSON ({error})",
-            "it must be as tools/preprocess_data.py wrote it",
-            "delete it to do without",
-        ) from error
-    if not isinstance(meta, dict):
-        raise DamagedData(
-            f"{path} holds a {type(meta).__name__}", "it must hold a JSON object", "delete it to do without"
-        )
+    rule, fix = "it must be as tools/preprocess_data.py wrote it", "delete it to do without"
+    meta = read_object(path, rule=rule, fix=fix)
+    wrong = [name for name, kind in _ENTRIES.items() if type(meta.get(name)) not in (kind, NoneType)]
+    require(not wrong, f"{path} holds no valid {', '.join(wrong)}", rule, fix)
     seal = meta.pop(SEAL, None)
     if seal is not None and seal != seal_of(meta):
         raise DamagedData(

@@ -89,7 +89,8 @@ class TokenDataset(Protocol):
 
     def __getitem__(self, index: int) -> np.ndarray: ...
 
-    def pieces(self, index: int) -> Pieces: ...
+    def pieces(self, index: int) -> Pieces:
+        """The documents that a sample is cut from."""
 
 
 @dataclass(frozen=True)

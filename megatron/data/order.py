@@ -21,8 +21,9 @@ import shutil
 import stat
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,18 +60,20 @@ class OrderPlan:
         return self.first_part_samples < self.total_samples
 
 
-def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: int, seed: int) -> OrderPlan:
+def plan_order(
+    *, tokens_per_epoch: int, num_samples: int | None, seq_length: int, seed: int, source: str = "the data set"
+) -> OrderPlan:
     """Return how many epochs ``num_samples`` samples need and whether the last one is kept apart.
 
     ``num_samples=None`` means one epoch, every sample once.
 
     Raises:
-        ValueError: a non-positive size, or one epoch is asked for and is shorter than one sample.
+        UserError: a non-positive size, or one epoch is asked for and is shorter than one sample; ``source`` names the data.
     """
     if seq_length < 1 or (num_samples is not None and num_samples < 1):
         raise UserError(f"{num_samples} samples of {seq_length} tokens", "both must be at least 1", "raise them")
     if tokens_per_epoch < 1:
-        raise UserError("the data set has no tokens", "it needs at least one", "check the input of the preprocessing")
+        raise UserError(f"{source} has no tokens", "it needs at least one", "check the input of the preprocessing")
 
     def samples_in(num_epochs: int) -> int:
         return (num_epochs * tokens_per_epoch - 1) // seq_length
@@ -79,7 +82,7 @@ def plan_order(*, tokens_per_epoch: int, num_samples: int | None, seq_length: in
         num_epochs, separate = 1, False
         if samples_in(1) < 1:
             raise UserError(
-                f"the data set has {tokens_per_epoch} tokens and seq_length is {seq_length}",
+                f"{source} has {tokens_per_epoch} tokens and seq_length is {seq_length}",
                 "one pass needs at least one token more than that",
                 "use more data or a smaller --seq-length",
             )
@@ -134,8 +137,7 @@ def build_sample_order(plan: OrderPlan, rng: np.random.RandomState) -> np.ndarra
     return order
 
 
-@dataclass(frozen=True)
-class IndexMaps:
+class IndexMaps(NamedTuple):
     """The three maps of one order; see the functions that build them for shapes.
 
     Attributes:
@@ -158,7 +160,7 @@ def build_maps(sizes: np.ndarray, plan: OrderPlan) -> IndexMaps:
 
 
 _FORMAT = 2  # of the folder, a part of its name
-_MAPS = tuple(item.name for item in fields(IndexMaps))  # each is one file
+_MAPS = IndexMaps._fields  # each is one file
 
 
 def load_or_build_maps(sizes: np.ndarray, plan: OrderPlan, *, name: str, folders: list[Path]) -> IndexMaps:

@@ -41,7 +41,6 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of many texts; the fast way to encode."""
@@ -49,11 +48,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; ids outside the vocabulary (mask, padding) give nothing."""
-        ...
 
     def vocabulary(self) -> dict[str, int] | None:
         """Return the id of every token, as the tokenizer spells tokens; None when it knows only ids."""
-        ...
 
 
 class FastTokenizer(Tokenizer):
@@ -71,19 +68,23 @@ class FastTokenizer(Tokenizer):
         self.backend = backend
         self.spec = spec
         self.name = f"{spec['type']}({Path(spec.get('model') or spec['vocab_file']).name})"
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have holes
         self.eod_id = backend.token_to_id(eod) if eod else None
 
     def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`; by several threads of the library."""
         return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`; special tokens are shown."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones too."""
         return self.backend.get_vocab(with_added_tokens=True)
 
 
@@ -93,7 +94,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: str) -> None:
         """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
         processor = _import("sentencepiece").SentencePieceProcessor()
-        file = str(_existing(model, "--tokenizer-model"))
+        file = _existing(model, "--tokenizer-model")
         with _loading(model, "it must be a SentencePiece model", "check --tokenizer-model"):
             processor.Load(file)
         self._processor = processor
@@ -103,15 +104,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = processor.eos_id() if processor.eos_id() >= 0 else None
 
     def encode(self, text: str) -> list[int]:
+        """See :class:`Tokenizer`."""
         return self._processor.encode(text, out_type=int)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See :class:`Tokenizer`."""
         return self._processor.encode(list(texts), out_type=int)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """See :class:`Tokenizer`."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def vocabulary(self) -> dict[str, int]:
+        """The id of every piece."""
         return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
 
 
@@ -124,12 +129,15 @@ class ByteTokenizer(Tokenizer):
     spec = {"type": "ByteTokenizer"}  # noqa: RUF012 (not to be changed)
 
     def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of bytes; what is no UTF-8 becomes U+FFFD, and other ids give nothing."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def vocabulary(self) -> dict[str, int]:
+        """Names for all 257 ids."""
         return {**{f"byte {index}": index for index in range(256)}, "end of document": 256}
 
 
@@ -155,9 +163,11 @@ class NullTokenizer(Tokenizer):
         return [int(word) for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The ids as numbers with spaces between them."""
         return " ".join(str(int(i)) for i in ids)
 
     def vocabulary(self) -> None:
+        """None: it knows only ids."""
         return None
 
 
@@ -168,11 +178,10 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
         ValueError: a file is missing or is not what it should be.
     """
     tokenizers = _import("tokenizers")
-    for path, flag in ((vocab_file, "--vocab-file"), (merge_file, "--merge-file")):
-        _existing(path, flag)
+    files = _existing(vocab_file, "--vocab-file"), _existing(merge_file, "--merge-file")
     given = f"cannot read a BPE from {vocab_file} and {merge_file}"
     with _loading(given, "they must be GPT-2's vocab.json and merges.txt", "check --vocab-file and --merge-file"):
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     spec = {"type": "GPT2BPETokenizer", "vocab_file": vocab_file, "merge_file": merge_file}
@@ -243,10 +252,9 @@ def _is_short_number(word: str) -> bool:
     return word.isascii() and word.isdecimal() and len(word) <= 18  # Python refuses to read very long ones
 
 
-def _existing(path: str, flag: str) -> Path:
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise UserError(f"{flag} {path} does not exist", "it must be a readable file", "check the path")
+def _existing(path: str, flag: str) -> str:
+    found = os.path.expanduser(path)
+    require(os.path.isfile(found), f"{flag} {path} does not exist", "it must be a readable file", "check the path")
     return found
 
 
@@ -273,24 +281,16 @@ def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Return the tokenizer that the flags name, or else the one that the training data names in PREFIX.meta.json.
 
     Raises:
-        UserError: the flags contradict each other or the data, name nothing, or files are missing.
+        UserError: the flags contradict each other or name nothing, or files are missing. That data were made with it is checked
+            by :func:`megatron.data.identity.check_vocabulary`, where they are read.
     """
-    metas = {prefix: meta for prefix in data_prefixes(config) if (meta := read_meta(prefix)) is not None}
-    tokenizer = tokenizer_from_spec(_spec_of(config, metas))
-    if config.vocab_size is not None and config.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
-            "they must agree",
-            "leave --vocab-size out (it is for NullTokenizer)",
-        )
-    for prefix, meta in metas.items():
-        made = (meta.get("vocab_size", tokenizer.vocab_size), meta.get("eod_id", tokenizer.eod_id))
-        if tokenizer.eod_id is not None and made != (tokenizer.vocab_size, tokenizer.eod_id):
-            raise UserError(
-                f"{prefix} was made with a tokenizer of {made[0]} ids and EOD {made[1]}",
-                f"{tokenizer.name} has {tokenizer.vocab_size} and {tokenizer.eod_id}",
-                "use the tokenizer of the data or preprocess again",
-            )
+    tokenizer = tokenizer_from_spec(_spec_of(config))
+    require(
+        config.vocab_size in (None, tokenizer.vocab_size),
+        f"--vocab-size {config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size} ids",
+        "they must agree",
+        "leave --vocab-size out (it is for NullTokenizer)",
+    )
     return tokenizer
 
 
@@ -316,7 +316,7 @@ def _kind(name: str) -> str:
     return kind
 
 
-def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _spec_of(config: DataConfig) -> dict[str, Any]:
     kind = config.tokenizer_type
     files = {"vocab_file": config.vocab_file, "merge_file": config.merge_file, "model": config.tokenizer_model}
     if kind is None and (config.vocab_file or config.merge_file):
@@ -332,9 +332,8 @@ def _spec_of(config: DataConfig, metas: dict[str, dict[str, Any]]) -> dict[str, 
                 "drop the flag or change --tokenizer-type",
             )
         return {"type": kind, "vocab_size": config.vocab_size, **files}
-    for prefix, meta in metas.items():
-        if isinstance(meta.get("tokenizer"), dict):
-            spec = dict(meta["tokenizer"])
+    for prefix in data_prefixes(config):
+        if spec := dict((read_meta(prefix) or {}).get("tokenizer") or {}):
             for entry in FILES:
                 beside = Path(prefix).parent / str(spec.get(entry))
                 if spec.get(entry) and beside.exists():

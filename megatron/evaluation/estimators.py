@@ -53,24 +53,19 @@ class Estimator(Protocol):
     @property
     def name(self) -> str:
         """For people and tables."""
-        ...
 
     @property
     def kind(self) -> str:
         """``exact`` or ``bound``."""
-        ...
 
     def draws(self, length: int, *, key: str, start: int, count: int) -> Draws:
         """Draws ``start .. start+count-1`` for a target of ``length`` tokens; ``count`` is ignored by exact ones."""
-        ...
 
     def max_draws(self, length: int) -> int | None:
         """Draws after which nothing new can be learned (1 for exact estimators); None: no limit."""
-        ...
 
     def standard_error(self, values: np.ndarray, strata: np.ndarray) -> float:
         """Standard error of ``values.mean()`` (nats); nan when it cannot be known from these draws."""
-        ...
 
 
 def noise(seed: int, key: str, index: int) -> np.random.Generator:

@@ -30,7 +30,6 @@ class ByPass(Protocol):
 
     def by_pass(self, requests: Sequence[Request]) -> list[Passes]:
         """Pass by pass, one a request; the same passes for models that are asked the same."""
-        ...
 
 
 def causal_passes(logprobs: np.ndarray) -> Passes:

@@ -42,11 +42,9 @@ class Witness(Protocol):
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """Token by token, one a request; of a bound, what the token adds to it."""
-        ...
 
     def passes(self, num_tokens: int) -> int:
         """Forward passes for a target."""
-        ...
 
 
 class ChainRule:

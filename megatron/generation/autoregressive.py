@@ -19,7 +19,6 @@ class Decoder(Protocol):
 
     def feed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Append ``input_ids`` [batch, new] and return logits of the last position, [batch, vocab]."""
-        ...
 
 
 @torch.inference_mode()

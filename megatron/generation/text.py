@@ -23,7 +23,6 @@ class Sampler(Protocol):
 
     def check(self, settings: DiffusionSettings, *, num_masked: int) -> None:
         """Refuse settings by which it cannot fill so many tokens."""
-        ...
 
     def fill(
         self,
@@ -35,7 +34,6 @@ class Sampler(Protocol):
         sample_numbers: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """The rows with tokens there; see :class:`megatron.generation.diffusion.DiffusionSampler`."""
-        ...
 
 
 class TextTokenizer(Protocol):
@@ -45,11 +43,9 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Text to ids."""
-        ...
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text."""
-        ...
 
 
 @dataclass(frozen=True)

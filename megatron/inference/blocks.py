@@ -21,7 +21,6 @@ class BlockLogitsFn(Protocol):
     ) -> torch.Tensor:
         """As :class:`megatron.inference.logits.LogitsFn`, each block given the blocks before it of ``clean`` [batch, seq];
         None: of ``input_ids`` themselves, whose blocks before the wanted positions are then finished ones."""
-        ...
 
 
 class BlockModel:

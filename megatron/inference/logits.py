@@ -20,7 +20,6 @@ class LogitsFn(Protocol):
     def __call__(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of ``input_ids`` [batch, seq] int64: [batch, seq, vocab], or [selected, vocab] (row-major order) with
         ``positions`` [batch, seq] bool."""
-        ...
 
 
 def at_tokens(logits_fn: LogitsFn, shift: int) -> LogitsFn:
@@ -52,7 +51,6 @@ class Predictor(Protocol):
     @property
     def layers(self) -> Iterable[nn.Module]:
         """Blocks, of which each has a cache."""
-        ...
 
     def logits(
         self,
@@ -63,10 +61,8 @@ class Predictor(Protocol):
         caches: Sequence[LayerCache] | None = None,
     ) -> torch.Tensor:
         """Logits over the padded vocabulary."""
-        ...
 
     def hidden_states(
         self, inputs: Inputs[torch.Tensor], mask: AttentionMask, caches: Sequence[LayerCache] | None = None
     ) -> torch.Tensor:
         """What the last blocks give; the caches then hold the inputs too."""
-        ...

@@ -16,7 +16,8 @@ from megatron.checkpoint.select import select
 from megatron.checkpoint.tensors import open_whole_model
 from megatron.config.schema import WEIGHT, Config
 from megatron.config.shape import Shape
-from megatron.data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
+from megatron.data.identity import tokenizer_of
+from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
@@ -220,7 +221,7 @@ def load_model(
     is_export = (path / "config.json").is_file() and not (path / MANIFEST).is_file()
     stored = _open_export(path, kind) if is_export else _open_checkpoint(path, tag, kind, context)
     config, source, identity = stored.config, stored.source, stored.identity
-    tokenizer, problem = _tokenizer(config, tokenizer_options or {})
+    tokenizer, problem = _tokenizer(stored, tokenizer_options or {})
     trained = build_objective(config)
     objective = trained.for_eval()
     model = GPTModel(Shape.of(config.model), ParameterFactory(context))
@@ -231,12 +232,14 @@ def load_model(
 
 
 class _Stored(NamedTuple):
-    """Weights on disk: their configuration, each tensor by its canonical name, what they are called, and a hash of them."""
+    """Weights on disk: their configuration, each tensor by its canonical name, what they are called, a hash of them, and what is
+    recorded of their tokenizer."""
 
     config: Config
     tensor_of: Callable[[str], torch.Tensor]
     source: str
     identity: str
+    tokenizer: Mapping[str, Any]
 
 
 def _open_export(path: Path, kind: str | None) -> _Stored:
@@ -246,7 +249,7 @@ def _open_export(path: Path, kind: str | None) -> _Stored:
     require(kind in (None, WEIGHT), is_whole, "an export has one set of weights", "drop --load-kind")
     config, tensors = read_foreign(path)
     stamps = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in sorted(path.iterdir())]
-    return _Stored(config, tensors.__getitem__, str(path), _hash("\n".join(stamps).encode()))
+    return _Stored(config, tensors.__getitem__, str(path), _hash("\n".join(stamps).encode()), {})
 
 
 def _open_checkpoint(path: Path, tag: str | None, kind: str | None, context: ParallelContext) -> _Stored:
@@ -261,7 +264,7 @@ def _open_checkpoint(path: Path, tag: str | None, kind: str | None, context: Par
     source, identity = str(found.tag), _hash((found.tag / MANIFEST).read_bytes())
     if kind != WEIGHT:
         source, identity = f"{source} (averaged weights)", f"{identity}{kind}"
-    return _Stored(reader.config, reader.tensor, source, identity)
+    return _Stored(reader.config, reader.tensor, source, identity, reader.manifest.get("tokenizer") or {})
 
 
 def _load_tensors(model: GPTModel, tensor_of: Any, context: ParallelContext) -> None:
@@ -290,14 +293,14 @@ def load_tensors(model: GPTModel, tensors: Mapping[str, torch.Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def _tokenizer(config: Config, options: dict[str, Any]) -> tuple[Tokenizer | None, str]:
+def _tokenizer(stored: _Stored, options: dict[str, Any]) -> tuple[Tokenizer | None, str]:
     """The tokenizer of the options, else of the run; None and the reason where the run's cannot be built here."""
-    data = config.data
+    config, data, recorded = stored.config, stored.config.data, stored.tokenizer
     if options:  # another tokenizer replaces the run's altogether
         fresh = dict.fromkeys(("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size"))
-        data = dataclasses.replace(data, **{**fresh, **options})
+        data, recorded = dataclasses.replace(data, **{**fresh, **options}), {}
     try:
-        tokenizer = build_tokenizer(data)
+        tokenizer = tokenizer_of(data, recorded)
     except (ValueError, OSError) as error:
         if options:
             raise

@@ -49,12 +49,10 @@ def parameters_for_compute(model: Shape, vocab_size: int) -> int:
 
 def total_parameters(model: Shape) -> dict[str, int]:
     """``total`` parameters as trained, padding rows included, and those of the ``embedding`` among them."""
-    import torch
-
     from megatron.model.gpt import GPTModel
+    from megatron.parallel.tensor import ParameterFactory
 
-    with torch.device("meta"):
-        parameters = GPTModel(model).parameters()
+    parameters = GPTModel(model, ParameterFactory.of_shapes()).parameters()
     embedding = model.padded_vocab_size * model.hidden_size
     return {"total": sum(p.numel() for p in parameters), "embedding": embedding}
 

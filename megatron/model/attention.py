@@ -129,21 +129,23 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding, rotate-half form over all channels of a head (Su et al., arXiv 2104.09864): tables of cos and
     sin, fp32, grown on demand; not part of the state dict."""
 
-    def __init__(self, *, channels: int, length: int, base: float) -> None:
+    def __init__(self, *, channels: int, length: int, base: float, device: torch.device | None = None) -> None:
         super().__init__()
         self.channels, self.base = channels, base
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.register_buffer("cos", torch.empty(length, channels, device=device), persistent=False)
+        self.register_buffer("sin", torch.empty(length, channels, device=device), persistent=False)
         self._fill(length, self.cos.device)
 
     @classmethod
-    def of(cls, shape: Shape) -> RotaryEmbedding | None:
+    def of(cls, shape: Shape, device: torch.device | None = None) -> RotaryEmbedding | None:
         """That of all blocks of a model; None where positions are learned."""
         # One more row than the context: an order over seq + 1 tokens has a position for the last label.
         sizes = {"channels": shape.kv_channels, "length": shape.seq_length + 1}
-        return cls(**sizes, base=shape.rotary_base) if shape.use_rotary_position_embeddings else None
+        return cls(**sizes, base=shape.rotary_base, device=device) if shape.use_rotary_position_embeddings else None
 
     def _fill(self, length: int, device: torch.device) -> None:
+        if device.type == "meta":  # a model whose parameters are counted
+            return
         # fp64 angles: at position 4096 an fp32 product is off by up to 2e-4 radians.
         exponent = torch.arange(0, self.channels, 2, dtype=torch.float64, device=device) / self.channels
         angles = torch.arange(length, dtype=torch.float64, device=device)[:, None] * self.base**-exponent

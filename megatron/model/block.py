@@ -32,6 +32,7 @@ class Norm(TensorParallelModule):
         self.bias = factory.constant("bias", spec, 0.0) if shape.normalization == "layernorm" else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised hidden states, of the shape and type of ``x`` [batch, seq, hidden]."""
         weight = self.own(self.weight)
         if self.bias is None:
             return F.rms_norm(x, weight.shape, weight, self.epsilon)
@@ -42,6 +43,7 @@ class FinalNorm(Norm):
     """The last norm, of which every tensor-parallel rank has all tokens: the loss picks from the whole sequence."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, hidden], from [batch, seq / tp, hidden] with sequence parallelism."""
         return self.gathered(super().forward(x))
 
 

@@ -23,12 +23,14 @@ from megatron.parallel.tensor import ParameterFactory, TensorParallelModule, Voc
 class Embedding(nn.Module):
     """Token embedding, plus a learned position table where there is no RoPE, plus dropout."""
 
-    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
         self.hidden_dropout = shape.hidden_dropout
-        std = shape.init_method_std
         self.word_embeddings = VocabParallelEmbedding(
-            factory.child("word_embeddings"), vocab_size=vocab_size, hidden_size=shape.hidden_size, std=std
+            factory.child("word_embeddings"),
+            vocab_size=shape.padded_vocab_size,
+            hidden_size=shape.hidden_size,
+            std=shape.init_method_std,
         )
         self.position_embeddings = None
         if not shape.use_rotary_position_embeddings:
@@ -63,12 +65,13 @@ class LMHead(nn.Module):
     It hands the hidden states and the matrix on: the loss decides which logits are needed.
     """
 
-    def __init__(self, shape: Shape, factory: ParameterFactory, *, vocab_size: int) -> None:
+    def __init__(self, shape: Shape, factory: ParameterFactory) -> None:
         super().__init__()
-        spec = ShardSpec((vocab_size, shape.hidden_size), 0, (vocab_size,))
+        spec = ShardSpec((shape.padded_vocab_size, shape.hidden_size), 0, (shape.padded_vocab_size,))
         self.weight = factory.normal("weight", spec, shape.init_method_std)
 
     def forward(self, hidden: torch.Tensor) -> HeadOutput:
+        """``hidden`` [batch, seq, hidden] beside this rank's rows of the output matrix."""
         return HeadOutput(hidden, self.weight)
 
 
@@ -109,18 +112,29 @@ def build_layers(shape: Shape, root: ParameterFactory, *, recompute: bool = Fals
     Returns:
         ``num_layers + 3`` layers. The last one returns hidden states and this rank's rows of the output matrix.
     """
-    vocab = {"vocab_size": shape.padded_vocab_size}
-    embedding = {"shape": shape, "factory": root, **vocab}
+    embedding = {"shape": shape, "factory": root}
     layers = [Layer(Embedding, embedding, tied_to="embedding")]
-    common = {"shape": shape, "rotary": RotaryEmbedding.of(shape), "recompute": recompute}  # one table for all of them
+    common = {"shape": shape, "rotary": RotaryEmbedding.of(shape, root.device), "recompute": recompute}  # one for all
     for index in range(shape.num_layers):
         layers.append(Layer(TransformerBlock, {**common, "factory": root.child(f"layers.{index}")}))
     layers.append(Layer(FinalNorm, {"shape": shape, "factory": root.child("final_layernorm")}))
     if shape.untie_embeddings_and_output_weights:
-        layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head"), **vocab}))
+        layers.append(Layer(LMHead, {"shape": shape, "factory": root.child("lm_head")}))
     else:
         layers.append(Layer(Embedding, embedding, tied_to="embedding", forward=tied_head))
     return layers
+
+
+def through(
+    blocks: nn.ModuleList, stream: Stream, mask: AttentionMask, caches: Sequence[LayerCache] | None = None
+) -> Stream:
+    """The stream behind the last of some blocks, whose mask is made once; see :meth:`GPTModel.hidden_states`."""
+    first, own = blocks[0], [None] * len(blocks) if caches is None else caches
+    assert isinstance(first, TransformerBlock)
+    visible = first.self_attention.visible(stream, mask, own[0])
+    for block, cache in zip(blocks, own):
+        stream = block(stream, visible, cache)
+    return stream
 
 
 class GPTModel(nn.Module):
@@ -168,13 +182,7 @@ class GPTModel(nn.Module):
             ids = inputs.input_ids
             places = caches[0].length + torch.arange(ids.shape[1], device=ids.device)
             inputs = inputs._replace(position_ids=places.expand(ids.shape))
-        stream = self.embedding(inputs)
-        first, own = self.layers[0], [None] * len(self.layers) if caches is None else caches
-        assert isinstance(first, TransformerBlock)
-        visible = first.self_attention.visible(stream, mask, own[0])
-        for layer, cache in zip(self.layers, own):
-            stream = layer(stream, visible, cache)
-        return self.final_layernorm(stream.hidden)
+        return self.final_layernorm(through(self.layers, self.embedding(inputs), mask, caches).hidden)
 
     def head(self, hidden: torch.Tensor) -> HeadOutput:
         """Hidden states and this rank's rows of the output matrix."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -28,26 +28,17 @@ class HeadOutput(NamedTuple):
     matrix: torch.Tensor
 
 
-class LossKind(Protocol):
-    """One way from predictions to a loss. A kind that needs more than labels and weights adds fields to Targets."""
+class LossKind(ABC):
+    """One way from predictions to a loss, ``Σ loss_weights · loss / Σ num_tokens`` over the positions with a weight. A kind says
+    what the loss of a row is; one that needs more than labels and weights adds fields to Targets."""
 
     def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
         """Scalar loss of one micro-batch, fp32, differentiable: the sum of :meth:`per_token` over ``Σ num_tokens``."""
-
-    def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-        """What each position adds to the loss of its sample, in nats, fp32 [batch, width]; 0 where there is no loss."""
-
-
-class WeightedLoss(ABC):
-    """``Σ loss_weights · loss / Σ num_tokens`` over the positions with a weight; a kind says what the loss of a row is."""
-
-    def reduce(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-        """See :class:`LossKind`."""
         loss, _ = self._weighted(output, targets, context)
         return loss / targets.num_tokens.sum().clamp(min=1)  # a micro-batch may be without any token in the loss
 
     def per_token(self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext) -> torch.Tensor:
-        """See :class:`LossKind`."""
+        """What each position adds to the loss of its sample, in nats, fp32 [batch, width]; 0 where there is no loss."""
         _, own = self._weighted(output, targets, context)
         weights = targets.loss_weights.reshape(-1)
         losses = weights.new_zeros(weights.shape)
@@ -78,13 +69,13 @@ class WeightedLoss(ABC):
 
 
 @dataclass(frozen=True)
-class WeightedCrossEntropy(WeightedLoss):
+class WeightedCrossEntropy(LossKind):
     """``Σ loss_weights · ce / Σ num_tokens``."""
 
     def head_loss(
         self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`WeightedLoss`."""
+        """See :class:`LossKind`."""
         from megatron.parallel.cross_entropy import linear_cross_entropy
 
         return linear_cross_entropy(output.hidden, output.matrix, targets.labels, targets.loss_weights, context)

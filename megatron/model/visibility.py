@@ -159,7 +159,7 @@ def _static(
     rule = static_rule(mask, length)
     if not use_flex:
         return dense_mask(rule, 1, length, device)
-    some, every = tile_occupancy(rule, length, device)
+    some, every = tile_occupancy(mask, length, device)
     return _block_mask(rule, length, some=some[None], every=every[None])
 
 
@@ -178,7 +178,8 @@ def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
         overlaps = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
         return overlaps & _possible_tiles(mask.kind, stream)
     if isinstance(mask, BlockCausal | BlockDiffusion):
-        return _static_tiles(mask, length, device)
+        some, every = tile_occupancy(mask, length, device)
+        return (some | every)[None]
     tiles = torch.ones(1, num_tiles, num_tiles, dtype=torch.bool, device=device)
     if isinstance(mask, PerSample):
         return tiles.tril() | _sees_all(stream)[:, None, None]
@@ -186,17 +187,14 @@ def _possible_tiles(mask: AttentionMask, stream: Stream) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _static_tiles(mask: BlockCausal | BlockDiffusion, length: int, device: torch.device) -> torch.Tensor:
-    some, every = tile_occupancy(static_rule(mask, length), length, device)
-    return (some | every)[None]
-
-
-def tile_occupancy(rule: Rule, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tile_occupancy(
+    mask: BlockCausal | BlockDiffusion, length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tiles of 128 x 128 pairs are seen in part and which in full, both bool [tiles, tiles].
 
     One row of tiles at a time, so that no [length, length] tensor is made.
     """
-    num_tiles = -(-length // TILE)
+    rule, num_tiles = static_rule(mask, length), -(-length // TILE)
     zero, keys = torch.zeros((), dtype=torch.int64, device=device), torch.arange(num_tiles * TILE, device=device)
     seen = torch.zeros(num_tiles, num_tiles, dtype=torch.int64, device=device)
     for row in range(num_tiles):

@@ -109,13 +109,6 @@ class Objective(Protocol):
     """What is predicted from what.
 
     Attributes:
-        attention_mask: which keys a query sees: all that the model knows of the objective.
-        loss: from predictions to a loss.
-        decoding: how its model is sampled and scored.
-        label: what its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`.
-        loss_fraction: expected share of tokens in the loss, of all views together (for FLOP counts).
-        num_views: rows of a batch for every sample of it, each with as many positions (for FLOP counts).
-        beside: another objective in its evaluation form for which the same weights are validated, too; None: there is none.
         needs_mask_token: whether the vocabulary must have room for a mask token.
         Options: a frozen dataclass of ``option(...)``: its flags, with their ranges and help.
     """
@@ -124,25 +117,32 @@ class Objective(Protocol):
     Options: ClassVar[type]
 
     @property
-    def num_views(self) -> int: ...
+    def num_views(self) -> int:
+        """Rows of a batch for every sample of it, each with as many positions (for FLOP counts)."""
 
     @property
-    def beside(self) -> Objective | None: ...
+    def beside(self) -> Objective | None:
+        """Another objective in its evaluation form for which the same weights are validated, too; None: there is none."""
 
     @property
-    def attention_mask(self) -> AttentionMask: ...
+    def attention_mask(self) -> AttentionMask:
+        """Which keys a query sees: all that the model knows of the objective."""
 
     @property
-    def loss(self) -> LossKind: ...
+    def loss(self) -> LossKind:
+        """From predictions to a loss."""
 
     @property
-    def decoding(self) -> Decoding: ...
+    def decoding(self) -> Decoding:
+        """How its model is sampled and scored."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """What its loss may be called: :data:`EXACT`, :data:`BOUND` or :data:`NO_BOUND`."""
 
     @property
-    def loss_fraction(self) -> float: ...
+    def loss_fraction(self) -> float:
+        """Expected share of tokens in the loss, of all views together (for FLOP counts)."""
 
     @classmethod
     def build(cls, options: object, setting: Setting) -> Objective:
@@ -155,15 +155,12 @@ class Objective(Protocol):
         Raises:
             UserError: the options do not fit each other or the run.
         """
-        ...
 
     def prepare(self, samples: Samples) -> ModelBatch[np.ndarray]:
         """Make a batch; all noise is a function of (seed, sample id)."""
-        ...
 
     def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
         """What each token counts in this draw of the noise, [batch, seq]; 1 in the mean over draws of evaluation."""
-        ...
 
     def for_eval(self, draw: int = 0, num_draws: int = 1) -> Objective:
         """The same objective with evaluation settings: no training-only noise, a fixed seed.
@@ -173,7 +170,6 @@ class Objective(Protocol):
             num_draws: how many there are; they are averaged with equal weights, and what one has for noise may depend on
                 all of them (times spread over them, pairs of complementary masks).
         """
-        ...
 
 
 def flops_per_token(shape: Shape, objective: Objective) -> float:

@@ -68,7 +68,7 @@ class BlockMaskedDiffusion(MaskedDiffusion):
             f"pass --block-size N, a divisor of {length}",
         )
         assert size is not None
-        return cls(**cls.noise(options, setting), block_size=size, ar_weight=options.block_ar_weight)
+        return replace(cls.plain(options, setting), block_size=size, ar_weight=options.block_ar_weight)
 
     @property
     def attention_mask(self) -> AttentionMask:

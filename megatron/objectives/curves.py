@@ -16,9 +16,11 @@ class Cosine:
     mean_share: float = 2 / np.pi
 
     def share(self, t: np.ndarray) -> np.ndarray:
+        """s(t)."""
         return np.sin(np.pi / 2 * t)
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t)."""
         return np.pi / 2 * np.cos(np.pi / 2 * t)
 
 
@@ -44,9 +46,11 @@ class Polynomial:
         )
 
     def share(self, t: np.ndarray) -> np.ndarray:
+        """s(t)."""
         return t**self.power
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t)."""
         return self.power * t ** (self.power - 1)
 
     @property

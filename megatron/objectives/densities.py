@@ -32,6 +32,7 @@ class Bell:
         return high
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t) = 1 / f(s(t))."""
         return 1 / (1 - self.depth * np.cos(2 * np.pi * self.share(t)))
 
 
@@ -78,9 +79,11 @@ class Measured:
         return np.append(0.0, np.cumsum(self.density) / len(self.spread)).clip(0, 1)
 
     def share(self, t: np.ndarray) -> np.ndarray:
+        """F⁻¹(t), linear in each part."""
         return np.interp(t, self._ends, np.linspace(0, 1, len(self.spread) + 1))
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t) = 1 / f(s(t))."""
         return 1 / self.density[np.searchsorted(self._ends[1:-1], t, side="right")]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -56,7 +56,7 @@ class Dual(MaskedDiffusion):
         require(options.dual_ar_share < 1 or options.dual_decoding != "mdm", "--dual-ar-share 1 with --dual-decoding mdm",
                 "no sample is masked, so there is no masked diffusion to judge", "drop one of the flags")  # fmt: skip
         judged_as = options.dual_decoding or "ar"
-        return cls(**cls.noise(options, setting), ar_share=options.dual_ar_share, judged_as=judged_as)
+        return replace(cls.plain(options, setting), ar_share=options.dual_ar_share, judged_as=judged_as)
 
     @property
     def attention_mask(self) -> AttentionMask:

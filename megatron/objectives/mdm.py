@@ -4,9 +4,10 @@ arXiv 2502.09992; the recipe of arXiv 2507.15857)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypedDict
+from typing import ClassVar
 
 import numpy as np
+from typing_extensions import Self
 
 from megatron import randomness as noise
 from megatron.config.option import POSITIVE, PROBABILITY, Range, option
@@ -27,18 +28,6 @@ from megatron.objectives.schedules import (
     mask_probability,
     mean_mask_probability,
 )
-
-
-class Noise(TypedDict):
-    """Fields that all kinds of masked diffusion have."""
-
-    mask_token_id: int
-    global_batch_size: int
-    seed: int
-    scheme: int
-    valid_estimator: str
-    stratified: bool
-    schedule: Schedule
 
 
 @dataclass(frozen=True)
@@ -156,7 +145,7 @@ class MaskedDiffusion:
         The reference's defaults of low-noise starts: 1,000 iterations, ratio 0.5.
         """
         assert isinstance(options, TimeOptions)
-        built = cls(**cls.noise(options, setting))
+        built = cls.plain(options, setting)
         if not isinstance(options, MaskedDiffusionOptions):
             return built
         require(
@@ -179,8 +168,8 @@ class MaskedDiffusion:
         )
 
     @classmethod
-    def noise(cls, options: TimeOptions, setting: Setting) -> Noise:
-        """Fields that all kinds of masked diffusion share."""
+    def plain(cls, options: TimeOptions, setting: Setting) -> Self:
+        """An objective with what all kinds of masked diffusion share, and the defaults of its own fields."""
         assert setting.mask_token_id is not None
         schedule = build_schedule(cls.default_schedule)
         if isinstance(options, ScheduleOptions) and options.noise_schedule:
@@ -189,15 +178,15 @@ class MaskedDiffusion:
             require(spread or name != "measured", "--noise-schedule measured", "it follows the spread of the loss",
                     "pass --noise-schedule-spread S,S,...")  # fmt: skip
             schedule = build_schedule(name, power=power, depth=depth, spread=spread)
-        return {
-            "mask_token_id": setting.mask_token_id,
-            "global_batch_size": setting.global_batch_size,
-            "seed": setting.seed,
-            "scheme": setting.scheme,
-            "valid_estimator": setting.valid_estimator,
-            "stratified": not options.independent_t,
-            "schedule": schedule,
-        }
+        return cls(
+            mask_token_id=setting.mask_token_id,
+            global_batch_size=setting.global_batch_size,
+            seed=setting.seed,
+            scheme=setting.scheme,
+            valid_estimator=setting.valid_estimator,
+            stratified=not options.independent_t,
+            schedule=schedule,
+        )
 
     @property
     def attention_mask(self) -> AttentionMask:
@@ -259,15 +248,11 @@ class MaskedDiffusion:
             return self._exact_counts(sample_ids, np.broadcast_to(t, (len(sample_ids), seq_length)))
         mask_prob = mask_probability(self.schedule, t)
         is_masked = np.stack([self._mask(sample, p, seq_length) for sample, p in zip(sample_ids.tolist(), mask_prob)])
-        return is_masked, is_masked * self.masked_weight(t).astype(np.float32)
+        return is_masked, is_masked * WEIGHTINGS[self.weighting](self.schedule, t).astype(np.float32)
 
     def token_weights(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
         """Those of masked tokens, see :class:`Objective`."""
         return self.masks_and_weights(sample_ids, seq_length)[1]
-
-    def masked_weight(self, t: np.ndarray) -> np.ndarray:
-        """Weight of a masked token at time t, fp64."""
-        return WEIGHTINGS[self.weighting](self.schedule, t)
 
     def token_times(self, sample_ids: np.ndarray, seq_length: int) -> np.ndarray:
         """Diffusion time of each token, fp64, broadcastable to [batch, seq]: one for the sequence."""

@@ -30,16 +30,13 @@ class Schedule(Protocol):
 
     def share(self, t: np.ndarray) -> np.ndarray:
         """s(t)."""
-        ...
 
     def rate(self, t: np.ndarray) -> np.ndarray:
         """s'(t)."""
-        ...
 
     @property
     def mean_share(self) -> float:
         """∫₀¹ s(t) dt."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,11 @@ class Linear:
     mean_share: float = 0.5
 
     def share(self, t: np.ndarray) -> np.ndarray:
+        """s(t)."""
         return t
 
     def rate(self, t: np.ndarray) -> np.ndarray:
+        """s'(t)."""
         return np.ones_like(t)
 
 

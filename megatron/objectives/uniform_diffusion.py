@@ -4,21 +4,25 @@ arXiv 2412.10193; Sahoo et al., arXiv 2506.10892; arXiv 2602.15014)."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from megatron import randomness as noise
 from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME
 from megatron.errors import require
-from megatron.model.batch import Inputs, ModelBatch, Samples, build_batch
-from megatron.model.loss import LossKind
+from megatron.model.batch import Inputs, ModelBatch, Samples, Targets, build_batch
+from megatron.model.loss import HeadOutput, LossKind
 from megatron.model.mask import AttentionMask, Full
-from megatron.model.uniform_loss import UniformBound
 from megatron.objectives.base import BOUND, Decoding, Setting, UniformDecoding, first_tokens
 from megatron.objectives.mdm import TimeOptions
 from megatron.objectives.schedules import Linear, bound_weight, mask_probability
 from megatron.objectives.vocabulary import VocabularyOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.parallel.context import ParallelContext
 
 # Shares of noise so near 0 or 1 that odds overflow or vanish; an exact count comes there once in 10^9 / seq draws.
 LEAST_SHARE = 1e-9
@@ -27,6 +31,27 @@ LEAST_SHARE = 1e-9
 @dataclass(frozen=True)
 class UniformOptions(VocabularyOptions, TimeOptions):
     """Flags of uniform-state diffusion."""
+
+
+@dataclass(frozen=True)
+class UniformBound(LossKind):
+    """``Σ loss_weights · Σ_j D(r_j ‖ rθ_j)/k / Σ num_tokens``, see :mod:`megatron.parallel.uniform_bound`.
+
+    Attributes:
+        vocab_size: tokens V that noise draws from; the softmax runs over them and over no other row.
+    """
+
+    vocab_size: int
+
+    def head_loss(
+        self, output: HeadOutput, targets: Targets[torch.Tensor], context: ParallelContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`LossKind`."""
+        from megatron.parallel.uniform_bound import linear_uniform_bound
+
+        assert targets.noised is not None and targets.odds is not None
+        states = (targets.labels, targets.noised, targets.odds)
+        return linear_uniform_bound(output, states, targets.loss_weights, context, vocab_size=self.vocab_size)
 
 
 class NoiseDraw(NamedTuple):

@@ -14,16 +14,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import groupby
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from megatron.errors import Failure
 from megatron.parallel.launch import Launch, complain, local_device
+from megatron.screen import say
 
 POLL_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # from a peer's message: most collectives fail by themselves, with more to say
@@ -63,7 +65,7 @@ class Watch:
             waited = 0.0 if self._beat is None else time.monotonic() - self._beat
             if waited > self._limit:
                 self._beat = None  # once, until it goes on
-                print(f"no step for {waited / 60:.0f} minutes; what the threads do:", file=sys.stderr, flush=True)
+                say(f"no step for {waited / 60:.0f} minutes; what the threads do:", to_errors=True)
                 faulthandler.dump_traceback(sys.stderr)
             if (news := self._news()) and not self._stopped.wait(GRACE_SECONDS):
                 return self._end(news)
@@ -205,17 +207,17 @@ def connect(launch: Launch, *, timeout_minutes: float = 30.0) -> Connection:
         timeout_minutes: limit of the wait, and of every later collective.
 
     Raises:
+        UserError: this host has fewer accelerators than processes.
         Failure: ranks are missing after the limit, or the meeting place cannot be opened.
     """
     if dist.is_initialized():
         return Connection(launch)
-    timeout = timedelta(minutes=timeout_minutes)
+    device, timeout = local_device(launch), timedelta(minutes=timeout_minutes)
     store: dist.Store = dist.HashStore()
     hosts: tuple[str, ...] = (socket.gethostname(),)
     if launch.world_size > 1:
         store = _open_store(launch, timeout)
         hosts = _roll_call(launch, store, timeout)
-    device = local_device(launch)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
         store=store,
@@ -254,86 +256,89 @@ def _wait_for_answer(launch: Launch, address: tuple[str, int], timeout: timedelt
     """Call at the meeting place until somebody answers. An agent of torchrun keeps it from before its processes start."""
     by_agent = launch.agent_attempt is not None
     limit = min(timeout, timedelta(seconds=AGENT_SECONDS)) if by_agent else timeout
-    for patience in _patience(limit):
-        until = time.monotonic() + patience
-        while time.monotonic() < until:
-            _refuse_abandoned(launch)
-            with suppress(OSError), socket.create_connection(address, timeout=patience):
-                return
-            time.sleep(0.2)
-        _notice(launch, f"{'the agent of torchrun' if by_agent else 'rank 0'}, which opens {launch.meeting_place}")
-    raise Failure(
-        f"rank {launch.rank}: nobody answers at {launch.meeting_place}",
-        "the agent of torchrun keeps it open" if by_agent else "rank 0 opens it within --distributed-timeout-minutes",
-        "check that rank 0 runs, its address, and the network between the hosts",
-    )
+    keeper = "the agent of torchrun" if by_agent else "rank 0"
 
+    def answers() -> bool:
+        with suppress(OSError), socket.create_connection(address, timeout=NOTICE_SECONDS):
+            return True
+        return False
 
-def _refuse_abandoned(launch: Launch) -> None:
-    if launch.is_abandoned:
+    if not _wait(launch, answers, limit, lambda: f"{keeper}, which opens {launch.meeting_place}"):
         raise Failure(
-            f"rank {launch.rank} waits, but its launcher is gone",
-            "the other ranks will not come without it",
-            "start the job again",
+            f"rank {launch.rank}: nobody answers at {launch.meeting_place}",
+            "the agent of torchrun keeps it open"
+            if by_agent
+            else "rank 0 opens it within --distributed-timeout-minutes",
+            "check that rank 0 runs, its address, and the network between the hosts",
         )
 
 
 def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[str, ...]:
     """Host name of every rank, once all have given theirs; the first of those that wait says who is missing."""
     keys = [f"host/{rank}" for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], socket.gethostname())
-    absent = ""
-    for patience in _patience(timeout):
-        until = time.monotonic() + patience
-        while True:
-            with suppress(RuntimeError):
-                store.wait(keys, timedelta(seconds=min(1.0, patience)))
-            missing = _missing(launch, store, keys)
-            if not missing or time.monotonic() >= until:
-                break
-        if not missing:
-            return tuple(store.get(key).decode() for key in keys)
-        absent = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {launch.world_size}"
-        if launch.rank == min(set(range(launch.world_size)) - set(missing)):
-            _notice(launch, f"{absent}, to come to {launch.meeting_place}")
-    raise Failure(
-        f"{absent} never came to {launch.meeting_place}",
-        "all ranks start within --distributed-timeout-minutes",
-        "check the hosts of those ranks, the host file and the firewall",
-    )
 
+    def have_come() -> bool:
+        with suppress(RuntimeError):  # the second is over, or the store is gone
+            store.wait(keys, timedelta(seconds=1))
+        return store.check(keys)
 
-def _missing(launch: Launch, store: dist.Store, keys: list[str]) -> list[int]:
-    """Ranks that have not given their names."""
-    _refuse_abandoned(launch)
+    def absent() -> str:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        ranks = f"{'rank' if len(missing) == 1 else 'ranks'} {_ranges(missing)} of {launch.world_size}"
+        return ranks if missing else ""
+
+    def awaited() -> str:
+        is_first = not any(store.check([key]) for key in keys[: launch.rank])
+        ranks = absent() if is_first else ""
+        return f"{ranks}, to come to {launch.meeting_place}" if ranks else ""
+
     try:
-        return [rank for rank, key in enumerate(keys) if not store.check([key])]
+        store.set(keys[launch.rank], socket.gethostname())
+        if _wait(launch, have_come, timeout, awaited) or not (ranks := absent()):
+            return tuple(store.get(key).decode() for key in keys)
     except RuntimeError as error:
         raise Failure(
             f"rank {launch.rank} lost {launch.meeting_place} while it waited",
             "who keeps the meeting place stays until the end",
             "see the messages of the launcher and of rank 0, then start again",
         ) from error
+    raise Failure(
+        f"{ranks} never came to {launch.meeting_place}",
+        "all ranks start within --distributed-timeout-minutes",
+        "check the hosts of those ranks, the host file and the firewall",
+    )
 
 
-def _patience(timeout: timedelta) -> Iterator[float]:
-    """Seconds to wait until the next line, until the limit is reached."""
-    deadline, patience = time.monotonic() + timeout.total_seconds(), NOTICE_SECONDS
-    while (remaining := deadline - time.monotonic()) > 0:
-        yield max(0.1, min(patience, remaining))
-        patience *= 2
+def _wait(launch: Launch, is_over: Callable[[], bool], limit: timedelta, whom: Callable[[], str]) -> bool:
+    """Ask until the wait is over; say for ``whom`` it is, if anybody, after NOTICE_SECONDS, and again after twice as long.
 
+    Returns:
+        Whether it was over within the limit.
 
-def _notice(launch: Launch, whom: str) -> None:
-    print(f"rank {launch.rank} on {socket.gethostname()} waits for {whom}", file=sys.stderr, flush=True)
+    Raises:
+        Failure: the launcher is gone meanwhile.
+    """
+    began = said = time.monotonic()
+    patience = NOTICE_SECONDS
+    while not is_over():
+        if launch.is_abandoned:
+            raise Failure(
+                f"rank {launch.rank} waits, but its launcher is gone",
+                "the other ranks will not come without it",
+                "start the job again",
+            )
+        now = time.monotonic()
+        if now - began >= limit.total_seconds():
+            return False
+        if now - said >= patience:
+            said, patience = now, 2 * patience
+            if awaited := whom():
+                say(f"rank {launch.rank} on {socket.gethostname()} waits for {awaited}", to_errors=True)
+        time.sleep(0.2)
+    return True
 
 
 def _ranges(ranks: list[int]) -> str:
     """``0, 2-5``."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+    runs = ([rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]))
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -38,24 +38,6 @@ class Axis:
         return self.rank == self.size - 1
 
 
-def group_of_line(lines: list[list[int]]) -> dist.ProcessGroup:
-    """The group of this process's line; a collective call.
-
-    Args:
-        lines: ranks of each group, every rank in one of them.
-
-    Returns:
-        Made by one split of the world where NCCL is bound to a device; else every process helps to make each group.
-    """
-    if getattr(dist.group.WORLD, "bound_device_id", None) is not None:
-        group = distributed_c10d.split_group(split_ranks=lines)
-    else:
-        made = {tuple(line): dist.new_group(line) for line in lines}
-        group = next(group for line, group in made.items() if dist.get_rank() in line)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
 @dataclass(frozen=True)
 class ParallelContext:
     """Place of one process in the grid, and its device. The default is a process alone on the CPU.
@@ -142,12 +124,17 @@ class ParallelContext:
             dist.barrier(group=self.control_group)
 
     def replicas(self) -> dist.ProcessGroup:
-        """The data-parallel group, a real one also of one process: engines ask for it. A collective call."""
-        if self.dp.group is not None or self.world_size == 1:
-            group = self.dp.group or dist.group.WORLD
-            assert group is not None
-            return group
-        return group_of_line([[rank] for rank in range(self.world_size)])
+        """The data-parallel group, a real one also of one process: engines ask for it. A collective call: one split of the world
+        where NCCL is bound to a device, else every process helps to make each group."""
+        group, lines = self.dp.group, [[rank] for rank in range(self.world_size)]
+        if self.world_size == 1:
+            group = dist.group.WORLD
+        elif group is None and getattr(dist.group.WORLD, "bound_device_id", None) is not None:
+            group = distributed_c10d.split_group(split_ranks=lines)
+        elif group is None:
+            group = [dist.new_group(line) for line in lines][self.rank]
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
 
 class Poll:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.errors import UserError, require
-from megatron.screen import wrapped
+from megatron.screen import say, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ class Launch:
         master_addr, master_port: where the processes meet; None for a process alone.
         agent_attempt: restart count of a torchrun agent that keeps the meeting place, or None where rank 0 keeps it.
         chain: processes above this one that started it and wait for it, each with its parent: (child, parent).
+        began: when the program did, on the monotonic clock.
     """
 
     rank: int = 0
@@ -44,21 +45,21 @@ class Launch:
     master_port: int | None = None
     agent_attempt: int | None = None
     chain: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
         """Read and check the variables of the launcher.
 
         Raises:
-            UserError: not a whole number, RANK outside the world, or no address to meet at.
+            UserError: not a whole number, RANK outside the world or missing in it, or no address to meet at.
         """
         values = os.environ if environment is None else environment
-        world_size, rank, local_rank = (
-            _integer(values, name, default) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-        )
+        world_size, local_rank = _integer(values, "WORLD_SIZE", 1), _integer(values, "LOCAL_RANK", 0)
         require(world_size >= 1, f"WORLD_SIZE is {world_size}", "it counts the processes", LAUNCHERS)
-        is_inside = 0 <= rank < world_size
-        require(is_inside, f"RANK is {rank} with WORLD_SIZE {world_size}", "ranks count from 0", LAUNCHERS)
+        rank = _integer(values, "RANK", 0 if world_size == 1 else -1)  # of several, not all can be the first
+        given = f"RANK is {values.get('RANK') or 'missing'} with WORLD_SIZE {world_size}"
+        require(0 <= rank < world_size, given, "ranks count from 0", LAUNCHERS)
         require(local_rank >= 0, f"LOCAL_RANK is {local_rank}", "it counts the processes of a host from 0", LAUNCHERS)
         by_agent = values.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         chain = _chain() if environment is None and (world_size > 1 or by_agent or "CROSS_RANK" in values) else ()
@@ -107,11 +108,11 @@ def complain(error: str, *, is_speaker: bool | None = None) -> None:
         if summary:
             Path(summary).write_text(json.dumps({"message": error, "timestamp": int(time.time())}))
         if words:
-            with suppress(FileExistsError), open(words, "x") as file:
+            with suppress(FileExistsError), open(words, "x", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(error + "\n")
             return
     if os.environ.get("RANK", "0") == "0" if is_speaker is None else is_speaker:
-        print(wrapped(error) if sys.stderr.isatty() else error, file=sys.stderr, flush=True)
+        say(wrapped(error) if sys.stderr is not None and sys.stderr.isatty() else error, to_errors=True)
 
 
 def _chain() -> tuple[tuple[int, int], ...]:
@@ -140,12 +141,24 @@ def _command(pid: int) -> str:
 
 
 def local_device(launch: Launch | None = None) -> torch.device:
-    """The accelerator of this local rank, made the current one, or the CPU."""
+    """The accelerator of this local rank, made the current one, or the CPU.
+
+    Raises:
+        UserError: this host has fewer accelerators than processes.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", (launch or Launch.from_environment()).local_rank)
+    index, count = (launch or Launch.from_environment()).local_rank, torch.cuda.device_count()
+    require(
+        index < count,
+        f"LOCAL_RANK is {index}, and this process sees {count} GPU{'s' * (count > 1)}",
+        "every process of a host has a GPU of its own",
+        "start no more processes on a host than it has GPUs, and let each see all of them (CUDA_VISIBLE_DEVICES, "
+        "--gpus-per-node instead of --gpus-per-task)",
+    )
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

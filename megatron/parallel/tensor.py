@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from megatron.parallel.context import ParallelContext
+from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.sharding import ShardedParameter, ShardSpec, initial_shard, sharded_parameter
 
 
@@ -43,6 +43,12 @@ class ParameterFactory:
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
     is_drawn: bool = True
+
+    @classmethod
+    def of_shapes(cls, tp_size: int = 1) -> ParameterFactory:
+        """Makes a tensor-parallel rank's parameters without memory and numbers, to count them. A meta tensor that is drawn, or
+        a ``torch.device("meta")`` around ``arange``, would load torch's compiler, a second at every start."""
+        return cls(ParallelContext(tp=Axis(size=tp_size)), device=torch.device("meta"), is_drawn=False)
 
     def child(self, name: str) -> ParameterFactory:
         """The factory of a sub-module."""
@@ -227,6 +233,7 @@ class ColumnParallelLinear(TensorParallelModule):
         self.bias = factory.constant("bias", ShardSpec((out_size,), 0, tuple(blocks)), 0.0) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's output channels; shapes as in the class."""
         if not self.is_split:
             return F.linear(copy_to_tensor_parallel(x, self.context), self.weight, self.bias)
         y = _GatheredLinear.apply(x, self.weight, self.context.tp.group)
@@ -243,6 +250,7 @@ class RowParallelLinear(TensorParallelModule):
         self.bias = factory.constant("bias", ShardSpec((out_size,)), 0.0) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks; shapes as in the class."""
         y = reduce_from_tensor_parallel(F.linear(x, self.weight), self.context, is_split=self.is_split)
         # The bias is whole on every rank: added once, after the sum.
         return y if self.bias is None else y + self.own(self.bias)
@@ -258,6 +266,7 @@ class VocabParallelEmbedding(TensorParallelModule):
         self.rows = vocab_size // self.context.tp.size
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the table; shapes as in the class."""
         if self.context.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.context.tp.rank * self.rows

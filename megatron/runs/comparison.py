@@ -44,6 +44,7 @@ class Overfitting:
     rise: float
 
     def text(self) -> str:
+        """It in a few words, for a table."""
         if self.rises:
             return f"from epoch {epoch_text(self.best.epoch)}"
         return "no, still improving at the end" if self.at_end else "no rise beyond the error"

@@ -75,6 +75,7 @@ class Difference:
 
     @property
     def layout(self) -> bool:
+        """Whether it is one that should not change the numbers."""
         return self.weight == "layout"
 
     def __str__(self) -> str:

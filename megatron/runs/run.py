@@ -122,6 +122,7 @@ class Run:
 
     @property
     def objective(self) -> str:
+        """Name of what was trained."""
         return str(self.info["objective"])
 
     @property
@@ -131,6 +132,7 @@ class Run:
 
     @property
     def is_exact(self) -> bool:
+        """Whether the number is a likelihood itself."""
         return "exact" in self.label.lower()
 
     @property
@@ -175,6 +177,7 @@ class Run:
 
     @property
     def train_flops(self) -> float:
+        """Training compute 6*N*D that the run was asked for; 0 without training data."""
         return float(self.info["train_flops"] or 0)
 
     @property
@@ -256,6 +259,7 @@ class Run:
 
     @property
     def samples_done(self) -> int:
+        """Samples at the last logged step; 0 before the first."""
         return max((int(row["samples"]) for row in self.train), default=0)
 
     @property

@@ -22,6 +22,7 @@ class Chinchilla:
     can_rise: bool = False
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
+        """See :class:`megatron.scaling.points.Law`."""
         e, a, alpha, b, beta = columns(phi)
         x = np.log(points.parameters) - reference.log_n
         y = np.log(points.tokens) - reference.log_d
@@ -34,23 +35,27 @@ class Chinchilla:
         return constant + term_n + term_d, gradient
 
     def to_theta(self, phi: Array, reference: Reference) -> Array:
+        """The exponentials of ``phi``, A and B taken from the reference point to N = D = 1."""
         theta = np.exp(phi)
         theta[..., 1] = np.exp(phi[..., 1] + theta[..., 2] * reference.log_n)
         theta[..., 3] = np.exp(phi[..., 3] + theta[..., 4] * reference.log_d)
         return theta
 
     def to_phi(self, theta: Array, reference: Reference) -> Array:
+        """The inverse of :meth:`to_theta`."""
         phi = np.log(theta)
         phi[..., 1] -= theta[..., 2] * reference.log_n
         phi[..., 3] -= theta[..., 4] * reference.log_d
         return phi
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
+        """Terms of up to the lowest loss, exponents between 0.1 and 1."""
         low = np.array([lowest * 0.1, lowest * 0.02, 0.1, lowest * 0.02, 0.1])
         high = np.array([lowest * 0.98, lowest * 1.0, 1.0, lowest * 1.0, 1.0])
         return np.log(low), np.log(high)
 
     def limits(self) -> tuple[Array, Array]:
+        """See :data:`LIMITS`."""
         return LIMITS[:, 0], LIMITS[:, 1]
 
 
@@ -69,6 +74,7 @@ class DataConstrained:
     can_rise: bool = False
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
+        """See :class:`megatron.scaling.points.Law`."""
         e, a, alpha, b, beta, r_d, r_n = columns(phi)
         alpha, beta = np.exp(alpha), np.exp(beta)
         log_a, log_b = a + alpha * reference.log_n, b + beta * reference.log_d
@@ -99,16 +105,20 @@ class DataConstrained:
         return np.exp(e) + term_n + term_d, gradient
 
     def to_theta(self, phi: Array, reference: Reference) -> Array:
+        """As Chinchilla; R_D and R_N are plain exponentials."""
         return CHINCHILLA.to_theta(phi, reference)
 
     def to_phi(self, theta: Array, reference: Reference) -> Array:
+        """The inverse of :meth:`to_theta`."""
         return CHINCHILLA.to_phi(theta, reference)
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
+        """As Chinchilla; R_D from 2 to 1000 and R_N from 1 to 100."""
         low, high = CHINCHILLA.start_range(lowest)
         return np.append(low, np.log([2.0, 1.0])), np.append(high, np.log([1000.0, 100.0]))
 
     def limits(self) -> tuple[Array, Array]:
+        """As Chinchilla; R_D and R_N between 0.1 and 100,000."""
         low, high = CHINCHILLA.limits()
         return np.append(low, np.log([0.1, 0.1])), np.append(high, np.log([1e5, 1e5]))
 

@@ -27,6 +27,7 @@ class Memorisation:
     can_rise: bool = True
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
+        """See :class:`megatron.scaling.points.Law`."""
         base, base_gradient = CHINCHILLA.loss(phi[:, :5], points, reference)
         p, kappa, s, half, nu, delta = columns(phi[:, 5:])
         kappa, s, nu, delta = np.exp(kappa), np.exp(s), np.exp(nu), np.exp(delta)
@@ -49,18 +50,21 @@ class Memorisation:
         return base + most * share, np.concatenate([base_gradient, np.stack(gradient, axis=-1)], axis=-1)
 
     def to_theta(self, phi: Array, reference: Reference) -> Array:
+        """The exponentials of ``phi``, with A, B, P and h taken from the reference point."""
         theta = CHINCHILLA.to_theta(phi, reference)
         theta[..., 5] = np.exp(phi[..., 5] - theta[..., 6] * CROWDING.at(reference))
         theta[..., 8] = np.exp(phi[..., 8] + theta[..., 9] * (reference.log_n + reference.log_u))
         return theta
 
     def to_phi(self, theta: Array, reference: Reference) -> Array:
+        """The inverse of :meth:`to_theta`."""
         phi = CHINCHILLA.to_phi(theta, reference)
         phi[..., 5] += theta[..., 6] * CROWDING.at(reference)
         phi[..., 8] -= theta[..., 9] * (reference.log_n + reference.log_u)
         return phi
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
+        """As Chinchilla; of P, kappa, S, h, nu and delta what is plausible."""
         low, high = CHINCHILLA.start_range(lowest)
         return (
             np.append(low, np.log([lowest * 0.01, 0.5, lowest * 0.1, 10.0, 0.05, 0.5])),
@@ -68,6 +72,7 @@ class Memorisation:
         )
 
     def limits(self) -> tuple[Array, Array]:
+        """As Chinchilla; wide bounds of P, kappa, S, h, nu and delta."""
         low, high = CHINCHILLA.limits()
         return (
             np.append(low, np.log([1e-9, 0.005, 0.01, 0.1, 0.001, 0.05])),

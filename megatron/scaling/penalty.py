@@ -46,6 +46,7 @@ class Penalised:
     can_rise: bool = True
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
+        """See :class:`megatron.scaling.points.Law`."""
         base, base_gradient = CHINCHILLA.loss(phi[:, :5], points, reference)
         distances = np.stack([factor.of(points) - factor.at(reference) for factor in self.factors])
         exponents = np.exp(phi[:, 6:])
@@ -55,16 +56,19 @@ class Penalised:
         return base + penalty, np.concatenate([base_gradient, penalty[..., None], gradient], axis=-1)
 
     def to_theta(self, phi: Array, reference: Reference) -> Array:
+        """The exponentials of ``phi``, with A, B and P taken from the reference point."""
         theta = CHINCHILLA.to_theta(phi, reference)
         theta[..., 5] = np.exp(phi[..., 5] - self._shift(theta, reference))
         return theta
 
     def to_phi(self, theta: Array, reference: Reference) -> Array:
+        """The inverse of :meth:`to_theta`."""
         phi = CHINCHILLA.to_phi(theta, reference)
         phi[..., 5] += self._shift(theta, reference)
         return phi
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
+        """As Chinchilla; P of up to 0.3 of the lowest loss, exponents from ``starts``."""
         low, high = CHINCHILLA.start_range(lowest)
         exponents = np.log(self.starts)
         return (
@@ -73,6 +77,7 @@ class Penalised:
         )
 
     def limits(self) -> tuple[Array, Array]:
+        """As Chinchilla; P and its exponents between the bounds of A and alpha's."""
         low, high = CHINCHILLA.limits()
         places = [1, *[2] * len(self.factors)]
         return np.concatenate([low, low[places]]), np.concatenate([high, high[places]])

@@ -40,16 +40,19 @@ class Points:
 
     @property
     def flops(self) -> Array:
+        """C = 6*N*D."""
         return 6.0 * self.parameters * self.tokens
 
     @property
     def epochs(self) -> Array:
+        """D/U, at least 1."""
         return self.tokens / self.unique_tokens
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     def take(self, index: Array) -> Points:
+        """Some of them: ``index`` is of integers or bool [points]."""
         return Points(self.parameters[index], self.tokens[index], self.unique_tokens[index])
 
 
@@ -72,35 +75,36 @@ class Law(Protocol):
     """A law; ``theta`` are its natural parameters, ``phi`` the logarithms that fits work with, both [..., p]."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """In tables and JSON."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters, in the order of ``theta``."""
 
     @property
-    def equation(self) -> str: ...
+    def equation(self) -> str:
+        """In plain text."""
 
     @property
     def can_rise(self) -> bool:
         """Whether the loss may rise with epochs, so that the law can show overfitting."""
-        ...
 
     def loss(self, phi: Array, points: Points, reference: Reference) -> tuple[Array, Array]:
         """Loss [s, n] and its gradient [s, n, p] for ``phi`` [s, p]."""
-        ...
 
-    def to_theta(self, phi: Array, reference: Reference) -> Array: ...
+    def to_theta(self, phi: Array, reference: Reference) -> Array:
+        """Natural parameters of ``phi``."""
 
-    def to_phi(self, theta: Array, reference: Reference) -> Array: ...
+    def to_phi(self, theta: Array, reference: Reference) -> Array:
+        """The inverse of :meth:`to_theta`."""
 
     def start_range(self, lowest: float) -> tuple[Array, Array]:
         """Lower and upper ends [p] of random starts for ``phi``, for data whose lowest loss is ``lowest``."""
-        ...
 
     def limits(self) -> tuple[Array, Array]:
         """Bounds [p] of ``phi``: far outside of sensible values, so that a parameter that the data do not determine
         ends at a bound instead of overflowing."""
-        ...
 
 
 def columns(phi: Array) -> list[Array]:

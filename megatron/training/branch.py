@@ -58,9 +58,8 @@ def placed(flags: Config, *, is_first: bool) -> tuple[Config, bool]:
     )
     own = Selection() if run.overwrite else select(save, run.load_tag, checksums=False)
     if own.tag is not None or (is_first and not run.overwrite and holds_run(save)):
-        record = (
-            RunRecord.read(save) if own.tag is None else None
-        )  # killed before its first checkpoint: it begins again
+        # Killed before its first checkpoint it begins again.
+        record = RunRecord.read(save) if own.tag is None else None
         found = branch_of(own.manifest) if record is None else record.branch
         is_same = found is not None and Path(found.run) == parent.resolve() and tag in (found.tag, *ANY)
         require(

@@ -5,7 +5,6 @@ Imported only where one of these flags is given.
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from os.path import isdir, isfile
@@ -23,9 +22,9 @@ from megatron.errors import UserError, require
 from megatron.files import replace_file
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.screen import say
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Plan
-from megatron.training.reporting import say
 from megatron.training.resolve import changed_data, resolve
 
 CHECKPOINT = "checkpoint "  # before its tag: the origin of what it says
@@ -80,7 +79,7 @@ def dump(objective: str, words: Sequence[str], launch: Launch) -> int:
         else:
             replace_file(place, text)
         for line in [*notes, *([] if place == "-" else [f"wrote {place}"])]:
-            print(line, file=sys.stderr, flush=True)
+            say(line, to_errors=True)
     return 0
 
 

@@ -59,15 +59,16 @@ class Engine(ABC):
 
     Attributes:
         module: the plain model, or this rank's stage of the pipeline.
+        model: the same as it is called, wrapped where the engine does so.
         optimizer: its groups are told the rate of every step.
         shards: what this rank holds of weights and optimizer state.
         num_micro_batches: micro-batches of this rank in one step.
     """
 
     module: torch.nn.Module
+    model: Callable[..., Any]
     optimizer: Any
     shards: Shards
-    mode_class: type[Mode] = Mode
 
     def __init__(
         self, config: Config, objective: Objective, context: ParallelContext, *, observer: Observer | None = None
@@ -84,7 +85,7 @@ class Engine(ABC):
         self.config, self.objective, self.shape = config, objective, Shape.of(config.model)
         self.context = replace(context, sequence_parallel=is_split)
         self.observer = observer or Observer()
-        self.mode = self.mode_class(objective, within_documents=config.data.reset_attention_mask)
+        self.mode = Mode(objective, within_documents=config.data.reset_attention_mask)
         assert run.global_batch_size is not None
         self.num_micro_batches = run.global_batch_size // (run.micro_batch_size * context.dp.size)
         self._staging = Staging() if run.async_save else None
@@ -169,14 +170,13 @@ class Engine(ABC):
         """
         self.shards.load(reader, with_optimizer=with_optimizer)
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (few have such)
         """Let go of weights, optimizer and process groups that would outlive the engine. Not after an error: this may wait for
         the device."""
 
     @abstractmethod
     def _build(self, *, ema_decay: float | None) -> None:
-        """Make module, optimizer and shards."""
+        """Make module, model, optimizer and shards."""
 
     @abstractmethod
     def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
@@ -208,12 +208,7 @@ class Engine(ABC):
     def _forward(self, batch: ModelBatch[torch.Tensor]) -> torch.Tensor:
         batch, mode = to_device(batch, self.context.device), self.mode
         self.observer.loss_asked(batch.targets)
-        return self._model(batch, mode.mask, mode.objective.loss, per_token=mode.per_token)
-
-    @property
-    def _model(self) -> Callable[..., torch.Tensor]:
-        """The model that is called."""
-        return self.module
+        return self.model(batch, mode.mask, mode.objective.loss, per_token=mode.per_token)
 
     def _shared(self, total: torch.Tensor | None, wishes: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss of the global batch, and how many ranks have each wish: one sum over all ranks, of the losses of those that

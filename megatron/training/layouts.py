@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 
+from megatron.config.option import flag_of
+from megatron.config.schema import Config
 from megatron.training.preflight import Case, changed, fits, footprints
 from megatron.training.roofline import Cluster, step_seconds
 
@@ -68,31 +70,39 @@ def suggestions(case: Case, cluster: Cluster) -> list[Suggestion]:
 
 def remedies(case: Case) -> Iterator[tuple[str, Case]]:
     """Single flags that make a run smaller, with the run that has it, as far as the run allows them."""
-    layout, parallel = case.layout, case.config.parallel
-    if not parallel.recompute_activations:
-        yield from _named(case, "--recompute-activations", recompute_activations=True)
-    if layout.micro_batch_size > 1:
-        half = layout.micro_batch_size // 2
-        yield from _named(case, f"--micro-batch-size {half}", micro_batch_size=half)
-    for stage in range(layout.runs_as + 1, 4):
-        yield from _named(case, f"--zero-stage {stage}", zero_stage=stage)
-    double = 2 * layout.tp_size
-    yield from _named(case, f"--tensor-model-parallel-size {double}", tensor_model_parallel_size=double)
-    if not case.config.run.bf16:
-        yield from _named(case, "--bf16", bf16=True)
-
-
-def _named(case: Case, name: str, **changes: int | bool) -> Iterator[tuple[str, Case]]:
-    other = changed(case, **changes)
-    if other is not None:
-        yield name, other
+    layout, used = case.layout, footprints(case)[0].total
+    doubled = {name: range(2 * size, layout.world_size + 1, size) for name, size in (
+        ("tensor_model_parallel_size", layout.tp_size), ("pipeline_model_parallel_size", layout.pp_size)
+    )}  # fmt: skip
+    smaller = [size for size in range(layout.micro_batch_size - 1, 0, -1) if layout.micro_batch_size % size == 0]
+    choices: list[tuple[str, Sequence[int | bool]]] = [
+        ("recompute_activations", [True]),
+        ("micro_batch_size", smaller[:1]),
+        *(("zero_stage", [stage]) for stage in range(layout.runs_as + 1, 4)),
+        *doubled.items(),
+        ("cpu_optimizer", [True]),
+        ("bf16", [True]),
+    ]
+    for name, values in choices:
+        found = (other for value in values if (other := changed(case, **{name: value})) is not None)
+        other = next(found, None)
+        if other is not None and footprints(other)[0].total < used:
+            yield _typed(other, [name]), other
 
 
 def flags_of(case: Case) -> str:
-    """The flags of a layout, as one would type them."""
-    layout = case.layout
-    words = [f"--micro-batch-size {layout.micro_batch_size}", f"--zero-stage {layout.zero_stage}"]
-    words += [f"--tensor-model-parallel-size {layout.tp_size}"] * (layout.tp_size > 1)
-    words += [f"--pipeline-model-parallel-size {layout.pp_size}"] * (layout.pp_size > 1)
-    words += ["--recompute-activations"] * case.config.parallel.recompute_activations
+    """The flags of a layout, as one would type them behind those of the run."""
+    optional = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "recompute_activations")
+    sections = [(each.parallel, each.run) for each in (case.config, case.typed, Config())]
+    own, typed, default = ({**asdict(parallel), **asdict(run)} for parallel, run in sections)
+    shown = [name for name in optional if not own[name] == typed[name] == default[name]]
+    return _typed(case, ["micro_batch_size", "zero_stage", *shown])
+
+
+def _typed(case: Case, names: Sequence[str]) -> str:
+    """Settings as flags; with the global batch, where it was not typed and would be another one."""
+    values = {name: value for section in asdict(case.config).values() for name, value in section.items()}
+    words = [flag_of(name) if values[name] is True else f"{flag_of(name)} {values[name]}".lower() for name in names]
+    if case.typed.run.global_batch_size is None and case.layout.num_micro_batches > 1:
+        words.append(f"--global-batch-size {case.layout.global_batch_size}")
     return " ".join(words)

@@ -17,6 +17,7 @@ from megatron.files import lock_run
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch, complain
 from megatron.runs.record import clear_run, holds_run
+from megatron.screen import say
 
 if TYPE_CHECKING:
     from megatron.config.schema import Config
@@ -98,7 +99,7 @@ def _flags(objective: str, words: Sequence[str], launch: Launch, origins: dict[s
     )
     check_packages(flags)
     for note in notes if launch.is_first_rank else []:
-        print(note, flush=True)
+        say(note)
     return flags
 
 
@@ -128,7 +129,6 @@ def _take(run_dir: Path, exits: ExitStack) -> None:
     lock, is_held = lock_run(run_dir)
     exits.enter_context(lock)
     from megatron.checkpoint.upkeep import sweep_leftovers
-    from megatron.training.reporting import say
 
     if not is_held:
         say(f"warning: {run_dir} is on a file system without locks: see to it that no other run trains into it")

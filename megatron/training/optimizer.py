@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from inspect import unwrap
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +52,15 @@ class WholeMatrices(Protocol):
         """``function`` of the whole matrices of a partition, for which ``values`` stand; this process' part of it, flat."""
 
 
-class MuonAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's own, without its guards against being compiled: each of them loads the compiler, a second at every start."""
+
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class MuonAdamW(AdamW):
     """Muon (Jordan, 2024: https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks, AdamW for all else.
 
     One step: ``M ← β·M + (1 − β)·G``, ``U = (1 − β)·G + β·M`` with Nesterov, ``W ← (1 − lr·decay)·W − lr·s·NS(U)``.
@@ -141,4 +150,4 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimizerC
         return FusedAdam(groups, adam_w_mode=True, **options)
     if is_muon:
         return MuonAdamW(groups, config, fused=True, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    return AdamW(groups, fused=True, **options)

@@ -7,13 +7,11 @@ CUDA libraries take is assumed and named. No GPU, no process group, no data are 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron.checkpoint.select import select
 from megatron.config.schema import Config
@@ -30,7 +28,6 @@ from megatron.model.mask import within_segments
 from megatron.model.memory import block_working_set, head_bytes, kept_by_block, mask_bytes
 from megatron.objectives import OBJECTIVES, Objective, build_objective, with_vocabulary
 from megatron.objectives.base import flops_per_token
-from megatron.parallel.context import Axis, ParallelContext
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.deepspeed.memory import Partition, held, optimizer_groups
 from megatron.training.deepspeed.pipeline import stages
@@ -52,13 +49,15 @@ class Case:
     """A run on machines that need not be there.
 
     Attributes:
-        flags: as given, with other settings of the layout where a layout is tried out.
+        typed: the flags as given.
+        flags: the same, with other settings of the layout where a layout is tried out.
         config: the same, with batch and vocabulary filled in.
         shape, layout, objective: its parts.
         tokens: length of training; None where only data tell it, which are not here.
         notes: what was assumed.
     """
 
+    typed: Config
     flags: Config
     config: Config
     shape: Shape
@@ -153,8 +152,8 @@ def case_of(flags: Config, world_size: int, *, vocab_size: int | None = None) ->
     run = replace(flags.run, global_batch_size=batch)
     config = replace(flags, model=shape.recorded(), objective=objective, run=run)
     tokens = _tokens(flags, layout, notes)
-    flags = replace(flags, run=run)  # a batch which no other layout changes
-    return Case(flags, config, shape, layout, build_objective(config), tokens, tuple(notes))
+    batched = replace(flags, run=run)  # a batch which no other layout changes
+    return Case(flags, batched, config, shape, layout, build_objective(config), tokens, tuple(notes))
 
 
 def changed(case: Case, **changes: int | bool | None) -> Case | None:
@@ -162,7 +161,7 @@ def changed(case: Case, **changes: int | bool | None) -> Case | None:
 
     Args:
         case: the run; its global batch stays.
-        changes: fields of ``parallel`` and ``run`` by name.
+        changes: fields of ``parallel``, ``optimizer`` and ``run`` by name.
     """
     flags, config = _with(case.flags, changes), _with(case.config, changes)
     cls = OBJECTIVES[str(config.objective.objective)]
@@ -187,11 +186,12 @@ def changed(case: Case, **changes: int | bool | None) -> Case | None:
 
 
 def _with(config: Config, changes: Mapping[str, int | bool | None]) -> Config:
-    """The configuration with other values of some fields of ``parallel`` and ``run``; its global batch stays."""
-    known = {item.name for item in fields(config.parallel)}
-    parallel: dict[str, Any] = {name: value for name, value in changes.items() if name in known}
-    run: dict[str, Any] = {name: value for name, value in changes.items() if name not in known}
-    return replace(config, parallel=replace(config.parallel, **parallel), run=replace(config.run, **run))
+    """The configuration with other values of some fields of these sections; its global batch stays."""
+    for section in ("parallel", "optimizer", "run"):
+        part: Any = getattr(config, section)
+        known = {name: value for name, value in changes.items() if hasattr(part, name)}
+        config = replace(config, **{section: replace(part, **known)})
+    return config
 
 
 def footprints(case: Case) -> list[Footprint]:
@@ -231,9 +231,8 @@ def host_bytes(case: Case, gpus_per_node: int) -> dict[str, int]:
     largest = max(prod(shape) for part in _layer_parameters(case.shape, 1) for shape in part)
     drawing = case.layout.tp_size * case.layout.pp_size  # the first of the data-parallel ranks
     offloaded = max(held_by(case, stage).host for stage in range(case.layout.pp_size))
-    saved = (
-        0 if offloaded and not case.config.run.async_save else _saved_bytes(case) * max(sizes) // case.layout.dp_size
-    )
+    is_there = offloaded and not case.config.run.async_save  # on the host in any case, and saved from there
+    saved = 0 if is_there else _saved_bytes(case) * max(sizes) // case.layout.dp_size
     return {
         "processes": ranks * (PROCESS_BYTES + case.config.data.num_workers * WORKER_BYTES),
         "building": min(ranks, drawing) * 2 * FLOAT * largest,
@@ -266,10 +265,11 @@ def open_files(case: Case) -> int:
 
 def _vocabulary(flags: Config, notes: list[str]) -> int:
     data = flags.data
-    places = [data.vocab_file, data.merge_file, data.tokenizer_model]
     if data.vocab_size is not None:
         return data.vocab_size
-    if any(places) and all(Path(place).exists() for place in places if place):
+    places = [place for place in (data.vocab_file, data.merge_file, data.tokenizer_model) if place]
+    is_named = places or data.tokenizer_type not in (None, "NullTokenizer")  # one of bytes has no file
+    if is_named and all(Path(place).exists() for place in places):
         return build_tokenizer(data).vocab_size
     prefixes = _prefixes(flags)
     sizes = {(read_meta(prefix) or {}).get("vocab_size") for prefix in prefixes} if prefixes else set()
@@ -316,10 +316,9 @@ def _tokens(flags: Config, layout: Layout, notes: list[str]) -> float | None:
 def _layer_parameters(shape: Shape, tp_size: int) -> tuple[Shapes, Shapes, Shapes, Shapes]:
     """Shapes of a rank's parameters in the embedding, one block, the last norm and the head, by building
     them without memory; a head that is tied has none."""
-    with torch.device("meta"):
-        layers = build_layers(shape, ParameterFactory(ParallelContext(tp=Axis(size=tp_size)), seed=0))
-        parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
-        sizes = [tuple(tuple(p.shape) for p in part.build().parameters()) for part in parts]
+    layers = build_layers(shape, ParameterFactory.of_shapes(tp_size))
+    parts = [layers[0], layers[1], layers[-2], *([] if layers[-1].tied_to else [layers[-1]])]
+    sizes = [tuple(tuple(p.shape) for p in part.build().parameters()) for part in parts]
     embedding, block, norm, head = [*sizes, ()][:4]
     return embedding, block, norm, head
 

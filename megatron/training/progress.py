@@ -165,7 +165,7 @@ class Interval:
         self._count += ~result.skipped
         self._num_steps += 1
         self._read()
-        self._pending = self.progress.step, result.to_host()
+        self._pending = self.progress.step, PendingStep(result)
 
     def row(self, position: dict) -> TrainRow:
         """The log line; begins a new interval. The only wait for the device in a run.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from megatron.files import replace_file, written_whole
 from megatron.objectives import OBJECTIVES
 from megatron.objectives.base import BOUND, EXACT
 from megatron.runs.record import MetricsFile, Row, TrainRow, ValidRow, kind_of
-from megatron.screen import Progress, fitted, format_seconds, wrapped
+from megatron.screen import Progress, fitted, format_seconds, say, wrapped
 from megatron.training.plan import WORKED_OUT, Plan
 
 
@@ -186,9 +184,8 @@ class Screen:
 
     def print(self, text: str) -> None:
         """A line for a person, on the first rank."""
-        if not self.enabled:
-            return
-        self.enabled = say(wrapped(text), print if self._bar is None else partial(self._bar.write, file=sys.stdout))
+        if self.enabled:
+            self.enabled = say(wrapped(text), write=print if self._bar is None else self._bar.write)
 
     def close(self) -> None:
         """Remove the bar."""
@@ -217,18 +214,6 @@ def precision_warning(device: str, *, bf16: bool) -> str | None:
     if bf16 or device != "cuda":
         return None
     return "warning: fp32 on a GPU does not use its matrix units (TF32 is off); --bf16 does"
-
-
-def say(text: str, write: Callable[[str], object] = print) -> bool:
-    """Print a line for a person; a closed or full standard output is not worth a run. Returns whether it took the line."""
-    try:
-        write(text)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that what is buffered can be flushed at exit
-        return False
-    return True
 
 
 def measured(row: ValidRow) -> str:

@@ -34,9 +34,9 @@ from megatron.objectives.base import is_exact
 from megatron.parallel.launch import Launch
 from megatron.randomness import named_seed
 from megatron.runs.record import Branch, branch_of, holds_run
+from megatron.screen import say
 from megatron.training.deepspeed.settings import read_settings_file
 from megatron.training.plan import Layout, Plan, Schedule, Seeds, Sources, Start, Vocabulary, origins_of
-from megatron.training.reporting import say
 from megatron.training.schedule import plan_schedule
 
 BRANCH = "megatron.training.branch"
@@ -152,8 +152,9 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
     elif data.vocab_size is not None:
         size = data.vocab_size
     else:
-        metas = (read_meta(prefix) or {} for _, prefix in parse_blend(sources.train or sources.valid))
+        metas = [read_meta(prefix) or {} for _, prefix in parse_blend(sources.train or sources.valid)]
         sizes = {meta["vocab_size"] for meta in metas if meta.get("vocab_size")}
+        fingerprint = next((meta["tokenizer_fingerprint"] for meta in metas if "tokenizer_fingerprint" in meta), None)
         require(
             len(sizes) == 1,
             f"the vocabulary is unknown (the data record {sorted(sizes) or 'none'})",
@@ -161,7 +162,8 @@ def _vocabulary(flags: Config, sources: Sources, launch: Launch) -> Vocabulary:
             "pass --vocab-file and --merge-file, --tokenizer-model, or --tokenizer-type NullTokenizer --vocab-size N",
         )
         size = sizes.pop()
-    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprints=[fingerprint] if fingerprint else [])
+    own = [fingerprint] if named and fingerprint else []
+    check_vocabulary(sources.train, sources.valid, vocab_size=size, fingerprints=own)
     if data.verify_data and launch.local_rank == 0:  # each machine may have a copy of its own
         verify_data(sources.train, sources.valid, say=say)
     return Vocabulary(size, {"vocab_size": size, "fingerprint": fingerprint})

@@ -68,9 +68,8 @@ def step_seconds(case: Case, cluster: Cluster) -> dict[str, float]:
     head = rows * (6 * embedding / matrix + LOGIT_TRAFFIC * shape.padded_vocab_size / bandwidth) / tp
     shares = [count / shape.num_layers for count in stages(shape, case.objective, case.config.parallel)]
     ends = [0.0] * (pp - 1) + [head]
-    share, end = max(
-        zip(shares, ends), key=lambda stage: stage[0] * sum(block.values()) + stage[1]
-    )  # the slowest stage's
+    slowest = max(zip(shares, ends), key=lambda stage: stage[0] * sum(block.values()) + stage[1])
+    share, end = slowest
     micro = {name: share * seconds for name, seconds in block.items()} | {"head": end}
     busy = {name: seconds * micro_batches for name, seconds in micro.items()}
     parameters = num_parameters(case) / (tp * pp)

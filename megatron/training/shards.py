@@ -179,15 +179,11 @@ class Shards(ABC):
         elif self.average is not None:
             self.average.restart()
 
-    def optimizer_steps(self) -> int:
-        """Updates made so far (skipped ones do not count)."""
-        steps = [state["step"] for state in self.optimizer.state.values() if "step" in state]
-        return int(steps[0]) if steps else 0
-
     def updates(self) -> dict[str, int]:
-        """Updates so far, of the weights and of their average, as the manifest counts them."""
+        """Updates so far, of the weights and of their average, as the manifest counts them; skipped steps make none."""
+        steps = next((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), 0)
         averaged = {} if self.average is None else {AVERAGE_UPDATES: int(self.average.num_updates)}
-        return {"optimizer_steps": self.optimizer_steps(), **averaged}
+        return {"optimizer_steps": steps, **averaged}
 
     def exchange(self) -> None:
         """Give the model the averaged weights, or those that it had back; a collective call."""

@@ -31,10 +31,6 @@ class StepResult:
     lr: float
     wishes: torch.Tensor | None = None
 
-    def to_host(self) -> PendingStep:
-        """Start the copy to the host and return at once."""
-        return PendingStep(self)
-
 
 @dataclass(frozen=True)
 class StepNumbers:
@@ -48,7 +44,7 @@ class StepNumbers:
 
 
 class PendingStep:
-    """The numbers of a step on their way to the host.
+    """The numbers of a step on their way to the host: the copy is started, and nothing waits.
 
     Read it one step late: by then the device has long made them, so the host goes on preparing the next step instead of
     waiting for this one.
@@ -66,11 +62,6 @@ class PendingStep:
             self._numbers.copy_(on_device, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-
-    @property
-    def is_here(self) -> bool:
-        """Whether :meth:`read` would not wait."""
-        return self._arrived is None or self._arrived.query()
 
     def read(self) -> StepNumbers:
         """The numbers; waits for the device if the step has not ended."""

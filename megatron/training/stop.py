@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron.config.schema import RunConfig
 from megatron.parallel.connection import Connection
 from megatron.parallel.context import ParallelContext, Poll
 
@@ -30,22 +31,15 @@ class StopRequest:
         reason: why to stop, once the ranks have agreed on it.
     """
 
-    def __init__(
-        self,
-        context: ParallelContext,
-        connection: Connection,
-        *,
-        minutes: float | None = None,
-        switch: str | None = None,
-    ) -> None:
+    def __init__(self, context: ParallelContext, connection: Connection, run: RunConfig) -> None:
         """Args:
         context: this process.
         connection: tells whether a launcher of this process is gone, and is told that the process goes on.
-        minutes: time limit from now on, or None.
-        switch: kill-switch file, or None.
+        run: has the time limit, from the start of the program as in Megatron-LM, and the kill-switch file.
         """
-        self.context, self.connection, self.switch = context, connection, switch
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.context, self.connection, self.run = context, connection, run
+        minutes = run.exit_duration_in_mins
+        self.deadline = None if minutes is None else connection.launch.began + 60 * minutes
         self.signal_name: str | None = None
         self.reason: str | None = None
         self._asking = None if context.control_group is None else Poll(context.control_group)
@@ -76,7 +70,7 @@ class StopRequest:
         self.connection.beat()
         return [
             self.signal_name is not None,
-            self.switch is not None and Path(self.switch).exists(),
+            self.run.kill_switch_file is not None and Path(self.run.kill_switch_file).exists(),
             self.deadline is not None and time.monotonic() > self.deadline,
             self.connection.launch.is_abandoned,
         ]
@@ -98,7 +92,7 @@ class StopRequest:
     def _reason(self, wishes: Sequence[float]) -> str | None:
         names = (
             str(self.signal_name or "a signal to another rank"),
-            f"the kill-switch file {self.switch}",
+            f"the kill-switch file {self.run.kill_switch_file}",
             "--exit-duration-in-mins",
             "the end of its launcher",
         )

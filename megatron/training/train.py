@@ -18,11 +18,12 @@ from megatron.parallel.context import ParallelContext
 from megatron.parallel.launch import local_device
 from megatron.runs.provenance import this_attempt
 from megatron.runs.record import ValidRow, write_evaluation
+from megatron.screen import say
 from megatron.training.engine import Engine, build_engine
 from megatron.training.folder import RunFolder
 from megatron.training.plan import Plan, Start
 from megatron.training.progress import Interval, Progress, Throughput
-from megatron.training.reporting import Screen, given_settings, precision_warning, say
+from megatron.training.reporting import Screen, given_settings, precision_warning
 from megatron.training.step import Observer
 from megatron.training.stop import StopRequest
 from megatron.training.validation import Probe, Validator
@@ -52,8 +53,7 @@ def train(
     with ExitStack() as exits:  # whatever happens, what is entered here is left: signals, loader processes, files
         # 1. Model and optimizer, from the checkpoint that --load means.
         context, engine, start = _build(plan, connection, observer)
-        limit, switch = run.exit_duration_in_mins, run.kill_switch_file
-        stop = exits.enter_context(StopRequest(context, connection, minutes=limit, switch=switch))
+        stop = exits.enter_context(StopRequest(context, connection, run))
         before = start.manifest if start.is_continued else {}
         progress = Progress.of(before, unique_tokens=plan.sources.unique_tokens)
         num_steps = (schedule.train_samples - progress.consumed_samples) // batch_size
@@ -142,8 +142,7 @@ def evaluate_checkpoint(
     progress = Progress.of(start.manifest, unique_tokens=unique_tokens)
     _introduce(plan, start, progress, screen, label=plan.objective.for_eval().label)
     validator = Validator(plan, engine, probe=probe, screen=screen)
-    limit, switch = plan.settings.run.exit_duration_in_mins, plan.settings.run.kill_switch_file
-    with StopRequest(context, connection, minutes=limit, switch=switch) as stop:
+    with StopRequest(context, connection, plan.settings.run) as stop:
         measured = validator.measure(stop)
         engine.close()
         if measured is None:

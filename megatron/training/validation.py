@@ -53,7 +53,8 @@ class Validator:
         names = ("weight", "idx_sha256", "bin_sample")
         content = [[part[name] for name in names] for part in plan.sources.fingerprints["valid"]]
         self._data = hashlib.sha256(json.dumps([content, plan.shape.seq_length]).encode()).hexdigest()[:12]
-        self.has_data = bool(plan.sources.valid) and plan.settings.run.eval_iters != "0"
+        iterations = plan.settings.run.eval_iters
+        self.has_data = bool(plan.sources.valid) and (iterations == "full" or int(iterations) > 0)
         if self.has_data:
             self._dataset = _open(plan, screen)
             self._packing = build_packing(plan.settings.data)
@@ -73,11 +74,11 @@ class Validator:
         folder.add_validation(rows, lambda: [sums.with_halves(self.halves) for _, sums in measured])
         return None
 
-    def measure(self, stop: StopRequest | None = None) -> list[Measured] | None:
+    def measure(self, stop: StopRequest) -> list[Measured] | None:
         """Average the loss over samples and noise draws; a collective call, the same result on every rank.
 
         Args:
-            stop: looked at between passes; None: never.
+            stop: looked at between passes.
 
         Returns:
             What was measured, first of the averaged weights where a run keeps them, last of the trained ones; None when it was
@@ -94,12 +95,12 @@ class Validator:
 
     @property
     def _kinds(self) -> list[str]:
-        """Kinds of rows of a validation. An evaluation has the weights that it loaded."""
-        if self.engine.shards.average is not None:
-            return [VALID_AVERAGE, VALID]
-        return [kind for kind, weights in WEIGHTS.items() if weights == self.plan.start.weights]
+        """Kinds of rows of a validation. An evaluation has the weights that it loaded, and trains none."""
+        if self.plan.settings.run.skip_train:
+            return [kind for kind, weights in WEIGHTS.items() if weights == self.plan.start.weights]
+        return [VALID] if self.engine.shards.average is None else [VALID_AVERAGE, VALID]
 
-    def _measure(self, kind: str, stop: StopRequest | None) -> Measured | None:
+    def _measure(self, kind: str, stop: StopRequest) -> Measured | None:
         """Fields of a row of this kind, and the sums behind them; None when it was broken off."""
         evaluated, beside = self.objective.for_eval(), self.objective.beside
         measured = self._losses(evaluated, stop)
@@ -130,9 +131,7 @@ class Validator:
         run = self.plan.settings.run
         return (1, "") if is_exact(evaluated) else (run.num_mc, str(run.valid_estimator))
 
-    def _losses(
-        self, evaluated: Objective, stop: StopRequest | None
-    ) -> tuple[ValidationSums, ValidationSums | None] | None:
+    def _losses(self, evaluated: Objective, stop: StopRequest) -> tuple[ValidationSums, ValidationSums | None] | None:
         """Sums of the objective's own loss, and of one that its training adds; None when it was broken off."""
         draws, estimator = self._draws(evaluated)
         entries: Entries = [], []
@@ -147,7 +146,7 @@ class Validator:
         own, added = ([entry for part in gathered for entry in part[kind]] for kind in (0, 1))
         return _collect(own, draws=draws if estimator else 0), _collect(added, draws=0) if added else None
 
-    def _one_draw(self, objective: Objective, entries: Entries, stop: StopRequest | None, progress: Progress) -> bool:
+    def _one_draw(self, objective: Objective, entries: Entries, stop: StopRequest, progress: Progress) -> bool:
         """Sums of this rank's samples under one draw of the noise. Returns whether it was carried through."""
         context, dataset, layout, seq = self.engine.context, self._dataset, self.plan.layout, self.plan.shape.seq_length
         share = Share(context.dp, layout.micro_batch_size, dataset.num_samples)
@@ -164,7 +163,7 @@ class Validator:
                     if values[:, seq:].any():
                         entries[1].append(self._sums(where, values[:, seq:], None))
                 progress.update(len(indices) * context.dp.size)
-                if stop is not None and stop.poll() is not None:
+                if stop.poll() is not None:
                     return False
         return True
 

@@ -14,7 +14,8 @@ from megatron.checkpoint import reader
 from megatron.checkpoint.files import Fragment, grouped, read_manifest, ungrouped, write_manifest
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
-from megatron.checkpoint.writer import Saving, save_tensors
+from megatron.checkpoint.writer import Saving
+from megatron.checkpoint.writer import save_file as save_shard
 from megatron.errors import UserError
 from megatron.files import sha256_of
 from megatron.objectives import parse
@@ -73,7 +74,7 @@ def test_only_files_that_are_needed_are_opened(tmp_path: Path, monkeypatch: pyte
     names = {f"shard-{rank:05d}.safetensors": f"w{rank}" for rank in range(5)}
     for file_name, name in names.items():
         tensors = {f"weight/{name}/0-1/0": torch.full((4,), float(name[1:]))}
-        checksum = save_tensors(tag / file_name, tensors)
+        checksum = save_shard(tensors, tag / file_name)
         listed = {"bytes": (tag / file_name).stat().st_size, "sha256": checksum, "keys": grouped(tensors)}
         manifest["files"][file_name] = listed
     manifest["tensors"] = dict.fromkeys(names.values(), manifest["tensors"]["w"])

@@ -61,7 +61,7 @@ def test_checkpoints_of_format_1_go_by_their_step(run_dir: Path) -> None:
         (b"", "cannot be read"),
         (b"\xff\xfe", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
-        (b"[]", "holds no JSON object"),
+        (b"[]", "cannot be read (it is a list)"),
         (b"{}", "has format None"),
         (b'{"format": true}', "has format True"),
         (b'{"format": 3}', "has format 3"),

@@ -54,14 +54,15 @@ def test_the_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [tag.name, "latest"]
 
 
+@pytest.mark.parametrize("refused", ["", ".saving"], ids=["old one out", "new one in"])
 def test_a_save_that_cannot_take_the_place_puts_the_old_one_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
     save(tmp_path, 1.0)
     rename = Path.rename
 
     def refuse_new(self: Path, target: Path) -> Path:
-        if self.suffix == ".saving":
+        if self.suffix == refused:
             raise OSError("stale file handle")
         return rename(self, target)
 
@@ -100,7 +101,7 @@ def test_a_file_is_that_of_the_library_and_hashed_as_it_is_written(tmp_path: Pat
     tensors = {f"b/é{size}": torch.randn(size, 3).to(dtype) for size in (1, 7, 500_000)}
     tensors |= {"a/empty": torch.empty(0, dtype=dtype), "a/transposed": torch.randn(5, 4).to(dtype).t()}
     for metadata in (None, {"format": "pt"}):
-        checksum = writer.save_tensors(tmp_path / "ours", tensors, metadata=metadata)
+        checksum = writer.save_file(tensors, tmp_path / "ours", metadata)
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         safetensors.torch.save_file(plain, tmp_path / "theirs", metadata)
         content = (tmp_path / "ours").read_bytes()
@@ -122,7 +123,7 @@ def test_a_save_beside_the_training_holds_what_was_there_when_it_began(
     """The writer is held up until the weights have changed: the files are those of a save that was waited for."""
     staging, go, save_file = Staging(), Event(), writer.save_file
 
-    def slow(tensors: Any, path: Path, metadata: Any) -> str:
+    def slow(tensors: Any, path: Path, metadata: Any = None) -> str:
         assert go.wait(60)
         return save_file(tensors, path, metadata)
 

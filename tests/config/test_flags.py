@@ -183,6 +183,13 @@ def test_validation_steps_are_a_number_or_full(value: str) -> None:
         parse([*BASE, "--valid-data-path", "v", f"--eval-iters={value}"])
 
 
+@pytest.mark.parametrize("kind", ["train", "valid"])
+def test_data_are_named_once(kind: str) -> None:
+    flag = f"--{kind}-data-path"
+    with pytest.raises(UserError, match=f"{flag} and {flag}-file are both given; the data are named once; drop one"):
+        parse([*BASE, flag, "v", f"{flag}-file", "list.txt"])
+
+
 PLACES = [item for _, item in FIELDS if item.metadata["unit"] in PATHS]
 
 

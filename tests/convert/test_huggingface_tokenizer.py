@@ -17,7 +17,11 @@ import transformers
 from megatron.config.schema import DataConfig
 from megatron.convert.hf_folder import ExportOptions, export_folder, import_folder
 from megatron.convert.hf_tokenizer import MASK_TOKEN, _byte_characters
+from megatron.convert.run_folder import read_run, write_run
+from megatron.data.identity import tokenizer_fingerprint
+from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.data.tokenizer import ByteTokenizer
 from tests.convert.folders import our_logits
 from tests.convert.reference import make_config, random_tensors
 
@@ -173,21 +177,28 @@ print(json.dumps(found))"""
 
 
 def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
-    """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data."""
-    prefix = str(tmp_path / "data_text_document")
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+    """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data; but not where they
+    were made with another one since."""
+    prefix, meta = tmp_path / "data_text_document", {"tokenizer": {"type": "ByteTokenizer"}, "vocab_size": 257}
+    with IndexedDatasetWriter(str(prefix), np.uint16) as writer:
         writer.add_document([1, 2, 256])
-        writer.close({"format": 1, "tokenizer": {"type": "ByteTokenizer"}, "vocab_size": 257, "eod_id": 256})
-    config = make_config("mdm", vocab_size=257)
-    config = replace(config, data=DataConfig(train_data_path=[prefix]))
-    report = export_folder(
-        config, random_tensors(config.model), tmp_path / "hf", options=ExportOptions(trim_vocab=True)
-    )
+        writer.close({**meta, "eod_id": 256})
+    config = replace(make_config("mdm", vocab_size=257), data=DataConfig(train_data_path=[str(prefix)]))
+    own = {"tokenizer": {"vocab_size": 257, "fingerprint": tokenizer_fingerprint(ByteTokenizer())}}
+    tensors = random_tensors(config.model)
+    write_run(tmp_path / "run", config, tensors, step=1, source="", more=own)
+    options = ExportOptions(trim_vocab=True)
+    report = export_folder(*read_run(tmp_path / "run")[:2], tmp_path / "hf", options=options)
     assert (report["tokenizer"], report["vocab_rows"]) == (True, 258)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").mask_token_id == 257
+    bpe = train_bpe(["one two three"] * 3, vocab_size=257, folder=tmp_path / "bpe")
+    assert bpe.vocab_size == 257
+    Path(f"{prefix}.meta.json").write_text(json.dumps({"tokenizer": bpe.spec, "vocab_size": 257}))
+    report = export_folder(*read_run(tmp_path / "run")[:2], tmp_path / "hf1")
+    assert report["tokenizer"] is False
     for file in tmp_path.glob("data_text_document.*"):
         file.unlink()
-    report = export_folder(config, random_tensors(config.model), tmp_path / "hf2")
+    report = export_folder(*read_run(tmp_path / "run")[:2], tmp_path / "hf2")
     assert report["tokenizer"] is False
 
 

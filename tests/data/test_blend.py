@@ -124,6 +124,19 @@ def test_one_prefix_with_a_weight_is_that_prefix(make_data) -> None:
     assert count_unique_tokens(["1.0", prefix, "2.0", prefix]) == 150
 
 
+def test_a_document_is_counted_once_whatever_names_it(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file by two spellings, or a part of it that is read more often, made twice the tokens and half the epochs."""
+    prefix = Path(make_data("one", [60, 10, 40, 30, 10]))
+    monkeypatch.chdir(prefix.parent)
+    twice = ["1", "one", "1", "./one"]
+    assert count_unique_tokens(twice) == count_unique_tokens(["1", "one", "1", str(prefix)]) == 150
+    assert count_unique_tokens(["1", "one@0.4:1", "1", "one@0:0.6"]) == 150
+    assert count_unique_tokens(["1", "one@0.2:0.4", "1", "one", "2", "one@0.6:0.8"]) == 150
+    assert count_unique_tokens(["1", "one@0:0.4", "1", "one@0.6:1"]) == 110
+    mixed = build_dataset(twice, num_samples=60, seq_length=5, seed=5, name="x")
+    assert mixed.tokens_per_epoch == 150 and mixed.num_epochs == pytest.approx(2.0)
+
+
 def test_bytes_per_token_come_from_the_meta(make_data) -> None:
     one, two = make_data("one", [50]), make_data("two", [50])
     Path(one + ".meta.json").write_text('{"tokens": 50, "text_bytes": 200}')
@@ -141,6 +154,7 @@ def test_data_path_files(tmp_path: Path) -> None:
         '"1.0 path/prefix"': [(1.0, "path/prefix")],
         "1.0 path/prefix\n": [(1.0, "path/prefix")],
         '"0.3 a" "0.7 b c"\n\n': [(0.3, "a"), (0.7, "b c")],
+        '"0.3\ta" "0.7   b c"': [(0.3, "a"), (0.7, "b c")],
         "path/prefix": [(1.0, "path/prefix")],
     }
     for text, expected in cases.items():

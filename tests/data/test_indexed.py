@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -81,8 +82,23 @@ def test_damaged_meta(make_data) -> None:
     prefix = make_data("x", [3])
     assert read_meta(prefix) is None
     Path(prefix + ".meta.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.meta\.json is not JSON .*; delete it"):
+    with pytest.raises(ValueError, match=r"x\.meta\.json cannot be read \(.*; delete it"):
         read_meta(prefix)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [("vocab_size", "257"), ("vocab_size", 257.0), ("eod_id", [2]), ("largest_id", True), ("text_bytes", "5"),
+     ("digests", "x"), ("tokenizer", [])],
+)  # fmt: skip
+def test_an_entry_of_a_wrong_type_is_named(make_data, entry: str, wrong: object) -> None:
+    """Of a meta that somebody wrote by hand: tracebacks, or a vocabulary of 257.0 tokens."""
+    prefix = make_data("x", [3])
+    Path(prefix + ".meta.json").write_text(json.dumps({"vocab_size": 257, entry: wrong}))
+    with pytest.raises(UserError, match=rf"x\.meta\.json holds no valid {entry}; it must be as .* wrote it; delete it"):
+        read_meta(prefix)
+    Path(prefix + ".meta.json").write_text(json.dumps({entry: None}))
+    assert read_meta(prefix) == {entry: None}
 
 
 def test_a_changed_meta_is_refused_and_one_without_a_checksum_accepted(make_data) -> None:
@@ -94,7 +110,7 @@ def test_a_changed_meta_is_refused_and_one_without_a_checksum_accepted(make_data
     path.write_text('{"vocab_size": 253}')
     assert read_meta(prefix) == {"vocab_size": 253}
     path.write_text("[" * 100_000)
-    with pytest.raises(DamagedData, match=r"x\.meta\.json is not JSON"):
+    with pytest.raises(UserError, match=r"x\.meta\.json cannot be read"):
         read_meta(prefix)
 
 
@@ -159,7 +175,7 @@ def test_a_part_is_cut_by_documents_as_megatron_core_cuts(make_data) -> None:
         np.testing.assert_array_equal(part.tokens, np.concatenate([part[i] for i in range(len(part))]))
 
 
-@pytest.mark.parametrize("part", ["0.1:0.1", "0.5:0.2", "0:1.5"])
+@pytest.mark.parametrize("part", ["0.1:0.1", "0.5:0.2", "0:1.5", "0.0:1e-06"])
 def test_a_part_without_documents_is_refused(make_data, part: str) -> None:
     with pytest.raises(UserError, match=r"means documents \d+ to \d+ of 2; a part runs between .*; write"):
         IndexedDataset(f"{make_data('x', [60, 40])}@{part}")

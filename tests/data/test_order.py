@@ -104,7 +104,7 @@ def test_one_epoch_is_read_once(make_data) -> None:
 
 
 def test_too_short_for_one_epoch(make_data) -> None:
-    with pytest.raises(UserError, match=r"x: the data set has 10 tokens and seq_length is 10; .* --seq-length"):
+    with pytest.raises(UserError, match=r"x has 10 tokens and seq_length is 10; .* --seq-length"):
         GPTDataset(make_data("x", [10]), None, 10, 3)
     assert len(GPTDataset(make_data("y", [10]), 7, 10, 3)) >= 7  # several epochs make up for it
 

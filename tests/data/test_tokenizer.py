@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron.config.schema import DataConfig
+from megatron.data.identity import check_vocabulary, tokenizer_fingerprint
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.preprocess import portable_spec
@@ -125,6 +126,21 @@ def test_truncation_in_a_tokenizer_json_is_ignored(bpe_folder: str, tmp_path: Pa
     assert hf_tokenizer(str(tmp_path)).encode("a") == hf_tokenizer(bpe_folder).encode("a")
 
 
+def test_a_tokenizer_without_tokens_has_none(bpe_folder: str, tmp_path: Path) -> None:
+    raw = json.loads((Path(bpe_folder) / "tokenizer.json").read_text())
+    raw["added_tokens"], raw["model"]["vocab"], raw["model"]["merges"] = [], {}, []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert hf_tokenizer(str(tmp_path)).vocab_size == 0
+
+
+def test_files_below_home(gpt2_files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were found, and then not read."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, file in zip(("vocab.json", "merges.txt"), gpt2_files):
+        shutil.copy(file, tmp_path / name)
+    assert gpt2_bpe("~/vocab.json", "~/merges.txt").encode("lower") == gpt2_bpe(*gpt2_files).encode("lower")
+
+
 def test_special_tokens_of_a_folder(bpe_folder: str, tmp_path: Path) -> None:
     shutil.copytree(bpe_folder, tmp_path / "t")
     raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
@@ -191,13 +207,14 @@ def test_the_data_names_its_tokenizer(
     assert build_tokenizer(DataConfig(train_data_path=["data"])).name == "HFTokenizer(tok)"
 
 
-def test_the_tokenizer_must_be_that_of_the_data(make_data, bpe_folder: str) -> None:
+def test_a_tokenizer_that_is_named_is_that_one_whatever_the_data_say(make_data, bpe_folder: str) -> None:
+    """A model could not be asked any more when its data had been made anew; that they belong together is checked before
+    they are read (``check_vocabulary``)."""
     prefix = data_with_meta(make_data, ByteTokenizer())
-    with pytest.raises(ValueError, match=r"was made with a tokenizer of 257 ids and EOD 256; HFTokenizer.*; use the"):
-        build_tokenizer(DataConfig(train_data_path=[prefix], tokenizer_model=bpe_folder))
-    other = data_with_meta(make_data, hf_tokenizer(bpe_folder), "other")
-    with pytest.raises(ValueError, match="was made with a tokenizer of"):
-        build_tokenizer(DataConfig(train_data_path=[prefix], valid_data_path=[other]))
+    tokenizer = build_tokenizer(DataConfig(train_data_path=[prefix], tokenizer_model=bpe_folder))
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(hf_tokenizer(bpe_folder))
+    with pytest.raises(UserError, match="the tokenizer of this run has a vocabulary of 300 ids"):
+        check_vocabulary([prefix], vocab_size=300, fingerprints=[tokenizer_fingerprint(tokenizer)])
 
 
 def test_wrong_flags(make_data, bpe_folder: str, tmp_path: Path) -> None:

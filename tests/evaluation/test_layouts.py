@@ -8,13 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.evaluator import simple_evaluate
 
 from megatron.checkpoint.files import Fragment
 from megatron.checkpoint.writer import Saving
@@ -49,7 +49,7 @@ def save_in_layout(folder: Path, config, *, tp_size: int, pieces: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory) -> tuple[Path, list[str]]:
+def setup(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     folder = tmp_path_factory.mktemp("layouts")
     tokenizer = tiny.build_tokenizer_file(folder / "tokenizer", 400)
     for name in MODELS:
@@ -57,19 +57,26 @@ def setup(tmp_path_factory) -> tuple[Path, list[str]]:
         config = tiny.config_for(objective, tokenizer, vocab_size=400, seq_length=64, **options)
         tiny.make_run(folder / name, config, scale=3.0)
         save_in_layout(folder / f"{name}-tp2", config, tp_size=2, pieces=3)
-    tasks = [
+    tasks = (
         str(tiny.write_jsonl(folder / "halves.jsonl", tiny.choice_items(7))),
         str(tiny.write_jsonl(folder / "words.jsonl", tiny.last_word_items(5))),
         str(tiny.write_jsonl(folder / "continue.jsonl", tiny.generation_items(3))),
-    ]
+    )
     tiny.write_samples(folder / "valid", vocab_size=400, seq_length=64, count=5)
     return folder, tasks
 
 
-def reference(run: Path, tasks: list[str]) -> dict:
+@cache  # what one process says of a run is asked twice
+def reference(run: Path, tasks: tuple[str, ...]) -> dict:
+    from lm_eval.evaluator import simple_evaluate  # seconds to load
+
     cls, options = MODELS[run.name.removesuffix("-tp2")]
     results = simple_evaluate(
-        cls(load=str(run), **options), tasks=tasks, task_manager=task_loader(tasks), log_samples=True, bootstrap_iters=0
+        cls(load=str(run), **options),
+        tasks=list(tasks),
+        task_manager=task_loader(list(tasks)),
+        log_samples=True,
+        bootstrap_iters=0,
     )
     scores = {task: sorted((s["doc_id"], s["resps"]) for s in samples) for task, samples in results["samples"].items()}
     return json.loads(json.dumps(scores))

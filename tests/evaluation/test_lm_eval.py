@@ -10,7 +10,6 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.evaluator import simple_evaluate
 
 from megatron.errors import UserError
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
@@ -51,6 +50,8 @@ def tasks(folder) -> dict[str, str]:
 
 
 def evaluate(lm, names: list[str], **options) -> dict:
+    from lm_eval.evaluator import simple_evaluate  # seconds to load
+
     return simple_evaluate(
         lm, tasks=names, task_manager=task_loader(names), log_samples=True, bootstrap_iters=0, **options
     )

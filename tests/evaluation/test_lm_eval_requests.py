@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
-from lm_eval.evaluator import simple_evaluate
 
 from megatron.errors import UserError
 from megatron.evaluation.lm_eval.base import rows_of
@@ -49,6 +48,8 @@ def evaluate(lm, *names: str, prepare=lambda task: None, **options) -> dict:
         return found
 
     loader.load = loaded
+    from lm_eval.evaluator import simple_evaluate  # seconds to load
+
     return simple_evaluate(lm, tasks=list(names), task_manager=loader, log_samples=True, bootstrap_iters=0, **options)
 
 

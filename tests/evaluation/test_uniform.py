@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lm_eval.evaluator import simple_evaluate
 
 from megatron.commands.likelihood import main
 from megatron.errors import UserError
@@ -143,6 +142,8 @@ def test_texts_are_scored_from_python(loaded) -> None:
 
 
 def test_lm_eval_scores_and_generates(runs, loaded) -> None:
+    from lm_eval.evaluator import simple_evaluate  # seconds to load
+
     tasks = [str(runs / f"{name}.jsonl") for name in ("halves", "words", "continue")]
     answers = []
     for batch_size in (1, 7):

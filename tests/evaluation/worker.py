@@ -6,7 +6,6 @@ import json
 import sys
 
 import torch.distributed as dist
-from lm_eval.evaluator import simple_evaluate
 
 from megatron.commands.likelihood import build_parser, judge, samplers
 from megatron.evaluation.lm_eval.models import MegatronAR, MegatronMDM
@@ -25,6 +24,8 @@ COURT = ["--policies", "left-to-right,confidence,random", "--tokens-per-step", "
 
 
 def main(folder: str, tasks: list[str]) -> None:
+    from lm_eval.evaluator import simple_evaluate  # not in the tests that import MODELS: seconds to load
+
     dist.init_process_group("gloo")
     for tp_size in (1, 2):
         context = ParallelContext.create(tp_size=tp_size)

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch._inductor import metrics
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron.config.schema import ModelConfig
@@ -195,6 +194,8 @@ def run(place: Place, name: str, check: Callable[[Place], None]) -> bool:
     """Whether it passed; a line says so, with the number of kernels that were generated."""
     torch._dynamo.reset()
     visibility._static.cache_clear()
+    from torch._inductor import metrics  # seconds to load
+
     metrics.reset()
     known, began = len(place.machine.faults) if place.machine else 0, time.perf_counter()
     fault = ""

@@ -19,6 +19,8 @@ def test_every_mask_and_the_head_are_rehearsed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Passes of all masks with fake tensors; the head's kernels from inductor, built by the C++ compiler and run."""
+    import torch._inductor.config  # seconds to load
+
     # Without vector instructions, which inductor would first try out for seconds, and a header that only many kernels repay.
     monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)

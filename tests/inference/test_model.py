@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron.checkpoint.tensors import save_full_checkpoint
 from megatron.convert.run_folder import read_run
+from megatron.data.identity import tokenizer_fingerprint
+from megatron.data.tokenizer import hf_tokenizer
 from megatron.errors import UserError
 from megatron.inference.model import load_model
 from tests.evaluation import tiny
@@ -74,6 +77,29 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(runs, tmp_
         load_model(small, tokenizer_options={"tokenizer_model": str(tokenizer)})
     with pytest.raises(UserError, match=r"no tokenizer .*has 600 ids"):
         load_model(small).require_tokenizer()
+
+
+def test_a_tokenizer_that_became_another_one_is_refused(tmp_path, tokenizer) -> None:
+    """The files of a run, or the data that named it, may be made anew: a prompt would be read as other tokens, without a word."""
+    config = tiny.config_for("ar", tokenizer, vocab_size=600)
+    own = tokenizer_fingerprint(hf_tokenizer(str(tokenizer)))
+    for name, recorded, problem in (
+        ("same", {"vocab_size": 600, "fingerprint": own}, ""),
+        ("old", {"vocab_size": 600, "fingerprint": None}, ""),
+        ("files", {"vocab_size": 600, "fingerprint": "0" * 32}, f"had fingerprint {'0' * 32} .now {own}"),
+        ("size", {"vocab_size": 590, "fingerprint": None}, "had vocab_size 590 .now 600"),
+    ):
+        tensors = tiny.random_tensors(config)
+        save_full_checkpoint(tmp_path / name, config, tensors, step=3, more={"tokenizer": recorded})
+        loaded = load_model(tmp_path / name)
+        assert (loaded.tokenizer is None) == bool(problem)
+        if problem:
+            with pytest.raises(
+                UserError, match=rf"is not the tokenizer of the run, which {problem}.*--tokenizer-model"
+            ):
+                loaded.require_tokenizer()
+            again = load_model(tmp_path / name, tokenizer_options={"tokenizer_model": str(tokenizer)})
+            assert again.tokenizer is not None
 
 
 def test_nothing_to_load(tmp_path) -> None:

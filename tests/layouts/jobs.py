@@ -117,7 +117,7 @@ def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any
     """The observer that fills ``trace``; a class made here, because pools import this module before torch is wanted."""
     from megatron.model.block import TransformerBlock
     from megatron.model.gpt import Embedding
-    from megatron.training.step import Observer
+    from megatron.training.step import Observer, PendingStep
 
     def first(value: Any) -> Any:
         return (value[0] if isinstance(value, tuple) else value).detach().clone()
@@ -154,7 +154,7 @@ def recorder(trace: Trace, watch: tuple[str, ...], begins: Begins | None) -> Any
                 trace.targets.append(tuple(tensor.clone() for tensor in targets if tensor is not None))
 
         def step_ended(self, result: Any) -> None:
-            numbers = result.to_host().read()
+            numbers = PendingStep(result).read()
             trace.losses.append(numbers.loss)
             trace.grad_norms.append(numbers.grad_norm)
             trace.skipped.append(numbers.skipped)

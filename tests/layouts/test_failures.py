@@ -111,7 +111,7 @@ def save_with_full_disk(rank: int, argv: list[str]) -> jobs.Trace:
     original = writer.save_file
     calls = 0
 
-    def save_file(tensors: Any, path: Path, metadata: Any) -> str:
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> str:
         nonlocal calls
         calls += 1
         if calls == 2 and dist.get_rank() == rank:
@@ -135,7 +135,7 @@ def test_a_failed_save_fails_on_all_ranks_and_leaves_the_earlier_one(
     traces, output = pools(2).run(save_with_full_disk, rank, argv), pools(2).output(rank)
     assert [trace.status for trace in traces] == [1, 1]
     shard = run_dir / "global_step4.saving" / f"shard-{rank:05d}.safetensors"
-    assert f"rank {rank}: {shard} could not be written ([Errno 28] No space left on device)" in output
+    assert f"rank {rank}: {shard} could not be written (No space left on device)" in output
     assert "earlier checkpoints are complete and untouched" in output
     assert select(run_dir).tag == run_dir / "global_step2"
     assert not list(run_dir.glob("*.saving"))

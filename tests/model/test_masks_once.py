@@ -17,7 +17,8 @@ from megatron.model.mask import AttentionMask, Full, RandomKeyDrop, within_segme
 from megatron.objectives import build_objective, parse
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.tensor import ParameterFactory
-from megatron.training.deepspeed.pipeline import PipelineBlock, StageMode
+from megatron.training.deepspeed.pipeline import Blocks, packed
+from megatron.training.engine import Mode
 
 MASKS = [RandomKeyDrop(0.5, 7), within_segments(Full())]
 
@@ -67,19 +68,15 @@ def test_of_the_plain_model(mask: AttentionMask, recompute: bool) -> None:
 def test_of_a_stage_of_a_pipeline() -> None:
     size = "--num-layers 4 --hidden-size 32 --num-attention-heads 2 --micro-batch-size 2 --train-iters 1"
     config = parse(f"{size} --objective masked_attention_ar --randmask-ratio 0.5".split())
-    mode = StageMode(build_objective(config), within_documents=False)
+    mode = Mode(build_objective(config), within_documents=False)
     shape = shape_of(4)
-    blocks = [
-        PipelineBlock(mode=mode, **layer.arguments)
-        for layer in build_layers(shape, ParameterFactory(ParallelContext(), 1))[1:-2]
-    ]
+    layers = build_layers(shape, ParameterFactory(ParallelContext(), 1))[1:-2]
     plain = GPTModel(shape, ParameterFactory(seed=1))
 
     def calls(num_blocks: int, batch: Inputs[torch.Tensor]) -> int:
-        tensors: Any = mode.packed(plain.embedding(batch))
+        tensors: Any = packed(plain.embedding(batch), mode.mask)
         with Counting() as counting:
-            for block in blocks[:num_blocks]:
-                tensors = block(tensors)
+            tensors = Blocks(layers[:num_blocks], mode)(tensors)
         if num_blocks == 4:  # and it is the mask of this micro-batch
             torch.testing.assert_close(plain.final_layernorm(tensors[0]), plain.hidden_states(batch, mode.mask))
         return counting.of_masks

@@ -87,8 +87,6 @@ def start_as_on_cuda(path: str, world_sizes: list[int]) -> int:
     from torch.distributed import device_mesh, distributed_c10d
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megatron.parallel.context import group_of_line
-
     calls = {"new_group": 0, "split_group": 0}
     original = dist.new_group
 
@@ -118,7 +116,7 @@ def start_as_on_cuda(path: str, world_sizes: list[int]) -> int:
         assert context.tp.group is not None and dist.get_world_size(context.tp.group) == 8
         found.append([world_size, dict(calls)])
         if world_size == 8:
-            alone = group_of_line([[rank] for rank in range(world_size)])
+            alone = context.replicas()
             assert dist.get_process_group_ranks(alone) == [7] and calls["split_group"] == 1
         calls.update(dict.fromkeys(calls, 0))
         dist.destroy_process_group()

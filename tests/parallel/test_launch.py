@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron.errors import UserError
-from megatron.parallel.launch import Launch
+from megatron.parallel.connection import connect
+from megatron.parallel.launch import Launch, local_device
 
 REPO = Path(__file__).resolve().parents[2]
 WORLD = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -38,6 +40,7 @@ def test_a_launchers_variables() -> None:
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
         ({"RANK": "4"}, "RANK is 4 with WORLD_SIZE 4; ranks count from 0"),
         ({"RANK": "-1"}, "RANK is -1"),
+        ({"RANK": ""}, "RANK is missing with WORLD_SIZE 4; ranks count from 0; start with torchrun"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is -1"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing with WORLD_SIZE 4; the ranks meet there"),
@@ -49,6 +52,16 @@ def test_a_launchers_variables() -> None:
 def test_wrong_variables_are_named(changes: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Launch.from_environment({**WORLD, **changes})
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it meets others, which would wait for it; CUDA says "invalid device ordinal"."""
+    chosen: list[torch.device] = []
+    for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert local_device(Launch(local_rank=1)) == torch.device("cuda", 1) == chosen[0]
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 2, and this process sees 2 GPUs; .*; start no more"):
+        connect(Launch(2, 3, 2, "127.0.0.1", 1))
 
 
 def test_flags_can_be_checked_without_torch() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from megatron.model.batch import Targets
 from megatron.model.loss import HeadOutput
-from megatron.model.uniform_loss import UniformBound
+from megatron.objectives.uniform_diffusion import UniformBound
 from megatron.parallel import cross_entropy, uniform_bound
 from megatron.parallel.context import ParallelContext
 from megatron.parallel.uniform_bound import divergences, linear_uniform_bound

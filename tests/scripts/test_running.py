@@ -82,6 +82,22 @@ def test_a_closed_pipe_is_quiet(lines: int) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_letters_that_the_output_lacks_are_shown_as_escapes(tmp_path: Path) -> None:
+    """Also those of an error that the scripts print last, and of the name of a file that is no UTF-8."""
+    program = (
+        "from megatron.commands.running import run\nfrom megatron.errors import UserError\n"
+        "def main():\n print('5.4 \\xb1 0.1 \\udcff')\n raise UserError('\\xb1 \\udcff', 'b', 'c')\nrun(main)"
+    )
+    others = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+    for encoding in (others, {"PYTHONUTF8": "1", "MEGATRON_LAST_WORDS": str(tmp_path / "words")}):
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=os.environ | encoding, capture_output=True, timeout=60
+        )
+        assert done.returncode == 2, done.stderr
+        assert b"\\udcff\n" in done.stdout and b"5.4 " in done.stdout
+    assert (tmp_path / "words").read_text() == "error: \xb1 \\udcff; b; c\n"
+
+
 def test_another_broken_pipe_is_no_closed_output() -> None:
     program = "from megatron.commands.running import run\ndef main(): raise BrokenPipeError(32, 'a worker')\nrun(main)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -94,8 +94,9 @@ def test_a_run_may_start_from_the_average(pools: Callable, token_files: Path, ru
     more = {"train_iters": 1, "lr_warmup_samples": 8, "lr_decay_samples": 80}
     status, _ = train(pools, token_files, tmp_path, load=run, finetune=True, load_kind="ema", **more)
     average, trained = read(run, STEPS, "ema"), read(run, STEPS, "weight")
+    assert status == 0 and list(jobs.records(tmp_path, "valid")) == [1] and not jobs.records(tmp_path, "valid_ema")
     for name, tensor in read(tmp_path, 1, "weight").items():
-        assert status == 0 and tensor.equal(average[name]) and not tensor.equal(trained[name])
+        assert tensor.equal(average[name]) and not tensor.equal(trained[name])
 
 
 def test_what_cannot_be_is_refused_in_words(pools: Callable, token_files: Path, run: Path, tmp_path: Path) -> None:

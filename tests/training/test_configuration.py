@@ -16,6 +16,7 @@ from layouts.pool import WorkerPool
 
 from megatron.config import Config, values_of
 from megatron.config.recorded import repeated
+from megatron.data.blend import data_paths
 from megatron.errors import UserError
 from megatron.objectives import OBJECTIVES, parse
 from megatron.parallel.launch import Launch
@@ -235,6 +236,19 @@ def test_without_a_checkpoint_there_are_no_settings_of_one(tmp_path: Path) -> No
                 "NullTokenizer")  # fmt: skip
 
 
+def test_a_run_knows_the_tokenizer_that_its_data_name(token_files: Path, tmp_path: Path) -> None:
+    """By its content, so that what is made in the place of the data later is not taken for it."""
+    shutil.copytree(token_files, tmp_path / "data")
+    own = {"vocab_size": jobs.VOCAB, "tokenizer_fingerprint": "0123"}
+    for name, meta in (("train", own), ("valid", own | {"tokenizer_fingerprint": "4567"})):
+        (tmp_path / f"data/{name}.meta.json").write_text(json.dumps(meta))
+    argv = jobs.flags(tmp_path / "data", None, tokenizer_type=None, vocab_size=None)
+    plan = resolve(parse(argv, objective="ar"), Launch(), run_name="x", is_rehearsal=True)
+    assert plan.vocabulary.tokenizer == {"vocab_size": jobs.VOCAB, "fingerprint": "0123"}
+    with pytest.raises(UserError, match=r"data/valid was made with .* 4567; .*data/train has .* 0123"):
+        resolve(parse([*argv, "--valid-data-path", f"{tmp_path}/data/valid"], objective="ar"), Launch(), run_name="x")
+
+
 def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
     token_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,3 +266,4 @@ def test_a_record_names_data_and_tokenizer_from_whatever_folder_it_is_read(
         argv = jobs.flags(token_files, tmp_path / "run", valid_data_path="data/valid", **changes)
         data = resolve(parse(argv, objective="ar"), Launch(), run_name="x").settings.data
         assert (data.train_data_path, data.valid_data_path) == (expected, [f"{tmp_path}/data/valid"])
+        assert (data_paths(data, "train"), data_paths(data, "valid")) == (expected, [f"{tmp_path}/data/valid"])

@@ -108,7 +108,7 @@ def main_killed_behind_a_validation(step: int, run_dir: Path, is_beside: bool, a
 
     original = writer.save_file
 
-    def save_file(tensors: Any, path: Path, metadata: Any) -> str:
+    def save_file(tensors: Any, path: Path, metadata: Any = None) -> str:
         if path.parent.name == f"global_step{step}.saving":
             while is_beside and json.loads((run_dir / "best.json").read_text())["step"] != step:
                 time.sleep(0.01)

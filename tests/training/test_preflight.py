@@ -196,6 +196,35 @@ def test_a_layout_that_fits_is_among_those_suggested(world: int, flags: dict[str
 
 
 @pytest.mark.parametrize(
+    ("world", "words"),
+    [
+        (8, ["--model", "425M", "--bf16", "--recompute-activations", "--tensor-model-parallel-size", "2"]),
+        (6, ["--model", "6796M", "--micro-batch-size", "6", "--pipeline-model-parallel-size", "2"]),
+        (4, ["--model", "2298M", "--micro-batch-size", "8", "--engine", "fsdp2", "--zero-stage", "3"]),
+    ],
+)
+def test_flags_of_a_layout_behind_those_of_the_run_are_that_layout(world: int, words: list[str]) -> None:
+    """Also where the run has another layout than the default, and where its global batch follows from it."""
+    words += ["--train-iters", "10", "--attention-dropout", "0"]
+    run = case_of(parse(words, objective="mdm", world_size=world), world)
+    found = [(flags_of(each.case), each.case) for each in suggestions(run, Cluster(H100))] + [*remedies(run)]
+    assert any("--recompute-activations false" in flags for flags, _ in found) == ("--recompute-activations" in words)
+    for flags, other in found:
+        again = case_of(parse([*words, *flags.split()], objective="mdm", world_size=world), world)
+        assert (again.config, again.layout) == (other.config, other.layout)
+
+
+def test_what_helps_is_smaller_and_an_optimizer_in_host_memory_is_among_it() -> None:
+    """Of one GPU, where no ZeRO stage cuts anything."""
+    run = case(model="6796M", world=1, micro_batch_size=1, **RECOMPUTED)
+    found = dict(remedies(run))
+    assert list(found) == ["--cpu-optimizer"] and fits(found["--cpu-optimizer"], H100) and not fits(run, H100)
+    assert "--micro-batch-size 3" in dict(remedies(case(micro_batch_size=9)))
+    odd = case(model="425M", kv_channels=64, num_attention_heads=15, ffn_hidden_size=3402, world=12)
+    assert "--tensor-model-parallel-size 3" in dict(remedies(odd))
+
+
+@pytest.mark.parametrize(
     ("model", "objective", "micro", "seconds", "gib"),
     [
         ("140M", "ar", 8, 0.183, 9.9),
@@ -294,6 +323,11 @@ def test_what_is_not_here_is_assumed_and_said(token_files: Any) -> None:
 def test_what_a_run_refuses_preflight_refuses_too(flags: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         case(model="7M", tokenizer_type="NullTokenizer", **{"vocab_size": 500, **flags})
+
+
+def test_a_tokenizer_without_files_is_known_where_there_are_no_data() -> None:
+    known = case(model="7M", tokenizer_type="ByteTokenizer")
+    assert known.shape.padded_vocab_size == 384 and not known.notes
 
 
 def test_a_checkpoint_is_asked_where_it_is_and_assumed_where_not(

@@ -158,7 +158,7 @@ def train_and_die_while_saving(step: int, moment: str, argv: list[str]) -> int:
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_shard(tensors: Any, path: Path, metadata: Any) -> str:
+    def save_shard(tensors: Any, path: Path, metadata: Any = None) -> str:
         checksum = save_file(tensors, path, metadata)
         if f"global_step{step}." in str(path):
             if moment == "in the middle of a shard":

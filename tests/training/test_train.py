@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ import torch
 from layouts import jobs
 from layouts.pool import WorkerPool
 
+from megatron.config.schema import RunConfig
 from megatron.errors import Failure
+from megatron.parallel.connection import Connection
+from megatron.parallel.context import ParallelContext
+from megatron.parallel.launch import Launch
 from megatron.runs.record import TrainRow
 from megatron.training.progress import Interval, Progress, Throughput
 from megatron.training.reporting import Screen
 from megatron.training.step import StepResult
+from megatron.training.stop import StopRequest
 
 UNIQUE_TOKENS, PARAMETERS, BATCH, SEQ = 400, 7, 4, 10
 
@@ -136,6 +142,14 @@ def beats(argv: list[str]) -> int:
         patch.setattr(Connection, "beat", lambda self: heard.append(None))
         assert jobs.train("mdm", argv).status == 0
     return len(heard)
+
+
+def test_the_time_limit_counts_from_the_start_of_the_program() -> None:
+    """A script passes what is left of its job when it starts; what building and loading take is not added to it."""
+    for minutes_ago, is_over in ((9.0, False), (11.0, True)):
+        connection = Connection(Launch(began=time.monotonic() - 60 * minutes_ago))
+        stop = StopRequest(ParallelContext(), connection, RunConfig(exit_duration_in_mins=10.0))
+        assert stop.hear(()) == ("--exit-duration-in-mins" if is_over else None)
 
 
 def test_a_run_that_goes_on_says_so_in_every_step_and_within_a_validation(

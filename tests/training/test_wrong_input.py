@@ -17,7 +17,9 @@ from layouts.pool import ENVIRONMENT, Process, WorkerPool
 
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.training.reporting import Screen
 from megatron.training.resolve import resolve
+from megatron.training.validation import Validator
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -68,11 +70,27 @@ def test_validation_on_training_data_is_refused_and_has_a_flag(token_files: Path
         assert len(resolve(parse([*argv, allowed], objective="mdm"), Launch(), run_name="x").sources.valid) == 4
 
 
+def test_an_evaluation_of_nothing_is_refused_and_a_run_without_validation_is_none(
+    tmp_path: Path, token_files: Path
+) -> None:
+    argv = [*jobs.flags(token_files, tmp_path / "run"), "--valid-data-path", str(token_files / "valid")]
+    for none in ("0", "00"):
+        message = refused([*argv, "--eval-iters", none, "--skip-train", "--load", str(tmp_path)])
+        assert message.startswith(
+            "error: --skip-train without validation: --eval-iters 0; it needs a validation; raise"
+        )
+        plan = resolve(parse([*argv, "--eval-iters", none], objective="mdm"), Launch(), run_name="x")
+        engine: Any = None
+        assert not Validator(
+            plan, engine, probe=None, screen=Screen(total_steps=1, first_step=0, enabled=False)
+        ).has_data
+
+
 def test_ids_beyond_the_vocabulary_name_the_file(token_files: Path, tmp_path: Path) -> None:
     largest = max(int(np.fromfile(token_files / "valid.bin", np.uint16).max()), 300)
     argv = jobs.flags(token_files, tmp_path / "run", valid_data_path=token_files / "valid", vocab_size=largest)
     message = refused(argv)
-    assert ".bin holds the id" in message and f"ids must be below the size of the vocabulary, {largest}" in message
+    assert ".bin holds the id" in message and f"below the size of the vocabulary, {largest}" in message
 
 
 def test_verification_is_refused_where_nothing_was_recorded(token_files: Path, tmp_path: Path) -> None:
@@ -117,9 +135,13 @@ def test_broken_rule(token_files: Path, tmp_path: Path, rule: str) -> None:
 
 
 FSDP2: dict[str, tuple[int, dict[str, Any], list[str]]] = {
-    "pipeline": (2, {"pp_size": 2}, ["--engine fsdp2 with 2 pipeline stages", "or --engine deepspeed"]),
+    "pipeline": (2, {"pp_size": 2}, ["--engine fsdp2 with 2 pipeline stages", "or pass --engine deepspeed"]),
     "muon": (1, {"optimizer": "muon"}, ["--engine fsdp2 with --optimizer muon", "use --optimizer adam"]),
-    "host": (1, {"cpu_optimizer": True}, ["--engine fsdp2 with --cpu-optimizer", "on the device"]),
+    "host": (
+        1,
+        {"cpu_optimizer": True},
+        ["--engine fsdp2 with --cpu-optimizer", "on the device; drop it, or pass --engine deepspeed"],
+    ),
     "answers": (1, {"gap_task": "x.jsonl", "valid_data_path": "x"}, ["--engine fsdp2 with --gap-task", "downstream"]),
     "settings": (1, {"deepspeed_config": "x.json"}, ["--deepspeed_config would have no effect", "--engine deepspeed"]),
 }

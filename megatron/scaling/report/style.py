@@ -56,6 +56,8 @@ MAX_LEGEND = 12
 
 @dataclass(frozen=True)
 class LineStyle:
+    """How the line of a run is drawn: colours in hexadecimal, ``fill`` of its markers."""
+
     color: str
     dash: Any
     marker: str

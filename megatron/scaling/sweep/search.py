@@ -70,6 +70,7 @@ class Search:
 
     @property
     def is_complete(self) -> bool:
+        """Whether all trials are done; the further seeds may not be."""
         return len(self.trials) == self.space.trials
 
     @property

@@ -55,6 +55,7 @@ class Space:
 
     @property
     def title(self) -> str:
+        """Name of the search: that of its first trial."""
         return self.start.name
 
     @property

@@ -44,6 +44,7 @@ class SweepRun:
 
     @property
     def program(self) -> str:
+        """The script that trains it."""
         return "pretrain_mdm.py" if self.objective == "mdm" else "pretrain_gpt.py"
 
     @property

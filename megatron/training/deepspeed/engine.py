@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
 
 import torch
 
 from megatron.model.gpt import build_layers
 from megatron.objectives.base import Objective
-from megatron.training.deepspeed.pipeline import StageMode, build_stage, pipeline_batches, stages
+from megatron.training.deepspeed.pipeline import build_stage, pipeline_batches, stages
 from megatron.training.deepspeed.settings import (
     adopt_process_groups,
     deepspeed_settings,
     tensor_parallel_groups,
-    without_compiling,
 )
 from megatron.training.deepspeed.shards import Matrices, ZeroShards
 from megatron.training.engine import Batches, Engine, Wishes
@@ -25,9 +23,6 @@ from megatron.training.step import StepResult
 
 class DeepSpeedEngine(Engine):
     """See :class:`Engine`."""
-
-    mode: StageMode
-    mode_class = StageMode
 
     @property
     def is_pipeline(self) -> bool:
@@ -48,11 +43,11 @@ class DeepSpeedEngine(Engine):
         settings = deepspeed_settings(self.config, dp_size=context.dp.size, num_parameters=num_parameters)
         optimizer = build_optimizer(module.parameters(), self.config.optimizer)
         mpu = tensor_parallel_groups(context) if context.tp.size > 1 and not self.is_pipeline else None
-        with redirect_stdout(StringIO()), without_compiling():  # its bf16 optimizer prints eighteen lines on memory
+        with redirect_stdout(StringIO()):  # its bf16 optimizer prints eighteen lines on memory
             self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=settings, mpu=mpu, dist_init_required=False
             )
-        self.module = self._deepspeed.module
+        self.module, self.model = self._deepspeed.module, self._deepspeed
         self.shards = ZeroShards(self.module, self.optimizer, context, ema_decay=ema_decay)
         if isinstance(optimizer, MuonAdamW):
             optimizer.matrices = Matrices(self.shards, context)
@@ -62,10 +57,6 @@ class DeepSpeedEngine(Engine):
         layers = build_layers(self.shape, self._factory(), recompute=self.config.parallel.recompute_activations)
         blocks = stages(self.shape, self.objective, self.config.parallel)
         return build_stage(layers, self.mode, self.context, self.observer.loss_asked, blocks=blocks)
-
-    @property
-    def _model(self) -> Any:
-        return self._deepspeed
 
     def _enter(self, objective: Objective, *, training: bool) -> None:
         super()._enter(objective, training=training)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
 from io import StringIO
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Any
 
@@ -14,13 +14,10 @@ import torch
 from megatron.config.schema import ParallelConfig
 from megatron.config.shape import Shape
 from megatron.data.loader import to_device
-from megatron.model.attention import SelfAttention
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
-from megatron.model.block import TransformerBlock
-from megatron.model.gpt import Embedding, Layer
+from megatron.model.gpt import Embedding, Layer, through
 from megatron.model.loss import HeadOutput
-from megatron.model.mask import WithinSegments, made_of
-from megatron.model.visibility import Visible
+from megatron.model.mask import AttentionMask, WithinSegments, made_of
 from megatron.objectives.base import Objective, head_in_blocks
 from megatron.parallel.context import ParallelContext
 from megatron.training.engine import Mode
@@ -28,53 +25,41 @@ from megatron.training.engine import Mode
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-@dataclass
-class StageMode(Mode):
-    """The mode, at which the layers of a stage look, too."""
-
-    _made: tuple[tuple[object, ...], Visible] | None = field(default=None, repr=False)
-
-    def packed(self, parts: Inputs[torch.Tensor] | Stream) -> Tensors:
-        """What is handed on as bare tensors: ids or hidden states, positions where a batch has them, and what masks need."""
-        first = parts[0]
-        positions = () if parts.position_ids is None else (parts.position_ids,)
-        tensors = (first, *positions, *(getattr(parts, name) for name in made_of(self.mask)))
-        return tensors if len(tensors) > 1 else first
-
-    def fields(self, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        """By name again, but for the first."""
-        names = made_of(self.mask)
-        has_positions = len(tensors) > 1 + len(names)
-        return dict(zip(("position_ids",) * has_positions + names, tensors[1:]))
-
-    def stream(self, tensors: Tensors) -> Stream:
-        """What :meth:`packed` was given."""
-        return Stream(tensors[0], **self.fields(tensors)) if isinstance(tensors, tuple) else Stream(tensors)
-
-    def visible(self, stream: Stream, attention: SelfAttention) -> Visible:
-        """The mask of a micro-batch, made once for all blocks of a stage, which follow each other and hand on the very tensors
-        that it is made of."""
-        made_of = (self.mask, attention.training, stream.hidden.shape, *stream[1:])
-        if self._made is None or not _are_same(self._made[0], made_of):
-            self._made = made_of, attention.visible(stream, self.mask)
-        return self._made[1]
+def packed(parts: Inputs[torch.Tensor] | Stream, mask: AttentionMask) -> Tensors:
+    """What is handed on as bare tensors: ids or hidden states, positions where a batch has them, and what the mask needs."""
+    first = parts[0]
+    positions = () if parts.position_ids is None else (parts.position_ids,)
+    tensors = (first, *positions, *(getattr(parts, name) for name in made_of(mask)))
+    return tensors if len(tensors) > 1 else first
 
 
-class PipelineBlock(TransformerBlock):
-    """A block of a stage."""
+def fields(tensors: tuple[torch.Tensor, ...], mask: AttentionMask) -> dict[str, torch.Tensor]:
+    """By name again, but for the first."""
+    names = made_of(mask)
+    has_positions = len(tensors) > 1 + len(names)
+    return dict(zip(("position_ids",) * has_positions + names, tensors[1:]))
 
-    def __init__(self, *, mode: StageMode, **arguments: Any) -> None:
-        super().__init__(**arguments)
+
+def stream_of(tensors: Tensors, mask: AttentionMask) -> Stream:
+    """The stream that :func:`packed` was given."""
+    return Stream(tensors[0], **fields(tensors, mask)) if isinstance(tensors, tuple) else Stream(tensors)
+
+
+class Blocks(torch.nn.ModuleList):
+    """The blocks of a stage: one layer for DeepSpeed, so that a mask is made once for all of them."""
+
+    def __init__(self, layers: Sequence[Layer], mode: Mode) -> None:
+        super().__init__(layer.build() for layer in layers)
         self.mode = mode
 
-    def forward(self, tensors: Tensors) -> Tensors:  # type: ignore[override]
-        """The tensors of the next stream."""
-        stream = self.mode.stream(tensors)
-        return self.mode.packed(super().forward(stream, self.mode.visible(stream, self.self_attention)))
+    def forward(self, tensors: Tensors) -> Tensors:
+        """The tensors of the stream behind the last one."""
+        mask = self.mode.mask
+        return packed(through(self, stream_of(tensors, mask), mask), mask)
 
 
 def pipeline_loss(
-    mode: StageMode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
+    mode: Mode, context: ParallelContext, asked: Callable[[Targets[torch.Tensor]], None]
 ) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], torch.Tensor]:
     """``loss_fn(outputs, labels)`` of DeepSpeed's last stage.
 
@@ -119,7 +104,7 @@ def stages(shape: Shape, objective: Objective, parallel: ParallelConfig) -> list
 
 def build_stage(
     layers: Sequence[Layer],
-    mode: StageMode,
+    mode: Mode,
     context: ParallelContext,
     asked: Callable[[Targets[torch.Tensor]], None],
     *,
@@ -136,8 +121,12 @@ def build_stage(
     """
     from deepspeed.pipe import PipelineModule
 
-    specs = stage_layers(layers, mode)
-    ends = [0, *(1 + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(specs)]
+    specs = stage_layers(layers, mode, blocks)
+    ends = [
+        0,
+        *range(2, 1 + len(blocks)),
+        len(specs),
+    ]  # the embedding and the first blocks, blocks, blocks and the rest
 
     class Stage(PipelineModule):
         """Partitioned as we say."""
@@ -162,18 +151,19 @@ def topology(context: ParallelContext) -> Any:
     return PipeModelDataParallelTopology(num_pp=context.pp.size, num_mp=context.tp.size, num_dp=context.dp.size)
 
 
-def stage_layers(layers: Iterable[Layer], mode: StageMode) -> list[Any]:
-    """DeepSpeed's description of the model: the same layers, taking and giving tensors."""
+def stage_layers(layers: Sequence[Layer], mode: Mode, blocks: Sequence[int]) -> list[Any]:
+    """DeepSpeed's description of the model: the same layers, taking and giving tensors, the blocks of each stage as one."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    embedding, *blocks, norm, head = layers
+    embedding, norm, head = layers[0], *layers[-2:]
+    ends = [1, *(1 + end for end in accumulate(blocks))]
     tied = {"tied_weight_attr": ["word_embeddings.weight"], **embedding.arguments}
 
     def embed(module: Embedding, inputs: tuple[torch.Tensor, ...]) -> Tensors:
-        return mode.packed(module(Inputs(inputs[0], **mode.fields(inputs))))
+        return packed(module(Inputs(inputs[0], **fields(inputs, mode.mask))), mode.mask)
 
     specs = [TiedLayerSpec(embedding.tied_to, Embedding, forward_fn=embed, **tied)]
-    specs += [LayerSpec(PipelineBlock, mode=mode, **block.arguments) for block in blocks]
+    specs += [LayerSpec(Blocks, layers[first:last], mode) for first, last in pairwise(ends)]
     specs += [_hidden, LayerSpec(norm.module, **norm.arguments)]
     if head.tied_to is None:
         specs.append(LayerSpec(head.module, **head.arguments))
@@ -183,7 +173,7 @@ def stage_layers(layers: Iterable[Layer], mode: StageMode) -> list[Any]:
 
 
 def pipeline_batches(
-    data: Iterator[ModelBatch[torch.Tensor]], mode: StageMode, device: torch.device
+    data: Iterator[ModelBatch[torch.Tensor]], mode: Mode, device: torch.device
 ) -> Iterator[tuple[Any, tuple[torch.Tensor, ...]]]:
     """Micro-batches as DeepSpeed reads them: inputs of the first stage, labels of the last one.
 
@@ -201,13 +191,8 @@ def pipeline_batches(
                 positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
             segments = torch.zeros_like(ids) if segments is None else segments
             inputs = inputs._replace(position_ids=positions, segment_ids=segments)
-        tensors = mode.packed(inputs)
+        tensors = packed(inputs, mode.mask)
         yield (tensors if isinstance(tensors, tuple) else (tensors,)), labels
-
-
-def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
-    """Whether they are equal, and tensors the same ones."""
-    return all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(these, those))
 
 
 def _hidden(tensors: Tensors) -> torch.Tensor:

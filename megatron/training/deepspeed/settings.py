@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from megatron.config.schema import Config
 from megatron.errors import require
@@ -72,12 +72,15 @@ def deepspeed_settings(config: Config, *, dp_size: int, num_parameters: int) -> 
     return settings if config.parallel.deepspeed_config is None else _merge_file(settings, config)
 
 
-# What a file may set besides: how a run communicates, reports and uses memory, not what it trains.
-FREE = {
-    *("zero_optimization", "bf16", "pipeline", "timers", "activation_checkpointing", "aio", "checkpoint"),
+# What a file may set: how a run communicates, reports and uses memory, not what it trains. These have members,
+SECTIONS = {
+    *("zero_optimization", "bf16", "data_types", "pipeline", "timers", "activation_checkpointing", "aio", "checkpoint"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler"),
+}
+# and these have none.
+VALUES = {
     *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "disable_python_gc"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler", "dataloader_drop_last"),
-    *("communication_data_type", "seq_parallel_communication_data_type", "disable_allgather"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "disable_allgather", "dataloader_drop_last"),
     *("prescale_gradients", "gradient_predivide_factor"),
 }
 # Values inside a section that must agree with ours: the flag or the reason, by path.
@@ -109,9 +112,8 @@ REFUSED = {
 }
 
 
-# What has members, and the endings of what is a number of bytes or elements.
-SECTIONS = ("zero_optimization", "bf16", "pipeline", "timers", "zero_optimization.offload_optimizer")
-SIZES = ("_size", "_threshold", "_parameters")
+SUBSECTIONS = {"zero_optimization.offload_optimizer", "zero_optimization.offload_param"}
+SIZES = ("_size", "_threshold", "_parameters")  # endings of what is a number of bytes or elements
 
 
 def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
@@ -130,12 +132,12 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     rule = "--deepspeed_config must be a JSON object"
     given = read_object(path, rule=rule, fix="correct it", parse_constant=_refuse_constant)
     half = given.pop("fp16", None)
-    is_half = half != "auto" and not _is_off(half) and not (isinstance(half, dict) and half.get("enabled") == "auto")
+    is_half = (half.get("enabled") if isinstance(half, dict) else half) not in (False, None, "auto")
     told = f"--deepspeed_config {path} enables fp16"
     require(bf16 or not is_half, told, "fp16 runs as bf16 here", "pass --bf16, or --fp16")
     if is_half and _is_off(given.get("bf16")):  # a file of fp16 switches it off
         given.pop("bf16", None)
-    known = FREE | {name.partition(".")[0] for name in OWNED}
+    known = SECTIONS | VALUES | OWNED.keys()
     given = {key: value for key, value in _without_auto(given).items() if key in known or not _is_off(value)}
     unknown = dict.fromkeys(given.keys() - known, "a setting that is not known here may change what is trained")
     reasons, stated = unknown | REFUSED, _by_path(given)
@@ -143,11 +145,12 @@ def read_settings_file(path: Path, *, bf16: bool) -> dict[str, Any]:
     rule, named = ", ".join(dict.fromkeys(reasons[name] for name in wrong)), ", ".join(map(repr, wrong))
     fix = f"remove {'them' if wrong[1:] else 'it'} from the file"
     require(not wrong, f"--deepspeed_config {path} has {named}", rule, fix)
-    odd = [name for name in SECTIONS if not isinstance(stated.get(name, {}), dict)]
+    kinds = {name: name in SECTIONS | SUBSECTIONS for name in stated if name in given.keys() | SUBSECTIONS}
+    odd = [name for name, is_section in kinds.items() if isinstance(stated[name], dict) != is_section]
     sizes = {name: value for name, value in stated.items() if name.endswith(SIZES)}
     odd += [name for name, size in sizes.items() if not (type(size) in (int, float) and 0 <= size < float("inf"))]
     told = ", ".join(f"{name} as {stated[name]!r}" for name in odd)
-    rule = "a section is an object, and a size a number from 0"
+    rule = "a section is an object, nothing else is one, and a size is a number from 0"
     require(not odd, f"--deepspeed_config {path} has {told}", rule, "correct it, or leave it out")
     return given
 
@@ -213,6 +216,12 @@ def adopt_process_groups(context: ParallelContext) -> None:
     warnings.filterwarnings("ignore", message="c10d::broadcast_")
     import deepspeed
 
+    # Its own Muon, which it imports with an engine and nothing here uses: to compile that would load torch's compiler, a second
+    # at every start.
+    compiling, torch.compile = torch.compile, lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    import deepspeed.runtime.zero.muon.original_muon
+
+    torch.compile = compiling
     # Its information lines bury the progress of a run; its import resets the level.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
@@ -229,21 +238,6 @@ def adopt_process_groups(context: ParallelContext) -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a line of DeepSpeed's is for users: not its warning about optimizers that are not its own, as Muon's is."""
     return "untested optimizer" not in record.getMessage()
-
-
-@contextmanager
-def without_compiling() -> Iterator[None]:
-    """Within it ``torch.compile`` leaves functions as they are. While it builds an engine DeepSpeed imports its own Muon, which
-    nothing here uses; to decorate it would load torch's compiler: a second at every start."""
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # torch reads it at every decoration
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def tensor_parallel_groups(context: ParallelContext) -> SimpleNamespace:

@@ -77,20 +77,12 @@ class ZeroShards(Shards):
             self.zero._lazy_init_hp_params_optimizer_state()
 
 
-class Piece(NamedTuple):
-    """Where a range of a shard lies: in the partition of a data-parallel rank."""
-
-    dp_rank: int
-    start: int
-    offset: int
-    numel: int
-
-
 class Shard(NamedTuple):
-    """One rank's shard of a matrix, in pieces."""
+    """One rank's shard of a matrix, in pieces: data-parallel rank, and start, offset and numel in its partition, as in
+    :class:`Place`."""
 
     spec: ShardSpec
-    pieces: list[Piece]
+    pieces: list[tuple[int, int, int, int]]
 
     def read(self, partitions: torch.Tensor, tp_size: int) -> torch.Tensor:
         """The shard, from the partitions [dp, n] of all data-parallel ranks."""
@@ -119,11 +111,11 @@ class Matrices:
         self._context, flats = context, [master for master, _ in shards.masters()]
         self._shards: dict[torch.Tensor, list[Shard]] = {flat: [] for flat in flats}
         numbers = {flat: number for number, flat in enumerate(flats)}
-        own: dict[str, tuple[int, Piece]] = {}
+        own: dict[str, tuple[int, tuple[int, int, int, int]]] = {}
         for parameter in shards.parameters:
             if (located := shards.locate(parameter)) is not None:
-                flat, *place = located
-                own[shard_of(parameter).name] = numbers[flat], Piece(context.dp.rank, *place)
+                flat, place = located[0], located[1:]
+                own[shard_of(parameter).name] = numbers[flat], (context.dp.rank, *place)
         here = context.pp.rank, context.tp.rank
         peers = [found for place, found in context.gather_objects((here, own)) if place == here]
         for parameter in shards.parameters:
@@ -161,8 +153,6 @@ class Matrices:
             shard.write(spec.shard(done, tp.rank, tp.size), made)
         if dp.size == 1:
             return made[0]
-        mine = torch.empty_like(values)
-        dist.reduce_scatter_tensor(
-            mine, made.view(-1), group=dp.group
-        )  # every element is one rank's, the others have zeros
+        mine = torch.empty_like(values)  # every element is one rank's, the others have zeros
+        dist.reduce_scatter_tensor(mine, made.view(-1), group=dp.group)
         return mine

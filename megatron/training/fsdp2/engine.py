@@ -10,7 +10,7 @@ Nothing waits for the device: whether a step is skipped is decided there, by the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import ceil
 from typing import Any
@@ -35,23 +35,14 @@ EPSILON = 1e-6  # of the clipping, as torch and DeepSpeed have it
 class FSDP2Engine(Engine):
     """See :class:`Engine`."""
 
-    def close(self) -> None:
-        """Nothing outlives the engine."""
-
     def _build(self, *, ema_decay: float | None) -> None:
         model = self._plain_model()
         self._keeps_weights = self.config.parallel.zero_stage < 3
         self._units = share_out(model, self.context, is_bf16=self.config.run.bf16, keeps_weights=self._keeps_weights)
-        self.module = model
+        self.module = self.model = model
         self._own = {parameter: own_rows(parameter) for parameter in model.parameters()}
         self.optimizer = build_optimizer([rows for rows in self._own.values() if rows.numel()], self.config.optimizer)
-        self.shards = RowShards(
-            self._own, self.optimizer, self.context, regather=self._drop_gathered, ema_decay=ema_decay
-        )
-
-    def _drop_gathered(self) -> None:
-        for unit in self._units:
-            unit.reshard()
+        self.shards = RowShards(self._own, self.optimizer, self.context, units=self._units, ema_decay=ema_decay)
 
     def _step(self, data: Batches, wishes: Wishes, *, rate: float) -> StepResult:
         self.module.train()
@@ -135,17 +126,17 @@ class RowShards(Shards):
         optimizer: torch.optim.Optimizer,
         context: ParallelContext,
         *,
-        regather: Callable[[], None],
+        units: Sequence[FSDPModule],
         ema_decay: float | None = None,
     ) -> None:
         """Args:
         own: this rank's rows of each sharded parameter, in its memory; none where there are fewer rows than ranks.
         optimizer: steps on them.
         context: this process.
-        regather: makes the model gather its weights again.
+        units: of the model; what they gathered holds until they gather again.
         ema_decay: of the average of the weights; None: none is kept.
         """
-        self._own, self._regather = own, regather
+        self._own, self._units = own, units
         super().__init__(list(own), optimizer, context, ema_decay=ema_decay)
 
     def masters(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
@@ -160,7 +151,8 @@ class RowShards(Shards):
 
     def refresh(self) -> None:
         """Drop weights that were gathered before; the next pass gathers the new ones."""
-        self._regather()
+        for unit in self._units:
+            unit.reshard()
 
 
 def own_rows(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -59,9 +59,7 @@ def held(config: Config, block: Shapes, outside: Shapes, *, num_blocks: int, dp_
     width = 2 if run.bf16 else FLOAT
     every, one, ends = Rows(block * num_blocks + outside, dp_size), Rows(block, dp_size), Rows(outside, dp_size)
     own = every.own(rank)
-    counters = FLOAT * (
-        sum(map(bool, own)) + 1 + (optimizer.clip_grad > 0)
-    )  # steps, whether to skip, what to divide by
+    counters = FLOAT * (sum(map(bool, own)) + 1 + (optimizer.clip_grad > 0))  # steps, whether to skip, the divisor
     average = (FLOAT * sum(own) + COUNT) * (optimizer.ema_decay is not None)
     state = FLOAT * every.padded + 2 * FLOAT * sum(own) + counters + average
     between = {"weights": 0, "gradients": 0, "optimizer": state, "buckets": 0}

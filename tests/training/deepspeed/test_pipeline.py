@@ -9,7 +9,8 @@ import torch
 
 from megatron.model.batch import Inputs, ModelBatch, Stream, Targets
 from megatron.model.mask import AttentionMask, Full, PerSample, RandomKeyDrop, within_segments
-from megatron.training.deepspeed.pipeline import StageMode, pipeline_batches
+from megatron.training.deepspeed.pipeline import fields, packed, pipeline_batches, stream_of
+from megatron.training.engine import Mode
 
 
 @dataclass
@@ -38,16 +39,16 @@ SEGMENTS = (PLACES >= 5).long()
     ],
 )  # fmt: skip
 def test_only_what_masks_and_positions_need(mask: AttentionMask, inputs: Inputs, names: list[str]) -> None:
-    mode = StageMode(Masked(mask), within_documents=False)  # type: ignore[arg-type]
+    mode = Mode(Masked(mask), within_documents=False)  # type: ignore[arg-type]
     batch = ModelBatch(inputs, Targets(IDS, IDS.float(), SAMPLES, SAMPLES.float()))
     ((tensors, labels),) = pipeline_batches(iter([batch]), mode, torch.device("cpu"))
-    assert len(labels) == 4 and list(mode.fields(tensors)) == names
-    stream = mode.stream(tensors)
+    assert len(labels) == 4 and list(fields(tensors, mask)) == names
+    stream = stream_of(tensors, mask)
     there = {name: getattr(stream, name) for name in Stream._fields[1:] if getattr(stream, name) is not None}
     assert list(there) == names
     for name, part in there.items():
         given = getattr(inputs, name)
         expected = {"position_ids": PLACES, "segment_ids": torch.zeros_like(IDS)}.get(name) if given is None else given
         assert torch.equal(part, expected)
-    again = mode.packed(stream)
+    again = packed(stream, mask)
     assert all(a is b for a, b in zip(again if isinstance(again, tuple) else (again,), tensors))

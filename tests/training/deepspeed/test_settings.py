@@ -80,7 +80,13 @@ def test_a_file_of_fp16_runs_as_bf16(tmp_path: Path, flag: str) -> None:
 
 def test_fp16_left_to_us_is_not_asked_for(tmp_path: Path) -> None:
     plain = deepspeed_settings(parse(BASE), dp_size=2, num_parameters=1000)
-    for half in ("auto", {"enabled": "auto", "loss_scale": 0}, {"enabled": False}):
+    for half in (
+        "auto",
+        {"enabled": "auto", "loss_scale": 0},
+        {"enabled": False},
+        {"loss_scale": 0},
+        {"enabled": None},
+    ):
         assert settings(tmp_path, {"fp16": half}) == plain
 
 
@@ -157,14 +163,20 @@ def test_throughput_is_not_timed_by_deepspeed() -> None:
         ('{"gradient_clipping": Infinity}', [], "Infinity is not a number of JSON"),
         ({"zero_optimization": [2]}, [], r"has zero_optimization as \[2\]; a section is an object"),
         ({"bf16": 1}, ["--bf16"], "has bf16 as 1; a section is an object"),
+        ({"data_types": False}, ["--bf16"], "has data_types as False; a section is an object"),
+        ({"wandb": True, "steps_per_print": {"every": 9}}, [], "has wandb as True, steps_per_print as .*'every': 9"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, [], "offload_optimizer as 'cpu'; a section is an object"),
-        ({"zero_optimization": {"reduce_bucket_size": "many"}}, [], "reduce_bucket_size as 'many'; .*a size a number"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "many"}},
+            [],
+            "reduce_bucket_size as 'many'; .*a size is a number",
+        ),
         (
             {"zero_optimization": {"reduce_bucket_size": -5, "stage3_max_live_parameters": "x"}},
             [],
             "size as -5, .*as 'x'",
         ),
-        ({"zero_optimization": {"reduce_bucket_size": True}}, [], "reduce_bucket_size as True; .*a size a number"),
+        ({"zero_optimization": {"reduce_bucket_size": True}}, [], "reduce_bucket_size as True; .*a size is a number"),
         ({"zero_optimization": {"stage": True}}, [], "zero_optimization.stage to True, the flags to 1"),
         ({"gradient_clipping": True}, [], "gradient_clipping to True, the flags to 1.0"),
         ({"zero_optimization": {"stage3_param_persistence_threshold": [1]}}, ["--zero-stage", "3"], r"as \[1\]"),

@@ -19,7 +19,7 @@ from layouts import jobs
 from layouts.pool import ENVIRONMENT, WorkerPool
 
 from megatron.checkpoint.reader import CheckpointReader
-from megatron.training.step import Observer
+from megatron.training.step import Observer, PendingStep
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -107,7 +107,7 @@ def train_through_a_nan(argv: list[str]) -> list[tuple[bool, float]]:
             return made * float("nan") if self.steps == 3 and self.is_spoiler else None
 
         def step_ended(self, result: Any) -> None:
-            numbers = result.to_host().read()
+            numbers = PendingStep(result).read()
             self.found.append((numbers.skipped, numbers.grad_norm))
 
     spoiler = Spoiler()
