@@ -282,7 +282,7 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
         arguments["metavar"] = "NAME" if len(meta["choices"]) > 3 else "|".join(meta["choices"])
     else:
         is_place = meta["unit"] in PATHS  # a shell expands ~ in some spellings only
-        arguments["type"] = number_of(base) if base is not str else expanduser if is_place else str
+        arguments["type"] = number_of(base) if base is not str else expanduser if is_place else _text
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
     group.add_argument(*spellings, **arguments)
 
@@ -307,6 +307,13 @@ def truth(text: str) -> bool:
     if text.lower() not in WORDS:
         raise argparse.ArgumentTypeError(f"{text!r} follows a switch; it takes no value, or True or False; drop it")
     return WORDS[text.lower()]
+
+
+def _text(word: str) -> str:
+    """A word that goes into records of others; only a path may be no text."""
+    if word.encode(errors="replace").decode() != word:
+        raise argparse.ArgumentTypeError(f"{word!r} was given; it is no text in UTF-8; correct it")
+    return word
 
 
 def number_of(base: type) -> Callable[[str], Any]:
