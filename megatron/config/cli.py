@@ -12,7 +12,7 @@ from importlib import import_module
 from os.path import expanduser
 from typing import Any, ClassVar, Protocol
 
-from megatron.config.option import default_of, spelling
+from megatron.config.option import check_range, default_of, spelling
 from megatron.config.parser import HelpOnTopic, Parser, named
 from megatron.config.schema import SECTIONS, Config
 from megatron.config.validate import PATHS, validate
@@ -182,6 +182,7 @@ def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[
     """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
         item, owners = owned[flag]
+        check_range(item, value)  # here, because those of other objectives go no further
         require(
             name in owners or not value,  # 0 and False switch off, as in published scripts
             f"{spelling(item)} with objective {name}",
