@@ -215,7 +215,7 @@ def _check_ids(prefix: str, vocab_size: int) -> None:
     require(
         wrong is None,
         f"{prefix}.bin holds the id {wrong}",
-        f"ids must be from 0 up, and below the size of the vocabulary, {vocab_size}",
+        f"no id is negative, and ids must be below the size of the vocabulary, {vocab_size}",
         "give the tokenizer (or --vocab-size) that the data were made with",
     )
 

@@ -131,7 +131,7 @@ def test_ids_outside_the_vocabulary_name_the_file(tmp_path: Path, recorded: bool
 
 
 def test_negative_ids_name_the_file(make_data: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match=r"x\.bin holds the id -2; ids must be from 0 up"):
+    with pytest.raises(UserError, match=r"x\.bin holds the id -2; no id is negative"):
         check_vocabulary([make_data("x", [5], start=-2)], vocab_size=3990)
     check_vocabulary([make_data("y", [0], meta={})], vocab_size=3990)  # no tokens, recorded as the largest id -1
 
