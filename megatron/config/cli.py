@@ -103,8 +103,9 @@ def parse(
     given = {name: values[name] for name in owned if values[name] is not None}
     # A launch script of the paper asks for its objective by one of the flags.
     asked = [owners[0] for flag, (item, owners) in owned.items() if item.metadata["chooses"] and given.get(flag)]
-    name = sections["objective"].objective or (asked[0] if asked and objective == "ar" else objective)
-    name = named(name, list(registry))
+    chosen = asked[0] if asked and objective == "ar" else objective
+    name = sections["objective"].objective
+    name = named(chosen if name is None else name, list(registry))
     _check_name(name, registry)
     options = registry[name].Options(**_own_options(name, given, owned))
     sections["objective"] = replace(sections["objective"], objective=name, options=asdict(options))
@@ -181,7 +182,7 @@ def _own_options(name: str, given: Mapping[str, Any], owned: Mapping[str, tuple[
     """What was given for the chosen objective; a flag of another one is refused, because it belongs to no field."""
     for flag, value in given.items():
         item, owners = owned[flag]
-        check_range(item, value)
+        check_range(item, value)  # here, because those of other objectives go no further
         require(
             name in owners or not value,  # 0 and False switch off, as in published scripts
             f"{spelling(item)} with objective {name}",
@@ -282,7 +283,7 @@ def _add_flag(group: argparse._ArgumentGroup, item: Field, hint: Any, *, owners:
         arguments["metavar"] = "NAME" if len(meta["choices"]) > 3 else "|".join(meta["choices"])
     else:
         is_place = meta["unit"] in PATHS  # a shell expands ~ in some spellings only
-        arguments["type"] = _number(base) if base is not str else expanduser if is_place else str
+        arguments["type"] = number_of(base) if base is not str else expanduser if is_place else _text
         arguments["metavar"] = meta["unit"] or {int: "N", float: "X", str: "TEXT"}[base]
     group.add_argument(*spellings, **arguments)
 
@@ -309,7 +310,14 @@ def truth(text: str) -> bool:
     return WORDS[text.lower()]
 
 
-def _number(base: type) -> Callable[[str], Any]:
+def _text(word: str) -> str:
+    """A word that goes into records of others; only a path may be no text."""
+    if word.encode(errors="replace").decode() != word:
+        raise argparse.ArgumentTypeError(f"{word!r} was given; it is no text in UTF-8; correct it")
+    return word
+
+
+def number_of(base: type) -> Callable[[str], Any]:
     """A converter whose message names the kind of number; whole numbers may be written 1e6."""
     kind, example = ("a whole number", "1000 or 1e3") if base is int else ("a number", "0.0003 or 3e-4")
 

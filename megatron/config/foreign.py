@@ -10,12 +10,14 @@ import csv
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron.config.cli import number_of
 from megatron.config.option import flag_of, idle_options
 from megatron.config.schema import SECTIONS
 from megatron.errors import UserError
@@ -306,10 +308,9 @@ def _earlier(samples: int, flags: argparse.Namespace, batch: int) -> list[str]:
 
 
 def _whole(text: str) -> int | None:
-    try:
-        return int(float(text))
-    except (ValueError, OverflowError):
-        return None
+    with suppress(argparse.ArgumentTypeError):
+        return number_of(int)(text)
+    return None
 
 
 def _defaults(

@@ -7,7 +7,6 @@ Imported only where one of the two flags is given. A later layer wins over an ea
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os.path import expanduser
@@ -21,6 +20,7 @@ from megatron.config.foreign import rules, split
 from megatron.config.recorded import flags_of, repeated
 from megatron.config.schema import SECTIONS, Config
 from megatron.config.shape import ARCHITECTURE, SIZES
+from megatron.config.usage import suggestion
 from megatron.config.validate import PATHS
 from megatron.errors import UserError, require
 
@@ -213,10 +213,21 @@ def parse(
     Raises:
         UserError: as there; where it is about a setting that is not from the command line, it says from where that is.
     """
-    words = expand(words, registry, prog=more["prog"], recorded=recorded, origins=origins, notes=notes)
+    layers = Layers(registry, more["prog"])
+    own = type(layers.parser)(prog=more["prog"], add_help=False, allow_abbrev=False)
+    own.add_argument("--config", action="append", default=[])
+    named, rest = own.parse_known_args(words)
+    files = [layers.of_file(Path(expanduser(name)), notes) for name in named.config]
+    settings = layers.merged([*files, layers.of_words(rest)])
+    if any("use_checkpoint_args" in setting.names and setting.words for setting in settings):
+        require(recorded, "--use-checkpoint-args", "this program loads no checkpoint", "drop it")
+        assert recorded is not None
+        settings = layers.merged([layers.of_checkpoint(settings, recorded), settings])
+    sources = {name: part.source for part in settings if part.source != "flag" for name in part.names if part.words}
+    words = [word for part in settings if "use_checkpoint_args" not in part.names for word in part.words]
     left = " ".join(LAYERED & flags_in(words))
     require(not left, f"{left} behind --", "no flag stands there", "drop the --")
-    sources = dict(origins)
+    origins.update(sources)
     try:
         return cli.parse(words, registry, origins=origins, notes=notes, **more)
     except UserError as error:
@@ -228,55 +239,13 @@ def parse(
         raise type(error)(f"{error.given} ({origin})", error.rule, error.fix) from error
 
 
-def expand(
-    words: Sequence[str],
-    registry: Registry,
-    *,
-    prog: str | None,
-    recorded: Recorded | None,
-    origins: dict[str, str],
-    notes: list[str],
-) -> list[str]:
-    """The command line with what files and a checkpoint add to it.
-
-    Args:
-        words: the command line.
-        registry: objectives by name.
-        prog: program name for messages.
-        recorded: gives what the checkpoint of a folder and a tag records, and its ``name``; None: the program loads none.
-        origins: receives where each setting that is not from the command line comes from, by field.
-        notes: receives lines to be said at start.
-
-    Returns:
-        Words without ``--config`` and ``--use-checkpoint-args``; those of the command line are last.
-
-    Raises:
-        UserError: a file or a checkpoint that cannot be used.
-    """
-    layers = Layers(registry, prog)
-    own = type(layers.parser)(prog=prog, add_help=False, allow_abbrev=False)
-    own.add_argument("--config", action="append", default=[])
-    named, rest = own.parse_known_args(words)
-    files = [layers.of_file(Path(expanduser(name)), notes) for name in named.config]
-    settings = layers.merged([*files, layers.of_words(rest)])
-    if any("use_checkpoint_args" in setting.names and setting.words for setting in settings):
-        require(recorded, "--use-checkpoint-args", "this program loads no checkpoint", "drop it")
-        assert recorded is not None
-        settings = layers.merged([layers.of_checkpoint(settings, recorded), settings])
-    origins.update(
-        {name: part.source for part in settings if part.source != "flag" for name in part.names if part.words}
-    )
-    settings = [setting for setting in settings if "use_checkpoint_args" not in setting.names]
-    return [word for setting in settings for word in setting.words]
-
-
 def _key(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
 def _shown(name: str, known: Mapping[str, str]) -> str:
-    near = difflib.get_close_matches(_key(name).lower(), known, n=1, cutoff=0.7)
-    return f"{name!r}" + (f" (did you mean {near[0]}?)" if near else "")
+    near = suggestion(_key(name), known, cutoff=0.7)
+    return f"{name!r}" + f" ({near})" * bool(near)
 
 
 def _value(setting: Setting) -> tuple[str, ...]:

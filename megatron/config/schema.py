@@ -7,6 +7,7 @@ rules between them, and ``run.json`` stores them. Nothing changes a configuratio
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from megatron.config.option import ABOVE_ZERO, DROPOUT, EPSILON, MINUTES, NOT_NEGATIVE, POSITIVE, SEED
@@ -113,10 +114,10 @@ class DataConfig:
     allow_training_data_in_validation: bool = option(False, "validate on training data", affects="layout",
         needs=VALIDATION)
     data_impl: str = option("mmap", "on-disk format of the tokens", choices=("mmap", "infer"),
-        no_effect="tokens are always memory-mapped", affects="layout")
+        no_effect="tokens are always memory-mapped", affects="output")
     data_cache_path: str | None = option(None,
         "folder of cached index maps; default: index-cache/ beside the data, or a temporary folder", unit="DIR",
-        affects="layout")
+        affects="output")
     verify_data: bool = option(False,
         "read all data once at the start and compare them with the digests that PREFIX.meta.json records")
     reset_position_ids: bool = option(False, "restart the positions with every document of a sample",
@@ -338,3 +339,12 @@ OF_TRAINING = {
     *("no_load_optim", "no_load_rng", "tensorboard_dir", "wandb_project"),
 }
 SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(Config)}
+
+
+@cache
+def affects(section: str, name: str) -> str:
+    """What another value of a setting means, by the words of :func:`~megatron.config.option.option`; options of an objective,
+    and what this version does not know, change results."""
+    cls = SECTIONS.get(section)
+    item = getattr(cls, "__dataclass_fields__", {}).get(name)
+    return (item and item.metadata and (item.metadata["affects"] or getattr(cls, "AFFECTS", ""))) or "results"

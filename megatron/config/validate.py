@@ -44,7 +44,6 @@ def validate(config: Config, options: Any, *, needs_mask_token: bool, world_size
     _validate_data(config.data)
     shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or 1)
     _validate_model(shape)
-    _validate_attention(shape)
     _validate_layout(config, shape, world_size)
     _validate_run(config)
     require(
@@ -126,9 +125,6 @@ def _validate_model(model: Shape) -> None:
         "every token needs a position",
         f"pass at least {model.seq_length}",
     )
-
-
-def _validate_attention(model: Shape) -> None:
     require(
         model.attention_backend not in PACKAGES or model.attention_dropout == 0.0,
         f"--attention-backend {model.attention_backend} with --attention-dropout {model.attention_dropout:g}",
@@ -263,21 +259,20 @@ def _validate_run(config: Config) -> None:
         "it counts validation steps, or is 'full'",
         "pass for instance --eval-iters 10",
     )
-    is_nothing = run.skip_train and run.eval_iters != "full" and int(run.eval_iters) == 0
-    given = f"--skip-train with --eval-iters {run.eval_iters}"
-    require(not is_nothing, given, "an evaluation validates", "drop one of them")
     require(
         run.gap_task is None or (parallel.pipeline_model_parallel_size == 1 and parallel.zero_stage < 3),
         f"--gap-task with {parallel.pipeline_model_parallel_size} pipeline stages and ZeRO {parallel.zero_stage}",
         "answers are scored by the whole model on every data-parallel rank",
         "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
     )
-    require(
-        config.data.valid_data_path or config.data.valid_data_path_file or not run.save_best,
-        "--save-best without validation data",
-        "the best checkpoint is that of the best validation",
-        "pass --valid-data-path, or drop it",
-    )
+    has_data, iters = config.data.valid_data_path or config.data.valid_data_path_file, run.eval_iters.strip("0")
+    for flag, is_given in (("--save-best", run.save_best), ("--skip-train", run.skip_train)):
+        require(
+            (has_data and iters) or not is_given,
+            f"{flag} without {'validation: --eval-iters 0' if has_data else 'validation data'}",
+            "it needs a validation",
+            f"{'raise --eval-iters' if has_data else 'pass --valid-data-path'}, or drop {flag}",
+        )
     for flag, file, content in (
         ("--deepspeed_config", parallel.deepspeed_config, "settings"),
         ("--gap-task", run.gap_task, "questions, one JSON object a line"),

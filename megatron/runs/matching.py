@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from megatron.config import config_to_dict
-from megatron.config.schema import Config, OptimizerConfig, RunConfig
+from megatron.config.schema import Config, affects
 from megatron.runs.run import Run
 
 Weight = Literal["result", "unknown", "layout"]
 
 _OBJECTIVE_FIELDS = frozenset({"run.num_mc", "run.valid_estimator"})
 """Belongs to how an objective is estimated, so it goes with the objective like the whole ``objective`` section."""
-
-_OUTPUT_FIELDS = frozenset(
-    {
-        "run.save",
-        "run.save_interval",
-        "run.keep_last",
-        "run.log_interval",
-        "run.exit_duration_in_mins",
-        "run.exit_interval",
-        "run.kill_switch_file",
-        "run.skip_train",
-        "run.no_load_rng",
-        "data.data_cache_path",
-        "data.data_impl",
-    }
-)
-"""Where things are written and how often they are logged; so do all tensorboard and wandb options."""
-
-_LAYOUT_FIELDS = frozenset({"run.micro_batch_size", "data.num_workers"})
-"""How the work is spread; the same numbers come out by design, up to rounding. So does the ``parallel`` section."""
-
-_ELSEWHERE = frozenset(
-    {
-        "run.load",
-        "run.load_tag",
-        "run.branch_from",
-        "run.load_kind",
-        *(f"data.{part}_data_path{suffix}" for part in ("train", "valid") for suffix in ("", "_file")),
-    }
-)
-"""Compared by what they mean (:func:`_start`, :func:`_data_differences`)."""
-
-_OF_A_BRANCH = frozenset(
-    f"{section}.{item.name}"
-    for section, cls in (("optimizer", OptimizerConfig), ("run", RunConfig))
-    for item in fields(cls)
-    if item.metadata["affects"] in ("schedule", "length") and item.name != "global_batch_size"
-)
-"""What a branch is made for: another schedule and length."""
 
 _TOKENIZER_FIELDS = frozenset(
     f"data.{name}" for name in ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")
@@ -94,7 +55,7 @@ def differences(first: Run, second: Run) -> list[Difference]:
     found: list[Difference] = []
     by_content = _TOKENIZER_FIELDS if _fingerprint(first) and _fingerprint(second) else frozenset()
     for name in left.keys() | right.keys():
-        layout = name.startswith("parallel.") or name in _LAYOUT_FIELDS
+        layout = name.startswith("parallel.") or _affects(name) == "layout"
         if name in by_content or (_says_nothing(name) and not layout):
             continue
         one, other = (record.get(name, _defaults().get(name)) for record in (left, right))
@@ -220,7 +181,8 @@ def _start(run: Run) -> str | None:
         return None
     tag = run.setting("run", "load_tag")
     kind = run.setting("run", "load_kind")
-    return " ".join(str(part) for part in (load, tag, kind) if part)
+    alone = any(run.setting("run", name) for name in ("finetune", "no_load_optim")) and "without its optimizer"
+    return " ".join(str(part) for part in (load, tag, kind, alone) if part)
 
 
 def _changed(run: Run) -> dict[str, Any]:
@@ -228,7 +190,10 @@ def _changed(run: Run) -> dict[str, Any]:
     without those that say nothing about numbers, and those of a branch's schedule, which are as if they had always been."""
     found: dict[str, Any] = {}
     own = run.branch.changed if run.branch else {}
-    found.update({name: change for name, change in own.items() if not (_says_nothing(name) or name in _OF_A_BRANCH)})
+    for name, change in own.items():
+        is_of_branches = _affects(name) in ("schedule", "length") and name != "run.global_batch_size"
+        if not (_says_nothing(name) or is_of_branches):
+            found[name] = change
     for attempt in run.info.get("attempts") or []:
         found.update(
             {name: change for name, change in (attempt.get("changed") or {}).items() if not _says_nothing(name)}
@@ -243,13 +208,15 @@ def _order(run: Run) -> str | None:
 
 
 def _says_nothing(name: str) -> bool:
-    """Whether a setting belongs to the objective, to the output or to the layout."""
-    return (
-        name in _OBJECTIVE_FIELDS | _OUTPUT_FIELDS | _LAYOUT_FIELDS | _ELSEWHERE
-        or name.startswith(("objective.", "parallel."))
-        or "tensorboard" in name
-        or "wandb" in name
-    )
+    """Whether a setting belongs to the objective, to the output or to the layout, or names what is compared by content
+    (:func:`_start`, :func:`_data_differences`)."""
+    says_nothing = _affects(name) in ("output", "layout", "identity") and name not in _TOKENIZER_FIELDS
+    return says_nothing or name in _OBJECTIVE_FIELDS or name.startswith(("objective.", "parallel."))
+
+
+def _affects(name: str) -> str:
+    section, _, field = name.partition(".")
+    return affects(section, field)
 
 
 def _fingerprint(run: Run) -> str | None:

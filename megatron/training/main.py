@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron.config.cli import LAYERED, flags_in
 from megatron.config.validate import check_packages
@@ -88,13 +88,15 @@ def main(
 
 def _flags(objective: str, words: Sequence[str], launch: Launch, origins: dict[str, str]) -> Config:
     """The flags; says what they mean where that is not plain, and fills ``origins``."""
-
-    def recorded(load: str, tag: str | None) -> dict[str, Any]:
-        return import_module("megatron.training.configuration").recorded(load, tag)
-
     notes: list[str] = []
-    told = {"world_size": launch.world_size, "notes": notes, "origins": origins, "recorded": recorded}
-    flags = parse(words, objective=objective, **told)
+    flags = parse(
+        words,
+        objective=objective,
+        world_size=launch.world_size,
+        notes=notes,
+        origins=origins,
+        recorded=lambda *place: import_module("megatron.training.configuration").recorded(*place),
+    )
     check_packages(flags)
     for note in notes if launch.is_first_rank else []:
         say(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from itertools import chain
@@ -13,7 +13,7 @@ from typing import Any
 from megatron.checkpoint.files import check_use
 from megatron.checkpoint.select import Selection, select
 from megatron.config import config_to_dict
-from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig
+from megatron.config.schema import EXACT_COUNT, NOISE_SCHEME, UNRECORDED, WEIGHT, Config, RunConfig, affects
 from megatron.config.shape import ARCHITECTURE, Shape, padded_size
 from megatron.config.validate import idle_notes
 from megatron.data.blend import data_paths, parse_blend
@@ -133,12 +133,6 @@ def _sources(flags: Config, launch: Launch) -> Sources:
         "no training data",
         "a run needs a prefix of .bin/.idx files",
         "pass --train-data-path or --train-data-path-file (tools/preprocess_data.py makes them)",
-    )
-    require(
-        valid or not run.skip_train,
-        "--skip-train without validation data",
-        "validation needs data",
-        "pass --valid-data-path",
     )
     blends = {"train": train, "valid": valid}
     # Files that are damaged show it now, those of validation too, and not after hours.
@@ -355,12 +349,12 @@ def _agreed_changes(
 def changed_data(record: Mapping[str, Any], sources: Sources) -> dict[str, tuple[Any, Any, str]]:
     """Data that are not those of a record or a manifest, by content, as :func:`changed_settings` says it."""
     changed: dict[str, tuple[Any, Any, str]] = {}
-    for name, affects in (("train", "results"), ("valid", "validation")):
+    for name, kind in (("train", "results"), ("valid", "validation")):
         parts = record.get("data", {}).get(name, []), sources.fingerprints[name]
         keys = ["idx_sha256", *(["bin_sample"] if all("bin_sample" in part for part in chain(*parts)) else [])]
         before, now = ([_content(part, keys) for part in each] for each in parts)
         if before and now and before != now:  # by content: where the files lie does not matter
-            changed[f"data.{name}"] = (before, now, affects)
+            changed[f"data.{name}"] = (before, now, kind)
     return changed
 
 
@@ -378,13 +372,11 @@ def changed_settings(before: dict[str, Any], now: Config) -> dict[str, tuple[Any
     """
     found = {}
     for section, values in config_to_dict(now).items():
-        saved, own = {**UNRECORDED.get(section, {}), **before.get(section, {})}, getattr(now, section)
-        stated = {item.name: item.metadata["affects"] for item in fields(own) if item.metadata}
+        saved = {**UNRECORDED.get(section, {}), **before.get(section, {})}
         for name in values.keys() & saved.keys():
             unset = (None, UNSET_BEFORE.get(name))
             is_same = saved[name] == values[name] or (saved[name] in unset and values[name] in unset)
-            # Options of an objective, which are no fields of their section, change results.
-            affects = stated.get(name) or getattr(own, "AFFECTS", "results")
-            if affects in ("results", "schedule", "length", "validation") and not is_same:
-                found[f"{section}.{name}"] = (saved[name], values[name], affects)
+            kind = affects(section, name)
+            if kind in ("results", "schedule", "length", "validation") and not is_same:
+                found[f"{section}.{name}"] = (saved[name], values[name], kind)
     return dict(sorted(found.items()))

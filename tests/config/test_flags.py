@@ -183,6 +183,14 @@ def test_validation_steps_are_a_number_or_full(value: str) -> None:
         parse([*BASE, "--valid-data-path", "v", f"--eval-iters={value}"])
 
 
+def test_a_name_is_text_and_only_a_path_may_be_none() -> None:
+    """W&B ended a run that had begun in a traceback."""
+    words = [*BASE, "--save", "runs/\udcff"]
+    assert parse(words).run.save == "runs/\udcff"
+    with pytest.raises(UserError, match=r"--wandb-project: '.udcff' was given; it is no text in UTF-8; correct it"):
+        parse([*words, "--wandb-project", "\udcff"])
+
+
 @pytest.mark.parametrize("kind", ["train", "valid"])
 def test_data_are_named_once(kind: str) -> None:
     flag = f"--{kind}-data-path"

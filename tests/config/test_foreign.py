@@ -40,7 +40,7 @@ def test_all_unknown_flags_are_named_at_once_with_their_counterparts() -> None:
         "8",
         "--frobnicate",
         "--lr-decay-iters",
-        "x",
+        "2.5",
         "--use-distributed-optimizer",
         "3",
     ]
@@ -54,7 +54,7 @@ def test_all_unknown_flags_are_named_at_once_with_their_counterparts() -> None:
         "  --embed-layernorm: a norm after the embedding is another model, and is not built",
         "  unknown argument '--hiden-size'; did you mean --hidden-size?",
         "  unknown argument '--frobnicate'; it is no flag of Megatron's either",
-        "  --lr-decay-iters x: it takes a whole number",
+        "  --lr-decay-iters 2.5: it takes a whole number",
         "  --use-distributed-optimizer 3: it takes no value",
     ]
 
