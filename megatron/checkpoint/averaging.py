@@ -98,11 +98,14 @@ def _differences(one: CheckpointReader, other: CheckpointReader) -> Iterator[tup
             **{name: getattr(model, name) for name in (*ARCHITECTURE, "padded_vocab_size", "seq_length")},
             "objective": objective.objective,
             "mask_token_id": objective.mask_token_id,
-            "tokenizer": reader.manifest.get("tokenizer", {}).get("fingerprint"),
+            "tokenizer": (reader.manifest.get("tokenizer") or {}).get("fingerprint"),
         }
 
     mine, theirs = traits(one), traits(other)
-    yield from ((name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name])
+    for name in mine:
+        is_unknown = name == "tokenizer" and None in (mine[name], theirs[name])  # earlier versions did not record each
+        if mine[name] != theirs[name] and not is_unknown:
+            yield name, mine[name], theirs[name]
 
 
 def _provenance(reader: CheckpointReader) -> dict[str, Any]:

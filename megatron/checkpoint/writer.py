@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -38,7 +38,6 @@ from megatron.files import replace_file, written_whole
 from megatron.parallel.context import ParallelContext, Poll
 from megatron.parallel.sharding import ShardSpec
 
-Result = TypeVar("Result")
 BLOCK = 1 << 22  # bytes of a file that are hashed and written at a time
 # As safetensors names them.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -100,7 +99,7 @@ class Saving:
         self._specs, self._state, self._context = specs, state, context
         self.tag = run_dir / f"global_step{state['step']}"
         self._scratch = run_dir / f"{self.tag.name}.saving"
-        self._report: tuple[str | None, dict[str, Any] | None] = (None, None)
+        self._written: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._thread: Thread | None = None
         self._poll = None if context.control_group is None else Poll(context.control_group)
@@ -135,18 +134,21 @@ class Saving:
         """
         if self._thread is not None:
             self._thread.join()
-        if self._error is not None:
+        if self._error is not None and not isinstance(self._error, Failure):
             raise self._error
         if self._poll is not None:
             self._poll.end()
         context, scratch = self._context, self._scratch
-        reports = context.gather_objects((*self._report, dict(self._specs)), everywhere=False)
-        failure = next((f"rank {rank}: {report[0]}" for rank, report in enumerate(reports) if report[0]), None)
+        failure = None if self._error is None else f"rank {context.rank}: {self._error.given}"
+        reports = context.gather_objects((failure, self._written, dict(self._specs)), everywhere=False)
+        failure = next((report[0] for report in reports if report[0]), None)
         if failure is None and context.is_first_rank:
             tensors = {name: spec for report in reports for name, spec in report[2].items()}
             files = {name: file for report in reports for name, file in report[1].items()}
-            manifest = _manifest(self._state, tensors, files)
-            failure, _ = _attempt(lambda: _publish(self.tag.parent, scratch, self.tag, manifest))
+            try:
+                _publish(self.tag.parent, scratch, self.tag, _manifest(self._state, tensors, files))
+            except (Failure, OSError) as error:
+                failure = error.given if isinstance(error, Failure) else str(error)
         failure = context.gather_objects(failure)[0]
         if failure is not None:
             if context.is_first_rank:
@@ -160,19 +162,11 @@ class Saving:
 
     def _write(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
         try:
-            self._report = _attempt(lambda: _write_shard(self._scratch, tensors(), self._context))
-        except BaseException as error:  # no thread may keep it: it is the process that fails
+            self._written = _write_shard(self._scratch, tensors(), self._context)
+        except (
+            BaseException
+        ) as error:  # no thread may keep it: of a full disk all ranks must hear, of others the process fails
             self._error = error
-
-
-def _attempt(action: Callable[[], Result]) -> tuple[str | None, Result | None]:
-    """Run; an error of the operating system comes back as text, because other ranks must hear of it."""
-    try:
-        return None, action()
-    except Failure as error:
-        return error.given, None
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}" if error.filename else f"{type(error).__name__}: {error}", None
 
 
 def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: ParallelContext) -> dict[str, Any]:
@@ -181,7 +175,7 @@ def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: Paral
     with written_whole(path):
         scratch.mkdir(parents=True, exist_ok=True)
         checksum = save_file(tensors, path)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": checksum, "keys": grouped(tensors)}}
+        return {path.name: {"bytes": path.stat().st_size, "sha256": checksum, "keys": grouped(tensors)}}
 
 
 def _manifest(state: dict[str, Any], tensors: Mapping[str, ShardSpec], files: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import DataConfig
-from megatron.data.identity import tokenizer_of
+from megatron.data.identity import check_tokenizer
 from megatron.data.tokenizer import build_tokenizer
 from megatron.errors import UserError
 
@@ -30,15 +31,20 @@ FILES = (
 def named_tokenizer(data: DataConfig, recorded: Mapping[str, Any]) -> DataConfig:
     """Return the settings with the tokenizer spelled out, where the run left it to its training data to name it.
 
-    Runs on pre-tokenised data, or whose data are gone or were made with another tokenizer since (``recorded``: what the run says
-    of its own), keep what they have: perhaps no tokenizer.
+    Runs on pre-tokenised data, or whose data are gone, keep what they have: perhaps no tokenizer. One that became another
+    (``recorded``: what the run says of its own) is left out, with a warning.
     """
-    if data.tokenizer_type is not None and data.vocab_size is not None:
-        return data
+    if data.tokenizer_type is not None and data.vocab_size is not None and not recorded:
+        return data  # such as that of an import
     try:
-        tokenizer = tokenizer_of(data, recorded)
+        tokenizer = build_tokenizer(data)
     except (ValueError, OSError):
         return data
+    try:
+        check_tokenizer(tokenizer, recorded)
+    except UserError as error:
+        print(f"warning: no tokenizer: {error}", file=sys.stderr, flush=True)
+        return DataConfig(vocab_size=recorded.get("vocab_size"))
     spec = tokenizer.spec
     return DataConfig(
         tokenizer_type=spec["type"],

@@ -64,7 +64,7 @@ class GPTDataset:
             cache_path: folder of cached index maps; default: index-cache/ beside the data, or a temporary folder.
 
         Raises:
-            ValueError: the files are missing or damaged, or too short (see IndexedDataset and plan_order).
+            UserError: the files are missing or damaged, or too short (see IndexedDataset and plan_order).
         """
         self.documents = IndexedDataset(prefix)
         self.seq_length = seq_length
@@ -130,7 +130,7 @@ class BlendedDataset:
             choices: data set of each sample, integers [samples], as ``blend_order`` gives them.
 
         Raises:
-            ValueError: a data set has too few samples.
+            UserError: a data set has too few samples.
         """
         self.datasets = list(datasets)
         self.weights = (np.asarray(weights, dtype=np.float64) / np.sum(weights)).tolist()
@@ -193,7 +193,7 @@ def build_dataset(
         seq_length, seed, name, cache_path: as in GPTDataset; all parts of a blend share them.
 
     Raises:
-        ValueError: a wrong blend, or missing, damaged or too short data.
+        UserError: a wrong blend, or missing, damaged or too short data.
     """
     pairs = parse_blend(paths)
     if len(pairs) == 1:

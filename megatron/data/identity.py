@@ -16,7 +16,7 @@ import numpy as np
 from megatron.config.schema import DataConfig
 from megatron.data.blend import parse_blend, prefixes_of
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta, whole_prefix
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError, require
 from megatron.files import sha256_of
 from megatron.statistics import fingerprint, half_of
@@ -42,30 +42,25 @@ def tokenizer_fingerprint(tokenizer: Tokenizer, *, without: Collection[int] = ()
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:32]
 
 
-def tokenizer_of(data: DataConfig, recorded: Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer of a run, from the settings that it recorded.
+def check_tokenizer(tokenizer: Tokenizer, recorded: Mapping[str, Any]) -> None:
+    """Check that a tokenizer is that of a run, whose data or files may have been made anew.
 
     Args:
-        data: its settings; where they name no tokenizer, its training data do.
-        recorded: ``vocab_size`` and ``fingerprint`` of the tokenizer as it was then, as far as they are known.
+        tokenizer: as the settings of the run, or its data, name it now.
+        recorded: ``vocab_size`` and ``fingerprint`` of then, as far as they are known.
 
     Raises:
-        UserError: it cannot be built, or is another one by now, because data or files were made anew.
+        UserError: it is another one.
     """
-    tokenizer = build_tokenizer(data)
     now = {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer_fingerprint(tokenizer)}
-    changed = [
-        f"{name} {recorded[name]} (now {value})"
-        for name, value in now.items()
-        if recorded.get(name) not in (None, value)
-    ]
+    changed = [name for name, value in now.items() if recorded.get(name) not in (None, value)]
     require(
         not changed,
-        f"{tokenizer.name} is not the tokenizer of the run, which had {', '.join(changed)}",
+        f"{tokenizer.name} is not the tokenizer of the run, which had "
+        + ", ".join(f"{name} {recorded[name]} (now {now[name]})" for name in changed),
         "ids mean what they meant in training",
         "name the tokenizer of then",
     )
-    return tokenizer
 
 
 def data_fingerprint(paths: Sequence[str]) -> list[dict[str, Any]]:

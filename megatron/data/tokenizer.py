@@ -92,7 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model`` file."""
 
     def __init__(self, model: str) -> None:
-        """Load ``model``. Raises ValueError when the file cannot be read or sentencepiece is not installed."""
+        """Load ``model``. Raises UserError when the file cannot be read or sentencepiece is not installed."""
         processor = _import("sentencepiece").SentencePieceProcessor()
         file = _existing(model, "--tokenizer-model")
         with _loading(model, "it must be a SentencePiece model", "check --tokenizer-model"):
@@ -151,7 +151,7 @@ class NullTokenizer(Tokenizer):
         self.spec = {"type": "NullTokenizer", "vocab_size": vocab_size}
 
     def encode(self, text: str) -> list[int]:
-        """Return the numbers in ``text``. Raises ValueError for words that are not ids of the vocabulary."""
+        """Return the numbers in ``text``. Raises UserError for words that are not ids of the vocabulary."""
         words = text.split()
         bad = next((word for word in words if not (_is_short_number(word) and int(word) < self.vocab_size)), None)
         if bad is not None:
@@ -175,7 +175,7 @@ def gpt2_bpe(vocab_file: str, merge_file: str) -> FastTokenizer:
     """Return GPT-2's byte-level BPE from vocab.json (encoder.json) and merges.txt (vocab.bpe).
 
     Raises:
-        ValueError: a file is missing or is not what it should be.
+        UserError: a file is missing or is not what it should be.
     """
     tokenizers = _import("tokenizers")
     files = _existing(vocab_file, "--vocab-file"), _existing(merge_file, "--merge-file")
@@ -195,7 +195,7 @@ def hf_tokenizer(model: str) -> FastTokenizer:
         model: a folder with tokenizer.json, such a file itself, or a name on the hub (downloaded or from its cache).
 
     Raises:
-        ValueError: it cannot be found, or has no tokenizer.json.
+        UserError: it cannot be found, or has no tokenizer.json.
     """
     tokenizers = _import("tokenizers")
     path = Path(model).expanduser()

@@ -16,8 +16,8 @@ from megatron.checkpoint.select import select
 from megatron.checkpoint.tensors import open_whole_model
 from megatron.config.schema import WEIGHT, Config
 from megatron.config.shape import Shape
-from megatron.data.identity import tokenizer_of
-from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.data.identity import check_tokenizer
+from megatron.data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 from megatron.errors import UserError, require
 from megatron.inference.blocks import BlockModel
 from megatron.inference.decoder import CachedDecoder
@@ -300,7 +300,8 @@ def _tokenizer(stored: _Stored, options: dict[str, Any]) -> tuple[Tokenizer | No
         fresh = dict.fromkeys(("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size"))
         data, recorded = dataclasses.replace(data, **{**fresh, **options}), {}
     try:
-        tokenizer = tokenizer_of(data, recorded)
+        tokenizer = build_tokenizer(data)
+        check_tokenizer(tokenizer, recorded)
     except (ValueError, OSError) as error:
         if options:
             raise

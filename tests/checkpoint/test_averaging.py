@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.averaging import mean_of
 from megatron.checkpoint.files import read_manifest
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.checkpoint.select import select
@@ -18,6 +19,7 @@ from megatron.commands.average import main
 from megatron.commands.convert import main as convert
 from megatron.commands.running import status_of
 from megatron.config.schema import Config
+from megatron.errors import UserError
 from megatron.inference.model import load_model
 from megatron.parallel.context import ParallelContext
 from tests.evaluation import tiny
@@ -111,6 +113,18 @@ def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(
     assert average(run, "--last", 3, "--output", tmp_path / "mean") == 2
     assert "global_step20 (shard-00000.safetensors has" in capsys.readouterr().err
     assert not list(tmp_path.glob("*mean*"))
+
+
+def test_a_tokenizer_that_is_not_recorded_is_no_other_one(config: Config, tmp_path: Path) -> None:
+    """As in the first checkpoints of a run that went on under a version which records it."""
+    tensors = tiny.random_tensors(config)
+    tags = [
+        save_full_checkpoint(tmp_path, config, tensors, step=step, more={"tokenizer": {"fingerprint": fingerprint}})
+        for step, fingerprint in ((10, None), (20, "a"), (30, "b"))
+    ]
+    assert set(mean_of(tags[:2], "weight")[1]) == set(tensors)
+    with pytest.raises(UserError, match=r"has tokenizer a, .*global_step30 b"):
+        mean_of(tags, "weight")
 
 
 def test_a_mean_that_cannot_be_written_leaves_nothing(

@@ -176,7 +176,7 @@ print(json.dumps(found))"""
         assert found["logits"] == pytest.approx(model(torch.arange(6)[None]).logits.sum((0, 1))[:5].tolist(), abs=1e-4)
 
 
-def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
+def test_tokenizer_that_only_the_data_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run without tokenizer flags finds its tokenizer, and with it the real vocabulary, through its data; but not where they
     were made with another one since."""
     prefix, meta = tmp_path / "data_text_document", {"tokenizer": {"type": "ByteTokenizer"}, "vocab_size": 257}
@@ -196,6 +196,10 @@ def test_tokenizer_that_only_the_data_name(tmp_path: Path) -> None:
     Path(f"{prefix}.meta.json").write_text(json.dumps({"tokenizer": bpe.spec, "vocab_size": 257}))
     report = export_folder(*read_run(tmp_path / "run")[:2], tmp_path / "hf1")
     assert report["tokenizer"] is False
+    assert "no tokenizer: HFTokenizer(bpe) is not the tokenizer of the run" in capsys.readouterr().err
+    named = replace(config, data=DataConfig(tokenizer_type="HFTokenizer", tokenizer_model=str(tmp_path / "bpe")))
+    write_run(tmp_path / "named", named, tensors, step=1, source="", more=own)  # and its files were replaced
+    assert export_folder(*read_run(tmp_path / "named")[:2], tmp_path / "hf3")["tokenizer"] is False
     for file in tmp_path.glob("data_text_document.*"):
         file.unlink()
     report = export_folder(*read_run(tmp_path / "run")[:2], tmp_path / "hf2")
