@@ -16,7 +16,7 @@ import torch
 from megatron.evaluation.estimators import noise, stratified_standard_error
 from megatron.evaluation.exact import TokenScores
 from megatron.evaluation.passes import Passes, undivided
-from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.scorer import Estimate, Request, batches, cut_context
 from megatron.inference.logits import LogitsFn
 from megatron.inference.model import InferenceModel
 from megatron.objectives.base import UniformDecoding
@@ -97,9 +97,8 @@ class UniformScorer:
         order = sorted(range(len(cut)), key=lambda index: _size(cut[index]), reverse=True)
         passes = [(index, number) for index in order for number in range(2 * num_draws)]
         found = [np.zeros((2 * num_draws, len(request.target))) for request in cut]
-        longest = max((len(request.target) for request in cut), default=1)
-        limit = max(1, min(self.batch_size, MAX_SCORED_POSITIONS // longest))
-        for start, stop in equal_runs([_size(cut[index]) for index, _ in passes], limit=limit):
+        alike = [_size(cut[index]) for index, _ in passes]
+        for start, stop in batches([target for _, target in alike], alike=alike, limit=self.batch_size):
             batch = passes[start:stop]
             values = self._forward([cut[index] for index, _ in batch], [number for _, number in batch], num_draws)
             for (index, number), own in zip(batch, values):

@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from megatron.config.shape import Shape
+from megatron.data.identity import tokenizer_fingerprint
 from megatron.errors import UserError
 from megatron.evaluation.lm_eval.generation import GeneratingLM
 from megatron.evaluation.lm_eval.groups import REFUSED, Group, Refusals, place_of
@@ -91,7 +92,7 @@ class MegatronLM(GeneratingLM):
         self.refusals = Refusals()
         self._rank, self._world_size, self._device = self.context.dp.rank, self.context.dp.size, model.device
         folder = Path(cache_dir) if cache_dir else None
-        fingerprint = f"{model.identity} {self.fingerprint()}"
+        fingerprint = f"{model.identity} {tokenizer_fingerprint(self.tokenizer)} {self.fingerprint()}"
         self.cache = ResultCache(
             folder, fingerprint=fingerprint, rank=self.context.rank, write=self.context.tp.rank == 0
         )

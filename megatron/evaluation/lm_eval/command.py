@@ -216,6 +216,8 @@ def _say_what_has_no_effect(arguments: argparse.Namespace, lm: Any) -> None:
         print("--num-mc: no masks are drawn here")
     if getattr(arguments, "bf16", False) and lm.get_model_info()["model_dtype"] == "torch.float32":
         print(f"--bf16: evaluated in float32 ({'as --eval_fp32 says' if arguments.eval_fp32 else 'on a CPU'})")
+    if getattr(arguments, "seq_length", 0) > lm.max_length:
+        print(f"--seq-length {arguments.seq_length}: rows have {lm.max_length} tokens, as the model was trained with")
     if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
         print(
             "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
@@ -246,6 +248,10 @@ def finish_results(
             dropped = ("perplexity",)
         elif arguments.only_mc_nll:
             dropped = {"loglikelihood": ("acc",), "multiple_choice": ("exact_match",)}.get(kind, ())
+        for sample in results.get("samples", {}).get(task, ()):
+            sample["metrics"] = [name for name in sample.get("metrics", ()) if name not in dropped]
+            for name in dropped:
+                sample.pop(name, None)
         is_bound = "bound: " in summary.get(task, {}).get("estimator", "")
         results["results"][task] = {
             _label(name) if is_bound else name: value

@@ -12,7 +12,7 @@ from megatron.evaluation.likelihood import MAX_DRAWS, add_up
 from megatron.evaluation.lm_eval.diffusion import DiffusionLM
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number
-from megatron.evaluation.scorer import Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.scorer import Estimate, Request, batches, cut_context
 from megatron.evaluation.uniform import UniformScorer
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.samplers import sampler_of
@@ -94,7 +94,8 @@ class MegatronUniform(DiffusionLM):
         sizes = [(len(request.context), len(request.target)) for request in cut]
         order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
         found = [False] * len(cut)
-        for start, stop in equal_runs([sizes[index] for index in order], limit=self.batch_size):
+        alike = [sizes[index] for index in order]
+        for start, stop in batches([target for _, target in alike], alike=alike, limit=self.batch_size):
             indices = order[start:stop]
             rows = [[*cut[i].context, *([self.sampler.mask_id] * len(cut[i].target))] for i in indices]
             settings = DiffusionSettings(sampling=TokenSampling(seed=self.seed))
