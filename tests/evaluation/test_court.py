@@ -13,13 +13,14 @@ from megatron.commands.convert import main as convert
 from megatron.commands.likelihood import main, report
 from megatron.data.dataset import build_dataset
 from megatron.errors import UserError
+from megatron.evaluation.bench import load_models
 from megatron.evaluation.court import BOUND, EXACT, MIXTURE, Court, Finding, Samples, hear
 from megatron.evaluation.estimators import LeftToRight, MaskedBound
 from megatron.evaluation.exact import TokenScores
 from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.model import load_model
-from megatron.parallel.context import Axis
+from megatron.parallel.context import Axis, ParallelContext
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.likelihoods import FLOOR, Likelihoods, Value
 from megatron.statistics import ValidationSums
@@ -167,6 +168,13 @@ def test_an_export_is_judged_as_its_run_is(runs) -> None:
     assert len(found) == 6
     for (name, estimator), value in found.items():
         assert value == pytest.approx(found[name.removesuffix("-hf"), estimator], abs=1e-5)
+    with pytest.raises(UserError, match="an export and --load-tag is latest; an export is one checkpoint"):
+        main([str(runs / "ar-hf"), *flags[:2], "--load-tag", "latest"])
+
+
+def test_a_run_is_called_by_its_folder_from_within_too(runs, monkeypatch) -> None:
+    monkeypatch.chdir(runs / "ar")
+    assert list(load_models([".", "../mdm"], tag=None, context=ParallelContext())) == ["ar", "mdm"]
 
 
 def test_a_bracket_is_said_where_both_ends_are_known() -> None:

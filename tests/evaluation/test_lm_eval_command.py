@@ -63,6 +63,8 @@ def test_races_are_labelled_in_the_table(runs, tmp_path, capsys) -> None:
         (["--gen_kwargs", "top_k=-2"], "top_k -2"),
         (["--gen_kwargs", "top_k=2.5"], "top_k 2.5; it is a whole number"),
         (["--gen_kwargs", "steps=8.5"], "steps 8.5; it is a whole number"),
+        (["--gen_kwargs", "temprature=1"], "did you mean temperature"),
+        (["--gen_kwargs", "num_beams=4"], "generation argument 'num_beams'"),
         (["--gen_kwargs", "max_gen_toks=0"], "max_gen_toks 0"),
         (["--gen_kwargs", "max_gen_toks=many"], "generation arguments"),
         (["--gen_kwargs", "guidance=nan"], "guidance nan"),

@@ -78,7 +78,9 @@ def _evaluate(arguments: argparse.Namespace, tasks: list[str], loader: Any, cont
     if arguments.gen_kwargs is not None:
         from lm_eval.utils import simple_parse_args_string
 
-        lm.read_generation_arguments(simple_parse_args_string(arguments.gen_kwargs))
+        given = simple_parse_args_string(arguments.gen_kwargs)
+        lm.require_heeded(given)
+        lm.read_generation_arguments(given)
     if context.is_first_rank:
         _say_what_has_no_effect(arguments, lm)
     from lm_eval.evaluator import simple_evaluate

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
+from megatron.config.usage import suggestion
 from megatron.errors import UserError, require
 from megatron.evaluation.lm_eval.groups import Refusals, stream_names, stream_number
 from megatron.evaluation.requests import ResultCache, as_whole, whole_number
@@ -21,6 +22,14 @@ from megatron.parallel.context import ParallelContext
 from megatron.screen import Progress
 
 GENERATION = ("order", "steps", "block_length", "guidance")
+SAMPLING = ("temperature", "top_k", "top_p", "do_sample", "seed")
+LENGTH = (
+    "until",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # lm-eval's names of one number
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,21 @@ class GeneratingLM(TemplateLM):
     max_length: int
     max_gen_toks: int
     seed: int
+    heeded: tuple[str, ...] = (*LENGTH, *SAMPLING)  # generation arguments
+
+    def require_heeded(self, arguments: dict[str, Any]) -> None:
+        """Check arguments that a person gave; those of a task may be meant for other models.
+
+        Raises:
+            UserError: one that generation here does not know.
+        """
+        idle = [name for name in arguments if name not in self.heeded]
+        require(
+            not idle,
+            f"generation argument {(idle or [''])[0]!r}",
+            f"this model heeds {', '.join(self.heeded)}",
+            suggestion((idle or [""])[0], self.heeded) or "drop it from --gen_kwargs",
+        )
 
     @abstractmethod
     def generation_settings(self, options: dict[str, Any], *, new: int) -> Hashable:

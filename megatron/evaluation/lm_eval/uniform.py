@@ -48,6 +48,7 @@ class MegatronUniform(DiffusionLM):
     ) -> None:
         self.num_mc = whole_number("num_mc", num_mc)
         require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
+        self.pairs = -(-self.num_mc // 2)
         self.greedy, self.generation = greedy, {"order": gen_order, "steps": gen_steps}
         super().__init__(load, seed=seed, **options)
         decoding = self.loaded.objective.decoding
@@ -74,12 +75,12 @@ class MegatronUniform(DiffusionLM):
 
     def describe(self) -> str:
         """The estimator, for people."""
-        return f"{self.scorer.kind}: {self.scorer.name}, {self.num_mc} passes"
+        return f"{self.scorer.kind}: {self.scorer.name}, {2 * self.pairs} passes"
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
         """See :class:`MegatronLM`."""
         pieces = [own for group in groups for own in self.requests(group)]
-        scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=-(-self.num_mc // 2)))
+        scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=self.pairs))
         totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
         return self.with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
 
