@@ -187,6 +187,15 @@ def test_greedy_only_and_likelihood_only(runs, tasks) -> None:
     assert flags == [s["resps"][0][0][1] for s in evaluate(both, [tasks["words"]], limit=12)["samples"]["words"]]
 
 
+def test_requests_without_a_task_are_counted_together(runs) -> None:
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("loglikelihood", {}, (text, " path"), 0) for text in ("either/or", "the file")]
+    lm = MegatronAR(load=str(runs["ar"]))
+    lm.loglikelihood(requests, disable_tqdm=True)
+    assert {task: own.number for task, own in lm.summary.tasks.items()} == {"text": 2}
+
+
 def test_repeated_requests_change_nothing(runs) -> None:
     """lm-eval appends copies of a request so that all ranks have as many; a copy must not look like another answer."""
     from lm_eval.api.instance import Instance
