@@ -66,6 +66,8 @@ def test_uniform_predictions_lose_as_much_in_every_bin(runs, tmp_path, objective
     more = {"block_size": 4} if objective == "block_diffusion" else {}
     config = tiny.config_for(objective, runs / "tokenizer", vocab_size=VOCAB, seq_length=24, **more)
     models = load_models([str(tiny.make_run(tmp_path / "run", config, scale=0.0))], tag=None, context=CONTEXT)
+    name = main_witness(models["run"], pairs=8, batch_size=8).name
+    assert name == ("bound, all masks" if more else "bound, 16 passes")
     samples = open_samples(models, [str(runs / "valid")], number=3, cache_path=None)
     found = measure(models["run"], samples, pairs=8, bins=4, batch_size=8)
     losses = [mean_loss(found.sums(part)).value for part in range(5)]
