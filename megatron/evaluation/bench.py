@@ -37,7 +37,7 @@ def load_models(
         return load_model(path, tag=tag or best_tag(Path(path)), kind=kind, context=context)
 
     parts = {expression: members_of(expression) for expression in dict.fromkeys(expressions)}
-    names = ["+".join(Path(own.path).name for own in members) for members in parts.values()]
+    names = ["+".join(Path(own.path).absolute().name for own in members) for members in parts.values()]
     models = {}
     for (expression, members), name in zip(parts.items(), names):
         own = [loaded(member.path) for member in members]

@@ -113,7 +113,7 @@ def hear(witness: Witness, samples: Samples, *, model: str, cache: ResultCache, 
             cache.put(keys[index], _by_document(index, samples.documents[index, 1:], scores))
         found += [cache.get(keys[index]) for index in indices]
         on_samples(len(indices))
-    entries = [entry for part in context.gather_objects(found) for rows in part for entry in rows]
+    entries = [entry for part in context.gather_objects(found)[:: context.tp.size] for rows in part for entry in rows]
     sample, document, tokens, loss, near_ties = (np.array(column) for column in zip(*entries))
     sums = ValidationSums.collect(sample, document, tokens, loss, draws=witness.draws)
     return Finding(

@@ -88,7 +88,10 @@ def fitted(
         "weights are fitted on one half of the documents and judged on the other",
         "score more samples",
     )
-    key = cache.key("ensemble weights", pairs, samples.tokens.tolist(), chosen.tolist())
+    way = main_witness(
+        loaded, pairs=pairs, batch_size=batch_size
+    ).name  # the two forms of a dual model are fitted apart
+    key = cache.key("ensemble weights", way, pairs, samples.tokens.tolist(), chosen.tolist())
     kept = cache.get(key)
     if not (isinstance(kept, list) and len(kept) == len(loaded.members) + 2):
         kept = _fit(loaded, samples, chosen, pairs=pairs, batch_size=batch_size, context=context)
@@ -118,7 +121,7 @@ def _fit(
                 pieces.append((own.weights[kept], own.logprobs[kept]))
         own_counts, own_logprobs = (np.concatenate(column) for column in zip(*pieces))
         rows.append(own_logprobs)
-    found = context.gather_objects((own_counts, np.stack(rows)))
+    found = context.gather_objects((own_counts, np.stack(rows)))[:: context.tp.size]
     counts, logprobs = (np.concatenate(part, axis=-1) for part in zip(*found))
     highest = logprobs.max(0)
     probabilities = np.exp(logprobs - highest)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.scorer import Estimate, Request, batches, cut_context
 from megatron.generation.diffusion import DiffusionSampler, DiffusionSettings
 from megatron.randomness import generator
 
@@ -106,7 +106,8 @@ class PolicyScorer:
         sizes = [(len(one.context), len(one.target)) for one in cut]
         order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
         results: dict[int, TokenScores] = {}
-        for start, stop in equal_runs([sizes[index] for index in order], limit=self._rows(sizes)):
+        alike = [sizes[index] for index in order]
+        for start, stop in batches([target for _, target in alike], alike=alike, limit=self.batch_size):
             indices = order[start:stop]
             context = sizes[indices[0]][0]
             rows = [(*cut[index].context, *cut[index].target) for index in indices]
@@ -118,11 +119,6 @@ class PolicyScorer:
             results.update(zip(indices, map(TokenScores, *columns)))
             self.on_pass(len(rows))
         return [results[index] for index in range(len(requests))]
-
-    def _rows(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Rows of a batch: at most MAX_SCORED_POSITIONS predictions in a pass."""
-        longest = max((target for _, target in sizes), default=1)
-        return max(1, min(self.batch_size, MAX_SCORED_POSITIONS // longest))
 
 
 def log_mean_exp(values: np.ndarray) -> np.ndarray:

@@ -68,14 +68,13 @@ def measure(
 def _by_bin(passes: Passes, bins: int) -> np.ndarray:
     """[3, 1 + bins, target]: whether a token is counted, its loss, and its weight beyond 1; over all passes, and over those in
     which the share that is hidden is of a bin."""
-    number = len(passes.weights)
     where = np.where(np.isnan(passes.hidden), -1, np.floor(passes.hidden * bins))
     parts = []
     for part in range(bins + 1):
         held = (where == part - 1) | (part == 0)
-        times = held.sum(0)
-        weights = held * passes.weights * (number / np.maximum(times, 1))
-        parts.append((times > 0, -(weights * passes.logprobs).sum(0), weights.sum(0) - (times > 0)))
+        chance = (held * passes.chances).sum(0)
+        weights = held * passes.weights / np.where(chance > 0, chance, 1)
+        parts.append((chance > 0, -(weights * passes.logprobs).sum(0), weights.sum(0) - (chance > 0)))
     return np.array(parts, dtype=np.float64).transpose(1, 0, 2)
 
 

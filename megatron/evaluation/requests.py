@@ -88,6 +88,18 @@ def windows(context: Sequence[int], target: Sequence[int], *, row_length: int, k
     return result
 
 
+def as_whole(value: Any) -> int:
+    """A count from a text or a number.
+
+    Raises:
+        ValueError, TypeError, OverflowError: no whole number.
+    """
+    number = int(value)
+    if isinstance(value, bool) or not (isinstance(value, str) or number == value):
+        raise ValueError(f"{value!r} is no whole number")
+    return number
+
+
 def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
     """A count from a flag or a model argument.
 
@@ -95,7 +107,7 @@ def whole_number(name: str, value: Any, *, at_least: int = 1) -> int:
         UserError: no whole number, too small, or beyond any use.
     """
     try:
-        number = int(value)
+        number = as_whole(value)
     except (ValueError, TypeError, OverflowError):
         number = at_least - 1
     require(

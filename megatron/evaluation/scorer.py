@@ -201,25 +201,10 @@ class MaskedScorer:
                     tally.token_logprobs[name] = np.zeros(len(mask))  # filled below
                     rows.append((tally, np.stack([mask, wanted]), name))
         rows.sort(key=lambda row: len(row[0].request.context) + len(row[0].request.target), reverse=True)
-        for batch in self._batches(rows):
-            self._forward(batch)
-            self.on_pass(len(batch))
-
-    def _batches(self, rows: list[tuple[Tally, np.ndarray, bytes]]) -> Iterator[list[tuple[Tally, np.ndarray, bytes]]]:
-        """Rows of equal length, at most ``batch_size`` of them and MAX_SCORED_POSITIONS scored tokens."""
-        batch: list[tuple[Tally, np.ndarray, bytes]] = []
-        length = scored = 0
-        for row in rows:
-            own_length = len(row[0].request.context) + len(row[0].request.target)
-            own_scored = int(row[1][1].sum())
-            full = len(batch) >= self.batch_size or scored + own_scored > MAX_SCORED_POSITIONS
-            if batch and (full or own_length != length):
-                yield batch
-                batch, scored = [], 0
-            batch.append(row)
-            length, scored = own_length, scored + own_scored
-        if batch:
-            yield batch
+        lengths = [len(tally.request.context) + len(tally.request.target) for tally, _, _ in rows]
+        for start, stop in batches([int(own[1].sum()) for _, own, _ in rows], alike=lengths, limit=self.batch_size):
+            self._forward(rows[start:stop])
+            self.on_pass(stop - start)
 
     @torch.inference_mode()
     def _forward(self, batch: list[tuple[Tally, np.ndarray, bytes]]) -> None:
@@ -252,7 +237,8 @@ class MaskedScorer:
         active = states
         while active:
             active.sort(key=lambda state: len(state.tokens), reverse=True)
-            for start, stop in equal_runs([len(state.tokens) for state in active], limit=self.batch_size):
+            lengths, targets = ([len(part) for part in parts] for parts in zip(*((s.tokens, s.target) for s in active)))
+            for start, stop in batches(targets, alike=lengths, limit=self.batch_size):
                 self._greedy_step(active[start:stop], left_to_right=left_to_right)
             for state in active:
                 verdicts[state.index] = state.is_right
@@ -295,7 +281,6 @@ class CausalScorer:
         max_length: longest input in tokens (the last target token is never an input).
         batch_size: rows per forward pass.
         device: of the input ids.
-        bucket: rows are padded on the right to a multiple of this; 1 pads to the longest of the batch.
     """
 
     name = "chain rule"
@@ -308,13 +293,11 @@ class CausalScorer:
         max_length: int,
         batch_size: int = 32,
         device: torch.device | str = "cpu",
-        bucket: int = 1,
     ) -> None:
         self.logits_fn = logits_fn
         self.max_length = max_length
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.bucket = bucket
         self.on_pass: Callable[[int], None] = lambda rows: None
 
     def score(self, requests: Sequence[Request]) -> list[Estimate]:
@@ -332,8 +315,9 @@ class CausalScorer:
         """log p of each target token and whether it is the most likely one, by request."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].context) - len(requests[i].target))
         results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
+        targets = [len(requests[index].target) for index in order]
+        for start, stop in batches(targets, limit=self.batch_size):
+            indices = order[start:stop]
             results.update(zip(indices, self._forward([requests[index] for index in indices])))
             self.on_pass(len(indices))
         return [results[index] for index in range(len(requests))]
@@ -341,9 +325,7 @@ class CausalScorer:
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Request]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         rows = [_causal_row(request, self.max_length) for request in batch]
-        width = max(len(row) - 1 for row in rows)
-        width = min(-(-width // self.bucket) * self.bucket, max(self.max_length, width))
-        input_ids = torch.full((len(rows), width), PAD_ID, dtype=torch.int64)
+        input_ids = torch.full((len(rows), max(map(len, rows)) - 1), PAD_ID, dtype=torch.int64)
         positions = torch.zeros_like(input_ids, dtype=torch.bool)
         labels: list[int] = []
         for index, (row, request) in enumerate(zip(rows, batch)):
@@ -390,10 +372,20 @@ def cut_context(request: Request, max_length: int) -> Request:
     return replace(request, context=request.context[max(len(request.context) + len(request.target) - max_length, 0) :])
 
 
-def equal_runs(values: Sequence[object], *, limit: int) -> Iterator[tuple[int, int]]:
-    """Ranges [start, stop) of equal values, at most ``limit`` long."""
-    start = 0
-    for index in range(1, len(values) + 1):
-        if index == len(values) or values[index] != values[start] or index - start >= limit:
+def batches(scored: Sequence[int], *, limit: int, alike: Sequence[object] | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges [start, stop) of rows that share a forward pass, so that its logits fit into memory.
+
+    Args:
+        scored: positions of each row whose logits are wanted; a pass has at most MAX_SCORED_POSITIONS, or one row.
+        limit: rows of a pass at most.
+        alike: what the rows of a pass must have in common, such as their length; None: nothing.
+    """
+    start = total = 0
+    for index, own in enumerate(scored):
+        is_full = index - start >= limit or total + own > MAX_SCORED_POSITIONS
+        if index > start and (is_full or (alike is not None and alike[index] != alike[start])):
             yield start, index
-            start = index
+            start, total = index, 0
+        total += own
+    if scored:
+        yield start, len(scored)

@@ -16,7 +16,7 @@ import torch
 from megatron.evaluation.estimators import noise, stratified_standard_error
 from megatron.evaluation.exact import TokenScores
 from megatron.evaluation.passes import Passes, undivided
-from megatron.evaluation.scorer import MAX_SCORED_POSITIONS, Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.scorer import Estimate, Request, batches, cut_context
 from megatron.inference.logits import LogitsFn
 from megatron.inference.model import InferenceModel
 from megatron.objectives.base import UniformDecoding
@@ -77,7 +77,7 @@ class UniformScorer:
 
     def score(self, requests: Sequence[Request], *, num_draws: int) -> list[Estimate]:
         """A bound on the log-likelihood of every target, with its error over the noise."""
-        times = [self._times(request, num_draws) for request in requests]
+        times = [self._times(request, np.arange(num_draws)) for request in requests]
         values = [own.sum(-1) for own in self.token_values(requests, num_draws=num_draws)]
         return [
             Estimate(
@@ -97,21 +97,20 @@ class UniformScorer:
         order = sorted(range(len(cut)), key=lambda index: _size(cut[index]), reverse=True)
         passes = [(index, number) for index in order for number in range(2 * num_draws)]
         found = [np.zeros((2 * num_draws, len(request.target))) for request in cut]
-        longest = max((len(request.target) for request in cut), default=1)
-        limit = max(1, min(self.batch_size, MAX_SCORED_POSITIONS // longest))
-        for start, stop in equal_runs([_size(cut[index]) for index, _ in passes], limit=limit):
+        alike = [_size(cut[index]) for index, _ in passes]
+        for start, stop in batches([target for _, target in alike], alike=alike, limit=self.batch_size):
             batch = passes[start:stop]
-            values = self._forward([cut[index] for index, _ in batch], [number for _, number in batch], num_draws)
+            values = self._forward([cut[index] for index, _ in batch], [number for _, number in batch])
             for (index, number), own in zip(batch, values):
                 found[index][number] = own
             self.on_pass(len(batch))
         return [own.reshape(num_draws, 2, -1).mean(1) for own in found]
 
     @torch.inference_mode()
-    def _forward(self, requests: Sequence[Request], numbers: Sequence[int], num_draws: int) -> np.ndarray:
+    def _forward(self, requests: Sequence[Request], numbers: Sequence[int]) -> np.ndarray:
         """Values [rows, target] of passes ``numbers``, one a request; all of one length."""
         context, target = _size(requests[0])
-        drawn = [self._noise(request, number, num_draws) for request, number in zip(requests, numbers)]
+        drawn = [self._noise(request, number) for request, number in zip(requests, numbers)]
         tokens, is_noised, share, weight = (np.stack(column) for column in zip(*drawn))
         labels = np.array([request.target for request in requests])
         noised = np.where(is_noised, tokens, labels)
@@ -127,10 +126,10 @@ class UniformScorer:
         values, _ = divergences(logits, pairs, odds, ParallelContext(), vocab_size=self.vocab_size)
         return -values.double().cpu().numpy().reshape(labels.shape) * weight[:, None]
 
-    def _noise(self, request: Request, number: int, num_draws: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    def _noise(self, request: Request, number: int) -> tuple[np.ndarray, np.ndarray, float, float]:
         """The noise of pass ``number``, which is half of a draw."""
         draw, is_second = divmod(number, 2)
-        t = self._times(request, num_draws)[draw] / 2
+        t = self._times(request, np.array([draw]))[0] / 2
         return noise_by_count(
             noise(self.seed, request.key, draw),
             1 - t if is_second else t,
@@ -139,10 +138,10 @@ class UniformScorer:
             is_second=bool(is_second),
         )
 
-    def _times(self, request: Request, num_draws: int) -> np.ndarray:
-        """Times of the draws in [0, 1), stratified: float64 [draws]."""
+    def _times(self, request: Request, draws: np.ndarray) -> np.ndarray:
+        """Times in [0, 1), stratified, of draws by their numbers [draws]: float64 [draws]."""
         offset = float(noise(self.seed, request.key, -1).random())
-        return (offset + radical_inverse(np.arange(num_draws))) % 1.0
+        return (offset + radical_inverse(draws)) % 1.0
 
 
 class UniformBound:

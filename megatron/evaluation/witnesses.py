@@ -77,9 +77,13 @@ class Bound:
     def __init__(self, logits_fn: BlockLogitsFn, loaded: InferenceModel, batch_size: int, *, pairs: int) -> None:
         self._pairs, self._estimator, self._block_size = pairs, MaskedBound(antithetic=True), loaded.block_size
         self._scorer = scorer_of(loaded, logits_fn, batch_size=batch_size)
-        is_exact = self._estimator_for(loaded.max_length - 1).kind == "exact"
+        number = loaded.max_length - 1
+        estimator = self._estimator_for(number)
+        is_exact, is_drawn = estimator.kind == "exact", estimator.max_draws(number) is None
         self.kind, self.draws = (EXACT, 0) if is_exact else (BOUND, pairs)
-        self.name = "chain rule" if is_exact else f"bound, {self.passes(loaded.max_length - 1)} passes"
+        self.name = (
+            "chain rule" if is_exact else f"bound, {self.passes(number)} passes" if is_drawn else "bound, all masks"
+        )
 
     def scores(self, requests: Sequence[Request]) -> list[TokenScores]:
         """See :class:`Witness`."""

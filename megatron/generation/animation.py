@@ -157,7 +157,7 @@ def _style(starts: Sequence[float], seconds: float, moving: float) -> str:
 
 def _cell(text: str, row: int, column: int, frame: int | None) -> str:
     """One piece within one line; drawn ones lie over the mask that stands for them before."""
-    x, y, width = MARGIN + column * CELL, MARGIN + row * LINE, _width(text) * CELL
+    x, y, width = MARGIN + column * CELL, MARGIN + row * LINE, width_of(text) * CELL
     label = escape(text, quote=False)
     fitted = f'textLength="{width:.1f}"'  # whatever monospaced font there is
     if frame is None:
@@ -192,17 +192,17 @@ def _wrapped(text: str, columns: int) -> tuple[list[tuple[int, int | None]], int
             spots.append((row, None))
             row, column = row + 1, 0
             continue
-        if column and column + _width(word) > columns:
+        if column and column + width_of(word) > columns:
             if word.isspace():
                 spots.append((row, None))
                 row, column = row + 1, 0
                 continue
             row, column = row + 1, 0
         for character in word:
-            if column + _width(character) > columns:
+            if column + width_of(character) > columns:
                 row, column = row + 1, 0
             spots.append((row, column))
-            column += _width(character)
+            column += width_of(character)
     return spots, row + 1
 
 
@@ -211,7 +211,7 @@ def _clean(text: str) -> str:
     return _NOT_XML.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4))
 
 
-def _width(text: str) -> int:
+def width_of(text: str) -> int:
     """Cells of a monospaced line: 2 for wide characters of East Asia, 0 for combining ones."""
     return sum(
         0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -8,6 +8,7 @@ from typing import TextIO
 
 import torch
 
+from megatron.generation.animation import width_of
 from megatron.generation.diffusion import Step
 from megatron.generation.text import TextTokenizer
 
@@ -79,4 +80,4 @@ class UncoverDisplay:
 
         width = shutil.get_terminal_size().columns
         plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown)
-        return sum(max(1, -(-len(line) // width)) for line in plain.rstrip("\n").split("\n"))
+        return sum(max(1, -(-width_of(line) // width)) for line in plain.rstrip("\n").split("\n"))

@@ -219,7 +219,7 @@ def load_model(
         raise UserError(f"dtype {dtype!r}", f"a model runs in one of {', '.join(DTYPES)}", "choose one of them")
     path = Path(parts[0].path)
     is_export = (path / "config.json").is_file() and not (path / MANIFEST).is_file()
-    stored = _open_export(path, kind) if is_export else _open_checkpoint(path, tag, kind, context)
+    stored = _open_export(path, tag, kind) if is_export else _open_checkpoint(path, tag, kind, context)
     config, source, identity = stored.config, stored.source, stored.identity
     tokenizer, problem = _tokenizer(stored, tokenizer_options or {})
     trained = build_objective(config)
@@ -242,9 +242,11 @@ class _Stored(NamedTuple):
     tokenizer: Mapping[str, Any]
 
 
-def _open_export(path: Path, kind: str | None) -> _Stored:
+def _open_export(path: Path, tag: str | None, kind: str | None) -> _Stored:
     from megatron.wiring import read_foreign
 
+    is_one = f"{path} is an export and --load-tag is {tag}"
+    require(tag is None, is_one, "an export is one checkpoint", "drop --load-tag")
     is_whole = f"{path} is an export and --load-kind is {kind}"
     require(kind in (None, WEIGHT), is_whole, "an export has one set of weights", "drop --load-kind")
     config, tensors = read_foreign(path)

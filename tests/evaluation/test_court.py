@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from megatron.commands.convert import main as convert
 from megatron.commands.likelihood import main, report
 from megatron.data.dataset import build_dataset
 from megatron.errors import UserError
-from megatron.evaluation.court import BOUND, EXACT, MIXTURE, Court, Finding
+from megatron.evaluation.bench import load_models
+from megatron.evaluation.court import BOUND, EXACT, MIXTURE, Court, Finding, Samples, hear
 from megatron.evaluation.estimators import LeftToRight, MaskedBound
+from megatron.evaluation.exact import TokenScores
+from megatron.evaluation.requests import ResultCache
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.inference.model import load_model
+from megatron.parallel.context import Axis, ParallelContext
 from megatron.randomness import VALIDATION_SEED
 from megatron.runs.likelihoods import FLOOR, Likelihoods, Value
 from megatron.statistics import ValidationSums
@@ -41,6 +46,27 @@ def judge(runs, *flags: str, output="out.json") -> dict:
     record = json.loads((runs / output).read_text())
     assert [vars(own) for own in Likelihoods.load(runs / output).findings] == record["findings"]
     return record
+
+
+class Chosen:
+    """A witness whose every token is a near tie."""
+
+    name, kind, draws = "chosen", EXACT, 0
+
+    def scores(self, requests):
+        return [TokenScores(np.full(len(own.target), -1.0), np.full(len(own.target), True)) for own in requests]
+
+    def passes(self, num_tokens: int) -> int:
+        return 1
+
+
+def test_tensor_parallel_peers_count_a_sample_once() -> None:
+    tokens, documents = np.ones((2, 2, 5), dtype=np.int64)
+    samples = Samples(tokens, documents - 1, np.array([True]))
+    context = SimpleNamespace(dp=Axis(), tp=Axis(size=2), gather_objects=lambda found: [found] * 2)
+    cache = ResultCache(None, fingerprint="")
+    found = hear(Chosen(), samples, model="mdm", cache=cache, context=context, chunk=1)  # type: ignore[arg-type]
+    assert (found.near_ties, found.sums.tokens.sum()) == (8, 8)
 
 
 def test_every_likelihood_of_both_models_on_the_same_tokens(runs, capsys) -> None:
@@ -142,6 +168,13 @@ def test_an_export_is_judged_as_its_run_is(runs) -> None:
     assert len(found) == 6
     for (name, estimator), value in found.items():
         assert value == pytest.approx(found[name.removesuffix("-hf"), estimator], abs=1e-5)
+    with pytest.raises(UserError, match="an export and --load-tag is latest; an export is one checkpoint"):
+        main([str(runs / "ar-hf"), *flags[:2], "--load-tag", "latest"])
+
+
+def test_a_run_is_called_by_its_folder_from_within_too(runs, monkeypatch) -> None:
+    monkeypatch.chdir(runs / "ar")
+    assert list(load_models([".", "../mdm"], tag=None, context=ParallelContext())) == ["ar", "mdm"]
 
 
 def test_a_bracket_is_said_where_both_ends_are_known() -> None:

@@ -140,6 +140,22 @@ def test_what_cannot_be_fitted_is_refused(runs, models, flags, named) -> None:
         judge(runs, models, "--ensemble-weights", "fitted", *flags)
 
 
+def test_the_forms_of_a_dual_ensemble_are_fitted_apart(runs, tmp_path) -> None:
+    config = tiny.config_for("dual", runs / "tokenizer", vocab_size=VOCAB, seq_length=SEQ)
+    names = [tiny.make_run(tmp_path / str(seed), config, seed=seed, scale=0.5 + 2 * seed) for seed in range(2)]
+    context = ParallelContext.create()
+    forms = load_models(["+".join(map(str, names))], tag=None, context=context)
+    samples = open_samples(forms, [str(runs / "valid")], number=None, cache_path=None)
+    how = {"pairs": 1, "batch_size": 8, "context": context}
+    found = {}
+    for name, model in forms.items():
+        caches = [ResultCache(folder, fingerprint=model.identity) for folder in (None, tmp_path / "cache")]
+        alone, kept = (fitted(model, samples, **how, cache=cache)[1] for cache in caches)
+        assert kept == alone, name
+        found[name] = kept
+    assert len(found) == len(set(found.values())) == 2
+
+
 def test_one_half_is_not_enough(runs) -> None:
     models = load_models([f"{runs / 'ar'}+{runs / 'ar-2'}"], tag=None, context=ParallelContext.create())
     samples = open_samples(models, [str(runs / "valid")], number=2, cache_path=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from runs.synthetic_runs import write_run
@@ -58,6 +60,20 @@ def test_losses_are_those_of_the_court_and_fall_into_bins(runs) -> None:
             assert not found.tokens[1:].any()
 
 
+@pytest.mark.parametrize("objective", ["mdm", "block_diffusion"])
+def test_uniform_predictions_lose_as_much_in_every_bin(runs, tmp_path, objective) -> None:
+    """Also where every mask of a block of 4 is run once, and those of 2 tokens are likelier than others."""
+    more = {"block_size": 4} if objective == "block_diffusion" else {}
+    config = tiny.config_for(objective, runs / "tokenizer", vocab_size=VOCAB, seq_length=24, **more)
+    models = load_models([str(tiny.make_run(tmp_path / "run", config, scale=0.0))], tag=None, context=CONTEXT)
+    name = main_witness(models["run"], pairs=8, batch_size=8).name
+    assert name == ("bound, all masks" if more else "bound, 16 passes")
+    samples = open_samples(models, [str(runs / "valid")], number=3, cache_path=None)
+    found = measure(models["run"], samples, pairs=8, bins=4, batch_size=8)
+    losses = [mean_loss(found.sums(part)).value for part in range(5)]
+    assert losses == pytest.approx([math.log(VOCAB)] * 5, abs=1e-6)
+
+
 def test_what_is_hidden_is_counted(runs) -> None:
     models = load_models([str(runs / name) for name in ("ar", "mdm", "blocks")], tag=None, context=CONTEXT)
     samples = open_samples(models, [str(runs / "valid")], number=1, cache_path=None)
@@ -67,6 +83,7 @@ def test_what_is_hidden_is_counted(runs) -> None:
         scores = main_witness(model, pairs=4, batch_size=8).scores(samples.requests([0]))
         own = passes[name]
         np.testing.assert_allclose((own.weights * own.logprobs).sum(0), scores[0].logprobs, atol=1e-9)
+        np.testing.assert_allclose(own.chances.sum(0), 1)
     np.testing.assert_allclose(passes["ar"].hidden[0], (np.arange(24, 0, -1) - 0.5) / 24)
     masked = passes["mdm"].weights > 0
     np.testing.assert_allclose(passes["mdm"].hidden, np.repeat((masked.sum(1) - 0.5)[:, None] / 24, 24, axis=1))

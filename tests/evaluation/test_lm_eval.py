@@ -171,6 +171,9 @@ def test_interrupted_evaluation_goes_on(runs, tasks, tmp_path, monkeypatch) -> N
         assert [r[0][0] for r in one["resps"]] == pytest.approx([r[0][0] for r in other["resps"]], abs=1e-5)
     other_settings = MegatronMDM(**{**options, "num_mc": 16})
     assert other_settings.cache.key("a") != resumed.cache.key("a"), "other settings, other results"
+    tokenizer = tiny.build_tokenizer_file(tmp_path / "tokenizer", 400)
+    other_tokens = MegatronMDM(**options, tokenizer_type="HFTokenizer", tokenizer_model=str(tokenizer))
+    assert other_tokens.cache.key("a") != resumed.cache.key("a"), "other tokens of the same texts, other results"
 
 
 def test_greedy_only_and_likelihood_only(runs, tasks) -> None:
@@ -182,6 +185,15 @@ def test_greedy_only_and_likelihood_only(runs, tasks) -> None:
     flags = [s["resps"][0][0][1] for s in evaluate(only, [tasks["words"]], limit=12)["samples"]["words"]]
     both = MegatronMDM(load=str(runs["mdm"]), num_mc=4)
     assert flags == [s["resps"][0][0][1] for s in evaluate(both, [tasks["words"]], limit=12)["samples"]["words"]]
+
+
+def test_requests_without_a_task_are_counted_together(runs) -> None:
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("loglikelihood", {}, (text, " path"), 0) for text in ("either/or", "the file")]
+    lm = MegatronAR(load=str(runs["ar"]))
+    lm.loglikelihood(requests, disable_tqdm=True)
+    assert {task: own.number for task, own in lm.summary.tasks.items()} == {"text": 2}
 
 
 def test_repeated_requests_change_nothing(runs) -> None:
@@ -240,16 +252,21 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
         "--eval_fp32",
         "--lr",
         "0.1",
+        "--seq-length",
+        "4096",
     ]
-    assert run_downstream([*flags, "--results_path", str(results)]) == 0
+    assert run_downstream([*flags, "--results_path", str(results), "--log_samples"]) == 0
     shown = capsys.readouterr().out
     assert "bound: exact-count, stratified" in shown
     assert "perplexity (upper bound)" in shown
     assert "--lr" in shown
+    assert "--seq-length 4096: rows have 96 tokens" in shown
     written = json.loads(results.read_text())
     assert written["likelihoods"]["halves"]["answers"] == 24
     assert "acc,none" in written["results"]["halves"]
     assert "acc,none" not in written["results"]["words"], "no greedy decoding, no exact match"
+    assert all("acc" not in own and own["metrics"] == ["perplexity"] for own in written["samples"]["words"])
+    assert all("acc" in own for own in written["samples"]["halves"])
     assert run_downstream([*flags[:-2], "--eval_method", "ar", "--limit", "3"]) == 0
     assert "exact: left-to-right chain rule" in capsys.readouterr().out
     exact = [*flags[:-2], "--eval_method", "exact", "--policy", "margin", "--tokens_per_step", "4", "--limit", "3"]

@@ -12,6 +12,8 @@ pytest.importorskip("lm_eval")
 
 from megatron.errors import UserError
 from megatron.evaluation.lm_eval.command import run_downstream
+from megatron.evaluation.lm_eval.tasks import task_loader
+from megatron.evaluation.requests import whole_number
 from tests.evaluation import tiny
 
 QUESTION = {"query": "Return the path of", "choices": ["the file that is", "a list of all the"], "gold": 0}
@@ -59,6 +61,10 @@ def test_races_are_labelled_in_the_table(runs, tmp_path, capsys) -> None:
         (["--gen_kwargs", "temperature=inf"], "temperature inf"),
         (["--gen_kwargs", "top_p=1.5"], "top_p 1.5"),
         (["--gen_kwargs", "top_k=-2"], "top_k -2"),
+        (["--gen_kwargs", "top_k=2.5"], "top_k 2.5; it is a whole number"),
+        (["--gen_kwargs", "steps=8.5"], "steps 8.5; it is a whole number"),
+        (["--gen_kwargs", "temprature=1"], "did you mean temperature"),
+        (["--gen_kwargs", "num_beams=4"], "generation argument 'num_beams'"),
         (["--gen_kwargs", "max_gen_toks=0"], "max_gen_toks 0"),
         (["--gen_kwargs", "max_gen_toks=many"], "generation arguments"),
         (["--gen_kwargs", "guidance=nan"], "guidance nan"),
@@ -110,3 +116,19 @@ def test_the_lm_eval_command_runs_without_cuda(runs, tmp_path, monkeypatch, caps
     shown = capsys.readouterr()
     assert "|words|" in shown.out.replace(" ", "")
     assert "refused: task words item 1" in shown.err
+
+
+def test_files_of_one_name_are_not_taken_for_one_task(tmp_path) -> None:
+    item = {"context": "Return the", "continuation": " path"}
+    (tmp_path / "other").mkdir()
+    first, second = (write(tmp_path / folder / "words.jsonl", item) for folder in (".", "other"))
+    with pytest.raises(UserError, match=r"words\.jsonl and .*words\.jsonl are both the task words"):
+        task_loader([first, second]).load([first, second])
+    assert list(task_loader([first]).load([first, first])["tasks"]) == ["words"]
+
+
+@pytest.mark.parametrize("value", [2.5, True, "2.5", float("nan"), float("inf"), None])
+def test_a_count_is_a_whole_number(value) -> None:
+    with pytest.raises(UserError, match=r"num_mc .*; it is a whole number from 1"):
+        whole_number("num_mc", value)
+    assert [whole_number("num_mc", value) for value in (8, 8.0, "8")] == [8] * 3

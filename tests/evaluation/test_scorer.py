@@ -16,6 +16,7 @@ from megatron.evaluation.requests import ResultCache, encode_pair, windows
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
 from megatron.testing.checks import check_scores_stand_alone
 from tests.evaluation import toy
+from tests.generation.test_diffusion import model_with_room
 
 MODEL = toy.ToyMaskedModel(vocab=9, length=14, seed=2)
 CAUSAL = toy.ToyCausalModel(vocab=9)
@@ -74,10 +75,9 @@ def test_bidirectional_rows_are_never_padded() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-@pytest.mark.parametrize("bucket", [1, 8, 64])
-def test_causal_scores_do_not_depend_on_padding(batch_size, bucket) -> None:
+def test_causal_scores_do_not_depend_on_padding(batch_size) -> None:
     items = requests()
-    scores = CausalScorer(CAUSAL, max_length=14, batch_size=batch_size, bucket=bucket).score(items)
+    scores = CausalScorer(CAUSAL, max_length=14, batch_size=batch_size).score(items)
     for item, score in zip(items, scores):
         row = torch.tensor([item.context + item.target])
         logprobs = torch.log_softmax(CAUSAL(row)[0].double(), -1)
@@ -86,6 +86,28 @@ def test_causal_scores_do_not_depend_on_padding(batch_size, bucket) -> None:
         assert score.value == pytest.approx(plain, abs=1e-5)
         best = logprobs.argmax(-1)[start : start + len(item.target)].tolist()
         assert score.is_greedy == (tuple(best) == item.target)
+
+
+def test_a_pass_has_no_more_logits_than_fit_into_memory(monkeypatch) -> None:
+    """However many rows and whoever asks: 32 windows of 2,048 targets would be 13 GB of logits."""
+    monkeypatch.setattr("megatron.evaluation.scorer.MAX_SCORED_POSITIONS", 7)
+    passes: list[int] = []
+
+    def watched(model):
+        def logits(input_ids, *, positions=None):
+            passes.append(int(positions.sum()))
+            return model(input_ids, positions=positions)
+
+        return logits
+
+    items = requests()
+    denoiser = model_with_room(MODEL)
+    causal, mdm = CausalScorer(CAUSAL, max_length=14), MaskedScorer(denoiser, mask_id=MODEL.mask_id, max_length=14)
+    values, flags = causal.score(items), mdm.is_greedy(items)
+    causal.logits_fn, mdm.logits_fn = watched(CAUSAL), watched(denoiser)
+    assert [own.value for own in causal.score(items)] == pytest.approx([own.value for own in values], abs=1e-5)
+    assert mdm.is_greedy(items) == flags
+    assert 0 < max(passes) <= 7
 
 
 def test_over_long_contexts_lose_their_left_end() -> None:

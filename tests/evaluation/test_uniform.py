@@ -162,6 +162,7 @@ def test_lm_eval_scores_and_generates(runs, loaded) -> None:
 
 def test_is_greedy_is_what_the_greedy_sampler_gives(loaded) -> None:
     model = MegatronUniform(model=loaded, num_mc=2)
+    assert MegatronUniform(model=loaded, num_mc=3).describe().endswith(", 4 passes"), "they are made in pairs"
     context = model.tok_encode("Return the")
     row = [*context, *([model.sampler.mask_id] * 3)]
     from megatron.generation.diffusion import DiffusionSettings

@@ -93,6 +93,12 @@ def test_display_redraws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"\[step 1, 1 masked\] a_c\n\x1b\[1F\x1b\[J\[step 1, 0 masked\] abc\n", stream.getvalue())
 
 
+def test_display_counts_the_lines_that_wide_letters_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    display = UncoverDisplay(Letters(), mask_id=99, stream=io.StringIO())
+    assert [display._height(letter * 60 + "\n") for letter in "a日"] == [1, 2]
+
+
 def test_stop_strings_cut_the_text(runs, capsys) -> None:
     flags = ["--load", runs["ar"], "--prompt", "Return", "--max-new-tokens", "20"]
     text = run(capsys, *flags).rstrip("\n")

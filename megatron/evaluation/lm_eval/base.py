@@ -14,6 +14,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from megatron.config.shape import Shape
+from megatron.data.identity import tokenizer_fingerprint
 from megatron.errors import UserError
 from megatron.evaluation.lm_eval.generation import GeneratingLM
 from megatron.evaluation.lm_eval.groups import REFUSED, Group, Refusals, place_of
@@ -91,7 +92,7 @@ class MegatronLM(GeneratingLM):
         self.refusals = Refusals()
         self._rank, self._world_size, self._device = self.context.dp.rank, self.context.dp.size, model.device
         folder = Path(cache_dir) if cache_dir else None
-        fingerprint = f"{model.identity} {self.fingerprint()}"
+        fingerprint = f"{model.identity} {tokenizer_fingerprint(self.tokenizer)} {self.fingerprint()}"
         self.cache = ResultCache(
             folder, fingerprint=fingerprint, rank=self.context.rank, write=self.context.tp.rank == 0
         )
@@ -140,7 +141,7 @@ class MegatronLM(GeneratingLM):
                 results[index] = (REFUSED, False)
                 continue
             ranking = getattr(instance, "ranking", None)
-            group = groups.setdefault(place, Group(key=f"{place[0]}/{place[1]}", ranking=ranking))
+            group = groups.setdefault(place, Group(key=f"{place[0]}/{place[1]}", task=place[0], ranking=ranking))
             group.add(index, instance.args[:2], tokens)
         results |= self._run_groups("loglikelihood", list(groups.values()), disable_tqdm=disable_tqdm)
         return self.hand_over("loglikelihood", requests, results)
@@ -155,7 +156,8 @@ class MegatronLM(GeneratingLM):
                 tokens = self.tok_encode(text)
                 results[index] = 0.0
                 if tokens:
-                    group = Group(key="/".join(map(str, place_of(instance))), needs_greedy=False)
+                    place = place_of(instance)
+                    group = Group(key=f"{place[0]}/{place[1]}", task=place[0], needs_greedy=False)
                     group.add(index, (text,), ([self.eot_token_id], tokens))
                     groups.append(group)
             except UserError as error:
@@ -170,7 +172,7 @@ class MegatronLM(GeneratingLM):
     ) -> list[tuple[float, bool]]:
         groups = []
         for index, (strings, context, target) in enumerate(requests):
-            group = Group(key=f"tokens/{index}")
+            group = Group(key=f"tokens/{index}", task="tokens")
             group.add(index, strings, (context, target))
             groups.append(group)
         results = self._run_groups("loglikelihood", groups, disable_tqdm=True)

@@ -78,7 +78,9 @@ def _evaluate(arguments: argparse.Namespace, tasks: list[str], loader: Any, cont
     if arguments.gen_kwargs is not None:
         from lm_eval.utils import simple_parse_args_string
 
-        lm.read_generation_arguments(simple_parse_args_string(arguments.gen_kwargs))
+        given = simple_parse_args_string(arguments.gen_kwargs)
+        lm.require_heeded(given)
+        lm.read_generation_arguments(given)
     if context.is_first_rank:
         _say_what_has_no_effect(arguments, lm)
     from lm_eval.evaluator import simple_evaluate
@@ -216,6 +218,8 @@ def _say_what_has_no_effect(arguments: argparse.Namespace, lm: Any) -> None:
         print("--num-mc: no masks are drawn here")
     if getattr(arguments, "bf16", False) and lm.get_model_info()["model_dtype"] == "torch.float32":
         print(f"--bf16: evaluated in float32 ({'as --eval_fp32 says' if arguments.eval_fp32 else 'on a CPU'})")
+    if getattr(arguments, "seq_length", 0) > lm.max_length:
+        print(f"--seq-length {arguments.seq_length}: rows have {lm.max_length} tokens, as the model was trained with")
     if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
         print(
             "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
@@ -246,6 +250,10 @@ def finish_results(
             dropped = ("perplexity",)
         elif arguments.only_mc_nll:
             dropped = {"loglikelihood": ("acc",), "multiple_choice": ("exact_match",)}.get(kind, ())
+        for sample in results.get("samples", {}).get(task, ()):
+            sample["metrics"] = [name for name in sample.get("metrics", ()) if name not in dropped]
+            for name in dropped:
+                sample.pop(name, None)
         is_bound = "bound: " in summary.get(task, {}).get("estimator", "")
         results["results"][task] = {
             _label(name) if is_bound else name: value

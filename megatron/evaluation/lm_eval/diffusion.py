@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.evaluation.lm_eval.base import MegatronLM
-from megatron.evaluation.lm_eval.generation import generation_settings
+from megatron.evaluation.lm_eval.generation import GENERATION, generation_settings
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import windows
 from megatron.evaluation.scorer import Estimate, Request
@@ -24,6 +24,7 @@ class DiffusionLM(MegatronLM):
         generation: defaults of its order, steps, block_length and guidance, which ``--gen_kwargs`` replaces.
     """
 
+    heeded = (*MegatronLM.heeded, *GENERATION)
     sampler: Sampler
     generation: dict[str, Any]
 

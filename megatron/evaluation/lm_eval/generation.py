@@ -11,9 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
+from megatron.config.usage import suggestion
 from megatron.errors import UserError, require
 from megatron.evaluation.lm_eval.groups import Refusals, stream_names, stream_number
-from megatron.evaluation.requests import ResultCache, whole_number
+from megatron.evaluation.requests import ResultCache, as_whole, whole_number
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.sampling import TokenSampling
 from megatron.generation.text import Completion, Wanted
@@ -21,6 +22,14 @@ from megatron.parallel.context import ParallelContext
 from megatron.screen import Progress
 
 GENERATION = ("order", "steps", "block_length", "guidance")
+SAMPLING = ("temperature", "top_k", "top_p", "do_sample", "seed")
+LENGTH = (
+    "until",
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # lm-eval's names of one number
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,21 @@ class GeneratingLM(TemplateLM):
     max_length: int
     max_gen_toks: int
     seed: int
+    heeded: tuple[str, ...] = (*LENGTH, *SAMPLING)  # generation arguments
+
+    def require_heeded(self, arguments: dict[str, Any]) -> None:
+        """Check arguments that a person gave; those of a task may be meant for other models.
+
+        Raises:
+            UserError: one that generation here does not know.
+        """
+        idle = [name for name in arguments if name not in self.heeded]
+        require(
+            not idle,
+            f"generation argument {(idle or [''])[0]!r}",
+            f"this model heeds {', '.join(self.heeded)}",
+            suggestion((idle or [""])[0], self.heeded) or "drop it from --gen_kwargs",
+        )
 
     @abstractmethod
     def generation_settings(self, options: dict[str, Any], *, new: int) -> Hashable:
@@ -148,8 +172,8 @@ def generation_settings(options: dict[str, Any], defaults: Mapping[str, Any]) ->
     """
     own = {**defaults, **{name: value for name, value in options.items() if name in GENERATION}}
     return DiffusionSettings(
-        order=str(own["order"]), steps=_number(own, "steps", int, None),
-        block_length=_number(own, "block_length", int, None), guidance=_number(own, "guidance", float, 0.0),
+        order=str(own["order"]), steps=_number(own, "steps", as_whole, None),
+        block_length=_number(own, "block_length", as_whole, None), guidance=_number(own, "guidance", float, 0.0),
         sampling=token_sampling(options),
     )  # fmt: skip
 
@@ -162,9 +186,9 @@ def token_sampling(options: dict[str, Any]) -> TokenSampling:
     """
     return TokenSampling(
         temperature=_number(options, "temperature", float, 0.0) if options.get("do_sample", True) else 0.0,
-        top_k=_number(options, "top_k", int, 0),
+        top_k=_number(options, "top_k", as_whole, 0),
         top_p=_number(options, "top_p", float, 1.0),
-        seed=_number(options, "seed", int, 1234),
+        seed=_number(options, "seed", as_whole, 1234),
     )
 
 
@@ -173,4 +197,5 @@ def _number(options: dict[str, Any], name: str, kind: Callable[[Any], Any], defa
     try:
         return default if value is None else kind(value)
     except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{name} {value!r}", "it is a number", "correct --gen_kwargs") from None
+        rule = "it is a whole number" if kind is as_whole else "it is a number"
+        raise UserError(f"{name} {value!r}", rule, "correct --gen_kwargs") from None

@@ -22,13 +22,14 @@ class Group:
 
     Args:
         key: task and item; the answers of a question share their noise by it.
+        task: that the estimates are counted for.
         needs_greedy: whether greedy decoding is asked for (not for whole texts).
         ranking: how the metrics choose among the answers; None where they need the likelihoods themselves.
     """
 
-    def __init__(self, *, key: str, needs_greedy: bool = True, ranking: Ranking | None = None) -> None:
+    def __init__(self, *, key: str, task: str, needs_greedy: bool = True, ranking: Ranking | None = None) -> None:
         self.key = key
-        self.task = key.rsplit("/", 1)[0]
+        self.task = task
         self.indices: list[list[int]] = []  # request numbers of each different answer
         self.strings: list[tuple[str, ...]] = []
         self.tokens: list[tuple[list[int], list[int]]] = []

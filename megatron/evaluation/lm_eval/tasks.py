@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.usage import suggestion
-from megatron.errors import Failure, UserError
+from megatron.errors import Failure, UserError, require
 from megatron.evaluation.adaptive import Ranking
 from megatron.evaluation.names import PAPER_TASKS
 
@@ -70,8 +70,11 @@ def task_loader(names: Sequence[str], refused: Mapping[str, str] | None = None) 
         def load(self, task_list: Any) -> Any:
             """Load names, files and configurations one by one."""
             loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+            source: dict[str, Any] = {}
             for name in [task_list] if isinstance(task_list, str) else list(task_list):
                 part = self._load_one(name)
+                for task in part.get("tasks", {}):
+                    check_apart(task, source.setdefault(task, name), name)
                 for key in loaded:
                     loaded[key].update(part.get(key, {}))
             for task_name, task in loaded["tasks"].items():
@@ -103,6 +106,17 @@ def task_loader(names: Sequence[str], refused: Mapping[str, str] | None = None) 
                 raise _not_fetched(name, error) from error
 
     return TaskLoader(include_defaults=any(not name.endswith(".jsonl") for name in names))
+
+
+def check_apart(task: str, first: Any, second: Any) -> None:
+    """Refuse a file whose task has the name of another one: results are kept by it, and one of them would be lost."""
+    is_local = any(isinstance(name, str) and name.endswith(".jsonl") for name in (first, second))
+    require(
+        first == second or not is_local,
+        f"{first} and {second} are both the task {task}",
+        "a file is the task of its name, and results are told apart by it",
+        "rename one of them, or evaluate them one by one",
+    )
 
 
 def _not_fetched(name: str, error: Exception) -> Failure:

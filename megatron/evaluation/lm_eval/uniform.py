@@ -12,7 +12,7 @@ from megatron.evaluation.likelihood import MAX_DRAWS, add_up
 from megatron.evaluation.lm_eval.diffusion import DiffusionLM
 from megatron.evaluation.lm_eval.groups import Group
 from megatron.evaluation.requests import whole_number
-from megatron.evaluation.scorer import Estimate, Request, cut_context, equal_runs
+from megatron.evaluation.scorer import Estimate, Request, batches, cut_context
 from megatron.evaluation.uniform import UniformScorer
 from megatron.generation.diffusion import DiffusionSettings
 from megatron.generation.samplers import sampler_of
@@ -48,6 +48,7 @@ class MegatronUniform(DiffusionLM):
     ) -> None:
         self.num_mc = whole_number("num_mc", num_mc)
         require(self.num_mc <= MAX_DRAWS, f"num_mc {num_mc}", f"at most {MAX_DRAWS} draws", "lower it")
+        self.pairs = -(-self.num_mc // 2)
         self.greedy, self.generation = greedy, {"order": gen_order, "steps": gen_steps}
         super().__init__(load, seed=seed, **options)
         decoding = self.loaded.objective.decoding
@@ -74,12 +75,12 @@ class MegatronUniform(DiffusionLM):
 
     def describe(self) -> str:
         """The estimator, for people."""
-        return f"{self.scorer.kind}: {self.scorer.name}, {self.num_mc} passes"
+        return f"{self.scorer.kind}: {self.scorer.name}, {2 * self.pairs} passes"
 
     def score_groups(self, groups: Sequence[Group]) -> list[list[Estimate]]:
         """See :class:`MegatronLM`."""
         pieces = [own for group in groups for own in self.requests(group)]
-        scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=-(-self.num_mc // 2)))
+        scores = iter(self.scorer.score([one for own in pieces for one in own], num_draws=self.pairs))
         totals = iter([add_up([next(scores) for _ in own]) for own in pieces])
         return self.with_greedy_flags(groups, [[next(totals) for _ in group.indices] for group in groups])
 
@@ -94,7 +95,8 @@ class MegatronUniform(DiffusionLM):
         sizes = [(len(request.context), len(request.target)) for request in cut]
         order = sorted(range(len(cut)), key=sizes.__getitem__, reverse=True)
         found = [False] * len(cut)
-        for start, stop in equal_runs([sizes[index] for index in order], limit=self.batch_size):
+        alike = [sizes[index] for index in order]
+        for start, stop in batches([target for _, target in alike], alike=alike, limit=self.batch_size):
             indices = order[start:stop]
             rows = [[*cut[i].context, *([self.sampler.mask_id] * len(cut[i].target))] for i in indices]
             settings = DiffusionSettings(sampling=TokenSampling(seed=self.seed))
