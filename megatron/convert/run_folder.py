@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.select import select
+from megatron.checkpoint.select import Selection, select
 from megatron.checkpoint.tensors import open_whole_model, save_full_checkpoint
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
@@ -46,6 +46,17 @@ def read_run(
     Raises:
         ValueError: no checkpoint there, or a damaged one.
     """
+    found = select_checkpoint(path, tag)
+    assert found.tag is not None
+    return *read_tag(found.tag, kind or found.weights), found.tag
+
+
+def select_checkpoint(path: str | Path, tag: str | None) -> Selection:
+    """The verified checkpoint of a run; says what was passed over.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
     found = select(path, tag)
     if found.tag is None:
         raise UserError(
@@ -55,9 +66,14 @@ def read_run(
         )
     if found.warning:
         print(found.warning, file=sys.stderr, flush=True)
-    reader = open_whole_model(found.tag, kind or found.weights)
+    return found
+
+
+def read_tag(tag: Path, kind: str) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and full canonical tensors (fp32) of one kind, of a verified checkpoint."""
+    reader = open_whole_model(tag, kind)
     names = Progress("reading", len(reader.specs), unit="tensors").over(reader.specs)
-    return reader.config, {name: reader.tensor(name) for name in names}, found.tag
+    return reader.config, {name: reader.tensor(name) for name in names}
 
 
 def origin_of(folder: Path) -> Path | None:
