@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -114,7 +115,7 @@ def write_run(
                     shutil.copyfile(origin / name, folder / ORIGIN / name)
             if config.data.tokenizer_model == str(origin):
                 copy_tokenizer(origin, folder / ORIGIN)
-                config = replace(config, data=replace(config.data, tokenizer_model=str(path / ORIGIN)))
+                config = replace(config, data=replace(config.data, tokenizer_model=os.path.abspath(path / ORIGIN)))
         save_full_checkpoint(folder, config, tensors, step=step, more=more)
         (folder / "run.json").write_text(
             json.dumps(_run_json(config, tensors, source), indent=1) + "\n", encoding="utf-8"
