@@ -167,7 +167,7 @@ def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds
         shutil.copyfile(cached, partial)
     if file.size > PLAIN_HTTP_LIMIT_BYTES:
         _fetch_large(file, partial, endpoint)
-    failures, before = 0, -1
+    failures, before = 0, -2  # an absent file has -1 bytes
     while (size := partial.stat().st_size if partial.exists() else -1) != file.size:
         if size > file.size:
             partial.unlink()  # a server that ignored the range wrote the file twice
