@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from megatron.model.arithmetic import DEVICES
 from megatron.screen import wrapped
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.scaling.fit import Fit
     from megatron.scaling.planner import Choice, Plan
 
 
@@ -70,13 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> Plan:
     from megatron.runs.counts import parse_count
-    from megatron.scaling.fit import load_fits
     from megatron.scaling.literature import PUBLISHED
     from megatron.scaling.planner import Budget, Model, make_plan
 
     models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
-        models.update({fit.objective: fit for fit in load_fits(options.fits) if fit.objective in models})
+        models |= _fitted(options.fits, models)
     unique = parse_count(options.unique_tokens, "--unique-tokens")
     given = f"--unique-tokens {options.unique_tokens}"
     require(
@@ -89,6 +90,20 @@ def _plan(options: argparse.Namespace) -> Plan:
         vocab_size=options.vocab_size,
     )
     return make_plan(models, budget)
+
+
+def _fitted(path: Path, objectives: Iterable[str]) -> dict[str, Fit]:
+    """The law of each objective in a file of fits; those of other objectives are of no use here."""
+    from megatron.scaling.fit import load_fits
+
+    found = [fit for fit in load_fits(path) if fit.objective in objectives]
+    require(found, f"--fits {path}", "a plan weighs ar against mdm, and it holds a law of neither", "fit such runs")
+    models: dict[str, Fit] = {}
+    for fit in found:
+        two = f"--fits {path} holds two laws of {fit.objective}"
+        require(fit.objective not in models, two, "a plan takes one", "fit those runs alone: tools/fit_laws.py RUN ...")
+        models[fit.objective] = fit
+    return models
 
 
 def _flops(options: argparse.Namespace) -> float:
