@@ -87,8 +87,8 @@ def _fill(folder: Path, run: Path, plan: UploadPlan) -> None:
             shutil.copyfile(tag / name, folder / tag.name / name)
         write_manifest(folder / tag.name, without_local_paths(found.manifest))
         (folder / LATEST).write_text(tag.name, encoding="utf-8")
-    what = {"step": int(found.manifest["step"]), "weights": kind, "family": family}
-    card = model_card(run, repo_id=plan.repo_id, license_name=plan.license_name, **what)
+    step, license_name = int(found.manifest["step"]), plan.license_name
+    card = model_card(run, repo_id=plan.repo_id, step=step, family=family, weights=kind, license_name=license_name)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -196,7 +196,7 @@ def _fill(labels: np.ndarray, sizes: np.ndarray, open_groups: set[int], options:
     total, bytes_of = int(sizes.sum()), np.bincount(labels, sizes)
     if options.documents is not None:
         wanted, largest = float(options.documents), float(options.documents)
-        weights = np.bincount(labels).astype(np.float64)
+        weights: np.ndarray = np.bincount(labels)
         room = max(options.max_validation_bytes or total, MIN_VALIDATION_BYTES) * _SLACK
     else:
         wanted = max(min(options.fraction * total, options.max_validation_bytes or total), MIN_VALIDATION_BYTES)
