@@ -67,11 +67,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     to_hf.add_argument("--tag", help="checkpoint of the run; default: the newest that verifies")
     add_load_kind(to_hf)
     args = parser.parse_args(argv)
-    names = ("tokenizer", "vocab_file", "merge_file") if getattr(args, "no_tokenizer", False) else ()
-    given = {
-        name: why for name, why in dict.fromkeys(names, "--no-tokenizer leaves it out").items() if hasattr(args, name)
-    }
-    refuse_idle(commands.choices[args.command], args, given)
+    idle = {}
+    if getattr(args, "tokenizer", None):
+        idle = dict.fromkeys(("vocab_file", "merge_file"), "--tokenizer stands in its place")
+    if getattr(args, "no_tokenizer", False):
+        idle = dict.fromkeys(("tokenizer", "vocab_file", "merge_file"), "--no-tokenizer leaves it out")
+    refuse_idle(commands.choices[args.command], args, {name: why for name, why in idle.items() if hasattr(args, name)})
     return args
 
 

@@ -129,8 +129,6 @@ def main(argv: list[str] | None = None) -> None:
     if needed > free:
         given = f"{needed:,} bytes are needed and {free:,} are free"
         raise Failure(given, "the files must fit", "give another --data-dir")
-    for absent in missing:
-        for file, place in absent:
-            fetch(file, root / place)
+    fetched = sum(fetch(file, root / place) for absent in missing for file, place in absent)
     next_steps(root, items, [place for plan in plans for _, place in plan])
-    print(f"done: {sum(len(plan) for plan in plans)} files checked, {sum(len(absent) for absent in missing)} fetched")
+    print(f"done: {sum(len(plan) for plan in plans)} files checked, {fetched} fetched")

@@ -13,7 +13,7 @@ from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.config.schema import WEIGHT
 from megatron.errors import UserError, require
-from megatron.screen import Progress
+from megatron.screen import Progress as Bar
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.evaluation.court import Samples
@@ -94,6 +94,7 @@ def score(run: Run, options: argparse.Namespace, context: ParallelContext) -> Ge
     from megatron.evaluation.generalisation import measure
     from megatron.inference.model import load_model
     from megatron.runs.generalisation import Generalisation, Point
+    from megatron.training.progress import Progress
 
     tags = _tags(run.path, options.load_tag)
     load = partial(load_model, kind=options.load_kind or WEIGHT, context=context)
@@ -107,10 +108,11 @@ def score(run: Run, options: argparse.Namespace, context: ParallelContext) -> Ge
             continue
         model = first if tag == tags[0] else load(tag)
         total = sum(len(range(context.dp.rank, len(own.tokens), context.dp.size)) for own in sets.values())
-        with Progress(f"{run.name}: step {step}", total, unit="samples", enabled=context.is_first_rank) as bar:
+        with Bar(f"{run.name}: step {step}", total, unit="samples", enabled=context.is_first_rank) as bar:
             measured = {name: measure(model, own, **how, on_samples=bar.update) for name, own in sets.items()}
-        samples = read_manifest(tag)["consumed_samples"]
-        epoch = samples * model.max_length / run.unique_tokens if run.unique_tokens else 0.0
+        manifest = read_manifest(tag)
+        unique = int(manifest.get("unique_tokens") or run.unique_tokens)
+        epoch = Progress.of(manifest, unique_tokens=unique).epoch(unique)
         point = Point(step, epoch, **measured)
         if context.is_first_rank:
             record.add(point)

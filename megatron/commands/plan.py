@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from megatron.model.arithmetic import DEVICES
 from megatron.screen import wrapped
 
 if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.scaling.fit import Fit
     from megatron.scaling.planner import Choice, Plan
 
 
@@ -70,14 +73,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> Plan:
     from megatron.runs.counts import parse_count
-    from megatron.scaling.fit import load_fits, of_one_source
     from megatron.scaling.literature import PUBLISHED
     from megatron.scaling.planner import Budget, Model, make_plan
 
     models: dict[str, Model] = dict(PUBLISHED)
     if options.fits:
-        fits = load_fits(options.fits)
-        models.update({fit.objective: fit for fit in fits if fit.objective in models} | of_one_source(fits))
+        models |= _fitted(options.fits, models)
     unique = parse_count(options.unique_tokens, "--unique-tokens")
     given = f"--unique-tokens {options.unique_tokens}"
     require(
@@ -90,6 +91,19 @@ def _plan(options: argparse.Namespace) -> Plan:
         vocab_size=options.vocab_size,
     )
     return make_plan(models, budget)
+
+
+def _fitted(path: Path, objectives: Iterable[str]) -> dict[str, Fit]:
+    """The law of each objective in a file of fits, of one source as far as there are several; those of other objectives are of no
+    use here."""
+    from megatron.scaling.fit import load_fits, of_one_source
+
+    found = [fit for fit in load_fits(path) if fit.objective in objectives]
+    require(found, f"--fits {path}", "a plan weighs ar against mdm, and it holds a law of neither", "fit such runs")
+    for (_, objective), number in Counter((fit.source, fit.objective) for fit in found).items():
+        given = f"--fits {path} holds two laws of {objective}"
+        require(number == 1, given, "a plan takes one", "fit those runs alone: tools/fit_laws.py RUN ...")
+    return {fit.objective: fit for fit in found} | of_one_source(found)
 
 
 def _flops(options: argparse.Namespace) -> float:

@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron.config.parser import Parser
-from megatron.config.ranges import whole
+from megatron.config.ranges import refuse_idle, whole
 from megatron.errors import UserError
 from megatron.screen import Progress, wrapped
 
@@ -82,7 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--log-interval", type=whole(1, 10**6), default=30, metavar="SECONDS", help="between progress lines in a log"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse_idle(parser, args, {"max_errors": "--skip-errors leaves out any number"} if args.skip_errors else {})
+    return args
 
 
 def _rates(summary: Summary, seconds: float) -> str:

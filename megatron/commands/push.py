@@ -45,7 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     idle = {"tokenizer": "--no-tokenizer leaves it out"} if args.no_tokenizer else {}
     if args.no_export:
-        idle |= dict.fromkeys(("dtype", "trim_vocab", "tokenizer", "no_tokenizer"), "there is no export")
+        names = ("load_kind", "dtype", "trim_vocab", "tokenizer", "no_tokenizer")
+        idle |= dict.fromkeys(names, "there is no export")
     refuse_idle(parser, args, idle)
     return args
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.commands.compare import comparison
 from megatron.config.parser import Parser
 from megatron.screen import wrapped
+
+if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
+    from megatron.runs.run import Run
 
 EXAMPLES = (
     "megatron report runs/ar runs/mdm --output report",
@@ -66,13 +70,14 @@ def _report(options: argparse.Namespace) -> None:
     fits = load_fits(options.fits) if options.fits else []
     baseline = Baseline.of_runs(find_runs(options.baseline), "the baseline") if options.baseline else None
 
-    def write() -> Path:
-        return write_report(find_runs(options.runs), options.output, options.title, fits=fits, baseline=baseline)
+    def write(runs: list[Run]) -> Path:
+        return write_report(runs, options.output, options.title, fits=fits, baseline=baseline)
 
-    page = write()
-    print(wrapped("\n".join([*comparison(find_runs(options.runs)), "", f"report: {page}"])), flush=True)
+    runs = find_runs(options.runs)
+    page = write(runs)
+    print(wrapped("\n".join([*comparison(runs), "", f"report: {page}"])), flush=True)
     if options.serve is not None:
-        _serve(options, write)
+        _serve(options, lambda: write(find_runs(options.runs)))
 
 
 def _serve(options: argparse.Namespace, write: Callable[[], Path]) -> None:

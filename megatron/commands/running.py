@@ -132,7 +132,8 @@ def missing_package(error: ModuleNotFoundError) -> int:
 def _flushed(status: int) -> int:
     """``status``, once all output has left. A full disk under it is an error that names standard output."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started us: what is printed goes nowhere
+            sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             _drop_output()

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.checkpoint.tensors import LARGEST_SIZE
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
-from megatron.convert.huggingface import CLASSES, MODEL_TYPES
+from megatron.convert.huggingface import CLASSES, MODEL_TYPES, check_ranges
 from megatron.errors import UserError
 
 # Mistral without a sliding window is Llama. Its class has other defaults, so it is read with its own configuration.
@@ -135,6 +135,7 @@ def read_config(folder: Path) -> tuple[Config, str]:
         hidden_dropout=0.0,
         init_method_std=float(theirs.initializer_range),
     )
+    check_ranges(model, str(path))
     mask = theirs.mask_token_id if family == "mdm" else None
     objective = ObjectiveConfig(objective=family, mask_token_id=mask)
     if mask is not None and not 0 <= mask < theirs.vocab_size:

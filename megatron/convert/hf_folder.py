@@ -102,6 +102,8 @@ def export_folder(
         has_tokenizer = options.with_tokenizer and write_tokenizer(
             config.data, folder, mask_id=mask_id, length=config.model.seq_length, source=options.tokenizer
         )
+        if has_tokenizer:
+            _check_ids(folder, config, rows, mask_id)
         eod = end_of_document(folder) if has_tokenizer else None
         if eod is None and has_tokenizer and options.tokenizer is None:  # copied byte for byte, without a word about it
             eod = build_tokenizer(config.data).eod_id
@@ -117,6 +119,18 @@ def export_folder(
         "class": CLASSES[family], "vocab_rows": rows, "dtype": dtype, "bytes": size, "tokenizer": has_tokenizer,
         "verified": difference,
     }  # fmt: skip
+
+
+def _check_ids(folder: Path, config: Config, rows: int, mask_id: int | None) -> None:
+    """Refuse a tokenizer with ids that the model was not trained on."""
+    known = min(rows, max(config.data.vocab_size or rows, -1 if mask_id is None else mask_id + 1))
+    size = tokenizer_size(folder) or 0
+    if size > known:
+        raise UserError(
+            f"the tokenizer has {size:,} ids, and the model knows {known:,}",
+            "every id was one of the training data, or is the mask",
+            "pass --tokenizer with the one of the training data, or --no-tokenizer",
+        )
 
 
 def import_folder(path: str | Path, *, with_tokenizer: bool = True) -> tuple[Config, dict[str, Tensor]]:
@@ -229,4 +243,5 @@ def _with_origin(fields: dict[str, Any], origin: Path | None) -> dict[str, Any]:
     dtype = before.get("dtype", before.get("torch_dtype"))
     if dtype is not None and dtype != fields["dtype"]:
         changed["dtype"] = fields["dtype"]
+        before.pop("torch_dtype", None)  # its older name
     return {**before, **changed}

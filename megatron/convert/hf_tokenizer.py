@@ -128,11 +128,11 @@ def end_of_document(folder: Path) -> int | None:
 
 def _build(data: DataConfig, source: str | None) -> Any:
     """Make the ``transformers`` tokenizer of the settings; None for pre-tokenised data."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     kind = data.tokenizer_type
     if source:
-        return AutoTokenizer.from_pretrained(source)
+        return _named(source)
     if kind == "GPT2BPETokenizer":
         if not (
             data.vocab_file and data.merge_file and Path(data.vocab_file).is_file() and Path(data.merge_file).is_file()
@@ -154,7 +154,7 @@ def _build(data: DataConfig, source: str | None) -> Any:
         path = Path(data.tokenizer_model)
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return AutoTokenizer.from_pretrained(data.tokenizer_model)
+        return _named(data.tokenizer_model)
     if kind == "SentencePieceTokenizer":
         raise UserError(
             f"the run used the SentencePiece model {data.tokenizer_model}",
@@ -162,6 +162,21 @@ def _build(data: DataConfig, source: str | None) -> Any:
             "pass --tokenizer with a Hugging Face tokenizer of the same ids, or --no-tokenizer",
         )
     return None
+
+
+def _named(name: str) -> Any:
+    """The tokenizer of a folder, or of a name on the hub."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # of the hub, the library or the files: each has classes of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the tokenizer {name} cannot be loaded ({reason})",
+            "it is a Hugging Face folder, or a name on the hub",
+            "check the name and the network, pass --tokenizer with another one, or --no-tokenizer",
+        ) from error
 
 
 def _specials(token: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor
 from megatron.checkpoint.tensors import model_tensors
 from megatron.checkpoint.warm_start import VOCABULARY_TENSORS
 from megatron.checkpoint.writer import save_file
+from megatron.config.option import check_range
 from megatron.config.schema import Config, ModelConfig
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.files import read_object, written_whole
 from megatron.objectives import build_objective
 from megatron.objectives.base import CausalDecoding, MaskedDecoding
@@ -81,6 +83,22 @@ def check_expressible(model: ModelConfig) -> None:
             "LlamaForCausalLM and EuroBertForMaskedLM have only RMSNorm, SwiGLU, no biases and RoPE",
             "keep it in this repository's format, or train with the default architecture",
         )
+
+
+def check_ranges(model: ModelConfig, source: str) -> None:
+    """Refuse values of strangers that no flag could have given, such as an epsilon of NaN.
+
+    Raises:
+        UserError: the first one.
+    """
+    for item in fields(model):
+        value, choices = getattr(model, item.name), item.metadata.get("choices")
+        try:
+            check_range(item, value)
+            require(not choices or value in (None, *choices), f"{item.name} {value!r}", f"it is one of {choices}", "")
+        except UserError as error:
+            fix = "check that configuration and files belong together"
+            raise UserError(f"{source}: {error.given}", error.rule, fix) from None
 
 
 def to_huggingface(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron.checkpoint.tensors import check_tensors, full_shapes, model_tensors
 from megatron.config.schema import Config, DataConfig, ModelConfig, ObjectiveConfig, RunConfig
+from megatron.convert.huggingface import check_ranges
 from megatron.convert.published_layers import FIRST_RANK, join_layers, list_files
 from megatron.convert.unpickle import load_pickled
 from megatron.errors import UserError, require
@@ -104,11 +107,13 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
             "the configuration is read from that argparse.Namespace",
             "check that this is a Megatron-DeepSpeed checkpoint",
         )
-    _check_args(args, tp_size, folder)
+    with _deriving(folder):
+        _check_args(args, tp_size, folder)
     reading = Progress("reading", len(files), unit="layers").over(files.items())
     layers = {layer: [load_pickled(file) for file in ranks] for layer, ranks in reading}
-    model = _model_config(args, layers, folder)
-    num_tensors = sum(len(ranks[0]) for ranks in layers.values())
+    with _deriving(folder):
+        model = _model_config(args, layers, folder)
+    num_tensors = sum(len(ranks[0]) for ranks in layers.values() if isinstance(ranks[0], dict))
     specs = model_tensors(model, num_tensors=num_tensors, source=str(folder))
     if POSITIONS in specs:  # theirs has a row for each position of the context, ours one more, never seen in training
         rows, hidden = specs[POSITIONS].full_shape
@@ -118,9 +123,25 @@ def read_published(path: str | Path, *, objective: str) -> PublishedCheckpoint:
     if POSITIONS in specs:
         tensors[POSITIONS] = torch.cat([tensors[POSITIONS], tensors[POSITIONS][-1:]])
     bf16 = tensors["word_embeddings.weight"].dtype == torch.bfloat16
-    config = _config(args, state, model, objective=objective, bf16=bf16)
-    step = state.get("iteration") or state.get("global_steps") or 0
-    return PublishedCheckpoint({name: tensor.float() for name, tensor in tensors.items()}, config, int(step))
+    with _deriving(folder):
+        config = _config(args, state, model, objective=objective, bf16=bf16)
+        step = int(state.get("iteration") or state.get("global_steps") or 0)
+    return PublishedCheckpoint({name: tensor.float() for name, tensor in tensors.items()}, config, step)
+
+
+@contextmanager
+def _deriving(folder: Path) -> Iterator[None]:
+    """Say in words that values of strangers are absent, or of another kind or range."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}: the model cannot be derived ({error})",
+            "args must hold the sizes of a Megatron-DeepSpeed GPT and layer 02 its first block",
+            "check that this is such a checkpoint",
+        ) from error
 
 
 def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
@@ -154,40 +175,34 @@ def _check_args(args: argparse.Namespace, tp_size: int, folder: Path) -> None:
 
 def _model_config(args: argparse.Namespace, layers: dict[int, list[dict[str, Tensor]]], folder: Path) -> ModelConfig:
     """Derive the model from ``args``; the feed-forward width from the shapes (launch scripts list another one)."""
-    try:
-        untied = bool(getattr(args, "untie_embeddings_and_output_weights", False))
-        swiglu = bool(args.swiglu)
-        hidden, heads = int(args.hidden_size), int(args.num_attention_heads)
-        up = layers[2][0]["mlp.dense_h_to_4h.weight"] if 2 in layers else None
-        rows = up.shape[0] * len(layers[2]) if isinstance(up, Tensor) else 0
-        model = ModelConfig(
-            num_layers=int(args.num_layers),
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            num_query_groups=heads,
-            kv_channels=int(args.kv_channels or hidden // heads),
-            ffn_hidden_size=rows // 2 if swiglu else rows,
-            seq_length=int(args.seq_length),
-            max_position_embeddings=int(args.max_position_embeddings),
-            make_vocab_size_divisible_by=int(args.make_vocab_size_divisible_by),
-            padded_vocab_size=int(args.padded_vocab_size),
-            normalization=str(args.normalization),
-            layernorm_epsilon=float(args.layernorm_epsilon),
-            swiglu=swiglu,
-            use_rotary_position_embeddings=bool(args.use_rotary_position_embeddings),
-            rotary_base=float(getattr(args, "rope_theta", 10000)),
-            disable_bias_linear=not args.add_bias_linear,
-            untie_embeddings_and_output_weights=untied,
-            attention_dropout=float(args.attention_dropout),
-            hidden_dropout=float(args.hidden_dropout),
-            init_method_std=float(args.init_method_std),
-        )
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder}: the model cannot be derived ({error})",
-            "args must hold the sizes of a Megatron-DeepSpeed GPT and layer 02 its first block",
-            "check that this is such a checkpoint",
-        ) from error
+    untied = bool(getattr(args, "untie_embeddings_and_output_weights", False))
+    swiglu = bool(args.swiglu)
+    hidden, heads = int(args.hidden_size), int(args.num_attention_heads)
+    up = layers[2][0]["mlp.dense_h_to_4h.weight"] if 2 in layers else None
+    rows = up.shape[0] * len(layers[2]) if isinstance(up, Tensor) else 0
+    model = ModelConfig(
+        num_layers=int(args.num_layers),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=int(args.kv_channels or hidden // heads),
+        ffn_hidden_size=rows // 2 if swiglu else rows,
+        seq_length=int(args.seq_length),
+        max_position_embeddings=int(args.max_position_embeddings),
+        make_vocab_size_divisible_by=int(args.make_vocab_size_divisible_by),
+        padded_vocab_size=int(args.padded_vocab_size),
+        normalization=str(args.normalization),
+        layernorm_epsilon=float(args.layernorm_epsilon),
+        swiglu=swiglu,
+        use_rotary_position_embeddings=bool(args.use_rotary_position_embeddings),
+        rotary_base=float(getattr(args, "rope_theta", 10000)),
+        disable_bias_linear=not args.add_bias_linear,
+        untie_embeddings_and_output_weights=untied,
+        attention_dropout=float(args.attention_dropout),
+        hidden_dropout=float(args.hidden_dropout),
+        init_method_std=float(args.init_method_std),
+    )
+    check_ranges(model, str(folder))
     last = int(args.num_layers) + (3 if untied else 2)
     if len(layers) != last:
         raise UserError(

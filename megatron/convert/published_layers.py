@@ -80,6 +80,12 @@ def join_layers(
     norm = len(layers) - (1 if "lm_head.weight" in specs else 0)  # the layer of the last norm
     for layer, ranks in layers.items():
         where = f"{folder.name}/layer_{layer:02d}"
+        require(
+            all(isinstance(rank, dict) and all(isinstance(name, str) for name in rank) for rank in ranks),
+            f"{where} holds no table of tensors by name",
+            "a layer file holds only tensors",
+            "this checkpoint comes from another code and is not converted",
+        )
         names = list(ranks[0])
         if any(set(rank) != set(names) for rank in ranks):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.select import select
+from megatron.checkpoint.select import Selection, select
 from megatron.checkpoint.tensors import open_whole_model, save_full_checkpoint
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
@@ -46,6 +47,17 @@ def read_run(
     Raises:
         ValueError: no checkpoint there, or a damaged one.
     """
+    found = select_checkpoint(path, tag)
+    assert found.tag is not None
+    return *read_tag(found.tag, kind or found.weights), found.tag
+
+
+def select_checkpoint(path: str | Path, tag: str | None) -> Selection:
+    """The verified checkpoint of a run; says what was passed over.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
     found = select(path, tag)
     if found.tag is None:
         raise UserError(
@@ -55,10 +67,15 @@ def read_run(
         )
     if found.warning:
         print(found.warning, file=sys.stderr, flush=True)
-    reader = open_whole_model(found.tag, kind or found.weights)
+    return found
+
+
+def read_tag(tag: Path, kind: str) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and full canonical tensors (fp32) of one kind, of a verified checkpoint."""
+    reader = open_whole_model(tag, kind)
     names = Progress("reading", len(reader.specs), unit="tensors").over(reader.specs)
     data = named_tokenizer(reader.config.data, reader.manifest.get("tokenizer") or {})
-    return replace(reader.config, data=data), {name: reader.tensor(name) for name in names}, found.tag
+    return replace(reader.config, data=data), {name: reader.tensor(name) for name in names}
 
 
 def origin_of(folder: Path) -> Path | None:
@@ -99,7 +116,7 @@ def write_run(
                     shutil.copyfile(origin / name, folder / ORIGIN / name)
             if config.data.tokenizer_model == str(origin):
                 copy_tokenizer(origin, folder / ORIGIN)
-                config = replace(config, data=replace(config.data, tokenizer_model=str(path / ORIGIN)))
+                config = replace(config, data=replace(config.data, tokenizer_model=os.path.abspath(path / ORIGIN)))
         save_full_checkpoint(folder, config, tensors, step=step, more=more)
         (folder / "run.json").write_text(
             json.dumps(_run_json(config, tensors, source), indent=1) + "\n", encoding="utf-8"

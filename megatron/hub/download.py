@@ -32,6 +32,7 @@ from huggingface_hub.utils import (
 )
 
 from megatron.errors import Failure
+from megatron.files import one_at_a_time
 from megatron.screen import Progress
 
 STATE_FOLDER = ".download"
@@ -110,7 +111,8 @@ def is_present(file: RemoteFile, destination: Path) -> bool:
         return True
     if content_digest(destination, is_lfs=file.is_lfs) != file.digest:
         return False
-    _seal(file, destination)
+    with contextlib.suppress(OSError):  # of a folder that is only to be read: hashed again next time
+        _seal(file, destination)
     return True
 
 
@@ -124,7 +126,7 @@ def fetch(file: RemoteFile, destination: Path, *, endpoint: str | None = None, w
         wait_seconds: pause before the second attempt; it doubles with each.
 
     Returns:
-        False if it was there already.
+        False if it was there already, or another process brought it meanwhile.
 
     Raises:
         DownloadError: the connection kept failing, or the content was wrong twice. ``destination`` is then unchanged.
@@ -134,7 +136,13 @@ def fetch(file: RemoteFile, destination: Path, *, endpoint: str | None = None, w
     state = _state(destination)
     state.mkdir(parents=True, exist_ok=True)
     partial = state / f"{destination.name}.{file.digest[:16]}.incomplete"
-    with _locked(partial):
+
+    def waiting() -> None:
+        print(f"{file.path}: another process fetches it; waiting for that", flush=True)
+
+    with one_at_a_time(partial.with_suffix(".lock"), waiting=waiting):
+        if is_present(file, destination):
+            return False
         for _ in range(2):
             _fill(file, partial, endpoint=endpoint, wait_seconds=wait_seconds)
             actual = content_digest(partial, is_lfs=file.is_lfs)
@@ -167,7 +175,7 @@ def _fill(file: RemoteFile, partial: Path, *, endpoint: str | None, wait_seconds
         shutil.copyfile(cached, partial)
     if file.size > PLAIN_HTTP_LIMIT_BYTES:
         _fetch_large(file, partial, endpoint)
-    failures, before = 0, -1
+    failures, before = 0, -2  # an absent file has -1 bytes
     while (size := partial.stat().st_size if partial.exists() else -1) != file.size:
         if size > file.size:
             partial.unlink()  # a server that ignored the range wrote the file twice
@@ -265,26 +273,3 @@ def _seal(file: RemoteFile, destination: Path) -> None:
     seal = {"digest": file.digest, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     _state(destination).mkdir(exist_ok=True)
     (_state(destination) / f"{destination.name}.verified").write_text(json.dumps(seal), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keep a second process from writing the same partial file, where the platform has file locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with partial.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DownloadError(
-                f"{partial.name} is being written by another process",
-                "one download of a file runs at a time",
-                "wait for the other",
-            ) from error
-        try:
-            yield
-        finally:
-            partial.with_suffix(".lock").unlink(missing_ok=True)

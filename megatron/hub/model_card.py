@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+from megatron.config.schema import WEIGHT
 from megatron.files import read_object
-from megatron.runs.record import METRICS, RECORD, read_rows
+from megatron.runs.record import METRICS, RECORD, WEIGHTS, read_rows
 
 CURVE_ROWS = 12  # validations shown
 
@@ -33,11 +35,13 @@ def read_run_records(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     path = run / RECORD
     info = read_object(path, rule="the model card is written from it", fix="give the folder that was passed as --save")
-    rows = [row for row in read_rows(run / METRICS) if row["kind"] == "valid"]
+    rows = [row for row in read_rows(run / METRICS) if row["kind"] in WEIGHTS]
     return info, sorted(rows, key=lambda row: row["step"])
 
 
-def model_card(run: Path, *, repo_id: str, step: int, family: str | None, license_name: str | None = None) -> str:
+def model_card(
+    run: Path, *, repo_id: str, step: int, family: str | None, weights: str = WEIGHT, license_name: str | None = None
+) -> str:
     """Write the card.
 
     Args:
@@ -45,6 +49,7 @@ def model_card(run: Path, *, repo_id: str, step: int, family: str | None, licens
         repo_id: where it goes, for the example.
         step: step of the uploaded weights.
         family: "ar" or "mdm" for a Hugging Face export, None when only this repository's format is uploaded.
+        weights: kind of the uploaded weights, ``weight`` or ``ema``: the results are of validations of that kind.
         license_name: identifier for the header; none is claimed without it.
 
     Returns:
@@ -54,10 +59,10 @@ def model_card(run: Path, *, repo_id: str, step: int, family: str | None, licens
     parts = [
         _header(family, license_name),
         f"# {repo_id.split('/')[-1]}\n",
-        _summary(info, step),
+        _summary(info, step, weights),
         _table("Model", _model_rows(info)),
         _table("Training", _training_rows(info)),
-        _results(rows, step, str(info.get("label", ""))),
+        _results([row for row in rows if WEIGHTS[row["kind"]] == weights], step, str(info.get("label", ""))),
     ]
     if family is not None:
         parts.append("## Use\n\n```python\n" + USAGE[family].format(repo=repo_id) + "\n```\n")
@@ -70,7 +75,12 @@ def without_local_paths(value: Any) -> Any:
         return {key: without_local_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_local_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    return re.sub(r"^(--[\w-]+=)?(/.*)", _shortened, value, flags=re.DOTALL) if isinstance(value, str) else value
+
+
+def _shortened(found: re.Match[str]) -> str:
+    """A path, or a flag with one, as a command line holds it."""
+    return (found[1] or "") + Path(found[2]).name
 
 
 def _header(family: str | None, license_name: str | None) -> str:
@@ -83,7 +93,7 @@ def _header(family: str | None, license_name: str | None) -> str:
     return "\n".join([*lines, "tags:", f"- {tag}", "- data-constrained-pretraining", "---", ""])
 
 
-def _summary(info: dict[str, Any], step: int) -> str:
+def _summary(info: dict[str, Any], step: int, weights: str) -> str:
     kinds = {
         "ar": "An autoregressive language model (next-token prediction, causal attention).",
         "mdm": "A masked diffusion language model (random mask ratio, bidirectional attention).",
@@ -92,7 +102,8 @@ def _summary(info: dict[str, Any], step: int) -> str:
         info.get("objective", ""), f"A language model trained with the objective `{info.get('objective')}`."
     )
     source = f" Converted from `{Path(info['converted_from']).name}`." if info.get("converted_from") else ""
-    return f"{text} Weights of step {step:,}.{source}\n"
+    which = "Weights" if weights == WEIGHT else "Averaged weights (--ema-decay)"
+    return f"{text} {which} of step {step:,}.{source}\n"
 
 
 def _model_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -134,7 +145,7 @@ def _training_rows(info: dict[str, Any]) -> list[tuple[str, str]]:
 def _results(rows: list[dict[str, Any]], step: int, label: str) -> str:
     """Show validations: the best one, that of the uploaded step, and a thinned curve."""
     if not rows:
-        return "## Results\n\nNo validation was logged for this run.\n"
+        return "## Results\n\nNo validation of these weights was logged.\n"
     best = min(rows, key=lambda row: row["nll"] if _is_number(row.get("nll")) else math.inf)
     spread = max(1, -(-len(rows) // CURVE_ROWS))
     shown = [row for index, row in enumerate(rows) if index % spread == 0 or row is rows[-1] or row in (best,)]

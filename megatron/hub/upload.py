@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
-from megatron.checkpoint.files import LATEST, read_manifest, write_manifest
+from megatron.checkpoint.files import LATEST, write_manifest
+from megatron.config.schema import WEIGHT
 from megatron.convert.hf_folder import ExportOptions, export_folder
 from megatron.convert.huggingface import attention_family
-from megatron.convert.run_folder import origin_of, read_run
+from megatron.convert.run_folder import origin_of, read_tag, select_checkpoint
 from megatron.errors import Failure
+from megatron.files import replace_folder
 from megatron.hub.model_card import model_card, read_run_records, without_local_paths
+from megatron.runs.record import METRICS, RECORD
 
 
 class UploadError(Failure):
@@ -45,7 +48,7 @@ class UploadPlan:
 
 
 def stage(run: Path, folder: Path, plan: UploadPlan) -> list[tuple[str, int]]:
-    """Put everything that is to be uploaded into a new folder.
+    """Put everything that is to be uploaded, and nothing else, into a new folder; it appears complete or not at all.
 
     Args:
         run: run directory.
@@ -56,33 +59,37 @@ def stage(run: Path, folder: Path, plan: UploadPlan) -> list[tuple[str, int]]:
         Paths inside the folder and their bytes.
 
     Raises:
-        ValueError: no run, no usable checkpoint, or an architecture that cannot be exported.
+        ValueError: no run, no usable checkpoint, an architecture that cannot be exported, or ``folder`` is taken.
     """
-    info, _ = read_run_records(run)
-    config, tensors, tag = read_run(run, tag=plan.tag, kind=plan.kind)
-    step = int(read_manifest(tag)["step"])
-    family = attention_family(config) if plan.with_export else None
-    if plan.with_export:
-        options = (
-            plan.export if plan.export.origin else ExportOptions(**{**vars(plan.export), "origin": origin_of(tag)})
-        )
-        export_folder(config, tensors, folder, options=options)
-    folder.mkdir(parents=True, exist_ok=True)
-    del tensors
-    (folder / "run.json").write_text(json.dumps(without_local_paths(info), indent=1) + "\n", encoding="utf-8")
-    if (run / "metrics.jsonl").is_file():
-        shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
-    if plan.with_checkpoint:
-        manifest = read_manifest(tag)
-        (folder / tag.name).mkdir()
-        for name in manifest["files"]:
-            shutil.copyfile(tag / name, folder / tag.name / name)
-        write_manifest(folder / tag.name, without_local_paths(manifest))
-        (folder / LATEST).write_text(tag.name, encoding="utf-8")
-    card = model_card(run, repo_id=plan.repo_id, step=step, family=family, license_name=plan.license_name)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with replace_folder(folder) as fresh:
+        _fill(fresh, run, plan)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+
+
+def _fill(folder: Path, run: Path, plan: UploadPlan) -> None:
+    info, _ = read_run_records(run)
+    found = select_checkpoint(run, plan.tag)
+    assert found.tag is not None
+    tag, kind, family = found.tag, WEIGHT, None
+    if plan.with_export:
+        kind = plan.kind or found.weights
+        config, tensors = read_tag(tag, kind)
+        family = attention_family(config)
+        origin = plan.export.origin or origin_of(tag)
+        export_folder(config, tensors, folder, options=replace(plan.export, origin=origin))
+    (folder / RECORD).write_text(json.dumps(without_local_paths(info), indent=1) + "\n", encoding="utf-8")
+    if (run / METRICS).is_file():
+        shutil.copyfile(run / METRICS, folder / METRICS)
+    if plan.with_checkpoint:
+        (folder / tag.name).mkdir()
+        for name in found.manifest["files"]:
+            shutil.copyfile(tag / name, folder / tag.name / name)
+        write_manifest(folder / tag.name, without_local_paths(found.manifest))
+        (folder / LATEST).write_text(tag.name, encoding="utf-8")
+    step, license_name = int(found.manifest["step"]), plan.license_name
+    card = model_card(run, repo_id=plan.repo_id, step=step, family=family, weights=kind, license_name=license_name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, endpoint: str | None = None) -> str:

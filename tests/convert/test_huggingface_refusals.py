@@ -125,6 +125,7 @@ def test_index_that_lies(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "missing model.layers.2"),
         ({"num_hidden_layers": 10**10}, "num_hidden_layers 10000000000"),
         ({"num_hidden_layers": 10**6}, "num_layers 1000000 with 20 tensors"),
+        ({"rms_norm_eps": 2.0}, "--layernorm-epsilon is 2.0"),
         ({"vocab_size": 10**19}, "vocab_size 10000000000000000000"),
         ({"hidden_size": 10**12, "head_dim": 10**12}, "hidden_size 1000000000000, head_dim 1000000000000"),
     ],

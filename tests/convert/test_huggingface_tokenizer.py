@@ -22,6 +22,7 @@ from megatron.data.identity import tokenizer_fingerprint
 from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.data.tokenizer import ByteTokenizer
+from megatron.errors import UserError
 from tests.convert.folders import our_logits
 from tests.convert.reference import make_config, random_tensors
 
@@ -231,3 +232,48 @@ def test_missing_gpt2_files_say_where_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"download.sh --gpt2"):
         export_folder(config, random_tensors(config.model), tmp_path / "hf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_knows_is_refused(tmp_path: Path, gpt2_files: DataConfig) -> None:
+    """The folder was written: ids without a row, or a token of the text as the mask."""
+    config = replace(make_config("mdm"), data=gpt2_files)
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")  # 301 ids with the mask
+    options = ExportOptions(tokenizer=str(tmp_path / "hf"))
+    for other in (make_config("ar"), make_config("mdm")):
+        less = replace(other, data=DataConfig(tokenizer_type="NullTokenizer", vocab_size=257))
+        less = replace(
+            less, objective=replace(less.objective, mask_token_id=257 if other.objective.mask_token_id else None)
+        )
+        with pytest.raises(UserError, match="the tokenizer has 301 ids, and the model knows 25"):
+            export_folder(less, random_tensors(less.model), tmp_path / "out", options=options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_one_message(tmp_path: Path) -> None:
+    """A traceback of 80 lines."""
+    config = replace(make_config("ar"), data=DataConfig(tokenizer_type="ByteTokenizer", vocab_size=257))
+    with pytest.raises(UserError, match="the tokenizer no/such cannot be loaded"):
+        export_folder(config, random_tensors(config.model), tmp_path / "hf", options=ExportOptions(tokenizer="no/such"))
+
+
+def test_an_imported_run_knows_its_tokenizer_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path stood in its configuration: `no tokenizer` from another working directory."""
+    config = replace(make_config("ar"), data=DataConfig(tokenizer_type="ByteTokenizer", vocab_size=257))
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    back, tensors = import_folder("hf")
+    write_run("run", back, tensors, step=0, source="hf", origin=Path("hf"))
+    monkeypatch.chdir("/")
+    assert read_run(tmp_path / "run")[0].data.tokenizer_model == str(tmp_path / "run" / "huggingface")
+
+
+def test_the_older_name_of_the_dtype_does_not_stay(tmp_path: Path) -> None:
+    config = replace(make_config("ar"), data=DataConfig(tokenizer_type="ByteTokenizer", vocab_size=257))
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**fields, "torch_dtype": fields.pop("dtype")}))
+    back, tensors = import_folder(tmp_path / "hf")
+    options = ExportOptions(dtype="bfloat16", origin=tmp_path / "hf")
+    export_folder(back, tensors, tmp_path / "again", options=options)
+    fields = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert fields["dtype"] == "bfloat16" and "torch_dtype" not in fields

@@ -189,6 +189,41 @@ def test_variants_that_we_do_not_have_are_refused_by_name(checkpoint: Path, name
         read_published(checkpoint, objective="mdm")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", "x", "the model cannot be derived"),
+        ("train_samples", [], None),
+        ("train_samples", "x", "the model cannot be derived"),
+        ("ffn_hidden_size", [1], "the model cannot be derived"),
+        ("num_experts", torch.ones(2), "the model cannot be derived"),
+        ("normalization", "none", "normalization 'none'"),
+        ("layernorm_epsilon", float("nan"), "--layernorm-epsilon is nan"),
+        ("rope_theta", -1, "--rotary-base is -1"),
+        ("num_attention_heads", None, "with None query heads"),
+    ],
+    ids=str,
+)
+def test_values_that_no_run_has_are_one_message(
+    checkpoint: Path, name: str, value: object, message: str | None
+) -> None:
+    """Tracebacks, or models that were read and computed nonsense."""
+    edit(checkpoint / "mp_rank_00_model_states.pt", lambda s: setattr(s["args"], name, value))
+    if message is None:
+        read_published(checkpoint, objective="mdm")
+        return
+    with pytest.raises(UserError, match=message):
+        read_published(checkpoint, objective="mdm")
+
+
+@pytest.mark.parametrize("content", [3, [1], torch.ones(2), {1: torch.ones(2)}], ids=["int", "list", "tensor", "keys"])
+def test_a_layer_file_that_holds_no_table_is_refused(checkpoint: Path, content: object) -> None:
+    for rank in range(2):
+        torch.save(content, checkpoint / f"layer_01-model_{rank:02d}-model_states.pt")
+    with pytest.raises(UserError, match="layer_01 holds no table of tensors"):
+        read_published(checkpoint, objective="mdm")
+
+
 def stretched(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     """A tensor that claims a shape with the storage of one element."""
     return tensor.reshape(-1)[:1].clone().expand(*shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
 import zipfile
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from megatron.convert.unpickle import Placeholder, load_pickled
+from megatron.errors import UserError
 
 
 class Bomb:
@@ -140,6 +142,20 @@ def test_flipped_bit(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match=r"checksum of its part"):
         load_pickled(path)
+
+
+def test_every_flipped_bit_of_the_directory_is_one_message(tmp_path: Path) -> None:
+    """Six kinds of errors of zipfile and torch kept their tracebacks: UnicodeDecodeError, NotImplementedError, ..."""
+    path = save(tmp_path / "x.pt", {"weight": torch.zeros(4), "args": argparse.Namespace(a=1)})
+    whole = path.read_bytes()
+    places = [*range(4, 64), *range(whole.index(b"PK\x01\x02"), len(whole))]
+    for place in places[::3]:
+        for bit in range(0, 8, 2):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            path.write_bytes(bytes(content))
+            with contextlib.suppress(UserError):
+                load_pickled(path)
 
 
 def test_foreign_files(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 from runs.synthetic_runs import write_run
 
+from megatron.checkpoint.files import read_manifest, write_manifest
 from megatron.commands.generalisation import main
 from megatron.errors import UserError
 from megatron.evaluation.bench import load_models, open_samples
@@ -138,6 +140,18 @@ def test_averaged_weights_are_scored_where_asked_for(runs, tmp_path, capsys) -> 
     assert capsys.readouterr().out.count("NLL (exact), averaged weights") == 1
     with pytest.raises(UserError, match="--load-kind"):
         main([str(tmp_path / "other"), *data, "--load-kind", "ema"])
+
+
+def test_epochs_are_those_of_the_tokens_that_were_trained_on(runs, tmp_path) -> None:
+    """They were samples times the last sequence length, whatever it was before."""
+    shutil.copytree(runs / "ar", tmp_path / "ar", ignore=shutil.ignore_patterns("generalisation"))
+    tag = tmp_path / "ar" / "global_step2"
+    own = {"tokens": 900, "tokens_before": 100, "epochs_before": 0.5, "unique_tokens": 400}
+    write_manifest(tag, {**read_manifest(tag), **own})
+    data = ["--train-data-path", str(runs / "train"), "--valid-data-path", str(runs / "valid")]
+    assert main([str(tmp_path / "ar"), *data, "--load-tag", tag.name]) == 0
+    record = Generalisation.load(tmp_path / "ar")
+    assert record is not None and record.points[0].epoch == 2.5
 
 
 def test_wrong_input_is_named(runs, tmp_path) -> None:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from megatron.commands import download
+from megatron.files import one_at_a_time
 from megatron.hub import catalogue
 from megatron.hub import download as hub_module
 from megatron.hub.download import DownloadError, RemoteFile, fetch, is_present, list_files
@@ -57,6 +59,31 @@ def test_broken_connections_continue_where_they_stopped(hub: Hub, tmp_path: Path
         assert hub.sent_bytes - 500 < len(CONTENT) + 1000  # 500: JSON of the listing
 
 
+def test_a_second_process_waits_for_the_first_and_fetches_nothing(hub: Hub, tmp_path: Path, capsys) -> None:
+    """It ended with an error, and a third one could write the same partial file, because the lock was deleted."""
+    file = one_file(hub)
+    place = tmp_path / "tokens.bin"
+    lock = tmp_path / ".download" / f"tokens.bin.{file.digest[:16]}.lock"
+
+    with ThreadPoolExecutor(1) as pool:
+        with one_at_a_time(lock):
+            second = pool.submit(fetch, file, place, endpoint=hub.url, wait_seconds=0)
+            while "waiting" not in capsys.readouterr().out and not second.done():
+                time.sleep(0.01)
+            place.write_bytes(CONTENT)  # the first one ends
+        assert second.result() is False
+    assert content_requests(hub) == []
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_is_present(hub: Hub, tmp_path: Path) -> None:
+    """Data of a group are often only to be read: hashing it again is all that a seal saves."""
+    file = one_file(hub)
+    (tmp_path / "tokens.bin").write_bytes(CONTENT)
+    (tmp_path / ".download").write_text("no folder")
+    assert is_present(file, tmp_path / "tokens.bin")
+    assert not fetch(file, tmp_path / "tokens.bin", endpoint=hub.url)
+
+
 def test_a_full_disk_is_said_and_not_tried_again(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was called a lost connection, six times, and then the hub's fault."""
     file = one_file(hub)
@@ -98,7 +125,7 @@ def test_damaged_always_is_refused_and_never_gets_its_name(hub: Hub, tmp_path: P
     hub.faults["tokens.bin"] = Fault(corrupt=100)
     with pytest.raises(DownloadError, match=r"arrived damaged twice"):
         fetch(file, tmp_path / "tokens.bin", endpoint=hub.url)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
 def test_a_partial_file_of_wrong_bytes_is_detected(hub: Hub, tmp_path: Path) -> None:

@@ -86,9 +86,25 @@ def test_a_card_of_records_with_nulls_says_unknown(run_dir: Path) -> None:
     assert "| parameters | unknown |" in model_card(run_dir, repo_id="me/model", step=300, family=None)
 
 
+def test_a_card_of_averaged_weights_shows_their_validations(run_dir: Path) -> None:
+    """The validations of the trained weights stood there, as those of the uploaded ones."""
+    row = {"kind": "valid_ema", "step": 300, "nll": 2.25, "nll_se": 0.5, "label": "NLL bound"}
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps(row) + "\n")
+    card = model_card(run_dir, repo_id="me/model", step=300, family="mdm", weights="ema")
+    assert "Averaged weights (--ema-decay) of step 300" in card
+    assert [line for line in card.splitlines() if line.startswith("| 300 |")] == [
+        "| 300 |  |  | 2.2500 | 0.5000 |  |  | best, these weights |"
+    ]
+    assert "0.0123" not in card and "| 300 |  |  | 2.2500" not in model_card(
+        run_dir, repo_id="me/m", step=300, family=None
+    )
+
+
 def test_local_paths_do_not_travel() -> None:
-    value = {"a": ["/home/me/x.bin", "relative/y"], "b": {"c": "/data/z"}, "d": 1, "e": "mdm"}
-    assert without_local_paths(value) == {"a": ["x.bin", "relative/y"], "b": {"c": "z"}, "d": 1, "e": "mdm"}
+    value = {"a": ["/home/me/x.bin", "relative/y", "--save=/home/me/r"], "b": {"c": "/data/z"}, "d": 1, "e": "mdm"}
+    short = {"a": ["x.bin", "relative/y", "--save=r"], "b": {"c": "z"}, "d": 1, "e": "mdm"}
+    assert without_local_paths(value) == short
 
 
 @pytest.fixture
@@ -134,6 +150,22 @@ def test_dry_run_uploads_nothing_and_keeps_the_folder(
     main([str(run_dir), "me/model", "--dry-run", "--output", str(tmp_path / "staged")])
     assert "model.safetensors" in capsys.readouterr().out
     assert (tmp_path / "staged" / "README.md").is_file()
+
+
+def test_only_what_was_staged_is_uploaded(
+    hub: Hub, push, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an export, whatever lay in --output went up with the checkpoint."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "secret.txt").write_text("secret")
+    arguments = (run_dir, "me/model", "--no-export", "--with-checkpoint", "--output", tmp_path / "mine")
+    assert push(*arguments) == 2
+    assert "a finished folder is never overwritten" in capsys.readouterr().err
+    assert hub.repos == {} and [path.name for path in (tmp_path / "mine").iterdir()] == ["secret.txt"]
+    assert push(*arguments[:-1], tmp_path / "new", "--load-kind", "ema") == 2
+    assert "--load-kind would have no effect" in capsys.readouterr().err
+    assert push(*arguments[:-1], tmp_path / "new") == 0
+    assert "secret.txt" not in hub.repos["model", "me/model"]
 
 
 def test_failures_are_one_message(

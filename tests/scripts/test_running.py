@@ -98,6 +98,14 @@ def test_letters_that_the_output_lacks_are_shown_as_escapes(tmp_path: Path) -> N
     assert (tmp_path / "words").read_text() == "error: \xb1 \\udcff; b; c\n"
 
 
+def test_without_a_standard_output_a_program_ends_as_ever() -> None:
+    """``megatron plan ... >&-``: AttributeError after the work was done."""
+    program = "from megatron.commands.running import run\nrun(lambda: print('x'))"
+    command = ["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_another_broken_pipe_is_no_closed_output() -> None:
     program = "from megatron.commands.running import run\ndef main(): raise BrokenPipeError(32, 'a worker')\nrun(main)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -93,6 +93,8 @@ IDLE = {
     "compare_estimators --load a --text b --variance-tokens 3 --answer-tokens 4": "--answer-tokens would have no effect",
     "compare_estimators --load a --valid-data-path b --parts 3 --repeats 4": "--repeats would have no effect",
     "convert_checkpoint to-hf a b --no-tokenizer --tokenizer t": "--tokenizer would have no effect; --no-tokenizer leaves it",
+    "convert_checkpoint to-hf a b --tokenizer t --vocab-file v": "--vocab-file would have no effect; --tokenizer stands in",
+    "preprocess_data --input a --output-prefix b --skip-errors --max-errors 3": "--max-errors would have no effect",
     "evaluate_downstream --load a --task_list boolq --log_samples": "--log_samples without --results_path",
     "generate --load a --top-k 3": "--top-k or --top-p at --temperature 0",
     "make_subset --input a.jsonl --output b --documents 3 --seed 7": "--seed would have no effect; the first documents",

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron.data.prepare.near_duplicates import RunHashes
-from megatron.data.prepare.readers import Source, read_batches
+from megatron.data.prepare.readers import Batch, Source, read_batches, total_bytes
 from megatron.data.prepare.rows import parse_row
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError
 from megatron.files import replace_file
+from megatron.screen import Progress
 
 _ALL_RUNS_BYTES = 1 << 26  # of input, whose runs of words are all kept; of more, a part that needs as much memory
 _SHOWN_ERRORS = 20
@@ -75,7 +74,7 @@ class Documents:
     def __init__(self, sources: Sequence[Source], options: ReadOptions, *, seed: int) -> None:
         """Read ``sources``; ``seed`` decides the ranks of a scan."""
         self._sources, self._options, self._seed = sources, options, seed
-        self.total_bytes = sum(size_of(source.path) for source in sources)
+        self.total_bytes = sum(source.path.stat().st_size for source in sources if source.path.is_file())
         self.passage_characters: int | None = None
         self.malformed = 0
         self.errors: list[str] = []
@@ -128,27 +127,28 @@ class Documents:
 
     def _all(self, scan: Scan, doing: str) -> Iterator[Document]:
         self.malformed, self.errors = 0, []
-        options, finished, clock = self._options, 0, _Clock(doing, self.total_bytes)
-        for source in self._sources:
-            inside = 0
-            name = os.fsencode(source.path.name).decode("utf-8", "replace")  # a name need not be text
-            for batch in read_batches(source, [options.key], text_split=options.text_split):
-                for number, raw in enumerate(batch.rows, start=batch.first):
-                    try:
-                        row = parse_row(raw, batch.unit, [options.key])
-                    except ValueError as error:
-                        self.malformed += 1
-                        self.errors += [f"{batch.source}, {batch.unit} {number}: {error}"] * (
-                            len(self.errors) < _SHOWN_ERRORS
-                        )
-                        continue
-                    if row is None or not row[0].strip():
-                        scan.empty += row is not None
-                        continue
-                    yield Document(f"{name}:{number}", row[0])
-                inside += batch.bytes_read
-                clock.show(finished + min(inside, size_of(source.path)))
-            finished += size_of(source.path)
+        with Progress(doing, total_bytes(self._sources), unit="B") as progress:
+            for source in self._sources:
+                name = os.fsencode(source.path.name).decode("utf-8", "replace")  # a name need not be text
+                for batch in read_batches(source, [self._options.key], text_split=self._options.text_split):
+                    for number, text in self._texts(batch, scan):
+                        yield Document(f"{name}:{number}", text)
+                    progress.update(batch.bytes_read)
+
+    def _texts(self, batch: Batch, scan: Scan) -> Iterator[tuple[int, str]]:
+        """Yield (number, text) of the rows that hold one; count the others."""
+        for number, raw in enumerate(batch.rows, start=batch.first):
+            try:
+                row = parse_row(raw, batch.unit, [self._options.key])
+            except ValueError as error:
+                self.malformed += 1
+                if len(self.errors) < _SHOWN_ERRORS:
+                    self.errors.append(f"{batch.source}, {batch.unit} {number}: {error}")
+                continue
+            if row is not None and row[0].strip():
+                yield number, row[0]
+            else:
+                scan.empty += row is not None
 
     def _refused(self) -> UserError:
         more = self.malformed - len(self.errors)
@@ -159,21 +159,6 @@ class Documents:
             "mend them, name the key of the text with --json-keys KEY, or leave them out with --skip-errors "
             '(laptop.sh: SPLIT_FLAGS="--json-keys KEY")',
         )
-
-
-class _Clock:
-    """Says every ten seconds how far the work is and how long it still takes."""
-
-    def __init__(self, doing: str, total: int) -> None:
-        self._doing, self._total = doing, max(total, 1)
-        self._started = self._last = time.monotonic()
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if done and now - self._last >= 10:
-            self._last = now
-            left = (now - self._started) * (self._total - done) / done
-            print(f"{self._doing}: {done / self._total:.0%}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def _passages(document: Document, characters: int | None) -> Iterator[Document]:
@@ -187,8 +172,3 @@ def _passages(document: Document, characters: int | None) -> Iterator[Document]:
         yield Document(f"{document.source}#{number}", text[start:end])
         start = end
     yield Document(f"{document.source}#{number + 1}" if number else document.source, text[start:])
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 of a folder."""
-    return path.stat().st_size if path.is_file() else 0

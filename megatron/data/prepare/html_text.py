@@ -12,6 +12,21 @@ _BLOCKS = frozenset(
     | {"footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "main", "nav", "ol", "p", "pre"}
     | {"section", "table", "ul"}
 )
+_VOID = frozenset(
+    {"br", "hr", "img", "input", "link", "meta", "wbr", "col", "area", "base", "embed", "source", "track", "param"}
+)
+_IN_HEAD = frozenset({"base", "link", "meta", "noscript", "script", "style", "template", "title"})
+# End tags that may be left out: what a start tag ends, and inside of which element.
+_LISTS, _TABLE = frozenset({"ul", "ol", "menu"}), frozenset({"table"})
+_ENDS = {
+    "li": (frozenset({"li"}), _LISTS),
+    **dict.fromkeys(("dt", "dd"), (frozenset({"dt", "dd"}), frozenset({"dl"}))),
+    "tr": (frozenset({"tr"}), _TABLE),
+    **dict.fromkeys(("td", "th"), (frozenset({"td", "th"}), _TABLE)),
+    "option": (frozenset({"option"}), frozenset({"select", "datalist"})),
+    **dict.fromkeys(_BLOCKS, (frozenset({"p"}), frozenset({"button"}))),
+}
+_DEEPEST = 512  # elements inside each other, as in browsers: more are tags that nobody closes
 _CHARSET = re.compile(
     rb"""<(?:meta\b[^>]*?\bcharset|\?xml\b[^>]*?\bencoding)\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE
 )
@@ -54,16 +69,19 @@ class _Visible(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self._lines: list[str] = [""]
-        self._hidden: list[str] = []  # open tags from the outermost hidden one on
+        self._open: list[str] = []  # elements around this place, the outermost first
+        self._hidden = 0  # how many are open up to the outermost hidden one; 0: none is
         self._pre = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        is_void = tag in {"br", "hr", "img", "input", "link", "meta", "wbr", "col", "area", "base", "embed", "source"}
-        if tag == "body":
-            self._hidden = []  # a head that nobody closed
-        if self._hidden or tag in _HIDDEN or "hidden" in dict(attrs):
-            if not is_void:
-                self._hidden.append(tag)
+        self._end_before(tag)
+        hides = tag in _HIDDEN or "hidden" in dict(attrs)
+        begins = hides and not self._hidden
+        if tag not in _VOID and (begins or len(self._open) < _DEEPEST):
+            self._open.append(tag)
+            if begins:
+                self._hidden = len(self._open)
+        if hides or self._hidden:
             return
         self._pre += tag == "pre"
         self._break(tag)
@@ -73,13 +91,35 @@ class _Visible(HTMLParser):
             self._break(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            while self._hidden.pop() != tag:  # inner tags that nobody closed
-                pass
-            return
+        if tag in self._open:
+            place = len(self._open) - 1 - self._open[::-1].index(tag)
+            if place < self._hidden - 1 and tag not in _BLOCKS | _LINES:
+                return  # <b><div hidden></b>: the text goes on inside of both
+            is_hidden = place == self._hidden - 1  # the hidden one itself ends: nothing is to be seen of it
+            self._end(place)
+            if is_hidden:
+                return
         if not self._hidden:
             self._pre -= tag == "pre" and self._pre > 0
             self._break(tag)
+
+    def _end_before(self, tag: str) -> None:
+        """End the elements that a start tag ends, because their own end tags may be left out."""
+        if tag == "body" or (self._open[-1:] == ["head"] and tag not in _IN_HEAD):
+            self._end(self._open.index("head") if "head" in self._open else len(self._open))
+        ended, within = _ENDS.get(tag, (frozenset(), frozenset()))
+        for place in reversed(range(len(self._open))):
+            if self._open[place] in within:
+                return
+            if self._open[place] in ended:
+                self._end(place)
+                return
+
+    def _end(self, place: int) -> None:
+        """End an open element and all inside of it."""
+        del self._open[place:]
+        if len(self._open) < self._hidden:
+            self._hidden = 0
 
     def handle_data(self, data: str) -> None:
         if self._hidden:

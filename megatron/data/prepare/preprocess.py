@@ -174,7 +174,9 @@ def preprocess(
         if not all(summary.tokens.get(key) for key in options.keys):
             raise UserError("the input holds no text", "at least one token is needed", "check --input and --json-keys")
         for key, writer in zip(options.keys, writers):
-            writer.close(_meta(key, tokenizer, options, summary))
+            writer.prepare(_meta(key, tokenizer, options, summary))
+        for writer in writers:  # from here on only names change
+            writer.publish()
     summary.seconds = time.monotonic() - started
     return summary
 

@@ -95,9 +95,7 @@ def find_sources(
             left = [file for file in found if file not in set(paths)]
             _name_left_out(text, path, left, strange, say=say)
         else:
-            paths = (
-                [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            )
+            paths = [path] if path.is_file() else _matches(text, path, say=say)
         if not paths:
             raise UserError(
                 f"--input {text}: nothing to read there", "it must be a file, a folder or a pattern", "check it"
@@ -113,6 +111,16 @@ def find_sources(
                 )
             sources.append(Source(file, kind))
     return sources
+
+
+def _matches(text: str, pattern: Path, *, say: Callable[[str], None]) -> list[Path]:
+    """The files that match a pattern, sorted. Folders are no files; those of which it reaches nothing are named."""
+    found = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True))]
+    files = [path for path in found if not path.is_dir()]
+    inside = {folder for file in files for folder in file.parents}
+    if left := [str(path) for path in found if path.is_dir() and path not in inside]:
+        say(f"--input {text}: not looked at: the folders {_shown(left)} (name them, or write ** for all below)")
+    return files
 
 
 def _walk(folder: Path) -> tuple[list[Path], list[str]]:

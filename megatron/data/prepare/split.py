@@ -193,19 +193,21 @@ def _choose(scan: Scan, options: SplitOptions) -> _Choice:
 
 def _fill(labels: np.ndarray, sizes: np.ndarray, open_groups: set[int], options: SplitOptions) -> np.ndarray:
     """Return the documents, bool, of the first groups that fit into the validation side; of the smallest when none does."""
-    total = int(sizes.sum())
+    total, bytes_of = int(sizes.sum()), np.bincount(labels, sizes)
     if options.documents is not None:
         wanted, largest = float(options.documents), float(options.documents)
-        weights = np.bincount(labels)
+        weights: np.ndarray = np.bincount(labels)
+        room = max(options.max_validation_bytes or total, MIN_VALIDATION_BYTES) * _SLACK
     else:
         wanted = max(min(options.fraction * total, options.max_validation_bytes or total), MIN_VALIDATION_BYTES)
-        largest, weights = wanted * _SLACK, np.bincount(labels, sizes)
+        largest, weights = wanted * _SLACK, bytes_of
+        room = largest
     taken: list[int] = []
-    filled = 0.0
+    filled = used = 0.0
     for label in sorted(open_groups):
-        if filled < wanted and filled + weights[label] <= largest:
+        if filled < wanted and filled + weights[label] <= largest and used + bytes_of[label] <= room:
             taken.append(label)
-            filled += weights[label]
+            filled, used = filled + weights[label], used + bytes_of[label]
     if not taken and open_groups and options.documents is None:
         smallest = min(open_groups, key=lambda label: (weights[label], label))
         if weights[smallest] <= total / 2:

@@ -64,7 +64,7 @@ class IndexedDatasetWriter:
         self._bin.truncate(0)
         self._sizes: list[np.ndarray] = []
         self._digest = hashlib.sha256()
-        self._largest = -1
+        self._largest, self._has_meta = -1, False
         self.num_documents = 0
         self.num_tokens = 0
 
@@ -107,7 +107,12 @@ class IndexedDatasetWriter:
         self.num_tokens += len(tokens)
 
     def close(self, meta: dict[str, Any] | None = None) -> None:
-        """Finish the data set. Disk errors remove the temporary files.
+        """Finish the data set: :meth:`prepare` and :meth:`publish`."""
+        self.prepare(meta)
+        self.publish()
+
+    def prepare(self, meta: dict[str, Any] | None = None) -> None:
+        """Put everything on the disk under temporary names. Disk errors remove them.
 
         Args:
             meta: becomes PREFIX.meta.json, with largest_id and the digests of the files added; None writes none.
@@ -121,11 +126,15 @@ class IndexedDatasetWriter:
         except BaseException:
             self.abort()
             raise
+        self._has_meta = meta is not None
+
+    def publish(self) -> None:
+        """Give what :meth:`prepare` wrote its names."""
         # An older data set of this name stops existing first, so that no moment shows a mixture of the two.
         for suffix in (".idx", ".meta.json"):
             Path(self.prefix + suffix).unlink(missing_ok=True)
         os.replace(self.prefix + ".bin.tmp", self.prefix + ".bin")
-        if meta is not None:
+        if self._has_meta:
             os.replace(self.prefix + ".meta.json.tmp", self.prefix + ".meta.json")
         os.replace(self.prefix + ".idx.tmp", self.prefix + ".idx")
         sync_folder(Path(self.prefix).parent)
@@ -160,7 +169,8 @@ class IndexedDatasetWriter:
     def abort(self) -> None:
         """Remove everything written so far."""
         for suffix in (".bin.tmp", ".idx.tmp", ".meta.json.tmp"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to be told
+                Path(self.prefix + suffix).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a full disk refuses the buffered rest again; it is thrown away anyway
             self._bin.close()
 
@@ -187,12 +197,16 @@ def _lock(file: BinaryIO, prefix: str) -> None:
     """Keep a second writer out. The lock goes with the process; file systems without locks do without."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # A writer that ended after we opened the file has renamed it: it is finished data now, and not to be emptied.
+        is_taken = not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except (BlockingIOError, FileNotFoundError):
+        is_taken = True
+    except OSError:
+        is_taken = False
+    if is_taken:
         file.close()
         raise UserError(
             f"another process is writing {prefix}",
             "one writer per data set",
             "wait for it or choose another output prefix",
-        ) from None
-    except OSError:
-        pass
+        )

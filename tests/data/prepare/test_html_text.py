@@ -24,6 +24,25 @@ def test_what_nobody_closed(page: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<p>one<p hidden>no<p>two</p>three", "one\n\ntwo\n\nthree"),
+        ("<ul><li>one<li hidden>no<li>two</ul>three", "one\ntwo\n\nthree"),
+        ("<ul><li hidden>no<ul><li>no</ul>no</ul>one", "one"),
+        ("<dl><dt>a<dd hidden>no<dt>b</dl>c", "a\nb\n\nc"),
+        ("<table><tr hidden><td>no<td>no<tr><td>one</table>two", "one\n\ntwo"),
+        ("<html><head><title>no</title><meta><p>one", "one"),
+        ("<div hidden><p>no<div>no</div>no</div>one", "one"),
+        ("<b>one<div hidden>no</b>no</div> two", "one two"),
+        ("<b>" * 30_000 + "<p hidden>no</p>one", "one"),
+    ],
+)
+def test_a_hidden_element_ends_where_its_end_tag_may_be_left_out(page: str, text: str) -> None:
+    """HTML lets </p>, </li>, </td>, </head> and others out; all of the page after a hidden one was lost."""
+    assert visible_text(page) == text
+
+
+@pytest.mark.parametrize(
     "page",
     ['<meta charset="iso-8859-1"><p>größer', '<?xml version="1.0" encoding="ISO-8859-1"?><p>größer</p>',
      '<meta http-equiv="Content-Type" content="text/html; charset=iso-8859-1"><p>größer'],

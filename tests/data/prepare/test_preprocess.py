@@ -351,3 +351,13 @@ def test_a_worker_that_died_while_it_sent_a_result_is_noticed() -> None:
     pool = SimpleNamespace(_processes={1: SimpleNamespace(exitcode=None), 2: dead})
     with pytest.raises(BrokenProcessPool):
         _result(pool, Future())  # type: ignore[arg-type]
+
+
+def test_of_several_keys_all_data_sets_appear_or_none(tool, tmp_path: Path) -> None:
+    """The first one stayed when the second could not be written."""
+    (tmp_path / "in.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    (tmp_path / "out_b_document.idx.tmp").mkdir()
+    command = ("preprocess_data.py", "--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", *BYTES)
+    done = tool(*command, "--json-keys", "a", "b", "--workers", 1)
+    assert done.returncode == 1 and "could not be written" in done.stderr, done.stderr
+    assert outputs(tmp_path) == ["out_b_document.idx.tmp"]

@@ -148,6 +148,20 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path) -> None:
         find_sources([str(tmp_path / "notes.docx")])
 
 
+def test_a_pattern_means_files_and_names_the_folders_that_it_matches(tmp_path: Path) -> None:
+    """A folder among them was said to have a name that does not tell the format."""
+    for name in ("a.txt", "sub/b.txt", "other/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    said: list[str] = []
+    found = find_sources(["*"], root=str(tmp_path), say=said.append)
+    assert [source.path.name for source in found] == ["a.txt"]
+    assert len(said) == 1 and "not looked at: the folders" in said[0] and said[0].count(str(tmp_path)) == 2
+    found = find_sources(["**"], root=str(tmp_path), say=said.append)
+    assert sorted(source.path.name for source in found) == ["a.txt", "b.txt", "c.txt"] and len(said) == 1
+    assert len(find_sources(["*/*"], "jsonl", root=str(tmp_path), say=said.append)) == 2
+
+
 def test_links_are_followed_once_and_broken_ones_named(tmp_path: Path) -> None:
     (tmp_path / "in/sub").mkdir(parents=True)
     (tmp_path / "else/where").mkdir(parents=True)

@@ -55,6 +55,9 @@ def test_every_document_is_on_one_side_and_the_sides_have_their_sizes(halve: Cal
     assert validation[0]["source"].startswith("out.jsonl:")
     train, validation = halve(texts, "counted", documents=7)
     assert (len(train), len(validation)) == (293, 7)
+    size = len(texts[0]) * 3
+    train, validation = halve(texts, "both", documents=100, max_validation_bytes=size)
+    assert len(validation) < 7 and size * 0.5 < sum(len(row["text"]) for row in validation) <= size * 1.1
     train, validation = halve(texts, "capped", fraction=0.5, max_validation_bytes=5000)
     assert 4000 <= sum(len(row["text"]) for row in validation) <= 5500
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
@@ -13,7 +14,7 @@ import pytest
 from data.conftest import GOLDEN
 from megatron.data.indexed import IndexedDataset, read_meta
 from megatron.data.prepare.writer import IndexedDatasetWriter, token_dtype
-from megatron.errors import Failure
+from megatron.errors import Failure, UserError
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
@@ -79,6 +80,24 @@ def test_two_writers_of_one_data_set(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"another process is writing .*x; one writer per data set;"):
             IndexedDatasetWriter(tmp_path / "x", np.uint16)
     assert len(IndexedDataset(tmp_path / "x")) == 1
+
+
+def test_a_writer_that_comes_late_does_not_empty_what_was_just_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had opened the file before the first one renamed it, and got the lock after: the data set was gone."""
+    first = IndexedDatasetWriter(tmp_path / "x", np.uint16)
+    first.add_document([1, 2])
+    lock = fcntl.flock
+
+    def late(*arguments) -> None:
+        first.close()
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process is writing"):
+        IndexedDatasetWriter(tmp_path / "x", np.uint16)
+    np.testing.assert_array_equal(IndexedDataset(tmp_path / "x")[0], [1, 2])
 
 
 def test_ids_that_do_not_fit(tmp_path: Path) -> None:
