@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from layouts import jobs
 from layouts.pool import WorkerPool
 
@@ -173,3 +174,24 @@ def test_no_host_asks_another_within_a_step(
     argv = jobs.flags(token_files, tmp_path / "run", train_iters=5, log_interval=100, bf16=True, **changes)
     found = pools(size).run(count_collectives, argv)
     assert found[0] == {"all_reduce": expected} and all(set(calls) == {"all_reduce"} for calls in found)
+
+
+def test_no_copy_of_a_batch_to_the_device_waits() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron.data.loader import to_device
+    from megatron.model.batch import Inputs, ModelBatch, Targets
+
+    asked: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if function.__name__.startswith("_to_copy"):
+                asked.append((options or {}).get("non_blocking", False))
+            return function(*arguments, **(options or {}))
+
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    batch = ModelBatch(Inputs(ids, sample_ids=ids[:, 0]), Targets(ids, ids.float(), ids[:, 0], ids[:, 0].float()))
+    with Copies():  # of tensors as they come from pinned memory
+        moved = to_device(batch, torch.device("meta"))
+    assert moved.inputs.input_ids.is_meta and asked == [True] * 6
