@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from megatron.config.option import spelling
 from megatron.config.schema import Config
-from megatron.config.shape import Shape, padded_size
+from megatron.config.shape import Shape
 from megatron.config.validate import check_packages
 from megatron.data.dataset import Pieces
 from megatron.data.loader import Share, build_loader, to_device
@@ -25,7 +25,7 @@ from megatron.errors import require
 from megatron.model.arithmetic import peak_flops
 from megatron.model.batch import ModelBatch
 from megatron.model.gpt import GPTModel
-from megatron.objectives import Objective, build_objective, parse
+from megatron.objectives import Objective, build_objective, parse, with_vocabulary
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
@@ -33,6 +33,7 @@ from megatron.parallel.launch import Launch
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.engine import build_engine
 from megatron.training.optimizer import build_optimizer
+from megatron.training.resolve import mask_row, shape_of
 
 VOCAB_SIZE = 50257  # GPT-2
 # Of a training's run and data, what a step depends on; all else of them is not heeded.
@@ -79,13 +80,14 @@ def benchmark_config(flags: list[str], steps: int, notes: list[str] | None = Non
     check_packages(config)
     parallel, run = config.parallel, config.run
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)
-    shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or rows)
+    shape = shape_of(config, VOCAB_SIZE, {"padded_vocab_size": None})
+    padded = shape.padded_vocab_size
+    mask = mask_row(config, VOCAB_SIZE, padded, {})
     batch = run.global_batch_size or run.micro_batch_size * (world_size // (tp * pp))
     return replace(
         config,
         model=shape.recorded(),
-        objective=replace(config.objective, mask_token_id=VOCAB_SIZE),
+        objective=with_vocabulary(config.objective, mask, size=VOCAB_SIZE, padded=padded),
         optimizer=replace(config.optimizer, lr_decay_samples=steps * batch),
         run=replace(run, global_batch_size=batch, train_samples=steps * batch, train_iters=None, train_epochs=None),
     )

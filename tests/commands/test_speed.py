@@ -11,6 +11,7 @@ import torch
 from megatron.commands.benchmark import main
 from megatron.commands.speed import TRACED, benchmark_config, largest_costs
 from megatron.errors import UserError
+from megatron.objectives import build_objective
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -49,6 +50,13 @@ def test_a_training_command_is_timed_and_what_has_no_effect_is_named() -> None:
     assert not quiet
     with pytest.raises(UserError, match="--skip-train; a benchmark times training steps"):
         benchmark_config(["--skip-train"], 4)
+
+
+@pytest.mark.parametrize(("name", "mask"), [("ar", None), ("mdm", 50257), ("uniform_diffusion", None)])
+def test_objectives_are_told_the_vocabulary(name: str, mask: int | None) -> None:
+    """Whose tokens uniform noise draws from."""
+    config = benchmark_config(["--model", "7M", "--seq-length", "32", "--objective", name], 1)
+    assert build_objective(config).label and config.objective.mask_token_id == mask
 
 
 def test_a_plain_step_is_compared_with_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
