@@ -1,6 +1,7 @@
 """Measure training speed: tokens/s, TFLOP/s, MFU, step time and peak memory, as JSON.
 
-Takes every flag of megatron train; tokens are random, the engine, optimizer and data loader are the real ones.
+Takes every flag of megatron train, and names those that a benchmark does not heed; tokens are random, the engine,
+optimizer and data loader are the real ones.
 With --compare-plain, each step alternates with a step of the same model in plain PyTorch that computes the logits and
 the softmax of every position, as the usual implementation does; on a shared machine only that ratio means anything.
 """
@@ -8,12 +9,14 @@ the softmax of every position, as the usual implementation does; on a shared mac
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
-from megatron.errors import UserError, require
+from megatron.errors import require
 from megatron.files import replace_file
+from megatron.screen import wrapped
 
 EXAMPLES = (
     "megatron benchmark --objective mdm --model 425M --micro-batch-size 8 --bf16",
@@ -40,14 +43,17 @@ def main(argv: list[str] | None = None) -> None:
     from megatron.commands.speed import benchmark_config, measure
     from megatron.parallel.launch import Launch
 
-    config = benchmark_config(flags, options.warmup + options.steps)
-    single = config.run.global_batch_size == config.run.micro_batch_size
-    if options.compare_plain and not single:
-        raise UserError(
-            "--compare-plain with accumulation or several ranks",
-            "the plain step is one process and one micro-batch",
-            "make --global-batch-size equal to --micro-batch-size",
-        )
+    notes: list[str] = []
+    config, launch = benchmark_config(flags, options.warmup + options.steps, notes), Launch.from_environment()
+    if notes and launch.is_first_rank:
+        print(wrapped("\n".join(notes)), file=sys.stderr)
+    require(
+        not options.compare_plain
+        or (launch.world_size == 1 and config.run.global_batch_size == config.run.micro_batch_size),
+        "--compare-plain with accumulation or several ranks",
+        "the plain step is one process and one micro-batch",
+        "start one process, and make --global-batch-size equal to --micro-batch-size",
+    )
     counts = {"steps": options.steps, "warmup": options.warmup}
     trace = options.trace
     require(
@@ -57,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         "make it, or name another",
     )
     result = measure(config, **counts, compare_plain=options.compare_plain, trace=trace)
-    if Launch.from_environment().is_first_rank:
+    if launch.is_first_rank:
         text = json.dumps(result, indent=1)
         print(text)
         if options.json is not None:

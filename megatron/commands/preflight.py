@@ -192,7 +192,12 @@ def _machine_lines(case: Case, options: argparse.Namespace, found: dict[str, Any
     verdict = "enough" if needed <= here else f"fix: ulimit -n {2 * needed}"
     yield f"Open files: {needed} on rank 0 at most (estimated); ulimit -n is {here} here: {verdict}."
     why = "the default on a GPU" if case.config.parallel.compile is None else "by the flag"
-    if case.is_compiled:
+    if case.is_compiled and case.layout.tp_size > 1 and not case.is_split and case.shape.attention_dropout:
+        yield (
+            f"Compile: on ({why}), each block in pieces: attention dropout of tensor-parallel ranks that do not share the "
+            "sequence breaks its graph; --attention-dropout 0, or sequence parallelism, keeps it whole."
+        )
+    elif case.is_compiled:
         yield f"Compile: on ({why}): every block is one graph, compiled once for all {case.shape.num_layers}, in the first step."
     else:
         why = "the default under ZeRO 3, whose hooks break graphs" if case.config.parallel.compile is None else why

@@ -6,7 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from megatron.config.option import spelling
 from megatron.config.schema import Config
-from megatron.config.shape import Shape, padded_size
+from megatron.config.shape import Shape
 from megatron.config.validate import check_packages
 from megatron.data.dataset import Pieces
 from megatron.data.loader import Share, build_loader, to_device
+from megatron.errors import require
 from megatron.model.arithmetic import peak_flops
 from megatron.model.batch import ModelBatch
 from megatron.model.gpt import GPTModel
-from megatron.objectives import Objective, build_objective, parse
+from megatron.objectives import Objective, build_objective, parse, with_vocabulary
 from megatron.objectives.base import flops_per_token
 from megatron.parallel.connection import connect
 from megatron.parallel.context import ParallelContext
@@ -31,8 +33,13 @@ from megatron.parallel.launch import Launch
 from megatron.parallel.tensor import ParameterFactory
 from megatron.training.engine import build_engine
 from megatron.training.optimizer import build_optimizer
+from megatron.training.resolve import mask_row, shape_of
 
 VOCAB_SIZE = 50257  # GPT-2
+# Of a training's run and data, what a step depends on; all else of them is not heeded.
+HEEDED = {"micro_batch_size", "global_batch_size", "bf16", "seed", "num_workers", "reset_attention_mask", "reset_position_ids",
+          "eod_mask_loss"}  # fmt: skip
+LENGTHS = ("--train-samples", "--train-iters", "--train-epochs")
 TRACED = 2  # steps of a trace
 
 
@@ -52,25 +59,37 @@ class RandomTokens:
         return Pieces(np.full(length, index), np.zeros(length, dtype=np.int64))
 
 
-def benchmark_config(flags: list[str], steps: int) -> Config:
-    """The training configuration of a benchmark: published recipe, no dropout unless asked for."""
+def benchmark_config(flags: list[str], steps: int, notes: list[str] | None = None) -> Config:
+    """The training configuration of a benchmark: published recipe, no dropout unless asked for. ``notes`` receives which of
+    the flags it does not heed."""
     defaults = ["--attention-dropout", "0", "--hidden-dropout", "0", "--num-workers", "2"]
-    if not any(flag.split("=")[0] in ("--model", "--num-layers") for flag in flags):
+    given = {flag.split("=")[0].replace("_", "-") for flag in flags}
+    if not given & {"--model", "--num-layers"}:
         defaults += ["--model", "7M"]
-    world_size = Launch.from_environment().world_size
-    config = parse([*defaults, *flags, "--train-iters", str(steps)], world_size=world_size)
+    if not given & {*LENGTHS}:
+        defaults += ["--train-iters", str(steps)]
+    world_size, notes = Launch.from_environment().world_size, [] if notes is None else notes
+    origins: dict[str, str] = {}
+    config = parse([*defaults, *flags], world_size=world_size, notes=notes, origins=origins)
+    require(not config.run.skip_train, "--skip-train", "a benchmark times training steps", "drop the flag")
+    known = {item.name: item for part in (config.run, config.data) for item in fields(part)}
+    idle = [spelling(known[name]) for name in origins if name in known and name not in HEEDED]
+    idle = [flag for flag in idle if flag in given or flag not in LENGTHS]
+    if idle:
+        notes.append(f"without effect on a benchmark, which saves and reads nothing: {', '.join(idle)}")
     check_packages(config)
     parallel, run = config.parallel, config.run
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    rows = padded_size(VOCAB_SIZE, multiple=config.model.make_vocab_size_divisible_by, tp_size=tp)
-    shape = Shape.from_flags(config.model, padded_vocab_size=config.model.padded_vocab_size or rows)
+    shape = shape_of(config, VOCAB_SIZE, {"padded_vocab_size": None})
+    padded = shape.padded_vocab_size
+    mask = mask_row(config, VOCAB_SIZE, padded, {})
     batch = run.global_batch_size or run.micro_batch_size * (world_size // (tp * pp))
     return replace(
         config,
         model=shape.recorded(),
-        objective=replace(config.objective, mask_token_id=VOCAB_SIZE),
+        objective=with_vocabulary(config.objective, mask, size=VOCAB_SIZE, padded=padded),
         optimizer=replace(config.optimizer, lr_decay_samples=steps * batch),
-        run=replace(run, global_batch_size=batch, train_samples=steps * batch),
+        run=replace(run, global_batch_size=batch, train_samples=steps * batch, train_iters=None, train_epochs=None),
     )
 
 

@@ -48,6 +48,23 @@ def test_a_run_that_fits_is_priced(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"${found['dollars']:,.0f}" in text and "Compile: on" in text and "Open files: " in text
 
 
+@pytest.mark.parametrize(
+    ("more", "is_whole"),
+    [
+        ([], True),
+        (["--attention-dropout", "0", "--no-sequence-parallel"], True),
+        (["--no-sequence-parallel"], False),
+        (["--seq-length", "2047"], False),
+    ],
+)
+def test_blocks_that_fall_into_pieces_are_said(
+    more: list[str], is_whole: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preflight.main(["--gpus", "2", "--model", "7M", "--bf16", "--train-iters", "9", "--tp-size", "2", *more])
+    text = capsys.readouterr().out
+    assert ("every block is one graph" in text, "each block in pieces" in text) == (is_whole, not is_whole)
+
+
 def test_suggestions_come_on_request(tmp_path: Path) -> None:
     figures = tmp_path / "preflight.json"
     assert preflight.main([*RUN, "--bf16", "--suggest", "4", "--json", str(figures)]) == 0

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from megatron.commands.benchmark import main
-from megatron.commands.speed import TRACED, largest_costs
+from megatron.commands.speed import TRACED, benchmark_config, largest_costs
 from megatron.errors import UserError
+from megatron.objectives import build_objective
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -35,3 +36,50 @@ def test_on_a_cpu_operators_count() -> None:
 def test_a_trace_that_could_not_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--trace .*its folder must be there"):
         main(["--model", "7M", "--trace", str(tmp_path / "none/trace.json")])
+
+
+def test_a_training_command_is_timed_and_what_has_no_effect_is_named() -> None:
+    """Of its length, too, which was refused as a second one."""
+    notes: list[str] = []
+    flags = "--model 7M --bf16 --seed 3 --train-samples 100 --save runs/x --lr 1e-3 --micro-batch-size 2"
+    config = benchmark_config(flags.split(), 4, notes)
+    assert (config.run.train_samples, config.run.global_batch_size, config.run.bf16) == (8, 2, True)
+    assert notes[0].endswith("nothing: --train-samples, --save") and len(notes) == 1
+    quiet: list[str] = []
+    benchmark_config(["--model", "7M"], 4, quiet)
+    assert not quiet
+    with pytest.raises(UserError, match="--skip-train; a benchmark times training steps"):
+        benchmark_config(["--skip-train"], 4)
+
+
+@pytest.mark.parametrize(("name", "mask"), [("ar", None), ("mdm", 50257), ("uniform_diffusion", None)])
+def test_objectives_are_told_the_vocabulary(name: str, mask: int | None) -> None:
+    """Whose tokens uniform noise draws from."""
+    config = benchmark_config(["--model", "7M", "--seq-length", "32", "--objective", name], 1)
+    assert build_objective(config).label and config.objective.mask_token_id == mask
+
+
+def test_a_plain_step_is_compared_with_one_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tensor-parallel ranks have one micro-batch a step, too."""
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="--compare-plain with accumulation or several ranks"):
+        main(
+            [
+                "--model",
+                "7M",
+                "--micro-batch-size",
+                "1",
+                "--global-batch-size",
+                "1",
+                "--tp-size",
+                "2",
+                "--compare-plain",
+            ]
+        )

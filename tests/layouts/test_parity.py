@@ -338,17 +338,21 @@ def test_validating_the_average_leaves_a_run_as_it_is_bit_for_bit(
     ("variant", "layout"),
     [
         *(("tied", layout) for layout in (None, "tp2", "pp2", "zero2", "zero3", "fsdp2_dp2", "fsdp2_tp2_dp2")),
+        ("classic", "tp2"),
+        ("classic", "tp2_unsplit"),
         ("untied_gqa", "pp2"),
         ("tied", "tp2_pp2"),
     ],
 )
 def test_bf16_stays_close_to_fp32(runs: Callable[..., Run], variant: str, layout: str | None) -> None:
-    """Gradient norms too: DeepSpeed may drop the gradient of the output matrix and leave the first losses right."""
+    """A number of 8 bits is off by 2⁻⁹ at most, and tokens and layers err apart: of a loss 1e-4 was seen, of a norm 3e-3,
+    whether a sequence is split or not. Gradient norms too: DeepSpeed may drop the gradient of the output matrix and leave the
+    first losses right."""
     size, changes = LAYOUTS[layout] if layout else (1, {})
     shape = VARIANTS.get(variant, {})
     run = runs("mdm", size, bf16=True, train_iters=5, **changes, **shape)
     exact = runs("mdm", 1, train_iters=5, **shape)
     for trace in run.traces:
-        assert trace.losses == pytest.approx(exact.traces[0].losses, rel=0.02)
+        assert trace.losses == pytest.approx(exact.traces[0].losses, rel=1e-3)
         assert trace.losses[1:] != exact.traces[0].losses[1:]
-        assert trace.grad_norms == pytest.approx(exact.traces[0].grad_norms, rel=0.03)
+        assert trace.grad_norms == pytest.approx(exact.traces[0].grad_norms, rel=0.01)

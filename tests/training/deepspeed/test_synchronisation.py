@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from layouts import jobs
 from layouts.pool import WorkerPool
 
@@ -23,14 +24,16 @@ READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select
 
 
 def count_reads(argv: list[str]) -> dict[str, int]:
-    """Reads of device values in the third step of a run, by the file that asks for them."""
+    """Reads of device values from the third step of a run to the fourth, by the file that asks for them; and of a step's numbers
+    before the next step was queued."""
     from deepspeed.accelerator import get_accelerator
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megatron.training.main import main
-    from megatron.training.step import Observer
+    from megatron.training.step import Observer, PendingStep, StepNumbers
 
     found: Counter[str] = Counter()
+    made: dict[PendingStep, int] = {}
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
@@ -39,27 +42,38 @@ def count_reads(argv: list[str]) -> dict[str, int]:
             return function(*arguments, **(options or {}))
 
     class Watcher(Observer):
-        steps = 0
+        steps, mode = 0, None
 
         def step_begins(self, engine: Any, consumed_samples: int) -> None:
             self.steps += 1
+            if self.mode is not None:
+                self.mode.__exit__(None, None, None)
             self.mode = Counting() if self.steps == 3 else None
             if self.mode is not None:
                 self.mode.__enter__()
 
-        def step_ended(self, result: Any) -> None:
-            if self.mode is not None:
-                self.mode.__exit__(None, None, None)
-            self.mode = None
+    watcher: Any = Watcher()
+    begin, read = PendingStep.__init__, PendingStep.read
 
-    watcher = Watcher()
+    def begun(pending: PendingStep, result: Any) -> None:
+        made[pending] = watcher.steps
+        begin(pending, result)
+
+    def read_late(pending: PendingStep) -> StepNumbers:
+        if watcher.mode is not None and made[pending] == watcher.steps:
+            found["megatron/training/step.py"] += 1
+        return read(pending)
 
     def synchronize(*_: Any) -> None:
         if watcher.mode is not None:
             found["synchronize"] += 1
 
-    with mock.patch.object(type(get_accelerator()), "synchronize", synchronize):
+    with (
+        mock.patch.object(type(get_accelerator()), "synchronize", synchronize),
+        mock.patch.multiple(PendingStep, __init__=begun, read=read_late),
+    ):
         assert main("mdm", argv, observer=watcher) == 0
+        assert len(made) == watcher.steps == 4
     return dict(found)
 
 
@@ -160,3 +174,24 @@ def test_no_host_asks_another_within_a_step(
     argv = jobs.flags(token_files, tmp_path / "run", train_iters=5, log_interval=100, bf16=True, **changes)
     found = pools(size).run(count_collectives, argv)
     assert found[0] == {"all_reduce": expected} and all(set(calls) == {"all_reduce"} for calls in found)
+
+
+def test_no_copy_of_a_batch_to_the_device_waits() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron.data.loader import to_device
+    from megatron.model.batch import Inputs, ModelBatch, Targets
+
+    asked: list[bool] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            if function.__name__.startswith("_to_copy"):
+                asked.append((options or {}).get("non_blocking", False))
+            return function(*arguments, **(options or {}))
+
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    batch = ModelBatch(Inputs(ids, sample_ids=ids[:, 0]), Targets(ids, ids.float(), ids[:, 0], ids[:, 0].float()))
+    with Copies():  # of tensors as they come from pinned memory
+        moved = to_device(batch, torch.device("meta"))
+    assert moved.inputs.input_ids.is_meta and asked == [True] * 6
