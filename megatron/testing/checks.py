@@ -133,6 +133,7 @@ def check_noise_is_of_the_sample(draw: Callable[[list[int]], Any], ids: Sequence
         ids: at least four.
     """
     ids = list(ids)
+    require(len(set(ids)) >= 4, f"samples {ids}", "noise of several is compared", "give four indices or more")
     whole = _rows(draw(ids), ids)
     ways = {
         "in a second call": [ids],

@@ -149,6 +149,10 @@ def test_what_compares_nothing_does_not_pass() -> None:
             checks.check_order_is_blind(lambda text, walk=walk: walk, [(0, 1), (1, 0)])
     with pytest.raises(UserError, match="give two or more"):
         checks.check_gradient_scale(lambda world: {"w": [1.0]}, (1,))
+    with pytest.raises(
+        UserError, match="give four indices or more"
+    ):  # AssertionError: all of 1 samples have the same noise
+        checks.check_noise_is_of_the_sample(lambda ids: np.random.default_rng(ids).random((1, 2)), [7])
     with pytest.raises(UserError, match="0 scorers"):
         checks.check_scores_stand_alone({}, [(1,)])
     with pytest.raises(UserError, match="at most 10,000,000 texts"):

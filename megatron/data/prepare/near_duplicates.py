@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -96,7 +96,7 @@ class Runs:
         pairs, shared = np.unique(np.concatenate(keys), return_counts=True)
         first, second = pairs // count, pairs % count
         near = shared >= threshold * np.minimum(self.sizes[first], self.sizes[second])
-        return _joined(count, first[near].tolist(), second[near].tolist())
+        return joined(count, zip(first[near].tolist(), second[near].tolist()))
 
     def overlap(self, chosen: np.ndarray) -> np.ndarray:
         """Return for each document the part of its runs that a document outside ``chosen`` holds too.
@@ -112,8 +112,8 @@ class Runs:
         return np.bincount(self._documents, outside, len(self.sizes)) / self.sizes
 
 
-def _joined(count: int, first: list[int], second: list[int]) -> np.ndarray:
-    """The connected parts of a graph, each named by its first document."""
+def joined(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
+    """The connected parts of a graph of ``count`` documents, each named by its first one, int64 [documents]."""
     parent = list(range(count))
 
     def root(index: int) -> int:
@@ -122,7 +122,7 @@ def _joined(count: int, first: list[int], second: list[int]) -> np.ndarray:
             index = parent[index]
         return index
 
-    for one, other in zip(first, second):
+    for one, other in pairs:
         low, high = sorted((root(one), root(other)))
         parent[high] = low
     return np.array([root(index) for index in range(count)], np.int64)

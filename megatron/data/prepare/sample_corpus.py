@@ -18,9 +18,10 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.data.prepare.documents import Document
+from megatron.data.prepare.near_duplicates import joined
 from megatron.errors import UserError
 from megatron.files import replace_file
 
@@ -30,14 +31,6 @@ _SKIPPED_FOLDERS = {"__pycache__", "ensurepip", "idle_test", "idlelib", "lib2to3
 _SKIPPED_FOLDERS |= {"test", "tests", "turtledemo"}
 _WORDS = re.compile(r"\w+")
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it comes from, such as ``json.decoder:JSONDecoder``."""
-
-    source: str
-    text: str
 
 
 def read_documents() -> list[Document]:
@@ -168,23 +161,11 @@ def shared_runs(first: Iterable[Document], second: Iterable[Document]) -> set[st
 
 def _connected(documents: Sequence[Document]) -> list[list[Document]]:
     """Return groups of documents such that documents of different groups share no run of words."""
-    parent = list(range(len(documents)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
     owner: dict[str, int] = {}
-    for index, document in enumerate(documents):
-        for run in _runs(document.text):
-            first = owner.setdefault(run, index)
-            if first != index:
-                parent[root(index)] = root(first)
+    pairs = ((owner.setdefault(run, index), index) for index, own in enumerate(documents) for run in _runs(own.text))
     groups: dict[int, list[Document]] = {}
-    for index, document in enumerate(documents):
-        groups.setdefault(root(index), []).append(document)
+    for document, label in zip(documents, joined(len(documents), pairs).tolist()):
+        groups.setdefault(label, []).append(document)
     return list(groups.values())
 
 
