@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from megatron.errors import UserError
-from megatron.evaluation.lm_eval.command import run_downstream
+from megatron.evaluation.lm_eval.command import finish_results, run_downstream
 from megatron.evaluation.lm_eval.tasks import task_loader
 from megatron.evaluation.requests import whole_number
 from tests.evaluation import tiny
@@ -116,6 +117,19 @@ def test_the_lm_eval_command_runs_without_cuda(runs, tmp_path, monkeypatch, caps
     shown = capsys.readouterr()
     assert "|words|" in shown.out.replace(" ", "")
     assert "refused: task words item 1" in shown.err
+
+
+def test_the_mean_of_a_group_is_a_bound_where_one_of_its_tasks_is() -> None:
+    metrics = {"bits_per_byte,none": 1.0, "acc,none": 0.5}
+    found = {name: dict(metrics) for name in ("all", "news", "exact")}
+    results = {"results": found, "groups": {"all": found["all"]}, "configs": {},
+               "group_subtasks": {"all": ["texts", "exact"], "texts": ["news"], "news": []}}  # fmt: skip
+    summary = {"news": {"estimator": "bound: exact-count"}, "exact": {"estimator": "exact: chain rule"}}
+    flags = Namespace(only_generate=False, only_mc_nll=False)
+    labelled = finish_results(results, summary, flags)
+    assert labelled["results"]["all"] == {"bits_per_byte (upper bound),none": 1.0, "acc,none": 0.5}
+    assert labelled["groups"]["all"] == labelled["results"]["all"]
+    assert labelled["results"]["exact"] == metrics
 
 
 def test_files_of_one_name_are_not_taken_for_one_task(tmp_path) -> None:

@@ -254,15 +254,23 @@ def finish_results(
             sample["metrics"] = [name for name in sample.get("metrics", ()) if name not in dropped]
             for name in dropped:
                 sample.pop(name, None)
-        is_bound = "bound: " in summary.get(task, {}).get("estimator", "")
+        is_bound = _is_bound(task, results.get("group_subtasks", {}), summary)
         results["results"][task] = {
             _label(name) if is_bound else name: value
             for name, value in metrics.items()
             if name.split(",")[0].removesuffix("_stderr") not in dropped
         }
+        if task in results.get("groups", {}):
+            results["groups"][task] = results["results"][task]
     results["likelihoods"] = summary
     results["refused"] = refusals or {}
     return results
+
+
+def _is_bound(task: str, parts: dict[str, list[str]], summary: dict[str, Any]) -> bool:
+    """Whether likelihoods of a task, or of one in a group, are bounds; ``parts``: tasks and groups of each group."""
+    is_own = "bound: " in summary.get(task, {}).get("estimator", "")
+    return is_own or any(_is_bound(part, parts, summary) for part in parts.get(task, ()))
 
 
 def _label(name: str) -> str:
