@@ -265,14 +265,15 @@ def _validate_run(config: Config) -> None:
         "answers are scored by the whole model on every data-parallel rank",
         "drop the flag, use one stage and ZeRO 1 or 2, or run tools/evaluate_downstream.py on checkpoints",
     )
-    has_data, iters = config.data.valid_data_path or config.data.valid_data_path_file, run.eval_iters.strip("0")
     for flag, is_given in (("--save-best", run.save_best), ("--skip-train", run.skip_train)):
-        require(
-            (has_data and iters) or not is_given,
-            f"{flag} without {'validation: --eval-iters 0' if has_data else 'validation data'}",
-            "it needs a validation",
-            f"{'raise --eval-iters' if has_data else 'pass --valid-data-path'}, or drop {flag}",
-        )
+        given, fix = f"{flag} without validation: --eval-iters 0", f"raise --eval-iters, or drop {flag}"
+        require(run.eval_iters.strip("0") or not is_given, given, "it needs a validation", fix)
+    require(
+        config.data.valid_data_path or config.data.valid_data_path_file or not run.save_best,
+        "--save-best without validation data",
+        "the best checkpoint is that of the best validation",
+        "pass --valid-data-path, or drop it",
+    )
     for flag, file, content in (
         ("--deepspeed_config", parallel.deepspeed_config, "settings"),
         ("--gap-task", run.gap_task, "questions, one JSON object a line"),

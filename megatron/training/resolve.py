@@ -134,6 +134,12 @@ def _sources(flags: Config, launch: Launch) -> Sources:
         "a run needs a prefix of .bin/.idx files",
         "pass --train-data-path or --train-data-path-file (tools/preprocess_data.py makes them)",
     )
+    require(
+        valid or not run.skip_train,
+        "--skip-train without validation data",
+        "validation needs data",
+        "pass --valid-data-path",
+    )
     blends = {"train": train, "valid": valid}
     # Files that are damaged show it now, those of validation too, and not after hours.
     num_tokens = {name: count_unique_tokens(paths) for name, paths in blends.items()}
