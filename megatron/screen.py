@@ -58,9 +58,8 @@ def say(text: str, *, to_errors: bool = False, write: Callable[..., object] = pr
         if stream is not None:
             stream.flush()
     except OSError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 2 if to_errors else 1
-        )  # so that what is buffered can be flushed at exit
+        # From now on nowhere, so that what is buffered can be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if to_errors else 1)
         return False
     return True
 

@@ -163,9 +163,8 @@ class Saving:
     def _write(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
         try:
             self._written = _write_shard(self._scratch, tensors(), self._context)
-        except (
-            BaseException
-        ) as error:  # no thread may keep it: of a full disk all ranks must hear, of others the process fails
+        # No thread may keep it: of a full disk all ranks must hear, of others the process fails.
+        except BaseException as error:
             self._error = error
 
 

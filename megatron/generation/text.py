@@ -233,10 +233,7 @@ def text_with_gaps(
             ids = ids[: ids.index(eod)]
         elif not drawn and not kept and not text and ids[0] == eod:
             ids = ids[1:]
-        before, after = (
-            tokenizer.decode(kept),
-            tokenizer.decode(kept + ids),
-        )  # a token's text may depend on what is before
+        before, after = tokenizer.decode(kept), tokenizer.decode(kept + ids)  # a text may depend on what is before it
         piece = after[len(before) :] if after.startswith(before) else tokenizer.decode(ids)
         text += cut_at_stop(piece, stop_strings) if drawn else piece
         kept += ids

@@ -73,7 +73,7 @@ class Watch:
 
 
 AGENT_SECONDS = 60.0
-COMPLETE = "complete"  # key that is there once all ranks are
+ARRIVED, COMPLETE = "arrived", "complete"  # how many ranks are there; a key that is there once all are
 LEFT = "left"  # key of the first rank that went after an error: which, and why
 NOTICE_SECONDS = 15.0  # before the first line; each next one comes after twice as long
 # How gloo, NCCL and the store word it when the other end of a connection is gone.
@@ -290,10 +290,10 @@ def _roll_call(launch: Launch, store: dist.Store, timeout: timedelta) -> tuple[s
 
     try:
         store.set(keys[launch.rank], socket.gethostname())
-        if store.check(keys):  # the last one tells the others, which ask for one key; torch prints lines about a wait
+        if store.add(ARRIVED, 1) == launch.world_size:  # the last one tells the others, which ask for one key
             store.set(COMPLETE, "")
         if _wait(launch, lambda: store.check([COMPLETE]), timeout, awaited) or not (ranks := absent()):
-            return tuple(store.get(key).decode() for key in keys)
+            return tuple(name.decode() for name in store.multi_get(keys))
     except RuntimeError as error:
         raise Failure(
             f"rank {launch.rank} lost {launch.meeting_place} while it waited",

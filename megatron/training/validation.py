@@ -136,9 +136,8 @@ class Validator:
         draws, estimator = self._draws(evaluated)
         entries: Entries = [], []
         context, one_round = self.engine.context, self.plan.layout.micro_batch_size * self.engine.context.dp.size
-        total = (
-            draws * math.ceil(self._dataset.num_samples / one_round) * one_round
-        )  # what fills up the last one is read
+        # What fills up the last round is read, too.
+        total = draws * math.ceil(self._dataset.num_samples / one_round) * one_round
         with Progress("validation", total, unit="samples", enabled=context.is_first_rank) as progress:
             for draw in range(draws):
                 view = evaluated.for_eval(draw, draws)

@@ -122,11 +122,8 @@ def build_stage(
     from deepspeed.pipe import PipelineModule
 
     specs = stage_layers(layers, mode, blocks)
-    ends = [
-        0,
-        *range(2, 1 + len(blocks)),
-        len(specs),
-    ]  # the embedding and the first blocks, blocks, blocks and the rest
+    # The embedding and the first blocks, blocks, and the last blocks with all that is behind.
+    ends = [0, *range(2, 1 + len(blocks)), len(specs)]
 
     class Stage(PipelineModule):
         """Partitioned as we say."""
