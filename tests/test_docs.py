@@ -134,6 +134,12 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_a_fault_names_a_test_once() -> None:
+    rows = re.findall(r"^\| [A-E]\d.*", text_of(REPO / "docs/reliability.md"), re.MULTILINE)
+    named = [re.findall(r"`([\w/]+\.py[:\w]*)`", row) for row in rows]
+    assert rows and not [tests for tests in named if not tests or len(tests) > len(set(tests))]
+
+
 def test_the_worked_example_is_quoted_as_it_is() -> None:
     code = (REPO / "docs/examples/span_mdm.py").read_text(encoding="utf-8")
     assert f"```python\n{code}```" in text_of(REPO / "docs/objectives.md")
