@@ -82,10 +82,13 @@ def arrows() -> Iterator[tuple[str, str, str]]:
                 yield str(path.relative_to(REPO)), room(module), room(target)
 
 
+# fmt: off
 TOP = {
-    *(".ci", ".github", ".gitignore", ".shellcheckrc", "CITATION.cff", "LICENSE", "README.md", "pyproject.toml", "setup.py"),
-    *("docs", "download.sh", "examples_scaling", "install.sh", "megatron", "pretrain_gpt.py", "pretrain_mdm.py", "tests", "tools"),
+    ".ci", ".github", ".gitignore", ".shellcheckrc", "CITATION.cff", "LICENSE", "README.md", "docs", "download.sh",
+    "examples_scaling", "install.sh", "megatron", "pretrain_gpt.py", "pretrain_mdm.py", "pyproject.toml", "setup.py", "tests",
+    "tools",
 }
+# fmt: on
 
 
 def test_nothing_else_lies_at_the_top() -> None:

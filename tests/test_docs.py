@@ -165,7 +165,10 @@ def test_the_house_is_drawn_as_it_is_checked() -> None:
 def test_every_program_is_named_in_the_readme() -> None:
     programs = {f"tools/{path.name}" for path in (REPO / "tools").glob("[!_]*.py")}
     named = {word for code in re.findall(r"`([^`\n]+)`", text_of(PAGES[0])) for word in code.split()}
-    assert programs - named == {"tools/check_environment.py", "tools/download.py"}  # doors of install.sh and download.sh
+    assert programs - named == {
+        "tools/check_environment.py",
+        "tools/download.py",
+    }  # doors of install.sh and download.sh
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
