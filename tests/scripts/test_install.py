@@ -208,6 +208,15 @@ def test_the_step_of_the_image_that_installs(tmp_path: Path, cuda: str) -> None:
     assert bool(re.search(r"^pip install torch==2\.\d+\.\d+$", done.stdout, re.MULTILINE)) == (cuda == "1"), done.stdout
 
 
+def test_a_command_of_the_image_has_the_folders_that_it_uses() -> None:
+    """They are in no image, so each comes from outside: data where some are read or fetched, runs where something trains."""
+    lines = re.findall(r"^#   (docker run .*)", DOCKERFILE.read_text(), re.MULTILINE)
+    assert any("train_" in line for line in lines) and any("download.sh" in line for line in lines)
+    for line in lines:
+        for folder in ("data", *["runs"] * ("train_" in line)):
+            assert f'-v "$PWD/{folder}:/workspace/{folder}"' in line, line
+
+
 def test_what_runs_leave_in_the_checkout_is_in_neither_commit_nor_image() -> None:
     def entries(name: str) -> set[str]:
         return {line.strip("/") for line in (REPO / name).read_text().splitlines()}
