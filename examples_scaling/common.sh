@@ -42,13 +42,13 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 # TOKENIZER_MODEL or TOKENIZER_FLAGS: how ids were made; default: GPT-2 BPE from $DATA_DIR/gpt2, or without these files the size of its vocabulary.
 # Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
 : "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"
-# Optimiser: the recipe of arXiv 2507.15857.
+# Optimiser: the recipe of arXiv 2507.15857, but for its dropout of 0.1, which quickstart/ takes.
 : "${LR:=2e-4}" "${MIN_LR:=2e-5}" "${WARMUP_FRACTION:=0.01}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1234}"
 : "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
-# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
-# without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
 # Memory in pieces that grow: sequences of varying shapes (validation, samples) do not split it up. Both names are torch's.
 [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
+# without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
 GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
 [ "$GPUS" = 0 ] || HAS_GPUS=1
 [ "$DRY_RUN" = 0 ] || HAS_GPUS="$HAS_GPUS${GPUS_PER_NODE:-}${NNODES:-}"
