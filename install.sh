@@ -3,7 +3,7 @@
 #
 #   bash install.sh                        needed packages; about a second when they are there already
 #   bash install.sh --with eval,logging    extras: eval, logging, test
-#   bash install.sh --with fa4             optional accelerators: apex, fa3, fa4, liger; never required
+#   bash install.sh --with fa4             optional accelerators, for a GPU: apex, fa3, fa4, liger; never required
 #   bash install.sh --check                show what is installed and what is missing; changes nothing
 #   bash install.sh --deps-only            do not link this checkout into the environment (pip install -e)
 #   bash install.sh --print-python         print the interpreter that the scripts use
@@ -14,7 +14,7 @@
 #   TORCH_INDEX_URL   extra package index with the torch build you want, for another CUDA, ROCm or a mirror.
 #                     Default: none with an NVIDIA GPU or on macOS; else PyTorch's public index of CPU builds,
 #                     asked only when pip's own configuration offers no CPU build.
-#   APEX_SOURCE       where --with apex builds from (default: NVIDIA's repository)
+#   APEX_SOURCE, FA3_SOURCE   where --with apex and fa3 build from (default: the repositories of their makers)
 set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -1,4 +1,4 @@
-"""Package metadata. ``install.sh`` reads the two tables below too, so that versions are written once.
+"""Package metadata. ``install.sh`` and ``megatron doctor`` read the two tables below too, so that versions are written once.
 
 Programs run from a checkout (``python pretrain_gpt.py``); installing (``pip install -e .``) makes ``import megatron`` and the
 command ``megatron`` work elsewhere too.

@@ -1,11 +1,10 @@
 # shellcheck shell=bash
 # Sourced by every example script: defaults, the flags of a run, and the launcher.
 #
-# Every number below is an environment variable; further arguments of a script go to the program unchanged and win:
+# Its settings are environment variables (--help lists them); further arguments of a script go to the program unchanged and win:
 #   MODEL=7M EPOCHS=2 bash examples_scaling/training/ar/140m_100M.sh --log-interval 1
 #   bash examples_scaling/training/ar/140m_100M.sh --dry-run       check the flags, print the command, run nothing
 #   GPUS_PER_NODE=8 NNODES=2 bash examples_scaling/training/ar/140m_100M.sh --dry-run     what would run there
-#   bash examples_scaling/training/ar/140m_100M.sh --help          print what the script does and these lines
 # Running a script again continues its run from the newest checkpoint in RUN_DIR. SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save a
 # checkpoint and end the script with status 75 ("run it again"; 0 is the real end), as does: touch RUN_DIR.stop
 # Ctrl-C twice ends it at once with status 130.
@@ -23,11 +22,15 @@ idle() {
   [ -z "$names" ] || echo "without effect here: $names ($1)" >&2
 }
 head_of() { sed -n '/^# shellcheck/d; /^#SBATCH/d; /^#!/d; /^#/!q; s/^# \{0,1\}//p' "$1"; }
+variables_of() {   # the variables that FILE... give a value, each once; what is computed or empty stands alone
+  echo "Variables:"; grep -ohE '\$\{[A-Z0-9_]+:?=[^}]*' "$@" | sed -E 's/^..([A-Z0-9_]+):?=/\1=/; s/=(.*[$].*)?$//; s/=(.* .*)/="\1"/' \
+    | awk -F= '!seen[$1]++' | paste -sd ' ' - | fold -sw 100 | sed 's/^/  /'
+}
 DRY_RUN=0
 for argument in "$@"; do
   case "$argument" in
     --dry-run) DRY_RUN=1 ;;
-    -h|--help) head_of "$0"; echo; head_of "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h|--help) head_of "$0"; echo; head_of "${BASH_SOURCE[0]}"; variables_of "$0" "${BASH_SOURCE[0]}"; exit 0 ;;
   esac
 done
 gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true; else echo 0; fi; }
@@ -39,13 +42,13 @@ gpu_count() { if command -v nvidia-smi >/dev/null; then nvidia-smi -L 2>/dev/nul
 # TOKENIZER_MODEL or TOKENIZER_FLAGS: how ids were made; default: GPT-2 BPE from $DATA_DIR/gpt2, or without these files the size of its vocabulary.
 # Length and batch. EPOCHS counts passes over the training data; TRAIN_SAMPLES, where set, takes its place.
 : "${EPOCHS:=1}" "${TRAIN_SAMPLES:=}" "${SEQ_LENGTH:=2048}" "${MICRO_BATCH_SIZE:=8}" "${GLOBAL_BATCH_SIZE:=256}"
-# Optimiser: the recipe of arXiv 2507.15857.
+# Optimiser: the recipe of arXiv 2507.15857, but for its dropout of 0.1, which quickstart/ takes.
 : "${LR:=2e-4}" "${MIN_LR:=2e-5}" "${WARMUP_FRACTION:=0.01}" "${WEIGHT_DECAY:=0.1}" "${SEED:=1234}"
 : "${ADAM_BETA1:=0.9}" "${ADAM_BETA2:=0.95}" "${CLIP_GRAD:=1.0}" "${DROPOUT:=0.0}"
-# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
-# without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
 # Memory in pieces that grow: sequences of varying shapes (validation, samples) do not split it up. Both names are torch's.
 [ -n "${PYTORCH_CUDA_ALLOC_CONF:-}" ] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+# Layout: processes per node (default: its GPUs), nodes, and how one model is split over them. BF16=0 is fp32, which a machine
+# without GPU takes; where this one has none, a dry run for GPUS_PER_NODE or NNODES is meant for another.
 GPUS="$(gpu_count)" HAS_GPUS="${HOSTFILE:-}"
 [ "$GPUS" = 0 ] || HAS_GPUS=1
 [ "$DRY_RUN" = 0 ] || HAS_GPUS="$HAS_GPUS${GPUS_PER_NODE:-}${NNODES:-}"

@@ -82,6 +82,23 @@ def arrows() -> Iterator[tuple[str, str, str]]:
                 yield str(path.relative_to(REPO)), room(module), room(target)
 
 
+# fmt: off
+TOP = {
+    ".ci", ".github", ".gitignore", ".shellcheckrc", "CITATION.cff", "LICENSE", "README.md", "docs", "download.sh",
+    "examples_scaling", "install.sh", "megatron", "pretrain_gpt.py", "pretrain_mdm.py", "pyproject.toml", "setup.py", "tests",
+    "tools",
+}
+# fmt: on
+
+
+def test_nothing_else_lies_at_the_top() -> None:
+    """Users know these names; what a command left there by chance is no part of the project."""
+    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        pytest.skip("no checkout of git")
+    assert {path.partition("/")[0] for path in done.stdout.splitlines()} == TOP
+
+
 def test_every_room_has_its_place() -> None:
     assert {room(module) for module in MODULES} - {""} <= set(LEVEL)
 

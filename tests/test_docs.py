@@ -93,6 +93,19 @@ def test_every_path_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_modules_of_a_room_lie_in_it(page: Path) -> None:
+    """In a row of a table: files that are named behind a folder, or behind the path of another one."""
+    missing = []
+    for row in re.findall(r"^\| `.*", text_of(page), re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", row):
+            folder = name[: name.rindex("/") + 1] if "/" in name else folder
+            path = name if "/" in name else folder + name
+            missing += [path] * (bool(folder) and not any((root / path).exists() for root in ROOTS))
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_every_named_test_exists(page: Path) -> None:
     missing = []
     for file, name in re.findall(r"([\w/]+\.py)::(\w+)", text_of(page)):
@@ -121,6 +134,12 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_a_fault_names_a_test_once() -> None:
+    rows = re.findall(r"^\| [A-E]\d.*", text_of(REPO / "docs/reliability.md"), re.MULTILINE)
+    named = [re.findall(r"`([\w/]+\.py[:\w]*)`", row) for row in rows]
+    assert rows and not [tests for tests in named if not tests or len(tests) > len(set(tests))]
+
+
 def test_the_worked_example_is_quoted_as_it_is() -> None:
     code = (REPO / "docs/examples/span_mdm.py").read_text(encoding="utf-8")
     assert f"```python\n{code}```" in text_of(REPO / "docs/objectives.md")
@@ -141,6 +160,15 @@ def test_the_house_is_drawn_as_it_is_checked() -> None:
     rows = re.findall(r"^ *(\d+)  (\w+(?: · \w+)*)", drawing, re.MULTILINE)
     drawn = {int(level): set(rooms.split(" · ")) for level, rooms in rows}
     assert drawn == {level: set(rooms) for level, rooms in enumerate(architecture.ORDER)}
+
+
+def test_every_program_is_named_in_the_readme() -> None:
+    programs = {f"tools/{path.name}" for path in (REPO / "tools").glob("[!_]*.py")}
+    named = {word for code in re.findall(r"`([^`\n]+)`", text_of(PAGES[0])) for word in code.split()}
+    assert programs - named == {
+        "tools/check_environment.py",
+        "tools/download.py",
+    }  # doors of install.sh and download.sh
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -34,7 +34,7 @@ class Loader(yaml.SafeLoader):
 
     def word(self, node: yaml.ScalarNode) -> str | None:
         """The scalar as it stands; None for the word of an open setting, unless it is quoted."""
-        text, where = str(self.construct_scalar(node)), f"line {node.start_mark.line + 1}"
+        text, where = str(self.construct_scalar(node)), f"{node.start_mark.name}, line {node.start_mark.line + 1}"
         is_quoted = node.style is not None
         fix = "a setting that is left open is null"
         require(text or is_quoted, f"{where}: a name without a value", fix, "give a value")
@@ -98,7 +98,9 @@ def _text(path: Path) -> str:
 
 def _yaml(text: str, path: Path) -> Any:
     try:
-        return yaml.load(text, Loader)
+        loader = Loader(text)
+        loader.name = str(path)  # which its marks have
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -90,7 +90,7 @@ def test_a_word_of_a_file_means_what_it_means_on_the_command_line(
         ("lr: 1\noptimizer: {lr: 2}", "gives twice: lr and lr; a setting has one value"),
         ("seq-length: 8\nseq_length: 8", "gives twice: seq-length and seq_length"),
         ("tp_size: 1\ntensor_model_parallel_size: 1", "gives twice: tp_size and tensor_model_parallel_size"),
-        ("bf16:", "line 1: a name without a value; a setting that is left open is null"),
+        ("bf16:", "a.yaml, line 1: a name without a value; a setting that is left open is null"),
         ("save: ''", "--save '' .*; it names a place"),
         ("model: {model: {num_layers: 1}}", "no word or list of words for model"),
         ("", "holds nothing; a configuration file is YAML or JSON"),
@@ -115,7 +115,7 @@ def test_a_word_of_a_file_means_what_it_means_on_the_command_line(
 def test_an_odd_file_is_refused_in_words(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as stop:
         read(tmp_path, b"\n" + text if isinstance(text, bytes) and b"lr" not in text else text)
-    assert "\n" not in str(stop.value) and stop.value.rule and stop.value.fix
+    assert "a.yaml" in str(stop.value) and "\n" not in str(stop.value) and stop.value.rule and stop.value.fix
 
 
 @pytest.mark.parametrize(

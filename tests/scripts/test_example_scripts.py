@@ -320,6 +320,13 @@ def test_help_says_what_the_script_does_and_starts_nothing(script: Path, tmp_pat
     assert (done.returncode, done.stderr) == (0, "")
     purpose = script.read_text().splitlines()[1].removeprefix("# ")
     assert done.stdout.startswith(purpose)
+    told = done.stdout.partition("Variables:\n")[2]
+    for text in (script.read_text(), (EXAMPLES / "common.sh").read_text()):
+        assert set(re.findall(r"\$\{([A-Z0-9_]+):?=", text)) <= {word.partition("=")[0] for word in told.split()}
+    own = re.findall(r"\$\{([A-Z0-9_]+):=([^ ${}]+)\}", script.read_text())
+    assert {f"{name}={value}" for name, value in dict(reversed(own)).items()} <= set(
+        told.split()
+    )  # not those of common.sh
     assert not list(tmp_path.iterdir())
 
 

@@ -208,6 +208,24 @@ def test_the_step_of_the_image_that_installs(tmp_path: Path, cuda: str) -> None:
     assert bool(re.search(r"^pip install torch==2\.\d+\.\d+$", done.stdout, re.MULTILINE)) == (cuda == "1"), done.stdout
 
 
+def test_a_command_of_the_image_has_the_folders_that_it_uses() -> None:
+    """They are in no image, so each comes from outside: data where some are read or fetched, runs where something trains."""
+    lines = re.findall(r"^#   (docker run .*)", DOCKERFILE.read_text(), re.MULTILINE)
+    assert any("train_" in line for line in lines) and any("download.sh" in line for line in lines)
+    for line in lines:
+        for folder in ("data", *["runs"] * ("train_" in line)):
+            assert f'-v "$PWD/{folder}:/workspace/{folder}"' in line, line
+
+
+def test_what_runs_leave_in_the_checkout_is_in_neither_commit_nor_image() -> None:
+    def entries(name: str) -> set[str]:
+        return {line.strip("/") for line in (REPO / name).read_text().splitlines()}
+
+    scripts = "".join(path.read_text() for path in REPO.glob("examples_scaling/**/*.sh"))
+    folders = {"data", "exports", "reports", *re.findall(r"\b(results|runs)/", scripts)}
+    assert {"results", "runs"} <= folders <= entries(".gitignore") & entries("docs/docker/Dockerfile.dockerignore")
+
+
 def test_the_image_builds_for_each_python_and_argument_that_it_names() -> None:
     text = DOCKERFILE.read_text()
     assert re.search(r"^FROM python:3\.1[0-3]-", text, re.MULTILINE)

@@ -22,12 +22,13 @@ from megatron.data.prepare.near_duplicates import RUN_WORDS, Runs
 from megatron.data.prepare.readers import Source
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError
-from megatron.files import replace_file
+from megatron.files import replace_file, sha256_of
 
 MIN_TEXT_BYTES = 8192  # of both sides together: a few samples of a hundred tokens each
 MIN_VALIDATION_BYTES = 2048
 FEW_DOCUMENTS = 20  # fewer are cut into passages
 SIDES = ("train", "validation")
+FILES, CONTENT = "files_sha256", "content_sha256"  # of split.json: names, sizes and times of the files; what they hold
 _PASSAGES = 40  # about as many are made
 _PASSAGE_CHARACTERS = (256, 20_000)
 _SLACK = 1.1  # a side may be larger than was asked for: documents are not cut to fit
@@ -73,7 +74,7 @@ def split(
 ) -> dict[str, Any]:
     """Write FOLDER/train.jsonl, validation.jsonl and split.json (what was done, from what).
 
-    A folder that was made of the same files with the same settings is left as it is.
+    A folder that was made of the same text with the same settings is left as it is.
 
     Args:
         sources: from ``find_sources``.
@@ -89,7 +90,7 @@ def split(
         UserError: malformed rows, too little text, no split, or a folder made of something else.
     """
     made_of = _made_of(sources, options)
-    if (found := _earlier(folder, made_of)) is not None:
+    if (found := _earlier(folder, made_of, sources)) is not None:
         say(f"{folder}: split before, of the same text; kept")
         return found
     started = time.monotonic()
@@ -110,6 +111,7 @@ def split(
         f"at least {options.near_duplicates:.0%} of the shorter one's shared); they share a side"
     )
     folder.mkdir(parents=True, exist_ok=True)
+    made_of |= {CONTENT: _content_of(sources)}
     report: dict[str, Any] = {"made_of": made_of, "left_out": left_out, "near_duplicates": choice.near_duplicates}
     for side, name in enumerate(SIDES):
         path = folder / f"{name}.jsonl"
@@ -129,11 +131,24 @@ def _made_of(sources: Sequence[Source], options: SplitOptions) -> dict[str, Any]
         state = source.path.stat()
         name = str(source.path.resolve()).encode("utf-8", "surrogateescape")
         digest.update(b"%s\0%s\0%d\0%d\n" % (name, source.format.encode(), state.st_size, state.st_mtime_ns))
-    return {"files": len(sources), "files_sha256": digest.hexdigest(), **asdict(options)}
+    return {"files": len(sources), FILES: digest.hexdigest(), **asdict(options)}
 
 
-def _earlier(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+def _content_of(sources: Sequence[Source]) -> str:
+    """What the files hold, wherever they lie and however old they are. Their own names are in what is written."""
+    digest = hashlib.sha256()
+    for source in sources:
+        files = sorted(source.path.rglob("*")) if source.path.is_dir() else [source.path]
+        for file in (file for file in files if file.is_file()):
+            name = file.name.encode("utf-8", "surrogateescape")
+            digest.update(b"%s\0%s\0%s\n" % (name, source.format.encode(), sha256_of(file).encode()))
+    return digest.hexdigest()
+
+
+def _earlier(folder: Path, made_of: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any] | None:
     """The record of a split that is there already; None where there is none, not even a part of one.
+
+    Files that are where they were, of the size and time of then, are not read.
 
     Raises:
         UserError: it was made of something else.
@@ -143,7 +158,10 @@ def _earlier(folder: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
         return None  # what a killed run wrote is replaced
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["made_of"] == made_of:
+        before = dict(found["made_of"])
+        content = before.pop(CONTENT, None)
+        is_same = {**before, FILES: None} == {**made_of, FILES: None}
+        if is_same and (before[FILES] == made_of[FILES] or content == _content_of(sources)):
             return dict(found)
     except (ValueError, KeyError, TypeError):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,11 @@ def test_the_same_text_is_kept_and_changed_text_refused(tmp_path: Path) -> None:
     before = (tmp_path / "out/train.jsonl").stat().st_mtime_ns
     assert split([source], tmp_path / "out", SplitOptions(), say=said.append) == first
     assert "split before" in said[-1] and (tmp_path / "out/train.jsonl").stat().st_mtime_ns == before
+    os.utime(tmp_path / "in.jsonl")  # as a copy or a fresh clone has it
+    assert split([source], tmp_path / "out", SplitOptions(), say=said.append) == first
+    (tmp_path / "moved").mkdir()
+    moved = write_jsonl(tmp_path / "moved/in.jsonl", [prose(seed) for seed in range(50)])
+    assert split([moved], tmp_path / "out", SplitOptions(), say=said.append) == first
     with pytest.raises(UserError, match=r"with other settings; a split is not replaced.*; choose another --output-dir"):
         split([source], tmp_path / "out", SplitOptions(seed=2))
     write_jsonl(tmp_path / "in.jsonl", [prose(seed) for seed in range(51)])
