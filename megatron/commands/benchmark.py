@@ -20,8 +20,7 @@ from megatron.screen import wrapped
 
 EXAMPLES = (
     "megatron benchmark --objective mdm --model 425M --micro-batch-size 8 --bf16",
-    "torchrun --nproc-per-node 8 tools/benchmark.py --model 2298M --bf16 \\",
-    "    --tensor-model-parallel-size 2",
+    "torchrun --nproc-per-node 8 tools/benchmark.py --model 2298M --bf16 --tensor-model-parallel-size 2",
 )
 
 

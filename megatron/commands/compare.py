@@ -1,4 +1,4 @@
-"""Runs against each other, as text: best validations, what differs in each pair, and what follows (docs/metrics.md)."""
+"""Runs against each other, as text: best validations, what differs in each pair, and what follows (docs/scaling.md)."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def _arguments() -> argparse.Namespace:
         description=(__doc__ or "").splitlines()[0],
         examples=("megatron compare-estimators --load runs/mdm --text validation.jsonl",),
     )
-    parser.add_argument("--load", required=True, metavar="RUN")
-    parser.add_argument("--load-tag", metavar="TAG")
+    parser.add_argument("--load", required=True, metavar="RUN", help="run directory, export, or RUN+RUN")
+    parser.add_argument("--load-tag", metavar="TAG", help="checkpoint of it; default: the newest that verifies")
     add_load_kind(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--text", metavar="FILE", help='JSONL of {"text"} that the model was not trained on')
@@ -41,22 +41,29 @@ def _arguments() -> argparse.Namespace:
         metavar="PREFIX",
         help="instead: validate on this set with many noise seeds",
     )
-    parser.add_argument("--num-mc", type=COUNT, default=2, metavar="DRAWS", help="of a validation; default: 2")
+    parser.add_argument("--num-mc", type=COUNT, default=2, metavar="DRAWS", help="of a validation (default: 2)")
     parser.add_argument(
         "--parts",
         type=COUNT,
         metavar="N",
         help="only print the spread of the loss in N equal parts of the masked share",
     )
-    parser.add_argument("--questions", type=COUNT, default=100, metavar="COUNT")
     parser.add_argument(
-        "--answer-tokens", default="4,6,8,10", metavar="N,N,...", help="at most 12: all masks are run once"
+        "--questions", type=COUNT, default=100, metavar="COUNT", help="cut from the texts of --text (default: 100)"
     )
-    parser.add_argument("--repeats", type=COUNT, default=20, metavar="SEEDS")
+    parser.add_argument(
+        "--answer-tokens",
+        default="4,6,8,10",
+        metavar="N,N,...",
+        help="lengths of their answers, at most 12, because all masks are run once (default: 4,6,8,10)",
+    )
+    parser.add_argument(
+        "--repeats", type=COUNT, default=20, metavar="SEEDS", help="noise seeds of every estimator (default: 20)"
+    )
     parser.add_argument(
         "--variance-tokens", type=COUNT, metavar="N", help="only print variances for answers of N tokens, N passes"
     )
-    parser.add_argument("--batch-size", type=COUNT, default=128, metavar="ROWS")
+    parser.add_argument("--batch-size", type=COUNT, default=128, metavar="ROWS", help="rows in a pass (default: 128)")
     parser.add_argument("--output", metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args()
     require(

@@ -40,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         "mean of their probabilities; the first is compared with")  # fmt: skip
     add("--ensemble-weights", choices=("named", "fitted", "both"), default="named", help="weights of ensembles: those that are "
         "named, else equal ones (default); fitted on one half of the documents and judged on the other; both")  # fmt: skip
-    add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept")
+    add("--load-tag", metavar="TAG", help="checkpoint of all runs; default: the best by validation where it is kept, "
+        "else the newest")  # fmt: skip
     add_load_kind(parser)
     add("--valid-data-path", nargs="+", metavar="PREFIX", help="data to score; default: the first run's validation set")
     add("--data-cache-path", metavar="DIR", help="index maps; default: beside the data")

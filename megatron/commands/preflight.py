@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # loaded after the flags are read, so that --help is fast
     from megatron.training.roofline import Cluster
 
 EXAMPLES = (
-    "megatron doctor --preflight --gpus 64 --device h100 --objective mdm --model 2298M \\",
-    "    --bf16 --micro-batch-size 8 --global-batch-size 1024 --train-iters 10000",
+    "megatron doctor --preflight --gpus 64 --device h100 --objective mdm --model 2298M --bf16 --micro-batch-size 8 "
+    "--global-batch-size 1024 --train-iters 10000",
     "megatron doctor --preflight --gpus 8 --model 2298M --bf16 --train-iters 1000 --suggest",
 )
 GIB = 2**30

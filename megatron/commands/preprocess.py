@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = (
-    "megatron data preprocess --input c4.jsonl --output-prefix data/c4 \\",
-    "    --vocab-file vocab.json --merge-file merges.txt --append-eod",
-    "megatron data preprocess --input books --output-prefix data/books \\",
-    "    --tokenizer-type ByteTokenizer --append-eod",
+    "megatron data preprocess --input c4.jsonl --output-prefix data/c4 --vocab-file vocab.json --merge-file merges.txt "
+    "--append-eod",
+    "megatron data preprocess --input books --output-prefix data/books --tokenizer-type ByteTokenizer --append-eod",
 )
 
 

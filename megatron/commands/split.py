@@ -15,8 +15,7 @@ from megatron.config.ranges import real, whole
 
 EXAMPLES = (
     "megatron data split --input my-notes --output-dir data/notes",
-    "megatron data split --input posts.jsonl.gz --json-keys body \\",
-    "    --validation-documents 200 --output-dir data/posts",
+    "megatron data split --input posts.jsonl.gz --json-keys body --validation-documents 200 --output-dir data/posts",
 )
 
 

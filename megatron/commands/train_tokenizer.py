@@ -14,10 +14,7 @@ if TYPE_CHECKING:
     from megatron.data.prepare.readers import Source
 
 
-EXAMPLES = (
-    "megatron data tokenizer --input train.jsonl --vocab-size 2048 \\",
-    "    --output data/tokenizer",
-)
+EXAMPLES = ("megatron data tokenizer --input train.jsonl --vocab-size 2048 --output data/tokenizer",)
 
 
 def texts(sources: list[Source], key: str) -> Iterator[str]:

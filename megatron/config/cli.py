@@ -19,13 +19,11 @@ from megatron.config.validate import PATHS, validate
 from megatron.errors import UserError, require
 
 EXAMPLES = (
-    "megatron train --objective mdm --model 7M --train-data-path data/train \\",
-    "    --valid-data-path data/valid --train-epochs 4 --save runs/mdm",
-    "megatron train --objective ar --model 140M --bf16 ... --save runs/ar \\",
-    "    --load runs/ar                        the same command continues a run",
-    "torchrun --nproc-per-node 8 pretrain_mdm.py --model 2298M \\",
-    "    --tensor-model-parallel-size 2 ...    several GPUs",
-    "megatron train --help warmup              all flags with a word",
+    "megatron train --objective mdm --model 7M --train-data-path data/train --valid-data-path data/valid --train-epochs 4 "
+    "--save runs/mdm",
+    "megatron train --objective ar --model 140M --bf16 ... --save runs/ar --load runs/ar  # the same command continues a run",
+    "torchrun --nproc-per-node 8 pretrain_mdm.py --model 2298M --tensor-model-parallel-size 2 ...  # several GPUs",
+    "megatron train --help warmup  # all flags with a word",
 )
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 # Flags that are no settings of a run.

@@ -37,9 +37,10 @@ class Help(argparse.HelpFormatter):
 
 
 def _in_lines(command: str) -> str:
-    """A command in lines of at most 80 columns, which a shell reads as one; quoted words stay whole."""
+    """A command in lines of at most 80 columns, which a shell reads as one; quoted words, comments, and flags with a value stay
+    whole."""
     lines = [""]
-    for word in re.findall(r"(?:'[^']*'|\"[^\"]*\"|\S)+", command):
+    for word in re.findall(r"#.*|(?:--[\w-]+ (?![-#]))?(?:'[^']*'|\"[^\"]*\"|\S)+", command):
         lines += [word] if len(lines[-1]) + len(word) > 68 else [f"{lines.pop()} {word}".strip()]
     return "    " + " \\\n        ".join(lines)
 
@@ -48,7 +49,8 @@ class Parser(argparse.ArgumentParser):
     """What argparse does, with the manners above.
 
     Args:
-        examples: command lines that stand at the end of the help; the first one is shown where something is missing.
+        examples: command lines, one a string, that stand at the end of the help; the first one is shown where something is
+            missing.
     """
 
     def __init__(self, *, examples: Sequence[str] = (), epilog: str = "", **more: Any) -> None:

@@ -285,7 +285,7 @@ class RunConfig:
     num_mc: int = option(1, "noise draws per validation sample (objectives whose loss is a bound)", unit="DRAWS",
         range=SIZE, needs=VALIDATION, published=True, affects="validation")
     valid_estimator: str | None = option(None, "masks of a validation whose loss is a bound: complementary pairs of exact "
-        "counts, or a coin a token as in training; default: the run's own, of a new run the first",
+        "counts, or a coin a token as in training; default: that of a run that goes on, else the first",
         choices=(EXACT_COUNT, BERNOULLI), needs=VALIDATION, affects="validation")
     gap_task: str | None = option(None,
         "JSONL of {query, choices, gold}: log the likelihood gap of right to wrong answers with every validation",

@@ -44,8 +44,7 @@ def suggestion(word: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
 def refusal(parser: Parser, message: str) -> UserError:
     """The error for a message of argparse, in three parts: what was given, the rule, the fix."""
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    whole = " ".join(parser.examples).replace("\\ ", "").split("megatron ")
-    example = f"for example: megatron {' '.join(whole[1].split())}" if len(whole) > 1 else "see --help"
+    example = f"for example: {parser.examples[0].partition('  #')[0]}" if parser.examples else "see --help"
     if found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
         left = found[1].split()
         return _unknown(_foreign(left, flags), flags) if _foreign(left, flags) else _unexpected(parser, left[0])

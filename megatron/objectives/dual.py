@@ -24,7 +24,7 @@ class DualOptions(ScheduleOptions):
     dual_ar_share: float = option(0.5, "share of the samples that are trained as AR, the others as masked diffusion",
         unit="SHARE", range=PROBABILITY)
     dual_decoding: str | None = option(None, "as what validation judges the run, and programs take it; it is validated as the "
-        "other, too; default: ar, without samples of that mdm", choices=("ar", "mdm"), needs=("dual_ar_share!=0.0",))
+        "other, too; default: ar (mdm at --dual-ar-share 0)", choices=("ar", "mdm"), needs=("dual_ar_share!=0.0",))
     # fmt: on
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_every_verb_has_help_in_80_columns_with_an_example_and_without_torch(ins
         assert max(map(len, text.splitlines())) <= 80, verb
         shown, _, examples = text.partition("  examples:\n")
         assert f"    megatron {verb} " in examples or "    ./download.sh " in examples, verb
+        lines = re.sub(r" \\\n +", " ", examples).strip().splitlines()  # as a shell joins them
+        begins = {shlex.split(line, comments=True)[0] for line in lines}
+        assert begins <= {"megatron", "torchrun", "./download.sh"}, verb
+        assert not re.findall(r"^  --\S+(?: \S+)?\n(?=  -|\n|$)", text, re.MULTILINE), f"{verb}: flags without a word"
         named = set(re.findall(r"(?<= )--[\w-]+", examples)) - {"--nproc-per-node"}
         of_training = {
             "--model",

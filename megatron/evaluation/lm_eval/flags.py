@@ -30,7 +30,8 @@ def build_downstream_parser() -> argparse.ArgumentParser:
     add("--results_path", metavar="FILE", help="write lm-eval's JSON here; finished answers go to FILE.cache/ and are not "
         "computed again")  # fmt: skip
     add("--eval_method", choices=("ar", "mc", "exact"), help="ar: chain rule from left to right; mc: Monte-Carlo bound "
-        "(masked diffusion; default there), --num-mc sets its draws; exact: likelihood of the sampler of --policy")  # fmt: skip
+        "(diffusion; default there) of up to --num-mc draws (default: 128); exact: likelihood under the sampler of "
+        "--policy")  # fmt: skip
     add("--policy", choices=POLICIES, metavar="NAME", help="masked diffusion, --eval_method exact: what is uncovered "
         f"next: {', '.join(POLICIES)} (default: confidence)")  # fmt: skip
     add("--tokens_per_step", type=whole(1, 10**6), metavar="K", help="tokens that --policy uncovers in a pass "
@@ -43,7 +44,7 @@ def build_downstream_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="masked diffusion: exact match by greedy decoding only, no likelihoods",
     )
-    add("--only_mc_nll", action="store_true", help="masked diffusion: likelihoods only, no greedy decoding")
+    add("--only_mc_nll", action="store_true", help="diffusion: likelihoods only, no greedy decoding")
     add("--eval_fp32", action="store_true", help="run in float32 whatever --bf16 says (default on CPU)")
     add("--inference", action="store_true", help="accepted for existing scripts: this program never trains")
     add("--limit", type=_limit, metavar="N", help="items per task (a fraction below 1)")
