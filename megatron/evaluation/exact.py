@@ -156,7 +156,7 @@ MIN_ORDERS = 32  # below, the limit misses the truth in up to 15 % of the cases 
 def ceiling(logprobs: np.ndarray, log_reference: float, *, resamples: int = 999) -> Ceiling:
     """:func:`tangent` with its limit.
 
-    p_σ / ψ is skewed to the right, where Student's limit is too low (10 to 20 % misses): the limit is a bootstrap-t one
+    p_σ / ψ is skewed to the right, where Student's limit is too low (7 to 16 % misses): the limit is a bootstrap-t one
     (Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 12.5).
 
     Args:
