@@ -15,6 +15,7 @@ from megatron.config import Config
 from megatron.config.foreign import rules
 from megatron.config.option import spelling
 from megatron.objectives import OBJECTIVES
+from megatron.runs.record import TrainRow, ValidRow
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -169,6 +170,11 @@ def test_every_program_is_named_in_the_readme() -> None:
         "tools/check_environment.py",
         "tools/download.py",
     }  # doors of install.sh and download.sh
+
+
+def test_every_field_of_a_metrics_line_is_told() -> None:
+    named = set(re.findall(r"`(\w+)`", text_of(REPO / "docs/metrics.md")))
+    assert not {item.name for row in (TrainRow, ValidRow) for item in fields(row)} - named - {"kind"}
 
 
 def test_every_page_is_linked_from_the_readme() -> None:
