@@ -22,7 +22,7 @@ ORDER = ["train", "load_model", "log_likelihood", "generate", "load_run", "find_
 RETURNED = {
     "errors.py": {"UserError": [], "Failure": []},
     "inference/model.py": {
-        "InferenceModel": ["logits", "tokenizer", "mask_id", "max_length", "device", "config", "source"]
+        "InferenceModel": ["logits", "decoded", "tokenizer", "mask_id", "max_length", "device", "config", "source"]
     },
     "evaluation/scorer.py": {"Estimate": []},
     "generation/text.py": {"Completion": []},

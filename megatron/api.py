@@ -78,7 +78,7 @@ def load_model(
     Returns:
         The model. ``logits(input_ids)`` maps [batch, seq] int64 to [batch, seq, vocab]; row i of a causal model is about token
         i + 1, of a masked one about token i, given all others that are not ``mask_id`` (of a model of blocks: those of its own
-        block and the ones before).
+        block and the ones before), of uniform-state diffusion about token i, given a text of which any token may be noise.
 
     Raises:
         UserError: nothing to load there, or damaged.
@@ -97,18 +97,18 @@ def log_likelihood(
     estimator: str = "exact-count",
     seed: int = 1234,
 ) -> Estimate:
-    """Log-likelihood of a text, exact for a causal model, an estimate of a bound for masked diffusion.
+    """Log-likelihood of a text: exact for a causal model, for diffusion an estimate of a bound.
 
     Args:
         model: of :func:`load_model`.
         text: what is scored, in windows of the longest input where it is longer.
         context: what is given; default: an end of document.
-        num_draws: masks drawn (masked diffusion).
-        estimator: of masked diffusion; docs/evaluation.md compares them.
-        seed: of the masks.
+        num_draws: draws of noise (diffusion).
+        estimator: of masked diffusion; docs/evaluation.md compares them, and ``left-to-right`` is exact.
+        seed: of the noise.
 
     Returns:
-        Nats in all, with ``standard_error`` over the masks and ``kind`` (``exact`` or ``bound``).
+        Nats in all, with ``standard_error`` over the noise and ``kind`` (``exact`` or ``bound``).
 
     Raises:
         UserError: nothing to score, or a model without a tokenizer.
@@ -125,7 +125,7 @@ def generate(model: InferenceModel, prompts: str | Sequence[str], **options: Any
 
     Args:
         model: of :func:`load_model`.
-        prompts: one or several; a masked model fills ``[MASK]`` and ``[MASK:8]`` (one and eight tokens).
+        prompts: one or several; a diffusion model fills ``[MASK]`` and ``[MASK:8]`` (one and eight tokens).
         options: flags of ``megatron generate``, such as ``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``,
             ``num_samples``, ``steps``, ``order``.
 

@@ -78,7 +78,7 @@ class InferenceModel:
         return dataclasses.replace(self, objective=self.other, other=self.objective, members=members)
 
     def decoded(self, decoding: str) -> InferenceModel:
-        """The same weights, "causal" or "masked", as far as they were trained for it; else the model as it is."""
+        """The same weights, ``"causal"`` or ``"masked"``, where they were trained for both; else the model as it is."""
         is_causal = decoding == "causal"
         return self.beside if self.beside is not None and self.is_causal != is_causal else self
 
