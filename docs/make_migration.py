@@ -22,7 +22,7 @@ A flag of ours that can have no effect (`--min-lr` with a constant rate) is refu
 Megatron's it is named at start.
 
 ```
-pretrain_gpt.py: error: 2 arguments are not accepted; see --help, and docs/migration.md for Megatron's flags
+error: 2 arguments are not accepted; see --help, and docs/migration.md for Megatron's flags; mend or drop them:
   --num-experts 8: mixtures of experts are not built
   --position-embedding-type alibi: ALiBi is another model, and is not built; instead: --use-rotary-position-embeddings
 ```

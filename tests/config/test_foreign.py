@@ -285,6 +285,9 @@ def test_the_page_is_generated_from_the_table() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (REPO / "docs/migration.md").read_text(encoding="utf-8") == module.page(), "python docs/make_migration.py"
+    with pytest.raises(UserError) as caught:
+        read("--num-experts", "8", "--position-embedding-type", "alibi")
+    assert f"\nerror: {caught.value}\n" in module.page(), "what the page shows is what is said"
 
 
 def test_a_command_line_of_ours_does_not_import_the_table() -> None:
