@@ -84,7 +84,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 BPE; default: the tokenizer of the run")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 BPE")
     add("--tokenizer-model", metavar="PATH", help="Hugging Face tokenizer or SentencePiece model")
-    add("--tokenizer-type", metavar="TYPE", help="see pretrain_gpt.py --help")
+    add("--tokenizer-type", metavar="TYPE", help="see megatron train --help data")
 
 
 def _add_output_flags(parser: argparse.ArgumentParser) -> None:
