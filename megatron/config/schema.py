@@ -299,11 +299,11 @@ class RunConfig:
     tensorboard_dir: str | None = option(None, "write TensorBoard events here", unit="DIR")
     tensorboard_queue_size: int = option(10, "events buffered before a write", unit="EVENTS", range=SIZE,
         needs=("tensorboard_dir",), published=True)
-    log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard",
+    log_timers_to_tensorboard: bool = option(False, "also write step seconds to TensorBoard and W&B",
         needs=TRACKERS, published=True)
-    log_batch_size_to_tensorboard: bool = option(False, "also write the global batch size to TensorBoard",
+    log_batch_size_to_tensorboard: bool = option(False, "also write the global batch size to TensorBoard and W&B",
         needs=TRACKERS, published=True)
-    log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard",
+    log_validation_ppl_to_tensorboard: bool = option(False, "also write validation perplexity to TensorBoard and W&B",
         needs=TRACKERS, published=True)
     wandb_project: str | None = option(None, "log to this Weights & Biases project (offline without a login)",
         unit="NAME")
