@@ -61,12 +61,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, examples=EXAMPLES)
+    parser = Parser(usage="%(prog)s --preflight [flags]", description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("--preflight", action="store_true", help="what this is")
     add("--gpus", type=whole(1, 10**6), default=8, metavar="COUNT", help="GPUs of the run (default: %(default)s)")
     add("--device", default="H100", metavar="NAME", help=f"one of {', '.join(DEVICES)} (default: %(default)s)")
-    add("--gpus-per-node", type=whole(1, 1024), default=8, metavar="COUNT", help="default: %(default)s")
+    add("--gpus-per-node", type=whole(1, 1024), default=8, metavar="COUNT", help="of a node (default: %(default)s)")
     add("--network-gb-per-second", type=real(0, 10**4), default=50.0, metavar="GB",
         help="of one GPU to other nodes, one way (default: %(default)s)")  # fmt: skip
     add("--save-gb-per-second", type=real(0, 10**5), default=2.0, metavar="GB",

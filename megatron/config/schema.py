@@ -183,7 +183,7 @@ class OptimizerConfig:
     cpu_optimizer: bool = option(False, "keep optimizer state in host memory (no pipeline)", needs=WHOLE_MODEL,
         affects="layout")
     max_skipped_steps: int = option(10,
-        "stop after this many consecutive steps with a NaN or infinite loss or gradient", unit="STEPS",
+        "steps in a row with a NaN or infinite loss or gradient that are skipped; one more ends the run", unit="STEPS",
         range=NOT_NEGATIVE, affects="output")
     # fmt: on
 

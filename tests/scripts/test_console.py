@@ -128,6 +128,12 @@ def test_a_sweep_of_the_installed_package_starts_its_modules(
         assert "use the checkout" in done.stderr
 
 
+def test_preflight_names_the_flag_that_starts_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        console.main(["doctor", "--preflight", "--help"])
+    assert capsys.readouterr().out.startswith("usage: megatron doctor --preflight [flags]\n")
+
+
 def test_help_fits_a_terminal_and_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(lambda: console.main(["--help"])) == 0
     lines = capsys.readouterr().out.splitlines()
