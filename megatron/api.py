@@ -26,7 +26,8 @@ def train(flags: Mapping[str, Any] | Sequence[str] | str) -> Run:
 
     Args:
         flags: those of ``megatron train``, by name (``{"objective": "mdm", "model": "7M", "save": "runs/mdm"}``; underscores
-            or hyphens, True for a switch, None for nothing), or a command line, whole or in words. ``save`` is needed.
+            or hyphens, True for a switch, None for nothing), or a command line, whole or in words. ``save`` is needed (with
+            ``skip_train`` ``load`` will do).
 
     Returns:
         The run: at its end, or stopped and saved before it (``is_finished`` tells).
