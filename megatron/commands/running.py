@@ -27,6 +27,7 @@ from typing import NoReturn
 
 from megatron.errors import Failure, UserError
 from megatron.parallel.launch import complain
+from megatron.screen import drop
 
 # Error numbers of files: the rule, and what to do.
 WRONG_NAMES = {
@@ -90,7 +91,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        _drop_output()
+        drop(sys.stdout.fileno(), for_good=True)
         return 141
     except OSError as error:
         if error.errno not in WRONG_NAMES | REFUSED or error.filename is None:
@@ -136,15 +137,10 @@ def _flushed(status: int) -> int:
             sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _drop_output()
+            drop(sys.stdout.fileno(), for_good=True)
             error.filename = "standard output"
         raise
     return status
-
-
-def _drop_output() -> None:
-    """The interpreter flushes once more at its end; that must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(error: UserError) -> int:
