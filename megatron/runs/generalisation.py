@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
-from megatron.files import read_object, replace_file
+from megatron.files import make_folder, read_object, replace_file
 from megatron.runs.record import GENERALISATION
 from megatron.statistics import Estimate, ValidationSums, combined, mean_loss
 
@@ -159,7 +159,7 @@ class Generalisation:
     def add(self, point: Point) -> None:
         """Write one checkpoint, then that it is there."""
         path = self.folder / GENERALISATION / f"{point.step}.npz"
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         arrays = {
             f"{name}_{key}": value
             for name, own in (("seen", point.seen), ("unseen", point.unseen))
