@@ -6,6 +6,7 @@
 | ``UserError``, wrong flags, the name of no file | ``error: given; rule; fix`` | 2 |
 | ``Failure``; a file that may not be used, a full disk | ``error: given; rule; fix`` | 1 |
 | a package is missing | how to reach or make the environment | 1 |
+| memory, of the host or a device, is used up | ``error: given; rule; fix`` | 1 |
 | Ctrl-C | ``interrupted`` | 130 |
 | the reader of a pipe is gone (``tool \\| head``) | | 141, as of any program that SIGPIPE ends |
 | anything else | its traceback | 1 |
@@ -21,6 +22,7 @@ import gc
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 from typing import NoReturn
@@ -99,6 +101,8 @@ def status_of(main: Callable[[], int | None]) -> int:
         kind = UserError if error.errno in WRONG_NAMES else Failure
         given = f"{_named(error)}: {os.strerror(error.errno).lower()}"
         return _say(kind(given, *(WRONG_NAMES | REFUSED)[error.errno]))
+    except (MemoryError, RuntimeError) as error:
+        return out_of_memory(error)
 
 
 def _is_one_of_several() -> bool:
@@ -128,6 +132,24 @@ def missing_package(error: ModuleNotFoundError) -> int:
         raise error
     fix = "run: source .venv/bin/activate, or bash install.sh where there is none yet"
     return _say(Failure(f"{sys.executable} has no package {error.name}", "programs run in the environment", fix))
+
+
+def out_of_memory(error: MemoryError | RuntimeError) -> int:
+    """Say where memory was used up, and what to do; returns the exit status.
+
+    Raises:
+        RuntimeError: ``error``, which is another one.
+    """
+    said = str(error).partition("\n")[0]
+    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    if not isinstance(error, MemoryError) and not is_of_torch:
+        raise error
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}megatron{os.sep}" in frame.filename
+    ]
+    place = f" in {own[-1].name} (megatron/{own[-1].filename.rpartition('/megatron/')[2]}, line {own[-1].lineno})"
+    fix = "make it smaller, or take more devices; megatron doctor --preflight says what a training run needs"
+    return _say(Failure(f"out of memory{place}: {said or 'no more to be had'}", "model and data must fit", fix))
 
 
 def _flushed(status: int) -> int:
