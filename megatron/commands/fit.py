@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.commands.compare import name_unread
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import require
@@ -46,7 +47,10 @@ def _fit_all(options: argparse.Namespace) -> None:
     from megatron.scaling.fit import save_fits
     from megatron.scaling.observations import observe
 
-    fits = [_fit_one(data, options) for data in observe(find_runs(options.runs), options.points)]
+    left_out: list[str] = []
+    runs = find_runs(options.runs, left_out=left_out)
+    name_unread([*left_out, *(problem for run in runs for problem in run.problems)])
+    fits = [_fit_one(data, options) for data in observe(runs, options.points)]
     require(fits, "no run with a likelihood was given", "a law is fitted to validation losses", "name finished runs")
     if options.output:
         save_fits(fits, options.output)

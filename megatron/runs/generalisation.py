@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -190,7 +188,7 @@ class Generalisation:
                     Measured(**{key: stored[f"{name}_{key}"] for key in ("sample", "document", "tokens", "loss")},
                              draws=int(stored[f"{name}_draws"])) for name in ("seen", "unseen")
                 )  # fmt: skip
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy and zip meet damaged bytes with errors of many kinds
             raise UserError(f"{path} cannot be read ({error})", _RULE, _FIX) from None
         return Point(step, self.epochs[step], seen, unseen)
 
