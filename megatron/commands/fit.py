@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="law to fit; best: the one with the lowest cross-validation error, of equal ones "
                              "that with the fewest open parameters (default)")  # fmt: skip
     parser.add_argument("--points", choices=POINTS, default="final",
-                        help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
+                        help="validations to fit, of the weights as trained: last or best of every run, or whole curves "
+                             "(default: final)")  # fmt: skip
     parser.add_argument(
         "--bootstrap", type=whole(2, 10**6), default=400, metavar="REFITS", help="refits (default: 400)"
     )
