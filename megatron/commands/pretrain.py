@@ -24,9 +24,9 @@ def main(objective: str = "ar", argv: Sequence[str] | None = None, *, raise_erro
     except ModuleNotFoundError as error:
         return missing_package(error)
     except (MemoryError, RuntimeError) as error:
-        if raise_errors:
+        if raise_errors or (status := out_of_memory(error)) is None:
             raise
-        return out_of_memory(error)
+        return status
 
 
 def answer_gap(plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:

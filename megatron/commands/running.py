@@ -102,7 +102,9 @@ def status_of(main: Callable[[], int | None]) -> int:
         given = f"{_named(error)}: {os.strerror(error.errno).lower()}"
         return _say(kind(given, *(WRONG_NAMES | REFUSED)[error.errno]))
     except (MemoryError, RuntimeError) as error:
-        return out_of_memory(error)
+        if (status := out_of_memory(error)) is None:
+            raise
+        return status
 
 
 def _is_one_of_several() -> bool:
@@ -134,20 +136,15 @@ def missing_package(error: ModuleNotFoundError) -> int:
     return _say(Failure(f"{sys.executable} has no package {error.name}", "programs run in the environment", fix))
 
 
-def out_of_memory(error: MemoryError | RuntimeError) -> int:
-    """Say where memory was used up, and what to do; returns the exit status.
-
-    Raises:
-        RuntimeError: ``error``, which is another one.
-    """
+def out_of_memory(error: MemoryError | RuntimeError) -> int | None:
+    """Say where memory was used up, and what to do; returns the exit status, None for any other error."""
     said = str(error).partition("\n")[0]
     is_of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
     if not isinstance(error, MemoryError) and not is_of_torch:
-        raise error
-    own = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}megatron{os.sep}" in frame.filename
-    ]
-    place = f" in {own[-1].name} (megatron/{own[-1].filename.rpartition('/megatron/')[2]}, line {own[-1].lineno})"
+        return None
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this package
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(root + os.sep)]
+    place = f" in {own[-1].name} (megatron{own[-1].filename.removeprefix(root)}, line {own[-1].lineno})"
     fix = "make it smaller, or take more devices; megatron doctor --preflight says what a training run needs"
     return _say(Failure(f"out of memory{place}: {said or 'no more to be had'}", "model and data must fit", fix))
 
