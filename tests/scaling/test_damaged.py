@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs.synthetic_runs import write_run, write_sums
-from scaling.test_sweep import write_sweep
+from test_sweep import write_sweep
 
 from megatron.commands import compare, fit, report, sweep
 from megatron.errors import UserError
