@@ -59,15 +59,11 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         Failure: it could not be written.
     """
     path = Path(path)
-    require(
-        not path.exists() or (path.is_dir() and not any(path.iterdir())),
-        f"{path} exists and is not empty",
-        "a finished folder is never overwritten",
-        "remove it or give another one",
-    )
+    is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    require(is_free, f"{path} exists and is not empty", "a finished folder is never overwritten", "remove or rename it")
     with _published(path) as temporary:
         with written_whole(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             temporary.mkdir()
         yield temporary
 
@@ -120,7 +116,7 @@ def one_at_a_time(lock: Path, *, waiting: Callable[[], object] = lambda: None) -
         Failure: ``lock`` cannot be made.
     """
     with written_whole(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(lock.parent)
         file = lock.open("a")
     with file:
         try:
@@ -150,14 +146,12 @@ def lock_run(run_dir: Path) -> tuple[TextIO, bool]:
     """
     path = run_dir / "lock"
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
     except OSError as error:
-        raise UserError(
-            f"the run directory {run_dir} cannot be written ({error.strerror})",
-            "metrics and checkpoints go there",
-            "choose another --save or change its permissions",
-        ) from error
+        given = f"the run directory {run_dir} cannot be written ({error.strerror})"
+        fix = "choose another --save or change its permissions"
+        raise UserError(given, "metrics and checkpoints go there", fix) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -209,6 +203,15 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where there is none, to be there after a power cut, too: what lies in a folder is
+    lost with the entry that names it."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in ``folder`` durable, on file systems that can."""
     with contextlib.suppress(OSError):
@@ -226,9 +229,11 @@ def _published(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with written_whole(path):
-            for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
-                if file.is_file():
-                    with open(file, "rb") as opened:
+            for each in (temporary, *temporary.rglob("*")):
+                if each.is_dir():
+                    sync_folder(each)
+                elif each.is_file():
+                    with open(each, "rb") as opened:
                         os.fsync(opened.fileno())
             os.replace(temporary, path)  # a folder: onto nothing or an empty one
             sync_folder(path.parent)

@@ -57,11 +57,22 @@ def say(text: str, *, to_errors: bool = False, write: Callable[..., object] = pr
         write(text, file=stream)
         if stream is not None:
             stream.flush()
-    except OSError:
-        # From now on nowhere, so that what is buffered can be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if to_errors else 1)
+    except OSError as error:
+        drop(2 if to_errors else 1, for_good=isinstance(error, BrokenPipeError))
         return False
     return True
+
+
+def drop(descriptor: int, *, for_good: bool) -> None:
+    """Send what an output did not take nowhere, so that it can be flushed at exit; a disk may have room for the next line, the
+    reader of a pipe does not come back."""
+    kept = os.dup(descriptor)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
+    if not for_good:
+        (sys.stderr if descriptor == 2 else sys.stdout).flush()
+        os.dup2(kept, descriptor)
+    os.close(kept)
 
 
 def format_seconds(seconds: float) -> str:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 # Minutes in few tests: first, that no process ends alone with one of them. The number of its tests, by which xdist would order
 # groups, says little of how long one takes.
 LONG = (
-    "pools", "test_documented_commands.py", "test_laptop.py", "test_search.py", "test_stopping.py", "test_layouts.py",
-    "test_exits.py", "test_uniform_diffusion.py", "test_statistics.py", "test_laws.py", "test_command_lines.py",
-    "test_sweep_torchrun.py", "test_gpu_day.py", "test_kill_storm.py", "test_blocks.py", "test_tools.py", "test_lm_eval.py",
-    "test_lm_eval_requests.py", "test_failures.py",
+    "pools", "test_documented_commands.py", "test_laptop.py", "test_search_kills.py", "test_search.py", "test_stopping.py",
+    "test_layouts.py", "test_exits.py", "test_uniform_diffusion.py", "test_statistics.py", "test_laws.py",
+    "test_command_lines.py", "test_sweep_torchrun.py", "test_gpu_day.py", "test_kill_storm.py", "test_blocks.py", "test_tools.py",
+    "test_lm_eval.py", "test_lm_eval_requests.py", "test_failures.py",
 )  # fmt: skip
 
 

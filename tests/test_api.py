@@ -140,7 +140,7 @@ def test_a_model_is_asked(name: str, models: dict[str, Any]) -> None:
     assert long.value < found.value
     one = megatron.generate(model, "Return", max_new_tokens=3, temperature=1.0, seed=5)
     assert one == megatron.generate(model, ["Return"], max_new_tokens=3, temperature=1.0, seed=5)
-    assert len(megatron.generate(model, ["a", "b"], max_new_tokens=2, num_samples=2)) == 4
+    assert len(megatron.generate(model, ["a", "b"], max_new_tokens=2, num_samples=2, temperature=1.0)) == 4
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from typing import BinaryIO
 import pytest
 
 from megatron.errors import Failure, UserError
-from megatron.files import _describe, lock_run, remove_leftovers, replace_file, replace_folder, temporary_name
+from megatron.files import (
+    _describe,
+    lock_run,
+    make_folder,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    temporary_name,
+)
 
 
 def write_parts(file: BinaryIO) -> None:
@@ -108,6 +116,30 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
         assert not target.exists()
     assert [path.name for path in target.parent.iterdir()] == ["folder"]
     assert (target / "a").read_text() == "a"
+
+
+def watch_syncs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths as they are put on the disk."""
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    return synced
+
+
+def test_a_power_cut_leaves_whatever_names_a_finished_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync(2): a file needs that of its folder, a folder that of the one above; only what was there needs none."""
+    synced = watch_syncs(monkeypatch)
+    with replace_folder(tmp_path / "a/b/run") as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside/file").write_text("x")
+    above = {str(tmp_path / name) for name in (".", "a", "a/b")}
+    assert set(synced) == above | {str(folder / name) for name in (".", "inside", "inside/file")}
+    synced.clear()
+    lock, _ = lock_run(tmp_path / "c/run")
+    assert set(synced) == {str(tmp_path), str(tmp_path / "c")}
+    with lock:
+        synced.clear()
+        make_folder(tmp_path / "c/run")
+    assert not synced
 
 
 def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -54,6 +54,45 @@ def test_a_full_disk_under_the_errors_ends_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "on\n")
 
 
+FILLING = """
+import resource, signal, sys
+from megatron.screen import say
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+took = [say("before", to_errors=True), say("before")]
+limit(7)  # both files are full
+took += [say("lost " * 9, to_errors=True), say("lost " * 9)]
+limit(1000)
+took += [say("after", to_errors=True), say("after")]
+open(sys.argv[1] + "/took", "w").write(str(took))
+"""
+
+
+def test_a_full_disk_mutes_an_output_while_it_is_full(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "errors", "w") as errors:
+        command = [sys.executable, "-c", FILLING, str(tmp_path)]
+        status = subprocess.run(command, cwd=ROOT, stdout=out, stderr=errors, timeout=60).returncode
+    assert status == 0
+    assert (tmp_path / "took").read_text() == "[True, True, False, False, True, True]"
+    assert [(tmp_path / name).read_text() for name in ("out", "errors")] == ["before\nafter\n"] * 2
+
+
+@pytest.mark.parametrize("to_errors", [False, True])
+def test_a_reader_that_is_gone_mutes_an_output_for_good(to_errors: bool) -> None:
+    program = (
+        "import sys, time\nfrom megatron.screen import say\nsys.stdin.read()\n"
+        f"assert [say('x', to_errors={to_errors}) for _ in range(3)] == [False, True, True]"
+    )
+    names = ("stderr", "stdout") if to_errors else ("stdout", "stderr")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    getattr(process, names[0]).close()
+    process.stdin.close()  # type: ignore[union-attr]
+    assert (getattr(process, names[1]).read(), process.wait(60)) == (b"", 0)
+
+
 def test_what_was_done_before_does_not_count_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(screen.time, "monotonic", lambda: now)

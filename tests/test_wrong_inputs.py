@@ -55,6 +55,9 @@ CASES = {
     TRAIN + "--save-best --save runs/x": "pass --valid-data-path",
     TRAIN + "--save-interval 5": "it needs --save",
     TRAIN + "--train-iter 2": "did you mean --train-iters?",
+    TRAIN + "--train-iters 1e15": "and at most 1e+15 samples; change its length",
+    TRAIN + "--train-iters 1e14": "it is made in memory, of which this machine has",
+    TRAIN + "--distributed-timeout-minutes 525600": "it must be in [0.1, 30000]",
     # training: data
     f"train {SHAPE}--train-iters 2 --train-data-path data/trian {BYTES}": "did you mean data/train?",
     f"train {SHAPE}--train-iters 2 --train-data-path data/train_text {BYTES}": "data/train_text_document",

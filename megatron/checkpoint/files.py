@@ -28,6 +28,7 @@ AVERAGED_FROM = "averaged_from"  # field of the manifest of a mean of checkpoint
 AVERAGE_UPDATES = "average_updates"  # field of the manifest where there is an average: updates that it has seen
 _RULE, _FIX = "a manifest must be as it was written", "restore it, or choose another --load-tag"
 ABANDONED = "abandoned"  # folder of branches that a run has left
+ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def write_manifest(tag: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(tag: Path) -> dict[str, Any]:
     """The manifest of a tag, certified by its own checksum (format 1 had none; its fields are checked by type).
 
+    The tokenizer that an imported run keeps is named where it lies now.
+
     Raises:
         UserError: it is absent, unreadable, damaged or of a format that this version does not know.
     """
@@ -124,15 +127,16 @@ def read_manifest(tag: Path) -> dict[str, Any]:
             "convert others with tools/convert_checkpoint.py, or choose another --load",
         )
     manifest = read_object(path, rule=_RULE, fix=_FIX)
-    version = manifest.get("format")
+    version, rule = manifest.get("format"), f"this version reads 1 to {FORMAT}"
     if type(version) is not int or not 1 <= version <= FORMAT:
-        raise UserError(
-            f"{path} has format {version!r}", f"this version reads 1 to {FORMAT}", "update the project, or load another"
-        )
+        raise UserError(f"{path} has format {version!r}", rule, "update the project, or load another")
     if (version > 1 or SEAL in manifest) and manifest.get(SEAL) != _seal_of(manifest):
         raise _damaged(path, "fails its own checksum")
     if wrong := [name for name, is_valid in _FIELDS.items() if not _holds(is_valid, manifest.get(name))]:
         raise _damaged(path, f"holds no valid {', '.join(wrong)}")
+    data, kept = manifest["config"].get("data", {}), tag.resolve().parent / ORIGIN
+    if Path(str(data.get("tokenizer_model"))).name == ORIGIN and kept.is_dir():
+        data["tokenizer_model"] = str(kept)  # of the run, wherever that was moved to
     return manifest
 
 
@@ -147,12 +151,9 @@ def check_use(tag: Path, manifest: Mapping[str, Any], weights: str, *, goes_on: 
     Raises:
         UserError: it holds no such weights, or belongs to no run.
     """
-    require(
-        weights == WEIGHT or AVERAGE_UPDATES in manifest,
-        f"checkpoint {tag} has no averaged weights ({weights})",
-        "a run keeps their average with --ema-decay",
-        "load its trained weights (--load-kind weight), or another checkpoint",
-    )
+    given, rule = f"checkpoint {tag} has no averaged weights ({weights})", "a run keeps their average with --ema-decay"
+    has_them = weights == WEIGHT or AVERAGE_UPDATES in manifest
+    require(has_them, given, rule, "load its trained weights (--load-kind weight), or another checkpoint")
     is_mean = f"{tag} is a mean of checkpoints"
     require(
         not (goes_on and AVERAGED_FROM in manifest), is_mean, "it belongs to no run", "start from it with --finetune"

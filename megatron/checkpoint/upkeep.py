@@ -26,7 +26,7 @@ from megatron.checkpoint.files import (
 )
 from megatron.checkpoint.select import newest_first
 from megatron.errors import Failure
-from megatron.files import replace_file
+from megatron.files import make_folder, replace_file
 
 OWN_FILE = re.compile(r"shard-[0-9]{5,}\.safetensors|manifest\.json|\.?manifest\.json[\w.]*\.tmp")
 # Those of megatron.files, and of its predecessor.
@@ -156,7 +156,7 @@ def _errors_said(path: Path, lines: list[str]) -> Iterator[None]:
 
 
 def _free_name(folder: Path, name: str) -> Path:
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     taken = {path.name for path in folder.iterdir()}
     names = [name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))]
     return folder / next(each for each in names if each not in taken)

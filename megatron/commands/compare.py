@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +25,26 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     from megatron.runs.reading import find_runs
 
-    print(wrapped("\n".join(comparison(find_runs(options.runs)))))
+    left_out: list[str] = []
+    runs = find_runs(options.runs, left_out=left_out)
+    print(wrapped("\n".join(comparison(runs, left_out))))
 
 
-def comparison(runs: list[Run]) -> list[str]:
-    """Lines about runs and their pairs, then what follows. Files that could not be read are named on standard error."""
+def name_unread(problems: Iterable[str]) -> None:
+    """Name on standard error what could not be read."""
+    for problem in problems:
+        print(f"not read: {problem}", file=sys.stderr)
+
+
+def comparison(runs: list[Run], left_out: Iterable[str] = ()) -> list[str]:
+    """Lines about runs and their pairs, then what follows. What could not be read, ``left_out`` too, is named on standard
+    error."""
     from megatron.runs.comparison import summary_row
     from megatron.runs.conclusion import conclusion
     from megatron.runs.matching import matched_pairs
     from megatron.runs.replicates import average_seeds
 
-    for problem in [problem for run in runs for problem in run.problems]:
-        print(f"not read: {problem}", file=sys.stderr)
+    name_unread([*left_out, *(problem for run in runs for problem in run.unreadable)])
     lines = []
     for run in runs[:MAX_LINES]:
         row = summary_row(run)

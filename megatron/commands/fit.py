@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.commands.compare import name_unread
 from megatron.config.parser import Parser
 from megatron.config.ranges import whole
 from megatron.errors import require
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="law to fit; best: the one with the lowest cross-validation error, of equal ones "
                              "that with the fewest open parameters (default)")  # fmt: skip
     parser.add_argument("--points", choices=POINTS, default="final",
-                        help="validations to fit: last or best of every run, or whole curves (default: final)")  # fmt: skip
+                        help="validations to fit, of the weights as trained: last or best of every run, or whole curves "
+                             "(default: final)")  # fmt: skip
     parser.add_argument(
         "--bootstrap", type=whole(2, 10**6), default=400, metavar="REFITS", help="refits (default: 400)"
     )
@@ -46,7 +48,10 @@ def _fit_all(options: argparse.Namespace) -> None:
     from megatron.scaling.fit import save_fits
     from megatron.scaling.observations import observe
 
-    fits = [_fit_one(data, options) for data in observe(find_runs(options.runs), options.points)]
+    left_out: list[str] = []
+    runs = find_runs(options.runs, left_out=left_out)
+    name_unread([*left_out, *(problem for run in runs for problem in run.problems)])
+    fits = [_fit_one(data, options) for data in observe(runs, options.points)]
     require(fits, "no run with a likelihood was given", "a law is fitted to validation losses", "name finished runs")
     if options.output:
         save_fits(fits, options.output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron.commands.running import begin, missing_package
+from megatron.commands.running import begin, missing_package, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,10 @@ def main(objective: str = "ar", argv: Sequence[str] | None = None, *, raise_erro
         return train(objective, argv, probe=answer_gap, raise_errors=raise_errors)
     except ModuleNotFoundError as error:
         return missing_package(error)
+    except (MemoryError, RuntimeError) as error:
+        if raise_errors or (status := out_of_memory(error)) is None:
+            raise
+        return status
 
 
 def answer_gap(plan: Plan, engine: Engine) -> Callable[[], dict[str, Any]]:

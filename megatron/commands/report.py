@@ -70,14 +70,16 @@ def _report(options: argparse.Namespace) -> None:
     fits = load_fits(options.fits) if options.fits else []
     baseline = Baseline.of_runs(find_runs(options.baseline), "the baseline") if options.baseline else None
 
-    def write(runs: list[Run]) -> Path:
-        return write_report(runs, options.output, options.title, fits=fits, baseline=baseline)
+    def write() -> tuple[Path, list[Run], list[str]]:
+        left_out: list[str] = []
+        runs = find_runs(options.runs, left_out=left_out)
+        page = write_report(runs, options.output, options.title, fits=fits, baseline=baseline, left_out=left_out)
+        return page, runs, left_out
 
-    runs = find_runs(options.runs)
-    page = write(runs)
-    print(wrapped("\n".join([*comparison(runs), "", f"report: {page}"])), flush=True)
+    page, runs, left_out = write()
+    print(wrapped("\n".join([*comparison(runs, left_out), "", f"report: {page}"])), flush=True)
     if options.serve is not None:
-        _serve(options, lambda: write(find_runs(options.runs)))
+        _serve(options, lambda: write()[0])
 
 
 def _serve(options: argparse.Namespace, write: Callable[[], Path]) -> None:

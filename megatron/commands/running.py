@@ -6,6 +6,7 @@
 | ``UserError``, wrong flags, the name of no file | ``error: given; rule; fix`` | 2 |
 | ``Failure``; a file that may not be used, a full disk | ``error: given; rule; fix`` | 1 |
 | a package is missing | how to reach or make the environment | 1 |
+| memory, of the host or a device, is used up | ``error: given; rule; fix`` | 1 |
 | Ctrl-C | ``interrupted`` | 130 |
 | the reader of a pipe is gone (``tool \\| head``) | | 141, as of any program that SIGPIPE ends |
 | anything else | its traceback | 1 |
@@ -21,12 +22,14 @@ import gc
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 from typing import NoReturn
 
 from megatron.errors import Failure, UserError
 from megatron.parallel.launch import complain
+from megatron.screen import drop
 
 # Error numbers of files: the rule, and what to do.
 WRONG_NAMES = {
@@ -90,7 +93,7 @@ def status_of(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        _drop_output()
+        drop(sys.stdout.fileno(), for_good=True)
         return 141
     except OSError as error:
         if error.errno not in WRONG_NAMES | REFUSED or error.filename is None:
@@ -98,6 +101,10 @@ def status_of(main: Callable[[], int | None]) -> int:
         kind = UserError if error.errno in WRONG_NAMES else Failure
         given = f"{_named(error)}: {os.strerror(error.errno).lower()}"
         return _say(kind(given, *(WRONG_NAMES | REFUSED)[error.errno]))
+    except (MemoryError, RuntimeError) as error:
+        if (status := out_of_memory(error)) is None:
+            raise
+        return status
 
 
 def _is_one_of_several() -> bool:
@@ -129,6 +136,19 @@ def missing_package(error: ModuleNotFoundError) -> int:
     return _say(Failure(f"{sys.executable} has no package {error.name}", "programs run in the environment", fix))
 
 
+def out_of_memory(error: MemoryError | RuntimeError) -> int | None:
+    """Say where memory was used up, and what to do; returns the exit status, None for any other error."""
+    said = str(error).partition("\n")[0]
+    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said
+    if not isinstance(error, MemoryError) and not is_of_torch:
+        return None
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of this package
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(root + os.sep)]
+    place = f" in {own[-1].name} (megatron{own[-1].filename.removeprefix(root)}, line {own[-1].lineno})"
+    fix = "make it smaller, or take more devices; megatron doctor --preflight says what a training run needs"
+    return _say(Failure(f"out of memory{place}: {said or 'no more to be had'}", "model and data must fit", fix))
+
+
 def _flushed(status: int) -> int:
     """``status``, once all output has left. A full disk under it is an error that names standard output."""
     try:
@@ -136,15 +156,10 @@ def _flushed(status: int) -> int:
             sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _drop_output()
+            drop(sys.stdout.fileno(), for_good=True)
             error.filename = "standard output"
         raise
     return status
-
-
-def _drop_output() -> None:
-    """The interpreter flushes once more at its end; that must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(error: UserError) -> int:

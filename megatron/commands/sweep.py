@@ -157,14 +157,15 @@ def _price_of_search(sweep: Sweep, spaces: list[Space]) -> str:
 
 
 def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
+    from megatron.commands.compare import name_unread
     from megatron.runs.comparison import plus_minus
+    from megatron.runs.reading import readable
     from megatron.scaling.sweep.state import read_result, state
 
     counts: Counter[str] = Counter()
-    for run in runs:
-        current = state(run)
+    left_out: list[str] = []
+    for run, current, result in readable(lambda run: (run, state(run), read_result(run)), runs, left_out):
         counts[current] += 1
-        result = read_result(run)
         done = f" {min(1.0, result.samples_done / max(1, int(result.info['train_samples']))):.0%}" if result else ""
         best = (
             f", best {plus_minus(result.best.nll, result.best.nll_se)} (± over {result.best.error_unit}) "
@@ -175,8 +176,8 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
         print(f"{run.name}: {current}{done if current != 'finished' else ''}{best}")
     print(", ".join(f"{number} {name}" for name, number in sorted(counts.items())))
     searches = _searches(sweep, runs)
-    for search in searches:
-        search.catch_up()
+    readable(lambda search: search.catch_up(), searches, left_out)
+    name_unread(dict.fromkeys(left_out))
     if any(search.trials for search in searches):
         print(wrapped("\n".join(_verdict(searches))))
     return 0
@@ -184,12 +185,16 @@ def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> 
 
 def _check(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:
     """Exit status 1 where something besides the objective differs within a comparison."""
+    from megatron.commands.compare import name_unread
     from megatron.runs.matching import matched_pairs
+    from megatron.runs.reading import readable
     from megatron.scaling.sweep.definition import unmatched
     from megatron.scaling.sweep.state import read_result
 
     found = unmatched(runs)
-    results = [result for run in runs if (result := read_result(run)) is not None]
+    left_out: list[str] = []
+    results = [result for result in readable(read_result, runs, left_out) if result is not None]
+    name_unread(left_out)
     for first, second, differing in matched_pairs(results):
         same_place = first.name.split("-", 1)[1] == second.name.split("-", 1)[1]
         if same_place:

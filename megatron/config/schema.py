@@ -219,7 +219,7 @@ class ParallelConfig:
     compile: bool | None = option(None, "torch.compile each block; default: on with CUDA, but for ZeRO 3 of DeepSpeed (its hooks "
         "break graphs)")
     distributed_timeout_minutes: float = option(30.0, "give up on a collective after this long", unit="MINUTES",
-        range=Range(at_least=0.1, at_most=MINUTES.at_most))
+        range=Range(at_least=0.1, at_most=30_000))  # poll(2) waits 24 days at most
     # fmt: on
 
     def splits_sequence(self, seq_length: int) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.checkpoint.files import ORIGIN
 from megatron.checkpoint.select import Selection, select
 from megatron.checkpoint.tensors import open_whole_model, save_full_checkpoint
 from megatron.config import config_to_dict
@@ -27,8 +28,6 @@ from megatron.model.arithmetic import parameters_for_compute
 from megatron.objectives import build_objective
 from megatron.objectives.base import compute_per_token
 from megatron.screen import Progress
-
-ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 
 
 def read_run(

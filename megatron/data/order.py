@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.files import one_at_a_time, remove_leftovers, replace_folder, sha256_of, temporary_name
 from megatron.screen import Progress
 
@@ -80,12 +80,9 @@ def plan_order(
 
     if num_samples is None:
         num_epochs, separate = 1, False
-        if samples_in(1) < 1:
-            raise UserError(
-                f"{source} has {tokens_per_epoch} tokens and seq_length is {seq_length}",
-                "one pass needs at least one token more than that",
-                "use more data or a smaller --seq-length",
-            )
+        given = f"{source} has {tokens_per_epoch} tokens and seq_length is {seq_length}"
+        rule, fix = "one pass needs at least one token more than that", "use more data or a smaller --seq-length"
+        require(samples_in(1) >= 1, given, rule, fix)
     else:
         num_epochs = -(-(num_samples * seq_length + 1) // tokens_per_epoch)
         from_last = num_samples - samples_in(num_epochs - 1) if num_epochs > 1 else 0
@@ -171,13 +168,20 @@ def load_or_build_maps(sizes: np.ndarray, plan: OrderPlan, *, name: str, folders
         plan: the rest of what the maps depend on.
         name: first part of the folder's name, for people who look at the cache.
         folders: cache folders in order of preference. When none can be used, the maps stay in memory.
+
+    Raises:
+        UserError: they are larger than the memory of this machine.
     """
     key = f"{name}-{_hash(sizes, plan)}"
     folders = [folder for folder in folders if not _is_foreign(folder) and not _is_foreign(folder / key)]
     for folder in folders:
-        maps = _load(folder / key)
-        if maps is not None:
+        if (maps := _load(folder / key)) is not None:
             return maps
+    needed = 4 * plan.num_epochs * len(sizes) + 20 * plan.total_samples
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = f"the order of {plan.num_epochs:,} epochs, {plan.total_samples:,} samples, takes {needed / 1e9:,.1f} GB"
+    rule = f"it is made in memory, of which this machine has {there / 1e9:,.1f} GB"
+    require(needed <= there, given, rule, "train for less (--train-samples, --train-iters, --train-epochs)")
     built: IndexMaps | None = None
     for folder in folders:
         try:

@@ -28,6 +28,7 @@ from megatron.generation.text import (
     encode_with_gaps,
     fill_gaps,
 )
+from megatron.objectives.base import UniformDecoding
 from megatron.runs.counts import format_count
 
 if TYPE_CHECKING:
@@ -129,6 +130,13 @@ def _generate(
     loaded: InferenceModel, prompts: list[str], arguments: argparse.Namespace, recorder: StepRecorder
 ) -> tuple[list[Completion], list[str]]:
     """Completions, and the texts that people are shown."""
+    by_chance = arguments.order in ("random", "ancestral") or isinstance(loaded.objective.decoding, UniformDecoding)
+    require(
+        arguments.num_samples == 1 or arguments.temperature > 0 or (by_chance and not loaded.is_causal),
+        f"--num-samples {arguments.num_samples} at --temperature 0",
+        "the most likely token is taken, so that all samples would be one text",
+        "pass for instance --temperature 1, or drop it",
+    )
     return (_causal if loaded.is_causal else _filled)(loaded, prompts, arguments, recorder)
 
 

@@ -54,8 +54,8 @@ class DiffusionSettings:
                 f"order {self.order!r} is not known", "it says what to uncover next", f"use one of {', '.join(ORDERS)}"
             )
         for name in ("steps", "block_length", "tokens_per_step"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} {value} is not positive", "it counts from 1", "leave it out for the default")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= 10**9:
+                raise UserError(f"{name} {value}", "it is from 1 to 1e9", "leave it out for the default")
         require(
             self.steps is None or self.tokens_per_step is None,
             f"steps {self.steps} and tokens_per_step {self.tokens_per_step}",

@@ -34,7 +34,8 @@ def build_generate_parser() -> argparse.ArgumentParser:
     add("--prompt-file", metavar="FILE", help="one prompt a line")
     add("--infix", metavar="TEXT", help="diffusion: text that stands behind the generated tokens")
     add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="TOKENS", help="tokens to add (default: %(default)s)")
-    add("--num-samples", type=int, default=1, metavar="COUNT", help="results of every prompt (default: 1)")
+    add("--num-samples", type=int, default=1, metavar="COUNT",
+        help="results of every prompt (default: 1), where something is drawn")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="end at this string; may be repeated")
     add("--batch-size", type=int, default=8, metavar="ROWS", help="rows per forward pass (default: 8)")
     add = parser.add_argument_group("sampling").add_argument

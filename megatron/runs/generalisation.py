@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 
 from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
-from megatron.files import read_object, replace_file
+from megatron.files import make_folder, read_object, replace_file
 from megatron.runs.record import GENERALISATION
 from megatron.statistics import Estimate, ValidationSums, combined, mean_loss
 
@@ -159,7 +157,7 @@ class Generalisation:
     def add(self, point: Point) -> None:
         """Write one checkpoint, then that it is there."""
         path = self.folder / GENERALISATION / f"{point.step}.npz"
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         arrays = {
             f"{name}_{key}": value
             for name, own in (("seen", point.seen), ("unseen", point.unseen))
@@ -190,7 +188,7 @@ class Generalisation:
                     Measured(**{key: stored[f"{name}_{key}"] for key in ("sample", "document", "tokens", "loss")},
                              draws=int(stored[f"{name}_draws"])) for name in ("seen", "unseen")
                 )  # fmt: skip
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy and zip meet damaged bytes with errors of many kinds
             raise UserError(f"{path} cannot be read ({error})", _RULE, _FIX) from None
         return Point(step, self.epochs[step], seen, unseen)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron.errors import Failure, UserError, require
-from megatron.files import replace_file, sha256_of
+from megatron.files import make_folder, replace_file, sha256_of
 from megatron.runs.counts import parse_count
 from megatron.runs.record import METRICS, RunRecord, ValidRow, holds_run, json_line
 
@@ -241,7 +241,7 @@ def write_run(run: Imported, folder: Path, *, origin: Origin, place: Path, field
         UserError: the folder holds a run.
     """
     check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     last = max(tokens for _, tokens, _, _ in run.points)
     record = RunRecord(
         objective=origin.objective,

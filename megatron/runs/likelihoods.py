@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar, get_origin, get_type_hints
 
 from megatron.errors import UserError
-from megatron.files import read_object, replace_file
+from megatron.files import make_folder, read_object, replace_file
 
 # What a value says of the negative log-likelihood. A bound of the mixture is one of ancestral sampling in many steps.
 EXACT, BOUND, MIXTURE = "exact", "upper bound", "upper bound of the mixture"
@@ -133,7 +133,7 @@ class Likelihoods:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         replace_file(path, json.dumps(asdict(self), indent=2))
 
     @classmethod

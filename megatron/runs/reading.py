@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.config.schema import WEIGHT
-from megatron.errors import UserError
+from megatron.errors import UserError, require
 from megatron.runs.record import (
     EVALUATIONS,
     RECORD,
@@ -24,14 +24,21 @@ from megatron.runs.record import (
     VALID,
     VALID_AVERAGE,
     WEIGHTS,
+    TrainRow,
     estimator_of,
     parse_line,
 )
 from megatron.runs.run import OVER_SAMPLES, Run, Validation
 
-__all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows"]
+__all__ = ["Rows", "Run", "Validation", "find_runs", "load_run", "read_rows", "readable"]
+Place = TypeVar("Place")
+Found = TypeVar("Found")
 
 FORMAT = 1
+# What a run says of itself by its record: asked once where it is read, so that no report meets a damaged one.
+_ASKED = ("branch", "source", "parameters", "compute_parameters", "unique_tokens", "train_flops", "epochs", "seed", "size_name",
+          "samples_planned")  # fmt: skip
+_OF_TRAINING = {item.name for item in fields(TrainRow)} - {"kind"}
 _REQUIRED = ("objective", "label", "config", "parameters", "unique_tokens", "train_samples", "train_flops")
 
 
@@ -63,7 +70,7 @@ def load_run(path: str | Path) -> Run:
     averaged, apart = _split_validations([row for row in rows.averaged if row.step in whole])
     if averaged and curve and averaged[0].conditions != curve[0].conditions:
         averaged, apart = [], [*averaged, *apart]
-    return Run(
+    run = Run(
         folder,
         folder.resolve().name,
         info,
@@ -73,15 +80,46 @@ def load_run(path: str | Path) -> Run:
         problems=tuple(rows.problems),
         averaged=tuple(averaged),
     )
+    try:
+        for name in _ASKED:
+            getattr(run, name)
+        _ = [dict(section or {}) for section in info["config"].values()]
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        given = f"{folder / RECORD} is damaged ({type(error).__name__}: {error})"
+        raise UserError(given, "a record is what training wrote", "restore it, or start the run again") from None
+    return run
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+def readable(read: Callable[[Place], Found], places: Iterable[Place], left_out: list[str] | None) -> list[Found]:
+    """What can be read of several, of which a damaged one spoils no other.
+
+    Args:
+        read: reads one.
+        places: where they are.
+        left_out: receives in words what cannot be read; None: the first is an error.
+    """
+    found = []
+    for place in places:
+        try:
+            found.append(read(place))
+        except (UserError, OSError) as error:
+            if left_out is None:
+                raise
+            left_out.append(error.given if isinstance(error, UserError) else str(error))
+    return found
+
+
+def find_runs(paths: Iterable[str | Path], *, left_out: list[str] | None = None) -> list[Run]:
     """Load every run in the given places: each is a run directory or a folder that holds run directories at any depth.
 
     Runs come back once each, in order; names that occur twice are prefixed by as many folders as set them apart.
 
+    Args:
+        paths: the places.
+        left_out: receives in words which runs cannot be read; None: the first is an error.
+
     Raises:
-        UserError: a place holds no run, or a run cannot be read.
+        UserError: a place holds no run, or no run can be read.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
@@ -99,7 +137,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
                 "give the folder that was passed as --save, or a folder of such folders",
             )
         folders.update({folder.resolve(): folder for folder in found})
-    runs = [load_run(folder) for folder in folders.values()]
+    runs = readable(load_run, folders.values(), left_out)
+    given, rule = "; ".join((left_out or [])[:9]), "a report needs a run that can be read"
+    require(runs or not folders, given, rule, "restore its files, or name other runs")
     named: dict[str, list[Run]] = {}
     for run in runs:
         named.setdefault(run.name, []).append(run)
@@ -171,6 +211,8 @@ def _add_row(rows: Rows, row: dict[str, Any], where: str) -> None:
     kind = row.get("kind")
     try:
         if kind == TRAIN:
+            for name in _OF_TRAINING & row.keys():
+                _number(row[name])
             rows.train.append({**row, "step": int(row["step"]), "samples": int(row["samples"])})
         elif kind == VALID_AVERAGE:
             rows.averaged.append(_validation(row))

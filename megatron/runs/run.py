@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron.config.schema import WEIGHT
+from megatron.errors import UserError
 from megatron.runs.counts import format_count
 from megatron.runs.record import OVER_DOCUMENTS, Branch, Position, branch_of, kind_of
 from megatron.runs.sums import halves, load_sums
@@ -106,7 +108,7 @@ class Run:
         averaged: the curve of the averaged weights, taken as that one was; empty without ``--ema-decay``.
         other_valid: what stands apart from the curve: validations with other settings (a last one with more draws), and
             evaluations of finished checkpoints. They are shown, and touch neither curve nor best.
-        problems: what in the files could not be read, in words.
+        problems: what in the records could not be read, in words; see ``unreadable``.
         seeds: the seeds of which this run is the mean (``replicates.py``); empty for one run.
     """
 
@@ -253,11 +255,28 @@ class Run:
         return tuple(found)
 
     def sums(self, row: Validation) -> ValidationSums | None:
-        """The sums kept beside a validation; None where there are none of just this number, and for a mean of runs."""
+        """The sums kept beside a validation; None where there are none of just this number, where they are damaged, and for a
+        mean of runs."""
+        with suppress(UserError):
+            sums = self._stored_sums(row)
+            return sums if sums and math.isclose(mean_loss(sums).value, row.nll, rel_tol=1e-4) else None
+        return None
+
+    def _stored_sums(self, row: Validation) -> ValidationSums | None:
         if self.seeds or row.sums is None or not (self.path / row.sums).is_file():
             return None
-        sums = load_sums(self.path / row.sums)
-        return sums if math.isclose(mean_loss(sums).value, row.nll, rel_tol=1e-4) else None
+        return load_sums(self.path / row.sums)
+
+    @cached_property
+    def unreadable(self) -> tuple[str, ...]:
+        """What in the files could not be read, in words: of the records, and sums, without which the run goes on."""
+        found = list(self.problems)
+        for row in (*self.validations, *self.other_valid):
+            try:
+                self._stored_sums(row)
+            except UserError as error:
+                found.append(error.given)
+        return tuple(found)
 
     @property
     def samples_done(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron.errors import UserError
-from megatron.files import replace_file
+from megatron.files import make_folder, replace_file
 from megatron.runs.sums import t_quantile
 from megatron.scaling.adequacy import doubts, r_squared
 from megatron.scaling.interval import Interval
@@ -247,7 +247,7 @@ def fit_law(
 
 def save_fits(fits: Sequence[Fit], path: Path) -> None:
     """Write fits as JSON, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     replace_file(path, json.dumps({"format": FORMAT, "fits": [fit.to_dict() for fit in fits]}))
 
 

@@ -18,8 +18,8 @@ CHOICES = ("final", "best", "curve")
 
 @dataclass(frozen=True)
 class Observations:
-    """Losses of one objective. ``groups`` is the run of every point; ``skipped`` says which runs are not in it; ``source``
-    whose runs they are, where they were imported."""
+    """Losses of one objective, of weights as trained. ``groups`` is the run of every point; ``skipped`` says what of the runs is
+    not in it; ``source`` whose runs they are, where they were imported."""
 
     objective: str
     label: str
@@ -64,6 +64,8 @@ def observe(runs: Sequence[Run], which: str = "final") -> list[Observations]:
             if not chosen:
                 skipped.append(f"{run.name} ({'not finished' if not run.is_finished else 'no finite validation'})")
             rows += [(run.compute_parameters, row.tokens, run.unique_tokens, row.nll, index) for row in chosen]
+        if averaged := sum(bool(run.averaged) for run in members):
+            skipped.append(f"validations of averaged weights, of {averaged} runs (a law is of weights as trained)")
         table = np.array(rows, dtype=np.float64).reshape(-1, 5)
         points = Points.of(table[:, 0], table[:, 1], table[:, 2])
         found.append(

@@ -38,11 +38,9 @@ def recorded(load: str, tag: str | None) -> dict[str, Any]:
     """
     found = select(load, tag, checksums=False)
     if found.tag is None:
-        raise UserError(
-            f"--use-checkpoint-args: --load {load} holds no checkpoint",
-            "shape and tokenizer are those of a checkpoint",
-            "correct --load, or drop --use-checkpoint-args",
-        )
+        given = f"--use-checkpoint-args: --load {load} holds no checkpoint"
+        rule, fix = "shape and tokenizer are those of a checkpoint", "correct --load, or drop --use-checkpoint-args"
+        raise UserError(given, rule, fix)
     return {**found.manifest, "name": CHECKPOINT + found.tag.name}
 
 

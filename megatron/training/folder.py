@@ -19,7 +19,7 @@ from megatron.config import config_to_dict
 from megatron.data.blend import parse_blend
 from megatron.data.dataset import text_bytes_per_token
 from megatron.errors import Failure
-from megatron.files import replace_file, written_whole
+from megatron.files import make_folder, replace_file, written_whole
 from megatron.model.arithmetic import total_parameters
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
@@ -97,7 +97,7 @@ class RunFolder:
             folder = self.plan.run_dir / VALIDATIONS
             paths = [folder / f"step{row.step}{row.suffix}.npz" for row in rows]
             with written_whole(paths[0]):
-                folder.mkdir(exist_ok=True)
+                make_folder(folder)
             for path, own in zip(paths, sums()):
                 own.save(path)
             best = self._log.file.best(*rows)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from megatron.config.option import LARGEST
 from megatron.config.schema import Config, OptimizerConfig
 from megatron.errors import UserError, require
 from megatron.runs.record import Branch
@@ -75,10 +76,10 @@ def plan_schedule(
     if run.skip_train:
         samples = samples or batch
     require(
-        samples >= batch,
-        f"{samples} training samples are less than one global batch of {batch}",
-        "a run has at least one step",
-        "train longer or lower --global-batch-size",
+        batch <= samples <= LARGEST,
+        f"{samples} training samples {'are less than one' if samples < batch else 'with a'} global batch of {batch}",
+        f"a run has at least one step, and at most {LARGEST:.0e} samples",
+        "change its length or --global-batch-size",
     )
     consumed = 0 if run.skip_train else before.get("consumed_samples", 0)
     require(
@@ -102,9 +103,8 @@ def plan_schedule(
         "warm-up must be shorter",
         "lower --lr-warmup-samples",
     )
-    decay = None
-    if optimizer.lr_decay_style == "WSD" and not run.skip_train:
-        decay = _wsd_decay(optimizer, end, warmup=warmup, branch=branch)
+    is_wsd = optimizer.lr_decay_style == "WSD" and not run.skip_train
+    decay = _wsd_decay(optimizer, end, warmup=warmup, branch=branch) if is_wsd else None
     lengths = replace(optimizer, lr_warmup_samples=warmup, lr_decay_samples=end, lr_wsd_decay_samples=decay)
     return Schedule(samples, order, lengths)
 

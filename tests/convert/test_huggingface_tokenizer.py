@@ -23,6 +23,8 @@ from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.writer import IndexedDatasetWriter
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.errors import UserError
+from megatron.inference.model import load_model
+from megatron.training.configuration import recorded
 from tests.convert.folders import our_logits
 from tests.convert.reference import make_config, random_tensors
 
@@ -265,6 +267,22 @@ def test_an_imported_run_knows_its_tokenizer_from_any_folder(tmp_path: Path, mon
     write_run("run", back, tensors, step=0, source="hf", origin=Path("hf"))
     monkeypatch.chdir("/")
     assert read_run(tmp_path / "run")[0].data.tokenizer_model == str(tmp_path / "run" / "huggingface")
+
+
+def test_an_imported_run_keeps_its_tokenizer_when_it_is_moved(tmp_path: Path) -> None:
+    config = replace(make_config("ar"), data=DataConfig(tokenizer_type="ByteTokenizer", vocab_size=257))
+    export_folder(config, random_tensors(config.model), tmp_path / "hf")
+    back, tensors = import_folder(tmp_path / "hf")
+    write_run(tmp_path / "run", back, tensors, step=0, source="hf", origin=tmp_path / "hf")
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "run").rename(tmp_path / "elsewhere/run")
+    (tmp_path / "link").symlink_to(moved)
+    for place in (moved, moved / "global_step0", tmp_path / "link"):
+        found = read_run(place)[0].data.tokenizer_model
+        assert found == str(moved / "huggingface")
+        loaded = load_model(place)
+        assert loaded.tokenizer is not None and loaded.tokenizer.vocab_size == 257
+    assert recorded(str(moved), None)["config"]["data"]["tokenizer_model"] == str(moved / "huggingface")  # for training
 
 
 def test_the_older_name_of_the_dtype_does_not_stay(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import megatron.data.order as data_order
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.order import IndexMaps, OrderPlan, build_maps, load_or_build_maps, plan_order
+from megatron.errors import UserError
 
 
 def test_cache_is_used_and_keyed_by_all_inputs(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,3 +205,10 @@ def test_maps_made_under_an_open_umask_are_used_again(make_data, tmp_path: Path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cached(prefix, tmp_path / "c")
+
+
+def test_an_order_beyond_the_memory_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    plan = plan_order(tokens_per_epoch=1000, num_samples=10**15, seq_length=100, seed=1)
+    with pytest.raises(UserError, match=r"samples, takes .* GB; it is made in memory, of which .*--train-epochs"):
+        load_or_build_maps(np.full(100, 10), plan, name="train", folders=[tmp_path])
+    assert not list(tmp_path.iterdir())

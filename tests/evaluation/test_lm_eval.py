@@ -260,7 +260,7 @@ def test_the_program_writes_json_and_a_table(runs, tasks, tmp_path, capsys) -> N
     assert "bound: exact-count, stratified" in shown
     assert "perplexity (upper bound)" in shown
     assert "--lr" in shown
-    assert "--seq-length 4096: rows have 96 tokens" in shown
+    assert shown.count("max_length 4096: rows have 96 tokens") == 1
     written = json.loads(results.read_text())
     assert written["likelihoods"]["halves"]["answers"] == 24
     assert "acc,none" in written["results"]["halves"]

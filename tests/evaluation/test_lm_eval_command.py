@@ -110,12 +110,14 @@ def test_the_lm_eval_command_runs_without_cuda(runs, tmp_path, monkeypatch, caps
         "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: '{{continuation}}'\n"
         "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
-    words = ["lm_eval", "--model", f"megatron_{name}", "--model_args", f"load={runs[name]}", "--tasks", "words"]
+    words = ["lm_eval", "--model", f"megatron_{name}", "--model_args", f"load={runs[name]},max_length=4096",
+             "--tasks", "words"]  # fmt: skip
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(sys, "argv", [*words, "--include_path", str(tmp_path), "--batch_size", "auto:4"])
     program.cli_evaluate()
     shown = capsys.readouterr()
     assert "|words|" in shown.out.replace(" ", "")
+    assert shown.out.count("max_length 4096: rows have 64 tokens, as the model was trained with") == 1
     assert "refused: task words item 1" in shown.err
 
 

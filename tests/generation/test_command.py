@@ -118,6 +118,8 @@ def test_stop_strings_cut_the_text(runs, capsys) -> None:
         ("mdm", ["--prompt", "a [MASK:3]"], "--max-new-tokens 24 beside"),
         ("mdm", ["--prompt", "a [MASK:3]", "--prompt", "b"], "with .MASK. and without"),
         ("mdm", ["--top-k", "3"], "--temperature 0"),
+        ("mdm", ["--num-samples", "2"], "all samples would be one text"),
+        ("ar", ["--num-samples", "2"], "all samples would be one text"),
         ("mdm", ["--load-tag", "global_step9"], "global_step9"),
         ("mdm", ["--prompt", "[MASK:2000000000]"], "holds 48"),
         ("mdm", ["--prompt", "[MASK:" + "9" * 5000 + "]"], "holds 48"),
@@ -144,8 +146,8 @@ NUMBERS = {
     "--max-new-tokens": ["0", "-3", "99999999999999999999"],
     "--num-samples": ["0", "-1", "10000000000"],
     "--batch-size": ["0", "-8"],
-    "--steps": ["0", "-1"],
-    "--block-length": ["0"],
+    "--steps": ["0", "-1", "1" + "0" * 30],
+    "--block-length": ["0", "1" + "0" * 30],
 }
 
 
@@ -171,6 +173,12 @@ def test_extreme_temperatures_draw_tokens(runs, capsys, temperature) -> None:
     assert len(drawn) == 8 and all(0 <= token < 400 for token in drawn)
     if float(temperature) < 1e-300:
         assert drawn == json.loads(run(capsys, *flags))["tokens"], "so cold that only the likeliest token is left"
+
+
+def test_samples_at_temperature_0_differ_in_a_random_order(runs, capsys) -> None:
+    flags = ["--load", runs["mdm"], "--prompt", "Return", "--max-new-tokens", "12", "--num-samples", "4", "--json"]
+    texts = [json.loads(line)["text"] for line in run(capsys, *flags, "--order", "random").splitlines()]
+    assert len(set(texts)) > 1
 
 
 def test_a_prompt_file_without_prompts_is_refused(runs, tmp_path) -> None:

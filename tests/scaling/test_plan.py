@@ -218,6 +218,14 @@ def test_observations_take_finished_runs_only_and_skip_what_is_no_likelihood(tmp
     assert len(data.losses) == 1
     assert data.skipped == ("torn (not finished)",)
     assert data.points.epochs[0] == pytest.approx(20, rel=0.01)
+    metrics = tmp_path / "ar/metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows += [{**row, "kind": "valid_ema", "nll": row["nll"] - 1} for row in rows if row["kind"] == "valid"]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for which in ("final", "best"):  # runs with and without an average are of one kind
+        [found] = observe(find_runs([tmp_path / "ar"]), which)
+        assert found.losses[0] >= min(row["nll"] for row in rows if row["kind"] == "valid")
+        assert found.skipped == ("validations of averaged weights, of 1 runs (a law is of weights as trained)",)
     [curve] = observe(find_runs([tmp_path / "ar"]), "curve")
     assert len(curve.losses) > 10
     assert set(curve.groups) == {0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -25,7 +24,6 @@ EXAMPLES = REPO / "examples_scaling"
 PATTERNS = ("quickstart/*_*.sh", "training/*/*.sh", "evaluation/validate_*.sh")
 RUNS = sorted(path for pattern in PATTERNS for path in EXAMPLES.glob(pattern))
 PASSES = sorted([*EXAMPLES.glob("downstream/*.sh"), EXAMPLES / "evaluation/generate.sh"])
-LAPTOP_TUNED = [("16000", "3.0", "0.0"), ("32000", "1.0", "0.0")]  # samples, weight decay, dropout of AR and of MDM
 LAPTOPS = {*EXAMPLES.rglob("*laptop.*")}
 SWEEPS = sorted({*EXAMPLES.glob("sweeps/*.yaml")} - LAPTOPS)
 SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), REPO / "install.sh", REPO / "tests/run.sh", REPO / ".ci/run"])
@@ -330,16 +328,6 @@ def test_help_says_what_the_script_does_and_starts_nothing(script: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_laptop_prints_every_command_and_passes_flags_on(tmp_path: Path) -> None:
-    words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--log-interval", "7", RUN_DIR=str(tmp_path / "run"))
-    assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
-        "install.sh", "make_sample_corpus.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "make_subset.py", "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "likelihood.py", "report.py",
-    ]  # fmt: skip
-    assert [after for word, after in itertools.pairwise(words) if word == "--log-interval"] == ["50", "7"] * 2
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("environment", "seen"),
     [
@@ -355,65 +343,6 @@ def test_memory_of_a_gpu_grows_in_pieces_unless_the_user_says_otherwise(environm
         ["bash", "-c", line], capture_output=True, text=True, env={**clean, **environment}, check=True
     )
     assert result.stdout.strip() == seen
-
-
-@pytest.mark.parametrize(
-    ("given", "name", "expected"),
-    [
-        ({}, "laptop", LAPTOP_TUNED),
-        ({"RECIPE": "plain"}, "laptop-plain", [("20000", "0.1", "0.0")] * 2),
-        ({"RECIPE": "plain", "TEXT": "."}, "laptop-.-plain", [("20000", "0.1", "0.0")] * 2),
-        ({"TRAIN_SAMPLES": "80", "DROPOUT": "0.2"}, "laptop", [("80", own[1], "0.2") for own in LAPTOP_TUNED]),
-    ],
-)
-def test_laptop_trains_each_side_by_its_recipe(
-    given: dict[str, str], name: str, expected: list[tuple[str, str, str]]
-) -> None:
-    words = dry_run(EXAMPLES / "quickstart/laptop.sh", **given)
-    flags = ("--train-samples", "--weight-decay", "--hidden-dropout")
-    values = [[after for word, after in itertools.pairwise(words) if word == flag] for flag in flags]
-    assert list(zip(*values)) == expected
-    assert str(REPO / "runs" / name / "mdm") in words
-
-
-def test_laptop_knows_two_recipes() -> None:
-    with pytest.raises(AssertionError, match=r"RECIPE=fancy; there are tuned and plain; leave it out for tuned"):
-        dry_run(EXAMPLES / "quickstart/laptop.sh", RECIPE="fancy")
-
-
-def test_laptop_takes_one_gpu_of_many(tmp_path: Path) -> None:
-    """Its batch is for one process; eight would each want a part of it."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo GPU $n; done\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    words = dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert not [word for word in words if "torchrun" in word]
-
-
-def test_laptop_dry_run_shows_the_precision_of_the_real_run(tmp_path: Path) -> None:
-    """fp32 on a machine without GPU; another machine is meant where its processes are named."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert "--bf16" not in dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=path)
-    assert "--bf16" in dry_run(EXAMPLES / "quickstart/laptop.sh", PATH=path, GPUS_PER_NODE="1")
-
-
-def test_laptop_takes_own_text_and_its_dry_run_prints_every_command(tmp_path: Path) -> None:
-    (tmp_path / "Meine Bücher").mkdir()
-    flags = {"TEXT": str(tmp_path / "Meine Bücher"), "SPLIT_FLAGS": "--json-keys body"}
-    words = dry_run(EXAMPLES / "quickstart/laptop.sh", "--lr", "7e-4", **flags)
-    assert [Path(word).name for word in words if word.endswith((".py", "install.sh"))] == [
-        "install.sh", "split_data.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py",
-        "pretrain_gpt.py", "generate.py", "pretrain_mdm.py", "generate.py", "likelihood.py", "report.py",
-    ]  # fmt: skip
-    after = [next_word for word, next_word in itertools.pairwise(words) if word in ("--input", "--json-keys", "--save")]
-    assert after[0] == str(tmp_path / "Meine Bücher") and "body" in after
-    assert str(REPO / "runs/laptop-Meine_B__cher/ar") in after, "own text has a run directory of its own"
-    assert words.count("7e-4") == 2
-    words = dry_run(EXAMPLES / "quickstart/laptop.sh", DOCUMENTS="5", **flags)
-    assert words[words.index("--documents") + 1] == "5"
-    with pytest.raises(AssertionError, match=r"TEXT=/nowhere does not exist; it is a file or a folder of text; check"):
-        dry_run(EXAMPLES / "quickstart/laptop.sh", TEXT="/nowhere")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))

@@ -36,6 +36,9 @@ def raising(error: BaseException):
         (OSError(errno.ENOSPC, "", "x"), 1, "error: x: no space left on device; its file system is full; "),
         (OSError(errno.EROFS, "", "x"), 1, "error: x: read-only file system; "),
         (ModuleNotFoundError("", name="numpy.linalg"), 1, f"error: {sys.executable} has no package numpy.linalg; "),
+        (MemoryError(), 1, "error: out of memory in status_of (megatron/commands/running.py, line "),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "error: out of memory in "),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\nMore"), 1, "error: out of memory in "),
     ],
     ids=repr,
 )

@@ -23,7 +23,7 @@ from pathlib import Path
 from megatron.data.prepare.documents import Document
 from megatron.data.prepare.near_duplicates import joined
 from megatron.errors import UserError
-from megatron.files import replace_file
+from megatron.files import make_folder, replace_file
 
 NGRAM_WORDS = 13  # the usual length in contamination checks of language models
 _MIN_CHARS = 200  # a shorter class goes into its module's document; a shorter document is left out
@@ -185,7 +185,7 @@ def _size(document: Document) -> int:
 
 def write_jsonl(path: Path, documents: Iterable[Document]) -> int:
     """Write ``{"text": …, "source": …}`` lines; the file appears complete or not at all. Returns bytes of text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     rows = [{"text": document.text, "source": document.source} for document in documents]
     replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return sum(len(row["text"].encode()) for row in rows)

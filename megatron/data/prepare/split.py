@@ -22,7 +22,7 @@ from megatron.data.prepare.near_duplicates import RUN_WORDS, Runs
 from megatron.data.prepare.readers import Source
 from megatron.data.tokenizer import Tokenizer
 from megatron.errors import UserError
-from megatron.files import replace_file, sha256_of
+from megatron.files import make_folder, replace_file, sha256_of
 
 MIN_TEXT_BYTES = 8192  # of both sides together: a few samples of a hundred tokens each
 MIN_VALIDATION_BYTES = 2048
@@ -110,7 +110,7 @@ def split(
         f"{choice.near_duplicates:,} of {len(scan.sizes):,} documents are near-duplicates of others ({RUN_WORDS}-word runs: "
         f"at least {options.near_duplicates:.0%} of the shorter one's shared); they share a side"
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     made_of |= {CONTENT: _content_of(sources)}
     report: dict[str, Any] = {"made_of": made_of, "left_out": left_out, "near_duplicates": choice.near_duplicates}
     for side, name in enumerate(SIDES):

@@ -23,7 +23,7 @@ from megatron.evaluation.scorer import Estimate
 from megatron.evaluation.summary import EstimateSummary
 from megatron.inference.model import InferenceModel, load_model
 from megatron.model.arithmetic import total_parameters
-from megatron.screen import Progress
+from megatron.screen import Progress, say
 
 LOAD_OPTIONS = ("vocab_file", "merge_file", "tokenizer_model", "tokenizer_type")
 DEFAULT_BATCH_SIZE = 32
@@ -42,7 +42,7 @@ class MegatronLM(GeneratingLM):
         max_batch_size: rows per forward pass at most.
         seed: of generated texts, where a task does not say (and of the masks of a masked model).
         device: such as "cpu" or "cuda:0"; where there is no such device, the model stays where it was loaded.
-        max_length: longest input; default: the sequence length of training.
+        max_length: longest input; default, and at most: the sequence length of training.
         max_gen_toks: tokens to generate where a task does not say.
         cache_dir: keep finished results here and continue from them; default: nothing is kept.
         tokenizer: vocab_file, merge_file, tokenizer_model, tokenizer_type of another tokenizer than the run's.
@@ -84,7 +84,9 @@ class MegatronLM(GeneratingLM):
         _move(model, device)
         self.batch_size = rows_of(batch_size, at_most=max_batch_size)
         length = model.max_length if max_length is None else max_length
-        self.max_length = min(whole_number("max_length", length, at_least=2), model.max_length)
+        self.max_length = min(wanted := whole_number("max_length", length, at_least=2), model.max_length)
+        if wanted > model.max_length and self.context.rank == 0:
+            say(f"max_length {wanted}: rows have {model.max_length} tokens, as the model was trained with")
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
         self.seed = whole_number("seed", seed, at_least=0)
         self.tokenizer = model.require_tokenizer()

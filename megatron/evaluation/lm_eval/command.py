@@ -14,7 +14,7 @@ from megatron.config import ModelConfig, build_parser
 from megatron.errors import UserError, require
 from megatron.evaluation.lm_eval.flags import build_downstream_parser
 from megatron.evaluation.lm_eval.tasks import parse_task_list, task_loader
-from megatron.files import replace_file
+from megatron.files import make_folder, replace_file
 from megatron.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -218,8 +218,6 @@ def _say_what_has_no_effect(arguments: argparse.Namespace, lm: Any) -> None:
         print("--num-mc: no masks are drawn here")
     if getattr(arguments, "bf16", False) and lm.get_model_info()["model_dtype"] == "torch.float32":
         print(f"--bf16: evaluated in float32 ({'as --eval_fp32 says' if arguments.eval_fp32 else 'on a CPU'})")
-    if getattr(arguments, "seq_length", 0) > lm.max_length:
-        print(f"--seq-length {arguments.seq_length}: rows have {lm.max_length} tokens, as the model was trained with")
     if getattr(arguments, "pipeline_model_parallel_size", 1) > 1:
         print(
             "--pipeline-model-parallel-size: stages are not needed for inference; those ranks evaluate other items instead"
@@ -316,5 +314,5 @@ def table(results: dict[str, Any]) -> str:
 def _write(path: Path, results: dict[str, Any]) -> None:
     from lm_eval.utils import handle_non_serializable
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     replace_file(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False))

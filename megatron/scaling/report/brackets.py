@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from megatron.runs.likelihoods import EXACT, FLOOR, EnsembleRecord, Likelihoods, Value
+from megatron.runs.reading import readable
 from megatron.runs.run import Run
 from megatron.scaling.report.panels import Chart, Panel, save
 from megatron.scaling.report.style import LineStyle, objective_style
@@ -30,26 +31,24 @@ CAPTION = (
 )
 
 
-def find_likelihoods(runs: Sequence[Run]) -> dict[Path, Likelihoods]:
-    """What ``megatron likelihood --output`` wrote as ``likelihood*.json`` in the folders of runs or beside them, by its place.
-
-    Raises:
-        UserError: a file of that name cannot be read.
-    """
+def find_likelihoods(runs: Sequence[Run], left_out: list[str]) -> dict[Path, Likelihoods]:
+    """What ``megatron likelihood --output`` wrote as ``likelihood*.json`` in the folders of runs or beside them, by its place;
+    ``left_out`` receives which cannot be read."""
     folders = dict.fromkeys(folder.resolve() for run in runs for folder in (run.path, run.path.parent))
     files = [file for folder in folders for file in sorted(folder.glob("likelihood*.json"))]
-    return {file: Likelihoods.load(file) for file in files}
+    return dict(readable(lambda file: (file, Likelihoods.load(file)), files, left_out))
 
 
-def brackets_html(runs: Sequence[Run], folder: Path) -> str:
+def brackets_html(runs: Sequence[Run], folder: Path, left_out: list[str]) -> str:
     """A chart, the verdicts and the numbers of every record of likelihoods; nothing where there is none.
 
     Args:
         runs: where the records are looked for.
         folder: of the chart's files.
+        left_out: receives which cannot be read.
     """
     parts = []
-    for number, (file, found) in enumerate(find_likelihoods(runs).items(), 1):
+    for number, (file, found) in enumerate(find_likelihoods(runs, left_out).items(), 1):
         chart = bracket_chart(found, runs, stem=f"brackets_{number}" if number > 1 else "brackets")
         verdicts = "".join(
             f"<p><b>{html.escape(own.answer)}.</b> {html.escape(_typeset(own.reason))}.</p>" for own in found.verdicts

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from megatron.objectives.base import EXACT
 from megatron.runs.comparison import comparisons, epoch_text
 from megatron.runs.generalisation import Generalisation, Point, gap_difference
+from megatron.runs.reading import readable
 from megatron.runs.run import Run
 from megatron.runs.sums import reach
 from megatron.scaling.report.panels import Chart, Panel, save
@@ -32,23 +33,27 @@ CAPTION = (
 Found = Sequence[tuple[Run, Generalisation]]
 
 
-def generalisation_html(runs: Sequence[Run], folder: Path) -> str:
+def generalisation_html(runs: Sequence[Run], folder: Path, left_out: list[str]) -> str:
     """A chart, sentences and numbers of the runs of which ``megatron generalisation`` left a record; nothing without one.
 
     Args:
         runs: where the records are looked for.
         folder: of the chart's files.
-
-    Raises:
-        UserError: a record cannot be read.
+        left_out: receives which cannot be read.
     """
-    found = [(run, record) for run in runs if (record := Generalisation.load(run.path)) is not None and record.points]
+    records = readable(_recorded, runs, left_out)
+    found = [(run, record) for run, record in records if record is not None]
     if not found:
         return ""
     sentences = "".join(f"<p>{html.escape(text)}</p>" for text in differences_text(found))
     rows = [_row(run, record, point) for run, record in found for point in _some(record.points)]
     body = save(generalisation_chart(found), folder) + sentences + table(rows, "Seen and unseen documents")
     return section("Seen and unseen documents", body)
+
+
+def _recorded(run: Run) -> tuple[Run, Generalisation | None]:
+    record = Generalisation.load(run.path)
+    return run, record if record is not None and record.points else None
 
 
 def generalisation_chart(found: Found) -> Chart:

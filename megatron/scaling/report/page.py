@@ -50,6 +50,7 @@ def write_report(
     *,
     fits: Sequence[Fit] = (),
     baseline: Baseline | None = None,
+    left_out: list[str] | None = None,
 ) -> Path:
     """Write report.html, and each figure as PNG and SVG, into ``folder``.
 
@@ -58,6 +59,7 @@ def write_report(
     Args:
         fits: laws fitted to these or other runs (tools/fit_laws.py), for the figures and the table of laws.
         baseline: a recipe by which the data efficiency of every run is measured.
+        left_out: what could not be read, in words; what is found so beside the runs is added.
 
     Returns:
         the path of report.html, which needs no other file.
@@ -68,6 +70,9 @@ def write_report(
     if not runs:
         raise UserError("no run given", "a report shows at least one run", "name run directories or folders of them")
     folder.mkdir(parents=True, exist_ok=True)
+    left_out = [] if left_out is None else left_out
+    beside = [brackets.brackets_html(runs, folder, left_out), generalisation_html(runs, folder, left_out)]
+    downstream = downstream_html(runs, left_out)
     shown = average_seeds(runs)
     rows = [*runs, *(run for run in shown if run.seeds)]
     page = _page(
@@ -75,17 +80,16 @@ def write_report(
         [
             section("What these runs show", "".join(f"<p>{html.escape(text)}</p>" for text in conclusion(shown))),
             *[save(chart, folder) for chart in charts(shown, fits)],
-            brackets.brackets_html(runs, folder),
-            generalisation_html(runs, folder),
+            *beside,
             pair_numbers_html(shown),
             samples_html(runs),
-            section("Runs", _runs_html(rows) + problems_html(runs)),
+            section("Runs", _runs_html(rows) + problems_html(runs, left_out)),
             searches_html(runs),
             evaluations_html(runs),
             multipliers_html(shown, baseline),
             section("Matched pairs", pairs_html(runs)),
             laws_html(fits),
-            downstream_html(runs),
+            downstream,
             section("How to read this", notes_html()),
             provenance_html(runs),
         ],

@@ -14,6 +14,7 @@ from megatron.files import read_object
 from megatron.runs.comparison import plus_minus
 from megatron.runs.counts import format_count
 from megatron.runs.matching import Difference, matched_pairs
+from megatron.runs.reading import readable
 from megatron.runs.run import Run, is_exact, is_likelihood
 from megatron.scaling.fit import Fit
 from megatron.scaling.multiplier import Baseline, of_run
@@ -52,9 +53,10 @@ def _cell(value: str) -> str:
     return f"<td{kind}>{html.escape(value)}</td>"
 
 
-def problems_html(runs: Sequence[Run]) -> str:
-    """What could not be read."""
-    notes = [f"Not read: {problem}." for run in runs for problem in run.problems]
+def problems_html(runs: Sequence[Run], left_out: Sequence[str]) -> str:
+    """What could not be read: of these runs, and beside them."""
+    problems = [*left_out, *(problem for run in runs for problem in run.unreadable)]
+    notes = [f"Not read: {problem}." for problem in problems]
     return "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
@@ -212,9 +214,10 @@ def multipliers_html(runs: Sequence[Run], baseline: Baseline | None) -> str:
     return section("Data efficiency", text + table(rows, "Data efficiency"))
 
 
-def downstream_html(runs: Sequence[Run]) -> str:
-    """A table of lm-eval style results (``RUN/downstream*.json``); nothing when no run has them."""
-    scores = {run.name: load_downstream(run.path) for run in runs}
+def downstream_html(runs: Sequence[Run], left_out: list[str]) -> str:
+    """A table of lm-eval style results (``RUN/downstream*.json``); nothing when no run has them. ``left_out`` receives which
+    cannot be read."""
+    scores = dict(readable(lambda run: (run.name, load_downstream(run.path)), runs, left_out))
     scores = {name: tasks for name, tasks in scores.items() if tasks}
     if not scores:
         return ""

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron.checkpoint.files import LATEST, name_in
 from megatron.errors import UserError
-from megatron.files import replace_file
+from megatron.files import make_folder, replace_file
 from megatron.runs.reading import load_run
 from megatron.runs.record import read_records
 from megatron.runs.run import Run
@@ -105,7 +105,7 @@ def same_run(run: SweepRun) -> SweepRun:
 def claim(run: SweepRun) -> None:
     """Write down whose directory this is; a directory that holds a run of unknown origin is refused."""
     check_owner(run)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder)
     file = run.folder / OWNER
     if file.exists():
         return
@@ -121,7 +121,7 @@ def claim(run: SweepRun) -> None:
 @contextmanager
 def lock(run: SweepRun) -> Iterator[int | None]:
     """The file descriptor of the run's lock, or None where somebody else holds it."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder)
     descriptor = os.open(run.folder / "sweep.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
