@@ -93,8 +93,8 @@ def _best_by_budget(model: Model, budgets: Array, unique_tokens: float) -> tuple
 
 
 def _lowest(values: Array) -> tuple[Array, Array]:
-    """(place, value) of the minimum along the last axis [..., n], the place in steps of the grid: of the parabola through the lowest
-    value and its two neighbours; at an end of the grid, and beside infinite values, of the grid itself."""
+    """(place, value) of the minimum along the last axis [..., n], the place in steps of the grid: of the parabola through the
+    lowest value and its two neighbours; at an end of the grid, and beside infinite values, of the grid itself."""
     place = values.argmin(axis=-1)
     middle = np.clip(place, 1, values.shape[-1] - 2)[..., None]
     before, lowest, after = (np.take_along_axis(values, middle + i, axis=-1)[..., 0] for i in (-1, 0, 1))
