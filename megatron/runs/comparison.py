@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron.runs.counts import format_count
 from megatron.runs.run import Result, Run, Validation
-from megatron.runs.sums import difference, halves, reach
+from megatron.runs.sums import difference, halves, reach, t_quantile, welch
 from megatron.statistics import ValidationSums
 
 FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit", "uniform_diffusion"})
@@ -181,11 +181,14 @@ def _gap(
     if sums[0] is not None and sums[1] is not None and len(set(sums[0].sample) & set(sums[1].sample)):
         paired = difference(sums[0], sums[1])
         return Gap(paired.value, paired.error, reach(paired), f"paired over {paired.num_documents:,} documents")
-    known = [row.nll_se for row in (first, second) if math.isfinite(row.nll_se)]
-    error = math.hypot(*known)
+    known = [row for row in (first, second) if math.isfinite(row.nll_se)]
+    error = math.hypot(*(row.nll_se for row in known))
+    half = (
+        max(2.0, t_quantile(0.975, welch(*((row.nll_se**2, row.degrees) for row in known)))) * error if known else 0.0
+    )
     if len(known) < 2:
-        return Gap(value, math.nan, 2 * error, "whose error is not known")
-    return Gap(value, error, 2 * error, "from two errors added, as if the runs were judged on different samples")
+        return Gap(value, math.nan, half, "whose error is not known")
+    return Gap(value, error, half, "from two errors added, as if the runs were judged on different samples")
 
 
 def _share_data(one: Validation, other: Validation) -> bool:
