@@ -89,7 +89,9 @@ def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
-    draws = result.row.num_mc if result else 1
+    passes = (result.row.num_mc if result else 1) * (
+        2 if run.objective == "block_diffusion" else 1
+    )  # of [noised; clean]
     state = "evaluation only" if run.is_evaluation else "" if run.is_finished else "unfinished"
     imported = f"imported: {run.source}" if run.source else ""
     notes = ", ".join(note for note in (run.origin, state, imported) if note)
@@ -108,7 +110,7 @@ def summary_row(run: Run) -> dict[str, str]:
         "Perplexity": "–",
         "Step of best": "–",
         "Overfits": "–",
-        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * draws:.1e}" if run.compute_parameters else "–",
+        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * passes:.1e}" if run.compute_parameters else "–",
         "Tokens/s": f"{speed:,.0f}" if speed else "–",
     }
     if result is not None and turn is not None:

@@ -65,6 +65,13 @@ def test_summary_marks_bounds(pair):
     assert summary_row(load_run(pair[1]))["Kind"] == "NLL bound (4 bernoulli draws)"
 
 
+def test_a_model_of_blocks_reads_the_clean_text_too(pair, tmp_path):
+    """As its training does, of which a token counts twice in C."""
+    blocks = load_run(write_run(tmp_path / "blocks", "block_diffusion", epochs=20))
+    costs = {run.objective: summary_row(run)["Scoring FLOPs per token"] for run in (load_run(pair[1]), blocks)}
+    assert costs == {"mdm": "7.2e+06", "block_diffusion": "1.4e+07"}  # 2·N·4 draws, and 4·N·4
+
+
 def test_plus_minus_shows_the_digits_of_the_error():
     assert plus_minus(3.71, 0.004) == "3.7100 ± 0.0040"
     assert plus_minus(3.71, float("nan")) == "3.710"
