@@ -54,18 +54,19 @@ class Overfitting:
 def overfitting(run: Run) -> Overfitting | None:
     """Where a run starts to overfit, or None before its first validation.
 
-    Paired by document where the sums of both validations are kept. Otherwise the two errors are added, although both
-    share samples and noise: that test errs towards "no overfitting".
+    Paired by document where the sums of both validations are kept, over the documents that did not choose the best where there
+    are such: on those that did, the best of many lies below the last by chance, too. Otherwise the two errors are added, although
+    both share samples and noise: that test errs towards "no overfitting".
     """
     if run.result is None:
         return None
     best = run.result.row
     last = [row for row in run.curve_of(best) if math.isfinite(row.nll)][-1]
-    rise = last.nll - best.nll
     if last is best:
         return Overfitting(best, rises=False, at_end=len(run.curve_of(best)) > 1, rise=0.0)
-    gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
-    return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
+    apart = run.result.chosen_apart
+    gap = _gap(best, last, sums=(_judged(run, best, apart=apart), _judged(run, last, apart=apart)))
+    return Overfitting(best, rises=gap.is_real and gap.value > 0, at_end=False, rise=gap.value)
 
 
 def gap_between(first: Run, second: Run) -> Gap:
@@ -78,7 +79,8 @@ def gap_between(first: Run, second: Run) -> Gap:
     assert other is not None
     if one.chosen_apart != other.chosen_apart or not _share_data(one.row, other.row):
         return _gap(one, other)
-    return _gap(one, other, sums=(_result_sums(first, one), _result_sums(second, other)))
+    apart = one.chosen_apart
+    return _gap(one, other, sums=(_judged(first, one.row, apart=apart), _judged(second, other.row, apart=apart)))
 
 
 def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
@@ -198,9 +200,10 @@ def _share_data(one: Validation, other: Validation) -> bool:
     return one.protocol == other.protocol or "" in (one.protocol, other.protocol)
 
 
-def _result_sums(run: Run, result: Result) -> ValidationSums | None:
-    sums = run.sums(result.row)
-    if sums is None or not result.chosen_apart:
+def _judged(run: Run, row: Validation, *, apart: bool) -> ValidationSums | None:
+    """The sums of a validation, ``apart`` those of the half of its documents that chose nothing; None where they are not kept."""
+    sums = run.sums(row)
+    if sums is None or not apart:
         return sums
     split = halves(sums)
     return None if split is None else split[1]
