@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron.runs.counts import format_count
 from megatron.runs.run import Result, Run, Validation
 from megatron.runs.sums import difference, halves, reach, t_quantile, welch
-from megatron.statistics import ValidationSums
+from megatron.statistics import ValidationSums, mean_loss
 
 FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit", "uniform_diffusion"})
 """Objectives that score all S tokens of a sample given nothing; the others score S tokens given the one before."""
@@ -129,23 +129,27 @@ def summary_row(run: Run) -> dict[str, str]:
 
 
 def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
-    """(best AR run, best run of another objective) for every unique-token budget and other objective, best first by
-    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part; imported
-    runs meet those of their source only."""
-    best: dict[tuple[int, str, str], Run] = {}
+    """(best AR run, best run of another objective) for every unique-token budget and other objective, in this order. Runs without
+    a validation or training data, or whose number is no likelihood, do not take part; imported runs meet those of their source
+    only."""
+    rivals: dict[tuple[int, str, str], list[Run]] = {}
     for run in runs:
-        if run.best is None or not run.is_likelihood or not run.unique_tokens:
-            continue
-        key = (run.unique_tokens, run.objective, run.source)
-        champion = best.get(key)
-        if champion is None or champion.best is None or run.best.nll < champion.best.nll:
-            best[key] = run
+        if run.best is not None and run.is_likelihood and run.unique_tokens:
+            rivals.setdefault((run.unique_tokens, run.objective, run.source), []).append(run)
+    best = {key: best_of(group) for key, group in rivals.items()}
     pairs = []
     for (unique, objective, source), run in sorted(best.items()):
         baseline = best.get((unique, "ar", source))
         if objective != "ar" and baseline is not None:
             pairs.append((baseline, run))
     return pairs
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The run with the lowest validation: on the half of the documents that chooses, where all runs tell it apart."""
+    if all(run.split for run in runs):
+        return min(runs, key=lambda run: min(mean_loss(chosen).value for _, chosen, _ in run.split or ()))
+    return min(runs, key=lambda run: run.best.nll if run.best else math.inf)
 
 
 def conditioning_gap(ar: Run, other: Run) -> float | None:
