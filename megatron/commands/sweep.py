@@ -128,7 +128,7 @@ def _price(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> i
     print(f"{len(runs)} runs together: {sum(run.flops for run in runs):.3g} FLOPs by 6ND, {total:.3g} computed{spent}")
     names = {run.name for run in runs}
     if spaces := [space for space in sweep.spaces if space.start.name in names]:
-        print(_price_of_search(sweep, spaces))
+        print(_price_of_search(sweep, spaces, {run.name: each.flops for run, each in zip(runs, prices)}))
     if sweep.price:
         device = (
             f"{sweep.price['peak_tflops']} TFLOP/s"
@@ -148,12 +148,14 @@ def _spent(hours: float | None, dollars: float | None) -> str:
     return ("" if hours is None else f", {hours:.3g} h") + ("" if dollars is None else f", ${dollars:,.2f}")
 
 
-def _price_of_search(sweep: Sweep, spaces: list[Space]) -> str:
+def _price_of_search(sweep: Sweep, spaces: list[Space], computed: dict[str, float]) -> str:
+    """What searches take at most, by what their starts compute."""
     from megatron.scaling.sweep.definition import dollars, hours
 
     flops, trials = sum(space.most_flops for space in spaces), sum(space.trials for space in spaces)
-    spent = _spent(hours(flops, sweep.price), dollars(flops, sweep.price))
-    return f"search, {trials} trials from these runs: at most {flops:.3g} FLOPs by 6ND{spent}"
+    total = sum(computed[space.start.name] * space.most_flops / space.start.flops for space in spaces)
+    spent = _spent(hours(total, sweep.price), dollars(total, sweep.price))
+    return f"search, {trials} trials from these runs: at most {flops:.3g} FLOPs by 6ND, {total:.3g} computed{spent}"
 
 
 def _status(sweep: Sweep, runs: list[SweepRun], options: argparse.Namespace) -> int:

@@ -42,9 +42,12 @@ DEVICES = dict(_devices(Path(__file__).with_name("devices.csv").read_text(encodi
 
 
 def parameters_for_compute(model: Shape, vocab_size: int) -> int:
-    """N of C = 6·N·D, as the paper counts it: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``, V being the vocabulary, not padded."""
-    per_layer = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size + 6 * model.hidden_size
-    return model.num_layers * per_layer + vocab_size * model.hidden_size
+    """N of C = 6·N·D, as the paper counts it: ``4·L·h² + 3·L·h·ffn + 6·L·h + V·h``, V being the vocabulary, not padded. In
+    other models, with G groups of keys and values for H heads 4 is 2 + 2·G/H, and with GELU, which has no gate, 3 is 2."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    attention = 2 * hidden**2 * (heads + model.num_query_groups) // heads
+    feed_forward = (3 if model.swiglu else 2) * hidden * model.ffn_hidden_size
+    return model.num_layers * (attention + feed_forward + 6 * hidden) + vocab_size * hidden
 
 
 def total_parameters(model: Shape) -> dict[str, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron.runs.counts import format_count
 from megatron.runs.run import Result, Run, Validation
-from megatron.runs.sums import difference, halves, reach
-from megatron.statistics import ValidationSums
+from megatron.runs.sums import difference, halves, reach, t_quantile, welch
+from megatron.statistics import ValidationSums, mean_loss
 
 FIRST_TOKEN_SCORED = frozenset({"mdm", "exact_count_mdm", "block_diffusion", "maskgit", "uniform_diffusion"})
 """Objectives that score all S tokens of a sample given nothing; the others score S tokens given the one before."""
@@ -54,18 +54,19 @@ class Overfitting:
 def overfitting(run: Run) -> Overfitting | None:
     """Where a run starts to overfit, or None before its first validation.
 
-    Paired by document where the sums of both validations are kept. Otherwise the two errors are added, although both
-    share samples and noise: that test errs towards "no overfitting".
+    Paired by document where the sums of both validations are kept, over the documents that did not choose the best where there
+    are such: on those that did, the best of many lies below the last by chance, too. Otherwise the two errors are added, although
+    both share samples and noise: that test errs towards "no overfitting".
     """
     if run.result is None:
         return None
     best = run.result.row
     last = [row for row in run.curve_of(best) if math.isfinite(row.nll)][-1]
-    rise = last.nll - best.nll
     if last is best:
         return Overfitting(best, rises=False, at_end=len(run.curve_of(best)) > 1, rise=0.0)
-    gap = _gap(best, last, sums=(run.sums(best), run.sums(last)))
-    return Overfitting(best, rises=gap.is_real and rise > 0, at_end=False, rise=rise)
+    apart = run.result.chosen_apart
+    gap = _gap(best, last, sums=(_judged(run, best, apart=apart), _judged(run, last, apart=apart)))
+    return Overfitting(best, rises=gap.is_real and gap.value > 0, at_end=False, rise=gap.value)
 
 
 def gap_between(first: Run, second: Run) -> Gap:
@@ -78,7 +79,8 @@ def gap_between(first: Run, second: Run) -> Gap:
     assert other is not None
     if one.chosen_apart != other.chosen_apart or not _share_data(one.row, other.row):
         return _gap(one, other)
-    return _gap(one, other, sums=(_result_sums(first, one), _result_sums(second, other)))
+    apart = one.chosen_apart
+    return _gap(one, other, sums=(_judged(first, one.row, apart=apart), _judged(second, other.row, apart=apart)))
 
 
 def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
@@ -89,7 +91,9 @@ def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
-    draws = result.row.num_mc if result else 1
+    passes = (result.row.num_mc if result else 1) * (
+        2 if run.objective == "block_diffusion" else 1
+    )  # of [noised; clean]
     state = "evaluation only" if run.is_evaluation else "" if run.is_finished else "unfinished"
     imported = f"imported: {run.source}" if run.source else ""
     notes = ", ".join(note for note in (run.origin, state, imported) if note)
@@ -108,7 +112,7 @@ def summary_row(run: Run) -> dict[str, str]:
         "Perplexity": "–",
         "Step of best": "–",
         "Overfits": "–",
-        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * draws:.1e}" if run.compute_parameters else "–",
+        "Scoring FLOPs per token": f"{2.0 * run.compute_parameters * passes:.1e}" if run.compute_parameters else "–",
         "Tokens/s": f"{speed:,.0f}" if speed else "–",
     }
     if result is not None and turn is not None:
@@ -125,23 +129,27 @@ def summary_row(run: Run) -> dict[str, str]:
 
 
 def comparisons(runs: Iterable[Run]) -> list[tuple[Run, Run]]:
-    """(best AR run, best run of another objective) for every unique-token budget and other objective, best first by
-    validation. Runs without a validation or training data, or whose number is no likelihood, do not take part; imported
-    runs meet those of their source only."""
-    best: dict[tuple[int, str, str], Run] = {}
+    """(best AR run, best run of another objective) for every unique-token budget and other objective, in this order. Runs without
+    a validation or training data, or whose number is no likelihood, do not take part; imported runs meet those of their source
+    only."""
+    rivals: dict[tuple[int, str, str], list[Run]] = {}
     for run in runs:
-        if run.best is None or not run.is_likelihood or not run.unique_tokens:
-            continue
-        key = (run.unique_tokens, run.objective, run.source)
-        champion = best.get(key)
-        if champion is None or champion.best is None or run.best.nll < champion.best.nll:
-            best[key] = run
+        if run.best is not None and run.is_likelihood and run.unique_tokens:
+            rivals.setdefault((run.unique_tokens, run.objective, run.source), []).append(run)
+    best = {key: best_of(group) for key, group in rivals.items()}
     pairs = []
     for (unique, objective, source), run in sorted(best.items()):
         baseline = best.get((unique, "ar", source))
         if objective != "ar" and baseline is not None:
             pairs.append((baseline, run))
     return pairs
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The run with the lowest validation: on the half of the documents that chooses, where all runs tell it apart."""
+    if all(run.split for run in runs):
+        return min(runs, key=lambda run: min(mean_loss(chosen).value for _, chosen, _ in run.split or ()))
+    return min(runs, key=lambda run: run.best.nll if run.best else math.inf)
 
 
 def conditioning_gap(ar: Run, other: Run) -> float | None:
@@ -181,11 +189,14 @@ def _gap(
     if sums[0] is not None and sums[1] is not None and len(set(sums[0].sample) & set(sums[1].sample)):
         paired = difference(sums[0], sums[1])
         return Gap(paired.value, paired.error, reach(paired), f"paired over {paired.num_documents:,} documents")
-    known = [row.nll_se for row in (first, second) if math.isfinite(row.nll_se)]
-    error = math.hypot(*known)
+    known = [row for row in (first, second) if math.isfinite(row.nll_se)]
+    error = math.hypot(*(row.nll_se for row in known))
+    half = (
+        max(2.0, t_quantile(0.975, welch(*((row.nll_se**2, row.degrees) for row in known)))) * error if known else 0.0
+    )
     if len(known) < 2:
-        return Gap(value, math.nan, 2 * error, "whose error is not known")
-    return Gap(value, error, 2 * error, "from two errors added, as if the runs were judged on different samples")
+        return Gap(value, math.nan, half, "whose error is not known")
+    return Gap(value, error, half, "from two errors added, as if the runs were judged on different samples")
 
 
 def _share_data(one: Validation, other: Validation) -> bool:
@@ -193,9 +204,10 @@ def _share_data(one: Validation, other: Validation) -> bool:
     return one.protocol == other.protocol or "" in (one.protocol, other.protocol)
 
 
-def _result_sums(run: Run, result: Result) -> ValidationSums | None:
-    sums = run.sums(result.row)
-    if sums is None or not result.chosen_apart:
+def _judged(run: Run, row: Validation, *, apart: bool) -> ValidationSums | None:
+    """The sums of a validation, ``apart`` those of the half of its documents that chose nothing; None where they are not kept."""
+    sums = run.sums(row)
+    if sums is None or not apart:
         return sums
     split = halves(sums)
     return None if split is None else split[1]

@@ -22,6 +22,7 @@ from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
 from megatron.files import make_folder, read_object, replace_file
 from megatron.runs.record import GENERALISATION
+from megatron.runs.sums import welch
 from megatron.statistics import Estimate, ValidationSums, combined, mean_loss
 
 RECORD = "record.json"
@@ -205,8 +206,6 @@ def _apart(unseen: Estimate, seen: Estimate) -> Estimate:
 
     What both have in common, the masks of a sample, would make it a little smaller, and is left out.
     """
-    parts = [(own.error**2, own.degrees) for own in (unseen, seen)]
-    variance = sum(own for own, _ in parts)
-    degrees = variance**2 / sum(own**2 / degrees for own, degrees in parts) if variance > 0 else seen.degrees
+    degrees = welch(*((own.error**2, own.degrees) for own in (unseen, seen)))
     number = unseen.num_documents + seen.num_documents
-    return Estimate(unseen.value - seen.value, math.sqrt(variance), number, degrees)
+    return Estimate(unseen.value - seen.value, math.hypot(unseen.error, seen.error), number, degrees)

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron.runs.matching import differences
 from megatron.runs.run import Run, Validation
+from megatron.runs.sums import welch
 
 
 def average_seeds(runs: Sequence[Run]) -> list[Run]:
@@ -43,7 +44,8 @@ def mean_run(runs: Sequence[Run]) -> Run:
     """The mean of replicates over the steps that all of them have reached.
 
     The runs are judged on the same validation samples and noise, so averaging does not lessen that error; what it lessens
-    is the spread between seeds: ``se² = sd² / n + mean(se_i)²`` with sd the standard deviation between the n seeds.
+    is the spread between seeds: ``se² = sd² / n + mean(se_i)²`` with sd the standard deviation between the n seeds, which has
+    n − 1 degrees of freedom.
     """
     first = runs[0]
     logs = [{int(row["step"]): row for row in run.train} for run in runs]
@@ -82,5 +84,6 @@ def _mean_validation(rows: Sequence[Validation]) -> Validation:
         rows[0],
         nll=float(values.mean()),
         nll_se=math.hypot(between, within),
+        degrees=welch((between**2, len(rows) - 1), (within**2, math.inf)),
         bits_per_byte=None if None in bits else float(np.mean(bits)),  # type: ignore[arg-type]
     )

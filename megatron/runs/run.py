@@ -39,6 +39,7 @@ class Validation(Position):
         protocol: fingerprint of the data; "" where it was not recorded.
         sums: file under the run directory with the sums a (sample, document), or None.
         weights: kind of the weights that were validated: as trained ("weight"), or their average ("ema").
+        degrees: of freedom of ``nll_se`` where few seeds say it; records do not tell those of documents.
     """
 
     nll: float
@@ -53,6 +54,7 @@ class Validation(Position):
     protocol: str = ""
     sums: str | None = None
     weights: str = WEIGHT
+    degrees: float = math.inf
 
     @property
     def ppl(self) -> float:
@@ -87,13 +89,14 @@ class Result:
     """The number that a report gives for a run.
 
     ``chosen_apart``: the checkpoint was chosen on other documents than the number is of; otherwise the choice makes it look a
-    little better than it is.
+    little better than it is. ``degrees``: of freedom of ``nll_se``.
     """
 
     row: Validation
     nll: float
     nll_se: float
     error_unit: str
+    degrees: float
     chosen_apart: bool = False
 
 
@@ -229,10 +232,11 @@ class Run:
         if best is None:
             return None
         if self.split is None:
-            return Result(best, best.nll, best.nll_se, best.error_unit)
+            return Result(best, best.nll, best.nll_se, best.error_unit, best.degrees)
         row, _, report = min(self.split, key=lambda item: mean_loss(item[1]).value)
         reported = mean_loss(report)
-        return Result(row, reported.value, reported.error, f"{reported.num_documents:,} documents", chosen_apart=True)
+        unit = f"{reported.num_documents:,} documents"
+        return Result(row, reported.value, reported.error, unit, reported.degrees, chosen_apart=True)
 
     @property
     def validations(self) -> tuple[Validation, ...]:

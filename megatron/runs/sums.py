@@ -76,6 +76,13 @@ def reach(estimate: Estimate) -> float:
     return t_quantile(0.975, estimate.degrees) * estimate.error
 
 
+def welch(*parts: tuple[float, float]) -> float:
+    """Degrees of freedom of a sum of independent variances, each (variance, its degrees) (Welch 1947); infinite where no part has
+    a finite number."""
+    total, uncertain = (sum(values) for values in zip(*((own, own**2 / degrees) for own, degrees in parts)))
+    return total**2 / uncertain if uncertain > 0 else math.inf
+
+
 def t_quantile(probability: float, degrees: float) -> float:
     """Quantile of Student's t at ``degrees`` ≥ 1 of freedom (any real number; else NaN), to 1e-4 of itself.
 

@@ -37,7 +37,7 @@ BESIROGLU = Coefficients(
 )
 MUENNIGHOFF = Coefficients(
     DATA_CONSTRAINED,
-    (1.869146, 520.825, 0.3526596, 1487.71, 0.3526596, 15.387756, 5.309743),
+    (math.exp(0.6254804), math.exp(6.255414), 0.3526596, math.exp(7.3049974), 0.3526596, 15.387756, 5.309743),
     "Muennighoff et al. 2023 (arXiv 2305.16264, appendix A; unrounded from their notebook), AR on C4",
 )
 MDM_REPEATED = Coefficients(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron.errors import UserError, require
+from megatron.runs.comparison import best_of
 from megatron.runs.counts import format_count
 from megatron.runs.matching import incomparable
 from megatron.runs.run import Run
@@ -98,13 +99,12 @@ class Baseline:
         require(first.is_likelihood, f"{name} has losses that are {first.label}", rule, "name runs with a likelihood")
         apart = next((f"{run.name}: {why}" for run in runs if (why := incomparable(first, run))), "")
         require(not apart, f"{name} has runs that are not compared; {apart}", rule, fix)
-        best: dict[int, tuple[float, float]] = {}
+        rivals: dict[int, list[Run]] = {}
         for run in runs:
             if run.result is not None and run.unique_tokens:
-                found = (run.result.nll, run.result.nll_se)
-                best[run.unique_tokens] = min(best.get(run.unique_tokens, found), found)
-        losses = [loss for loss, _ in best.values()]
-        table = Baseline.of(name, list(best), losses, [error for _, error in best.values()])
+                rivals.setdefault(run.unique_tokens, []).append(run)
+        best = [result for group in rivals.values() if (result := best_of(group).result)]
+        table = Baseline.of(name, list(rivals), [own.nll for own in best], [own.nll_se for own in best])
         return replace(table, is_bound=not first.is_exact, run=first)
 
     def equivalent_tokens(self, losses: Array, *, table: Array | None = None) -> Array:

@@ -42,13 +42,13 @@ def knows(model: Model, points: Points) -> Array:
 
 
 def compute_optimal(model: Model, flops: float, unique_tokens: float = math.inf) -> tuple[Interval, Interval]:
-    """Compute-optimal parameters N and tokens D = C/(6N), each with its interval, for ``unique_tokens`` of data."""
+    """Compute-optimal parameters N and tokens D = C/(6N), each with its interval, for ``unique_tokens`` of data; N from 10^4 to
+    10^13, to 1e-5 of itself where the law is smooth."""
     sizes = np.geomspace(1e4, 1e13, 1801)
     points = Points.of(sizes, flops / (6 * sizes), unique_tokens)
-    central, samples = losses(model, points)
-    best = float(sizes[np.argmin(central)])
-    parameters = Interval.of(best, sizes[np.argmin(samples, axis=1)])
-    value, low, high = (float(flops / (6 * size)) for size in (best, parameters.high, parameters.low))
+    best, refits = (_between(sizes, _lowest(values)[0]) for values in losses(model, points))
+    parameters = Interval.of(float(best), refits)
+    value, low, high = (float(flops / (6 * size)) for size in (parameters.value, parameters.high, parameters.low))
     return parameters, Interval(value, low, high)
 
 
@@ -60,9 +60,10 @@ def best_epochs(model: Model, parameters: float, unique_tokens: float) -> Interv
     if not model.law.can_rise:
         return None
     epochs = np.geomspace(1, 1e5, 1501)
-    central, samples = losses(model, Points.of(parameters, epochs * unique_tokens, unique_tokens))
-    steps = np.append(epochs[:-1], math.inf)
-    return Interval.of(float(steps[np.argmin(central)]), steps[np.argmin(samples, axis=1)])
+    found = losses(model, Points.of(parameters, epochs * unique_tokens, unique_tokens))
+    places = [_lowest(values)[0] for values in found]
+    best, refits = (np.where(place < len(epochs) - 1, _between(epochs, place), math.inf) for place in places)
+    return Interval.of(float(best), refits)
 
 
 def critical_compute(ar: Model, mdm: Model, unique_tokens: float) -> Interval:
@@ -87,9 +88,26 @@ def _best_by_budget(model: Model, budgets: Array, unique_tokens: float) -> tuple
     shape = (len(budgets), len(sizes))
     inside = points.tokens.reshape(shape) >= 1e3  # fewer tokens than one sample is no training
     central, samples = losses(model, points)
-    best = np.where(inside, central.reshape(shape), np.inf).min(axis=1)
-    spread = np.where(inside, samples.reshape(-1, *shape), np.inf).min(axis=2)
-    return np.minimum.accumulate(best), np.minimum.accumulate(spread, axis=1)
+    best, spread = (_lowest(np.where(inside, found.reshape(-1, *shape), np.inf))[1] for found in (central, samples))
+    return np.minimum.accumulate(best[0]), np.minimum.accumulate(spread, axis=1)
+
+
+def _lowest(values: Array) -> tuple[Array, Array]:
+    """(place, value) of the minimum along the last axis [..., n], the place in steps of the grid: of the parabola through the
+    lowest value and its two neighbours; at an end of the grid, and beside infinite values, of the grid itself."""
+    place = values.argmin(axis=-1)
+    middle = np.clip(place, 1, values.shape[-1] - 2)[..., None]
+    before, lowest, after = (np.take_along_axis(values, middle + i, axis=-1)[..., 0] for i in (-1, 0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        slope, bend = (after - before) / 2, before - 2 * lowest + after
+        shift = np.where((place == middle[..., 0]) & (bend > 0) & (bend < math.inf), -slope / bend, 0.0)
+        change = np.where(shift, slope * shift / 2, 0.0)
+    return place + shift, values.min(axis=-1) + change
+
+
+def _between(grid: Array, place: Array) -> Array:
+    """What is at a place of :func:`_lowest` on a geometric grid."""
+    return np.exp(np.interp(place, np.arange(len(grid)), np.log(grid)))
 
 
 def _crossing(budgets: Array, lead: Array) -> Array:

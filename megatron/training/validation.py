@@ -110,6 +110,8 @@ class Validator:
         sums, added = measured
         draws, estimator = self._draws(evaluated)
         estimate, label = mean_loss(sums), evaluated.label
+        # Without the ends of documents, which have no bytes, a scored token has more than one of the data: how many is not known.
+        rate = None if self._packing.eod_id is not None else self._dataset.text_bytes_per_token
         fields = {
             "kind": kind,
             "nll": estimate.value,
@@ -120,7 +122,7 @@ class Validator:
             "num_samples": sums.num_samples,
             "num_documents": sums.num_documents,
             "data": self._data,
-            **likelihood_fields(estimate.value, label=label, bytes_per_token=self._dataset.text_bytes_per_token),
+            **likelihood_fields(estimate.value, label=label, bytes_per_token=rate),
             **({} if added is None else added_fields(mean_loss(added), label=EXACT)),
             **({} if beside is None or other is None else added_fields(mean_loss(other[0]), label=beside.label)),
         }

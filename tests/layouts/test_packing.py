@@ -151,7 +151,8 @@ def test_without_the_reset_documents_see_each_other(
 
 
 def test_documents_ends_leave_the_loss(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
-    """Training and validation under --eod-mask-loss, in two layouts."""
+    """Training and validation under --eod-mask-loss, in two layouts. An end of document has no byte of text, so a token in the
+    loss has more of them than one of the data: how many is not known, and no bits per byte are given."""
     from megatron.data.prepare.writer import IndexedDatasetWriter
 
     random = np.random.default_rng(0)
@@ -159,7 +160,9 @@ def test_documents_ends_leave_the_loss(pools: Callable[[int], WorkerPool], tmp_p
         with IndexedDatasetWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             for size in random.integers(4, 30, 200):
                 writer.add_document(np.append(random.integers(0, 200, size), 499).astype(np.uint16))
-        (tmp_path / f"{name}.meta.json").write_text('{"eod_id": 499, "vocab_size": 500}')
+        (tmp_path / f"{name}.meta.json").write_text(
+            '{"eod_id": 499, "vocab_size": 500, "tokens": 3500, "text_bytes": 13200}'
+        )
     records = {}
     for size, layout in ((1, {}), (2, {"micro_batch_size": 8, "tp_size": 2})):
         options = {"eod_mask_loss": True, "valid_data_path": tmp_path / "valid", "train_iters": 3}
@@ -167,4 +170,4 @@ def test_documents_ends_leave_the_loss(pools: Callable[[int], WorkerPool], tmp_p
         assert [trace.status for trace in pools(size).run(jobs.train, "ar", argv)] == [0] * size
         records[size] = jobs.records(tmp_path / f"run{size}", "valid")[3]
     assert records[1]["nll"] == pytest.approx(records[2]["nll"], abs=1e-5)
-    assert 0 < records[1]["nll"] < 7
+    assert 0 < records[1]["nll"] < 7 and records[1]["bits_per_byte"] is None

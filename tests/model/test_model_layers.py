@@ -168,6 +168,19 @@ def test_parameter_counts_of_presets(name):
     assert parameters_for_compute(config, 50257) == preset_parameters(name) == expected
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"num_query_groups": 2}, {"swiglu": False}, {"num_query_groups": 4, "swiglu": False, "ffn_hidden_size": 500}],
+)
+def test_parameters_for_compute_are_the_matrices_that_there_are(more):
+    """Grouped queries and GELU have fewer than the paper's models: GPT-2 small was counted with 152M parameters of its 124M."""
+    sizes = {"num_layers": 3, "hidden_size": 96, "num_attention_heads": 8, **more}
+    shape = Shape.from_flags(ModelConfig(**sizes), padded_vocab_size=128)
+    parameters = GPTModel(shape, ParameterFactory.of_shapes()).named_parameters()
+    matrices = sum(p.numel() for name, p in parameters if name.startswith("layers.") and p.dim() == 2)
+    assert parameters_for_compute(shape, 100) == matrices + 3 * 6 * 96 + 100 * 96
+
+
 def test_published_sizes():
     assert preset_parameters("140M") == 15 * (4 * 768**2 + 3 * 768 * 2048 + 6 * 768) + 50257 * 768
     assert preset_parameters("7M") / 1e6 == pytest.approx(7.0, rel=0.03)

@@ -224,6 +224,9 @@ def test_published_coefficients_do_not_determine_the_critical_line():
     slope = math.log10(crossings[1] / crossings[0])
     assert not critical_flops(1e8) / 3 < crossings[0] < critical_flops(1e8) * 3
     assert abs(slope - 1 / 0.460) > 0.5
+    assert [f"{value:.2e}" for value in crossings] == ["7.65e+18", "2.35e+22"] and slope == pytest.approx(
+        3.488, abs=0.002
+    ), "as told"
 
 
 def test_published_compute_optimal_sizes():

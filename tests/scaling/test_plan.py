@@ -17,8 +17,8 @@ from runs.synthetic_runs import write_run
 from megatron.errors import UserError
 from megatron.runs.reading import find_runs
 from megatron.scaling.fit import Fit, fit_law, of_one_source, save_fits
-from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, U_SHAPED, Points, Reference
-from megatron.scaling.literature import MUENNIGHOFF, PUBLISHED
+from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, U_SHAPED, Coefficients, Points, Reference
+from megatron.scaling.literature import LITERATURE, MUENNIGHOFF, PUBLISHED
 from megatron.scaling.observations import observe
 from megatron.scaling.planner import Budget, device_hours, make_plan, preset_sizes
 from megatron.scaling.predict import best_epochs, compute_optimal, critical_compute
@@ -194,11 +194,38 @@ def test_outside_of_the_fitted_range_is_said(fits):
     assert not any("outside" in note for note in inside)
 
 
-def test_compute_optimal_equals_the_closed_form():
-    theta = (1.69, 406.4, 0.34, 410.7, 0.28)
-    found = compute_optimal(truth_fit(CHINCHILLA, theta), 1e21)[0].value
-    expected = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62) * (1e21 / 6) ** (0.28 / 0.62)
-    assert found == pytest.approx(expected, rel=0.02)
+@pytest.mark.parametrize("flops", [1e18, 1e19, 3e19, 1e20, 5.76e23])
+@pytest.mark.parametrize("law", ["hoffmann", "besiroglu", "quokka", "gidd_masked"])
+def test_compute_optimal_equals_the_closed_form(law, flops):
+    """N = G·(C/6)^(beta/(alpha + beta)), G = (alpha·A/(beta·B))^(1/(alpha + beta)), to the last digit that is printed."""
+    _, a, alpha, b, beta = LITERATURE[law].theta
+    found, tokens = compute_optimal(LITERATURE[law], flops)
+    expected = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))
+    assert found.value == pytest.approx(expected, rel=1e-5) and str(found) == f"{expected:.3g}"
+    assert tokens.value == pytest.approx(flops / 6 / expected, rel=1e-5)
+
+
+def test_critical_compute_is_that_of_a_fine_search():
+    """Crossings of the published laws, found by bisection of the two lowest losses over 4,001 sizes, polished."""
+    for unique, exact in (
+        (25e6, 2.69943e17),
+        (1e8, 7.64704e18),
+        (3e8, 1.76888e20),
+        (5e8, 1.03560e21),
+        (1e9, 2.35116e22),
+    ):
+        found = critical_compute(PUBLISHED["ar"], PUBLISHED["mdm"], unique).value
+        assert found == pytest.approx(exact, rel=1.5e-3), unique
+
+
+@pytest.mark.parametrize(("parameters", "unique"), [(1e8, 1e8), (1e7, 1e9), (1e8, 3e8)])
+def test_best_epochs_are_where_the_derivative_is_zero(parameters, unique):
+    law = Coefficients(U_SHAPED, AR, "")
+    found = best_epochs(law, parameters, unique)
+    assert found is not None
+    below, above = (law.loss(parameters, found.value * (1 + step) * unique, unique)[0] for step in (-1e-3, 1e-3))
+    best = law.loss(parameters, found.value * unique, unique)[0]
+    assert min(below, above) > best and abs(above - below) < 0.1 * (above + below - 2 * best), "within 5e-5"
 
 
 def test_cost():

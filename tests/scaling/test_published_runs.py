@@ -20,7 +20,7 @@ from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, LAWS, Points, Re
 from megatron.scaling.literature import BESIROGLU, MUENNIGHOFF
 
 FOLDER = Path(os.environ.get("MEGATRON_PUBLISHED_RUNS", "../shared/facts/runs"))
-C4_THETA = (1.869146, 520.825, 0.3526596, 1487.71, 0.3526596, 15.387756, 5.309743)
+C4_THETA = MUENNIGHOFF.theta
 
 needs_runs = pytest.mark.skipif(
     not (FOLDER / "muennighoff_c4_fit182.csv").is_file(),
@@ -57,6 +57,14 @@ def test_the_published_law_has_the_published_error_on_its_own_runs():
     assert huber(residual) == pytest.approx(0.01582594, rel=1e-5)
     predicted = loss * np.exp(residual)
     assert 1 - np.sum((loss - predicted) ** 2) / np.sum((loss - loss.mean()) ** 2) == pytest.approx(0.7722046, rel=1e-5)
+
+
+@needs_runs
+def test_the_law_that_plans_use_is_the_published_one_to_its_last_digit():
+    points, loss = c4()
+    predicted = MUENNIGHOFF.loss(points.parameters, points.tokens, points.unique_tokens)
+    assert f"{huber(np.log(predicted / loss)):.8f}" == "0.01582594"
+    assert f"{r_squared(predicted, loss):.10f}" == "0.7722046085"
 
 
 @needs_runs

@@ -84,6 +84,26 @@ def test_epochs_by_objective_excluded_runs_and_own_flags(tmp_path):
     assert [run.objective for run in load_sweep(write_sweep(tmp_path, grid=grid, exclude=[rule])).runs] == ["ar"]
 
 
+def test_compute_is_what_a_run_records(tmp_path):
+    """Tokens that are computed twice count twice, and a shape is that of its flags: so compute buys as many epochs as the record
+    says that they cost."""
+    views = {
+        "block_diffusion": {"block-size": 5},
+        "mir_ar": {},
+        "mdm": {"complementary-masks": True},
+        "uniform_diffusion": {},
+    }
+    shape = {"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "num-query-groups": 1, "no-swiglu": True}
+    grid = {"objective": ["ar", *views], "model": {"tiny": shape}, "unique_tokens": [100], "epochs": ["6e12 FLOPs"]}
+    runs = {run.objective: run for run in load_sweep(write_sweep(tmp_path, grid=grid, objectives=views)).runs}
+    plain = runs["ar"]
+    assert plain.parameters == 2 * (2 * 64**2 * 5 // 4 + 2 * 64 * 256 + 6 * 64) + 50257 * 64
+    for name, run in runs.items():
+        assert run.flops == pytest.approx(6e12, rel=1e-5) and run.parameters == plain.parameters, name
+        twice = name in ("block_diffusion", "mir_ar", "mdm")
+        assert run.epochs == pytest.approx(plain.epochs / (2 if twice else 1), rel=1e-5), name
+
+
 def test_every_command_parses_with_the_real_flags(tmp_path):
     path = write_sweep(tmp_path, objectives={"mdm": {"num-mc": 4}}, launcher="torchrun --nproc-per-node 8")
     sweep = load_sweep(path)

@@ -33,6 +33,19 @@ def test_updates_by_hand() -> None:
     assert (float(average.of(weights)), average.num_updates) == (4.0, 0)
 
 
+@pytest.mark.parametrize(
+    ("decay", "updates"), [(0.9999, 10**9), (0.999999, 10**9), (0.9999999, 10**9), (1 - 1e-9, 10**7)]
+)
+def test_a_long_window_has_its_length(decay: float, updates: int) -> None:
+    """The share of the newest weights is 1 − d itself: taken from d in fp32 it was off by 1.3 % at 0.999999 and 19 % at
+    0.9999999, and by 0.7 % in the ramp after 10⁷ updates."""
+    weights = torch.tensor([0.0])
+    average = Average([weights], decay)
+    average.num_updates.fill_(updates)
+    average.update((weights.fill_(1.0) < 0).squeeze())
+    assert float(average.of(weights)) == pytest.approx(max(1 - decay, 9 / (10 + updates)), rel=1e-6)
+
+
 def test_exchange_and_back_is_exact_and_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.training.shards.EXCHANGED", 2)
     weights = torch.nn.Parameter(torch.tensor([[1 / 3, 2.0, 5.0], [7.0, 8.0, 9.0]]))

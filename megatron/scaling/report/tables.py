@@ -276,10 +276,11 @@ def notes_html() -> str:
         "<b>AR and diffusion are scored on tokens one apart</b>: AR on tokens 1 to S of a sample given token 0, diffusion on "
         "tokens 0 to S − 1 given nothing. This favours AR by at most (ln V − NLL)/S nats/token, V the vocabulary.",
         "<b>Overfits from epoch e</b>: the last validation lies above the best one, at epoch e, beyond the error of the "
-        "difference.",
-        "<b>Training FLOPs</b> are 6·N·D with N the parameters of the compute formula (4Lh² + 3Lh·ffn + 6Lh + Vh) and D "
-        "the training tokens, repeated ones included.",
-        "<b>Scoring FLOPs per token</b> are 2·N for one pass, times the number of noise draws of a bound. Generating "
+        "difference, on the documents that did not choose the best where the runs keep both halves.",
+        "<b>Training FLOPs</b> are 6·N·D with N the parameters of the compute formula (4Lh² + 3Lh·ffn + 6Lh + Vh; less with "
+        "grouped queries or GELU) and D the training tokens, repeated ones included, twice where a token is computed twice.",
+        "<b>Scoring FLOPs per token</b> are 2·N for one pass (4·N for block diffusion, which reads the clean text, too), times "
+        "the number of noise draws of a bound. Generating "
         "costs 2·N a token with a key/value cache (AR), and 2·N times the number of denoising steps a token without "
         "one (MDM): up to the sequence length when every step reveals one token.",
         "<b>Perplexity</b> is exp(NLL), <b>bits per byte</b> is NLL / ln 2 / (bytes of text per token); only the latter "

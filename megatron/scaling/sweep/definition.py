@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
-from megatron.config.schema import ModelConfig
-from megatron.config.shape import PRESETS, Shape
+from megatron.config.shape import PRESETS
 from megatron.errors import UserError, require
-from megatron.model.arithmetic import DEVICES, parameters_for_compute
+from megatron.model.arithmetic import DEVICES
 from megatron.objectives import OBJECTIVES
-from megatron.scaling.literature import PAPER_VOCAB_SIZE, preset_parameters
+from megatron.scaling.literature import PAPER_VOCAB_SIZE
 from megatron.scaling.sweep.branches import OF_A_BRANCH, branches_of
 from megatron.scaling.sweep.form import check_form, count, listed, positive, seed
 from megatron.scaling.sweep.space import Space, spaces_of
@@ -81,7 +80,7 @@ def load_sweep(path: Path) -> Sweep:
     check_form(path, data)
     _check_owned(path, data)
     flags = dashed(data.get("flags") or {})
-    runs = tuple(_expand(data, flags, Path(data["output"])))
+    runs = tuple(_expand(path, data, flags))
     if not runs:
         raise UserError(f"{path}: the grid is empty", "every axis needs a value", "check grid and exclude")
     branches = data.get("branches")
@@ -93,7 +92,7 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(
             f"{path}: the grid names {', '.join(twice)} twice", "values of an axis must differ", "remove repetitions"
         )
-    for run in runs:  # what a trainer would refuse is, before the runs ahead of it take their hours
+    for run in runs:  # branches, too
         run.parsed(f"{path}: {run.name}: ")
     dollars(0.0, data.get("price") or {})  # a wrong price is refused before anything starts
     launcher, search = data.get("launcher") or ["python"], data.get("search")
@@ -125,7 +124,7 @@ def _check_owned(path: Path, data: Mapping[str, Any]) -> None:
         )
 
 
-def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> Iterator[SweepRun]:
+def _expand(path: Path, data: Mapping[str, Any], flags: Mapping[str, Any]) -> Iterator[SweepRun]:
     """Every run of the grid, in the order of cost, so that short runs report early."""
     grid, found = data["grid"], []
     rules, used = data.get("exclude") or [], set()
@@ -141,8 +140,10 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
                 "model": str(model),
                 "unique_tokens": count(unique, "unique_tokens"),
             }
-            size = _parameters(str(model), dashed(models[model] or {}), _vocab_size(data))
-            place |= {"epochs": _epochs(length, size, place["unique_tokens"]), "seed": seed(number)}
+            own = dashed((data.get("objectives") or {}).get(objective) or {})
+            given = {**flags, **dashed(models[model] or {}), **own}
+            place |= {"epochs": 1.0, "seed": seed(number)}
+            place["epochs"] = _epochs(length, _run(place, data, given))
             # A rule says a value as the grid does ("1e8", "1e19 FLOPs"), or as what it is.
             said = place | {"model": model, "unique_tokens": unique, "epochs": length, "seed": number}
             if matching := {
@@ -150,27 +151,27 @@ def _expand(data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> 
             }:
                 used |= matching
                 continue
-            own = dashed((data.get("objectives") or {}).get(objective) or {})
-            found.append(_run(place, data, {**flags, **dashed(models[model] or {}), **own}, output))
+            found.append(_run(place, data, given))
     if idle := [rule for i, rule in enumerate(rules) if i not in used]:
         raise UserError(
             f"exclude has {idle[0]}", "a rule names runs of the grid, and the grid has none such", "mend it"
         )
+    for run in found:  # what a trainer would refuse is, before it is counted
+        run.parsed(f"{path}: {run.name}: ")
     yield from sorted(found, key=lambda run: (run.flops, run.name))
 
 
-def _epochs(length: Any, parameters: int, unique_tokens: int) -> float:
-    """Epochs, given as a number or as compute "1e19 FLOPs", which makes them C / (6·N·U) for each size."""
+def _epochs(length: Any, once: SweepRun) -> float:
+    """Epochs, given as a number or as compute "1e19 FLOPs", of which ``once``, the run of one epoch, says how many they make."""
     text = str(length).lower()
     if not text.endswith("flops"):
         return positive(length, "epochs")
-    flops = positive(text.removesuffix("flops").strip(), "epochs given as compute")
-    return float(f"{flops / (6.0 * parameters * unique_tokens):.6g}")
+    return float(f"{positive(text.removesuffix('flops').strip(), 'epochs given as compute') / once.flops:.6g}")
 
 
-def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, Any], output: Path) -> SweepRun:
+def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, Any]) -> SweepRun:
     unique, epochs, model = place["unique_tokens"], place["epochs"], place["model"]
-    explicit = {key: flags[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size") if key in flags}
+    has_shape = _has_shape(model, flags)
     flags = {
         **flags,
         "train-data-path": _data_prefix(data["data"], unique),
@@ -179,15 +180,15 @@ def _run(place: Mapping[str, Any], data: Mapping[str, Any], flags: Mapping[str, 
     }
     if place["objective"] not in ("ar", "mdm"):
         flags["objective"] = place["objective"]
-    if not explicit:
+    if not has_shape:
         flags["model"] = model
-    name, vocab_size = name_of(**place), _vocab_size(data)
-    parameters = _parameters(model, explicit, vocab_size)
-    return SweepRun(**place, name=name, folder=output / name, flags=flags, parameters=parameters, vocab_size=vocab_size)
+    name = name_of(**place)
+    return SweepRun(**place, name=name, folder=Path(data["output"]) / name, flags=flags, vocab_size=_vocab_size(data))
 
 
-def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int:
-    """Parameters N for compute, of a preset or of the explicit shape."""
+def _has_shape(model: str, flags: Mapping[str, Any]) -> bool:
+    """Whether the flags give the shape of a model; else it is a preset."""
+    explicit = {key: flags[key] for key in ("num-layers", "hidden-size", "ffn-hidden-size") if key in flags}
     if not explicit:
         if model not in PRESETS:
             raise UserError(
@@ -195,18 +196,14 @@ def _parameters(model: str, explicit: Mapping[str, Any], vocab_size: int) -> int
                 "a model is a preset name or a name with num-layers, hidden-size and heads",
                 f"presets: {', '.join(PRESETS)}",
             )
-        return preset_parameters(model, vocab_size)
+        return False
     if missing := {"num-layers", "hidden-size"} - explicit.keys():
         raise UserError(
             f"model {model} lacks {', '.join(sorted(missing))}", "an explicit shape names both", "add them to the model"
         )
-    layers, hidden, width = (
-        count(explicit[key], key) if key in explicit else 0 for key in ("num-layers", "hidden-size", "ffn-hidden-size")
-    )
-    # N counts these three of the sizes.
-    sizes = ModelConfig(num_layers=layers, hidden_size=hidden, ffn_hidden_size=width, num_attention_heads=1)
-    shape = Shape.from_flags(sizes, padded_vocab_size=vocab_size)
-    return parameters_for_compute(shape, vocab_size)
+    for key, value in explicit.items():
+        count(value, key)
+    return True
 
 
 def _vocab_size(data: Mapping[str, Any]) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import Config
+from megatron.config.shape import Shape
 from megatron.errors import UserError
-from megatron.objectives import parse
+from megatron.model.arithmetic import parameters_for_compute
+from megatron.objectives import build_objective, parse, with_vocabulary
+from megatron.objectives.base import Objective, compute_per_token
 from megatron.scaling.literature import PAPER_VOCAB_SIZE
 
 
@@ -32,15 +37,26 @@ class SweepRun:
     seed: int
     folder: Path
     flags: Mapping[str, Any]
-    parameters: int
     vocab_size: int = PAPER_VOCAB_SIZE
     trunk: SweepRun | None = None
     added_share: float = 1.0
 
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters N for compute."""
+        return parameters_for_compute(
+            Shape.from_flags(self.parsed().model, padded_vocab_size=self.vocab_size), self.vocab_size
+        )
+
+    @cached_property
+    def compute(self) -> float:
+        """FLOPs of a token of data by 6*N*D, as its record will count them: a token that is computed twice counts twice."""
+        return compute_per_token(self.parameters, _objective(self.parsed(), self.vocab_size))
+
     @property
     def flops(self) -> float:
         """Training compute 6*N*D, with the nominal number of unique tokens; of a branch what comes after its trunk."""
-        return 6.0 * self.parameters * self.unique_tokens * self.epochs * self.added_share
+        return self.compute * self.unique_tokens * self.epochs * self.added_share
 
     @property
     def program(self) -> str:
@@ -65,7 +81,9 @@ class SweepRun:
         """
         default = "mdm" if self.program == "pretrain_mdm.py" else "ar"
         try:
-            return parse(self.arguments(), objective=default, world_size=self.replica)
+            config = parse(self.arguments(), objective=default, world_size=self.replica)
+            _objective(config, self.vocab_size)
+            return config
         except UserError as error:
             raise UserError(f"{place}{error.given}", error.rule, error.fix) from None
 
@@ -84,6 +102,12 @@ class SweepRun:
                 words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         own = {"save": self.folder, "load": self.folder, "kill-switch-file": self.stop_file}
         return [*words, *(word for name, path in own.items() for word in (f"--{name}", str(path)))]
+
+
+def _objective(config: Config, vocab_size: int) -> Objective:
+    """The objective of flags, with a mask token behind the vocabulary; how many rows there will be is not asked here."""
+    known = with_vocabulary(config.objective, vocab_size, size=vocab_size, padded=sys.maxsize)
+    return build_objective(replace(config, objective=known))
 
 
 def name_of(*, objective: str, model: str, unique_tokens: int, epochs: float, seed: int) -> str:
