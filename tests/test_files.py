@@ -100,15 +100,15 @@ def _make_folder(path: Path) -> None:
 
 
 def test_standard_output_is_written_to_directly(tmp_path: Path) -> None:
-    for name in ("/proc/self/fd/1", "/dev/stdout"):
+    for name in ("/dev/stdout", "/proc/self/fd/1"):
         code = f"from megatron.files import replace_file; replace_file('{name}', 'hello')"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
         assert done.stdout == "hello", done.stderr
-    with open(tmp_path / "log", "w") as log:
-        log.write("before ")
-        log.flush()
-        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=60)
-    assert (tmp_path / "log").read_text() == "before hello"
+        with open(tmp_path / "log", "w") as log:
+            log.write("before ")
+            log.flush()
+            subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=60)
+        assert (tmp_path / "log").read_text() == "before hello"
     assert os.listdir(tmp_path) == ["log"] and Path("/dev/stdout").is_symlink()
 
 
@@ -181,9 +181,9 @@ def test_what_is_renamed_is_on_the_disk_and_then_its_name(tmp_path: Path, monkey
 
 
 def test_an_error_within_a_folder_names_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match=r"events could not be written \(No such file or directory\)"):
-        with written_whole(tmp_path / "events"):
-            (tmp_path / "events" / "a" / "b").write_text("")
+    named = pytest.raises(Failure, match=r"events could not be written \(No such file or directory\)")
+    with named, written_whole(tmp_path / "events"):
+        (tmp_path / "events" / "a" / "b").write_text("")
 
 
 def test_one_that_waits_enters_when_the_other_has_left(tmp_path: Path) -> None:
