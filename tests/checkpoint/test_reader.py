@@ -136,6 +136,9 @@ def test_what_is_not_there_is_named(tag: Path) -> None:
         found.tensor("v")
     with pytest.raises(UserError, match="has no exp_avg of w"):
         found.tensor("w", "exp_avg")
+    found.specs["w"] = ShardSpec((2**50, 3), 0, (2**50,))
+    with pytest.raises(UserError, match="weight of w has 36 of"):  # no memory is taken for what is not there
+        found.tensor("w")
     shard = tag / "shard-00000.safetensors"
     whole = shard.read_bytes()
     for damaged in (b"", b"?", b"\xff" * 8, whole[:60], (9).to_bytes(8, "little") + b"[" * 9, whole[:-4], None):
