@@ -35,7 +35,7 @@ def tag(tmp_path: Path) -> Path:
         Fragment("weight", name, rank, 2, first, spec.shard(FULL[name], rank, 2).reshape(-1)[first:last])
         for name, spec in SPECS.items()
         for rank in range(2)
-        for first, last in itertools.pairwise((0, 5, 6, 18))
+        for first, last in itertools.pairwise((0, 5, 10, 18))  # as text, 10 comes before 5
     ]
     state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
     return Saving(tmp_path, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
@@ -108,6 +108,17 @@ def test_keys_are_listed_by_the_kinds_that_a_fragment_has() -> None:
     keys += ["weight/d/0-1/0", "momentum/d/0-1/0"]
     assert grouped(keys) == {"exp_avg exp_avg_sq weight": ["a/0-1/0", "b.c/1-2/7"], "momentum weight": ["d/0-1/0"]}
     assert sorted(ungrouped(grouped(keys))) == sorted(keys)
+
+
+def test_shards_that_no_split_makes_are_refused(tmp_path: Path) -> None:
+    config = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
+    state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
+    for size in (5, 16):
+        fragments = [Fragment("weight", "w", rank, size, 0, torch.zeros(36)) for rank in range(size)]
+        run_dir = tmp_path / str(size)
+        found = Saving(run_dir, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
+        with pytest.raises(UserError, match="has no weight of w"):
+            CheckpointReader(found).tensor("w")
 
 
 def test_kinds_that_this_version_does_not_know_are_left_alone(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from objective_helpers import (
     tiny_model,
 )
 
+from megatron.model.batch import Stream
+from megatron.model.visibility import visible_keys
 from megatron.objectives import OBJECTIVES, build_objective, needs_mask_token
 from megatron.objectives.base import BOUND, EXACT, NO_BOUND, CausalDecoding, is_exact
 from megatron.testing.checks import check_noise_is_of_the_sample
@@ -81,7 +83,8 @@ def test_noise_is_a_function_of_sample_ids(name):
 
 
 def fingerprints(name: str) -> dict[str, list[float]]:
-    """Of batches of an objective, by kind of noise: a checksum of what the model reads, and a moment of the weights."""
+    """Of batches of an objective, by kind of noise: a checksum of what the model reads and sees, and a moment of the
+    weights."""
     one, two = (build_objective(make_config(*flags_of(name)), scheme=scheme) for scheme in (1, 2))
     coins = make_objective(*flags_of(name), "--valid-data-path", "x", "--valid-estimator", "bernoulli")
     views = {"training, scheme 1": one, "training, scheme 2": two, "draw 0 of 1": two.for_eval(),
@@ -89,13 +92,11 @@ def fingerprints(name: str) -> dict[str, list[float]]:
     tokens, found = torch.arange(24 * (SEQ + 1)).reshape(24, -1) * 7 % 50, {}
     for kind, view in views.items():
         inputs, targets = prepare(view, tokens, torch.arange(24))
-        read = [
-            part.numpy().tobytes()
-            for part in (inputs.input_ids, inputs.position_ids, inputs.is_causal)
-            if part is not None
-        ]
+        seen = visible_keys(view.attention_mask, Stream(torch.zeros(*inputs.input_ids.shape, 1), *inputs[1:]))
+        read = [part for part in (inputs.input_ids, inputs.position_ids, seen) if isinstance(part, torch.Tensor)]
         weights = targets.loss_weights.double().flatten().numpy()
-        found[kind] = [zlib.crc32(b"".join(read)), float(weights @ np.arange(len(weights)))]
+        checksum = zlib.crc32(b"".join(part.contiguous().numpy().tobytes() for part in read))
+        found[kind] = [checksum, float(weights @ np.arange(len(weights)))]
     return found
 
 
