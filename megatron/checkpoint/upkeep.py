@@ -57,7 +57,6 @@ def set_back(run_dir: Path, tag: Path) -> list[str]:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
         if is_stale:
             replace_file(run_dir / LATEST, tag.name)
-        (run_dir / NEXT).unlink(missing_ok=True)
     except OSError as error:
         raise Failure(
             f"{error.filename or run_dir} could not be changed ({error.strerror or error})",

@@ -45,6 +45,13 @@ def test_without_latest_newest_is_what_was_written_last(run_dir: Path) -> None:
     assert value(select(run_dir)) == 15
 
 
+def test_what_cannot_be_dated_is_said_before_a_dated_one_is_taken(run_dir: Path) -> None:
+    (run_dir / LATEST).unlink()
+    (run_dir / "global_step10" / MANIFEST).write_text("?")
+    found = select(run_dir)
+    assert value(found) == 30 and [line.split(" (")[0] for line in found.skipped] == ["global_step10"]
+
+
 def test_checkpoints_of_format_1_go_by_their_step(run_dir: Path) -> None:
     for step in (30, 10, 20):
         path = run_dir / f"global_step{step}" / MANIFEST
@@ -173,8 +180,10 @@ BOARDS = {3: ([None] * 3, threading.Barrier(3))}
 
 def test_ranks_agree_on_the_answer_of_one_process(run_dir: Path) -> None:
     """Also on errors, and though every rank reads other files."""
-    shard = run_dir / "global_step30" / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    tag, first, second = run_dir / "global_step30", "shard-00000.safetensors", "shard-00001.safetensors"
+    manifest = read_manifest(tag)
+    write_manifest(tag, {**manifest, "files": dict.fromkeys((first, second), manifest["files"][first])})
+    (tag / second).write_bytes((tag / first).read_bytes()[:-1] + b"?")
     (run_dir / "global_step20" / MANIFEST).write_text("?")
 
     def ask(load: Path, tag: str | None) -> list[object]:
