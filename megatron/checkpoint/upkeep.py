@@ -81,7 +81,7 @@ def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int | Non
     known = [(tag, manifest.get("run_id")) for tag, manifest in newest_first(run_dir) if manifest is not None]
     own = [tag for tag, run_id in known if run_id in (None, known[0][1])]  # format 1 had no run ids
     lines: list[str] = []
-    for tag in own[max(1, keep_last) :]:
+    for tag in own[keep_last:]:
         if step_of(tag) not in keep:
             with _errors_said(tag, lines):
                 delete_tag(tag)

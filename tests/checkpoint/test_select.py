@@ -111,8 +111,11 @@ def test_fields_of_wrong_types_are_damage_even_where_the_checksum_is_right(
 def test_no_flip_of_a_bit_of_the_position_is_believed(run_dir: Path) -> None:
     """FAULTS A12: consumed_samples 120 became 40 and the run resumed with other data."""
     path = run_dir / "global_step30" / MANIFEST
-    path.write_text(path.read_text().replace('"consumed_samples": 240', '"consumed_samples": 140'))
-    assert "fails its own checksum" in select(run_dir).skipped[0]
+    whole = path.read_text()
+    for right, wrong in (('"consumed_samples": 240', '"consumed_samples": 140'), ('"format": 2', '"format": 1')):
+        assert right in whole
+        path.write_text(whole.replace(right, wrong))
+        assert "fails its own checksum" in select(run_dir).skipped[0]
 
 
 @pytest.mark.parametrize("text", ["global_step40", "", "../elsewhere", "global_step", "\udcff"])

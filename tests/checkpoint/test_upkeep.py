@@ -100,6 +100,7 @@ def test_what_cannot_be_deleted_is_said_and_no_error(run_dir: Path, monkeypatch:
     monkeypatch.setattr(shutil, "rmtree", refuse)
     lines = remove_old_checkpoints(run_dir, keep_last=2, keep=set())
     assert len(lines) == 2 and "Device or resource busy" in lines[0] and "global_step20" in lines[0]
+    assert [(run_dir / f"global_step{step}" / MANIFEST).exists() for step in (10, 20, 30)] == [False, False, True]
     assert value(select(run_dir)) == 40
 
 
@@ -129,6 +130,7 @@ def test_leftovers_of_kills_are_swept(run_dir: Path) -> None:
 def test_what_is_not_ours_stays(run_dir: Path) -> None:
     (run_dir / "global_step50.saving").mkdir()
     (run_dir / "global_step50.saving" / "thesis.tex").touch()
+    (run_dir / "global_step60.saving" / "shard-00001.safetensors").mkdir(parents=True)
     (run_dir / "global_step7").mkdir()
     (run_dir / "global_step7" / "mp_rank_00_model_states.pt").touch()
     (run_dir / "notes.tmp").touch()
@@ -136,7 +138,19 @@ def test_what_is_not_ours_stays(run_dir: Path) -> None:
     before = names(run_dir)
     lines = sweep_leftovers(run_dir)
     assert names(run_dir) == before
-    assert len(lines) == 2 and "it holds thesis.tex" in lines[0] and "mp_rank_00_model_states.pt" in lines[1]
+    assert len(lines) == 3 and "it holds shard-00001" in lines[0] and "it holds thesis.tex" in lines[1]
+    assert "mp_rank_00_model_states.pt" in lines[2]
+
+
+def test_a_save_whose_files_are_not_whole_is_not_completed(run_dir: Path) -> None:
+    saving = run_dir / "global_step50.saving"
+    shutil.copytree(run_dir / "global_step40", saving)
+    (saving / "shard-00000.safetensors").write_bytes(b"half")
+    (run_dir / NEXT).write_text("global_step50")
+    before = names(run_dir)
+    sweep_leftovers(run_dir)
+    assert names(run_dir) == [name for name in before if name not in (saving.name, NEXT)]
+    assert value(select(run_dir)) == 40
 
 
 def test_a_newest_checkpoint_that_lost_its_manifest_is_not_swept(run_dir: Path) -> None:
