@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, read_manifest, write_manifest
+from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, read_manifest, write_manifest
 from megatron.checkpoint.select import Selection, agree_on_checkpoint, select
 from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
@@ -187,6 +187,7 @@ def test_ranks_agree_on_the_answer_of_one_process(run_dir: Path) -> None:
     manifest = read_manifest(tag)
     write_manifest(tag, {**manifest, "files": dict.fromkeys((first, second), manifest["files"][first])})
     (tag / second).write_bytes((tag / first).read_bytes()[:-1] + b"?")
+    assert [len(list(complaints(tag, part=part, parts=3))) for part in range(3)] == [0, 1, 0]
     (run_dir / "global_step20" / MANIFEST).write_text("?")
 
     def ask(load: Path, tag: str | None) -> list[object]:

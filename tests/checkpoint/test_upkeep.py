@@ -93,6 +93,14 @@ def test_checkpoints_from_before_run_ids_belong_to_the_run_that_continues_them(r
     assert [tag.name for tag in tag_folders(run_dir)] == ["global_step50", "global_step40"]
 
 
+def test_of_a_link_to_a_checkpoint_the_link_alone_is_deleted(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "global_step10").rename(tmp_path / "global_step10")
+    (run_dir / "global_step10").symlink_to(tmp_path / "global_step10")
+    remove_old_checkpoints(run_dir, keep_last=1, keep=set())
+    assert names(run_dir) == ["global_step40", LATEST]
+    assert value(select(tmp_path / "global_step10")) == 10
+
+
 def test_what_cannot_be_deleted_is_said_and_no_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise OSError(16, "Device or resource busy")

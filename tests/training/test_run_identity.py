@@ -17,6 +17,8 @@ import torch
 from layouts import jobs
 from layouts.pool import Process, WorkerPool
 
+from megatron.checkpoint.files import AVERAGED_FROM, read_manifest, write_manifest
+from megatron.checkpoint.select import select
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.writer import IndexedDatasetWriter
@@ -28,6 +30,7 @@ from megatron.runs.reading import load_run
 from megatron.runs.record import RunRecord, ValidRow
 from megatron.runs.sums import load_sums
 from megatron.statistics import mean_loss
+from megatron.training.plan import Plan
 from megatron.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
@@ -99,6 +102,24 @@ def test_another_noise_scheme_is_no_part_of_a_run(tmp_path: Path) -> None:
         seeds("--save", str(run_dir), "--noise-scheme", "2")
     assert seeds("--save", str(run_dir), "--noise-scheme", "1").scheme == 1
     assert seeds("--save", str(tmp_path / "new"), "--finetune", "--noise-scheme", "2").scheme == 2
+
+
+def test_a_mean_of_checkpoints_is_started_from_and_not_continued(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir = tmp_path / "old/mdm"
+    tag = select(run_dir).tag
+    assert tag is not None
+    write_manifest(tag, {**read_manifest(tag), AVERAGED_FROM: ["global_step4", "global_step5"]})
+
+    def planned(save: Path, **more: Any) -> Plan:
+        options = OLD_FLAGS | {"eval_interval": None, "save_interval": None, "load": run_dir, **more}
+        return resolve(parse(jobs.flags(tmp_path / "old", save, **options), objective="mdm"), Launch(), run_name="run")
+
+    with pytest.raises(
+        UserError, match="is a mean of checkpoints; it belongs to no run; start from it with --finetune"
+    ):
+        planned(run_dir)
+    assert planned(tmp_path / "new", finetune=True).start.tag == tag
 
 
 @pytest.mark.parametrize(
