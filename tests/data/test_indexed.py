@@ -144,6 +144,14 @@ def test_a_size_moved_to_its_neighbour_is_named(make_data) -> None:
         IndexedDataset(prefix)
 
 
+def test_a_range_beyond_a_document_is_no_range(make_data) -> None:
+    data = IndexedDataset(make_data("x", [3, 4, 5]))
+    assert data.get(1, 1, 3).tolist() == [4, 5, 6] and data.get(1, 4).tolist() == []
+    for offset, length in ((-1, 2), (0, 5), (2, -1), (5, None)):
+        with pytest.raises(IndexError, match="of document 1, which has 4 tokens"):
+            data.get(1, offset, length)
+
+
 def test_documents_are_checked_chunk_by_chunk(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed, "_CHUNK", 2)
     prefix = make_data("x", [3, 4, 5, 6, 7])
@@ -165,10 +173,11 @@ def test_a_negative_size_is_named_though_all_adds_up(make_data) -> None:
         IndexedDataset(prefix)
 
 
-def test_a_document_list_out_of_order_is_refused(make_data) -> None:
+@pytest.mark.parametrize("documents", [[0, 1, 7, 3], [1, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 2]])
+def test_a_document_list_out_of_order_is_refused(make_data, documents: list[int]) -> None:
     prefix = make_data("x", [3, 4, 5])
     raw = bytearray(Path(prefix + ".idx").read_bytes())
-    raw[-16:-8] = np.int64(7).tobytes()
+    raw[-32:] = np.array(documents, np.int64).tobytes()
     Path(prefix + ".idx").write_bytes(raw)
     with pytest.raises(DamagedData, match=r"document list of .*x\.idx is out of order"):
         IndexedDataset(prefix)
