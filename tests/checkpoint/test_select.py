@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, complaints, read_manifest, write_manifest
+from megatron.checkpoint.files import BEST, LATEST, MANIFEST, NEXT, complaints, read_manifest, write_manifest
 from megatron.checkpoint.select import Selection, agree_on_checkpoint, select
+from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from tests.checkpoint.saved import save, value
@@ -148,6 +149,18 @@ def test_a_tag_that_is_asked_for_is_used_or_refused(run_dir: Path) -> None:
     (run_dir / LATEST).unlink()
     with pytest.raises(UserError, match="no file latest"):
         select(run_dir, "latest")
+
+
+def test_the_best_is_that_of_its_validation_with_the_weights_that_it_judged(run_dir: Path) -> None:
+    for more, weights in (({}, WEIGHT), ({"weights": AVERAGE}, AVERAGE)):
+        (run_dir / BEST).write_text(json.dumps({"step": 20, **more}))
+        found = select(run_dir, "best")
+        assert value(found) == 20 and found.weights == weights
+    assert select(run_dir).weights == WEIGHT
+    for text in ('{"step": 25}', "{}", "?"):
+        (run_dir / BEST).write_text(text)
+        with pytest.raises(UserError, match="keeps no checkpoint of its best validation"):
+            select(run_dir, "best")
 
 
 def test_a_deepspeed_checkpoint_is_called_by_its_name(tmp_path: Path) -> None:

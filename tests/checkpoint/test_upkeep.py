@@ -87,6 +87,12 @@ def test_old_checkpoints_go_by_branch_and_run(tmp_path: Path) -> None:
     assert [tag.name for tag in tag_folders(run_dir)][:3] == ["global_step80", "global_step60", "global_step50"]
 
 
+def test_what_latest_names_is_kept_though_others_were_written_later(run_dir: Path) -> None:
+    (run_dir / LATEST).write_text("global_step20")
+    remove_old_checkpoints(run_dir, keep_last=1, keep=set())
+    assert names(run_dir) == ["global_step20", LATEST]
+
+
 def test_checkpoints_from_before_run_ids_belong_to_the_run_that_continues_them(run_dir: Path) -> None:
     save(run_dir, 50, run_id="new")
     remove_old_checkpoints(run_dir, keep_last=2, keep=set())
