@@ -101,6 +101,15 @@ def test_the_loader_gives_what_is_asked_for(make_data: Callable[..., str], packi
     assert (left_out > 0) == (packing.eod_id is not None)
 
 
+def test_the_last_round_of_all_samples_is_filled_with_the_last_one(make_data: Callable[..., str]) -> None:
+    dataset = GPTDataset(make_data("d", SIZES), None, 16, seed=1)
+    share = Share(Axis(), 3, last_sample=len(dataset))
+    loader = build_loader(dataset, Autoregressive(), share, device=torch.device("cpu"), num_workers=0)
+    *_, (inputs, _) = loader
+    assert len(dataset) == 4 and inputs.sample_ids.tolist() == [3, 4, 5]
+    assert np.array_equal(inputs.input_ids.numpy(), np.stack([dataset[3][:-1]] * 3))
+
+
 @pytest.mark.parametrize("consumed", [0, 12])
 def test_ranks_share_the_stream_round_by_round(consumed: int) -> None:
     """Micro-batch m of rank r begins at ``(m · dp + r) · micro`` behind what was consumed; the last round is filled up."""
