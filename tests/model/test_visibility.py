@@ -73,6 +73,9 @@ def test_a_mask_per_sample_is_causal_or_full():
 def test_block_diffusion_pair_by_pair(size):
     """Against the paper's three parts (arXiv 2503.09573): block-diagonal, offset block-causal, block-causal."""
     seq = 6
+    for mask in (BlockDiffusion(size), BlockDiffusion(size, causal=True)):
+        seen = visible_keys(mask, Stream(torch.zeros(1, 2 * seq, 1)))[0, 0]
+        assert keys_per_token(mask, seq) == pytest.approx(float(seen.sum()) / seq)
     seen = visible_keys(BlockDiffusion(size), Stream(torch.zeros(1, 2 * seq, 1)))[0, 0]
     for query in range(seq):
         for key in range(seq):
