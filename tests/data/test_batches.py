@@ -58,11 +58,15 @@ def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str,
         assert [len(batch) for batch in batches] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("seconds", [0, 1], ids=["while it works", "while it starts"])
-def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "make"),
+    [(0, "torch.tensor"), (0, "lambda index: time.sleep(3600)"), (1, "torch.tensor")],
+    ids=["while it waits", "while it works", "while it starts"],
+)
+def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, make: str, tmp_path: Path) -> None:
     """Also with one that was killed before the process could look who its trainer is."""
     program = f"""
-import os, sys, time, pathlib
+import os, sys, time, pathlib, torch
 from torch.utils.data import DataLoader
 from data.test_batches import Numbers
 from megatron.data.batches import Workers
@@ -73,7 +77,7 @@ class Starting(Workers):
         time.sleep({seconds})
         super().__call__(worker)
 
-loader = iter(DataLoader(Numbers(), num_workers=2, worker_init_fn=Starting()))
+loader = iter(DataLoader(Numbers({make}), num_workers=2, worker_init_fn=Starting()))
 time.sleep(3600)
 """
     path = os.pathsep.join([str(REPO), str(REPO / "tests")])
