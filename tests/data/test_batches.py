@@ -69,7 +69,7 @@ def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, make: str, t
 import os, sys, time, pathlib, torch
 from torch.utils.data import DataLoader
 from data.test_batches import Numbers
-from megatron.data.batches import Workers
+from megatron.data.batches import Batches, Workers
 
 class Starting(Workers):
     def __call__(self, worker):
@@ -77,7 +77,8 @@ class Starting(Workers):
         time.sleep({seconds})
         super().__call__(worker)
 
-loader = iter(DataLoader(Numbers({make}), num_workers=2, worker_init_fn=Starting()))
+workers = Starting()
+batches = Batches(DataLoader(Numbers({make}), num_workers=2, worker_init_fn=workers), workers)
 time.sleep(3600)
 """
     path = os.pathsep.join([str(REPO), str(REPO / "tests")])
