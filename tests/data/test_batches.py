@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import resource_sharer
@@ -50,12 +51,19 @@ class Slow(Workers):
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
 def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str, tmp_path: Path) -> None:
-    workers = Slow(tmp_path)
-    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=workers), workers) as batches:
+    workers, begun = Slow(tmp_path), []
+
+    def stop() -> None:  # the trainer waits for those that start
         while len(pids := [path.name for path in tmp_path.iterdir()]) < 2:
             time.sleep(0.01)
+        begun.append(workers.have_begun)
         subprocess.run(["kill", f"-{name}", *pids], check=True)  # by another process than the trainer, as a launcher
-        assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=workers), workers) as batches:
+        thread.join()
+        assert [len(batch) for batch in batches] == [2, 2, 2, 2] and begun == [False]
 
 
 @pytest.mark.parametrize(
