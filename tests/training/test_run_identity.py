@@ -26,6 +26,7 @@ from megatron.errors import UserError
 from megatron.model.batch import Samples
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.randomness import named_seed
 from megatron.runs.reading import load_run
 from megatron.runs.record import RunRecord, ValidRow
 from megatron.runs.sums import load_sums
@@ -102,6 +103,27 @@ def test_another_noise_scheme_is_no_part_of_a_run(tmp_path: Path) -> None:
         seeds("--save", str(run_dir), "--noise-scheme", "2")
     assert seeds("--save", str(run_dir), "--noise-scheme", "1").scheme == 1
     assert seeds("--save", str(tmp_path / "new"), "--finetune", "--noise-scheme", "2").scheme == 2
+
+
+def test_reloaded_without_its_seeds_a_run_draws_other_noise_from_then_on(
+    pools: Callable[[int], WorkerPool], tmp_path: Path
+) -> None:
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir, data = tmp_path / "old/gpt", tmp_path / "old"
+    expected = jobs.records(run_dir)
+
+    def argv(**more: Any) -> list[str]:
+        return jobs.flags(data, run_dir, load=run_dir, valid_data_path=data / "valid", **{**OLD_FLAGS, **more})
+
+    def seeds(*words: str) -> Any:
+        return resolve(parse([*argv(), *words], objective="ar"), Launch(), run_name="run").seeds
+
+    own, other = seeds(), seeds("--no-load-rng")
+    assert own.noise == own.run == other.run != other.noise == named_seed(own.run, "reloaded at 20")
+    assert pools(1).run(jobs.train, "ar", argv(no_load_rng=True))[0].status == 0, pools(1).output(0)
+    assert jobs.records(run_dir)[5]["loss"] == expected[5]["loss"]
+    assert jobs.records(run_dir)[6]["loss"] != expected[6]["loss"], "its dropout is another one"
+    assert read_manifest(run_dir / "global_step10")["noise_seed"] == other.noise == seeds().noise, "and stays it"
 
 
 def test_a_mean_of_checkpoints_is_started_from_and_not_continued(tmp_path: Path) -> None:
