@@ -180,7 +180,8 @@ def test_a_run_keeps_the_estimator_that_it_began_with(
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [("lr", 5e-3, "optimizer.lr 0.001 → 0.005"), ("weight_decay", 0.5, "optimizer.weight_decay"), ("seed", 7, "run.seed"),
-     ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
+     ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("lr_decay_style", "linear", "optimizer.lr_decay_style"),
+     ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
      ("seq_length", 16, "model.seq_length 32 → 16"), ("hidden_dropout", 0.2, "model.hidden_dropout"),
      ("reset_attention_mask", True, "data.reset_attention_mask False → True"),
      ("reset_position_ids", True, "data.reset_position_ids")],
