@@ -86,7 +86,7 @@ class ValidationSums:
         size, mean, extra = (np.bincount(index, np.ravel(values)) / counts for values in (tokens, loss, extra))
         if extra.any():  # of exact losses nothing is given back, and one of them may be infinite
             mean -= extra * (mean.sum() / size.sum())
-        return ValidationSums(pairs[0], pairs[1], np.rint(size).astype(np.int32), mean, draws)
+        return ValidationSums(pairs[0], pairs[1], size.astype(np.int32), mean, draws)
 
     @staticmethod
     def of_tokens(sample: Array, document: Array, loss: Array, *, draws: int = 0) -> ValidationSums:

@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,10 +23,12 @@ from megatron.files import (
     _describe,
     lock_run,
     make_folder,
+    one_at_a_time,
     remove_leftovers,
     replace_file,
     replace_folder,
     temporary_name,
+    written_whole,
 )
 
 
@@ -98,14 +101,15 @@ def _make_folder(path: Path) -> None:
 
 
 def test_standard_output_is_written_to_directly(tmp_path: Path) -> None:
-    code = "from megatron.files import replace_file; replace_file('/dev/stdout', 'hello')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "hello", done.stderr
-    with open(tmp_path / "log", "w") as log:
-        log.write("before ")
-        log.flush()
-        subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=60)
-    assert (tmp_path / "log").read_text() == "before hello"
+    for name in ("/dev/stdout", "/proc/self/fd/1"):
+        code = f"from megatron.files import replace_file; replace_file('{name}', 'hello')"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.stdout == "hello", done.stderr
+        with open(tmp_path / "log", "w") as log:
+            log.write("before ")
+            log.flush()
+            subprocess.run([sys.executable, "-c", code], stdout=log, check=True, timeout=60)
+        assert (tmp_path / "log").read_text() == "before hello"
     assert os.listdir(tmp_path) == ["log"] and Path("/dev/stdout").is_symlink()
 
 
@@ -177,6 +181,53 @@ def test_a_folder_that_cannot_take_its_place_leaves_nothing(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_renamed_is_on_the_disk_and_then_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        done.append(f"-> {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_rename)
+    replace_file(tmp_path / "x", "new")
+    assert done[0].startswith(".x.") and done[1:] == ["-> x", tmp_path.name]
+    done.clear()
+    with replace_folder(tmp_path / "folder") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert sorted(done[:2]) == ["a", "b"] and done[2:] == ["-> folder", tmp_path.name]
+
+
+def test_an_error_within_a_folder_names_the_folder(tmp_path: Path) -> None:
+    named = pytest.raises(Failure, match=r"events could not be written \(No such file or directory\)")
+    with named, written_whole(tmp_path / "events"):
+        (tmp_path / "events" / "a" / "b").write_text("")
+
+
+def test_one_that_waits_enters_when_the_other_has_left(tmp_path: Path) -> None:
+    begun, found = threading.Event(), []
+
+    def second() -> None:
+        with one_at_a_time(tmp_path / "lock", waiting=begun.set):
+            found.append((tmp_path / "made").exists())
+
+    thread = threading.Thread(target=second, daemon=True)
+    with one_at_a_time(tmp_path / "lock", waiting=lambda: found.append("waited for nobody")):
+        thread.start()
+        assert begun.wait(30)
+        thread.join(0.2)
+        (tmp_path / "made").write_text("")
+    thread.join(30)
+    assert found == [True]
+
+
 def test_leftovers_are_removed_when_old_enough(tmp_path: Path) -> None:
     old, young, other = (temporary_name(tmp_path / name) for name in ("a", "a", "b"))
     for path in (old, young, other):
@@ -210,6 +261,8 @@ def test_of_many_that_come_at_one_instant_one_is_let_in(tmp_path: Path) -> None:
     assert answers.count(True) == 1
     refusals = [answer for answer in answers if answer is not True]
     assert all(f"{tmp_path}/run is being trained into by" in text for text in refusals)
+    holder = json.loads((tmp_path / "run/lock").read_text())["pid"]  # whom those that came later have not overwritten
+    assert holder in [process.pid for process in others]
     end.set()
     for process in others:
         process.join(60)

@@ -8,6 +8,13 @@ from megatron.randomness import Purpose
 
 NOISE_7 = [0.37283175037958094, 0.7587750444085439]
 TIMES_OF_SCHEME_1 = [0.17756174472866693, 0.3025617447286669, 0.7852280191285685]
+TIMES_OF_SCHEME_2 = [
+    0.5247671183220023,
+    0.4414337849886689,
+    0.8581004516553357,
+    0.10810045165533566,
+    0.5991465551199576,
+]
 EVALUATION_TIMES = [0.5560978818906173, 0.18109788189061726, 0.7953556943906173]
 ESTIMATOR_NOISE = [0.4104838711720249, 0.5314351869257254]
 WEIGHT_SEED = 1433362220103589966
@@ -47,6 +54,8 @@ def test_streams_of_runs_before_the_schemes_are_unchanged():
     assert noise.generator(1234, Purpose.NOISE, 7).random(2).tolist() == NOISE_7
     times = noise.diffusion_times(1234, np.arange(16), global_batch_size=8, scheme=1)
     assert times[[0, 1, 15]].tolist() == TIMES_OF_SCHEME_1
+    times = noise.diffusion_times(1234, np.arange(24), global_batch_size=12, scheme=2)
+    assert times[[0, 1, 2, 3, 23]].tolist() == TIMES_OF_SCHEME_2
     assert noise.evaluation_times(np.array([0, 5, 700]), draw=1, num_draws=3).tolist() == EVALUATION_TIMES
     assert noise.generator(1234, "q", 3).random(2).tolist() == ESTIMATOR_NOISE
     assert noise.named_seed(1234, "layers.0.mlp.dense_4h_to_h.weight") == WEIGHT_SEED
@@ -60,6 +69,18 @@ def test_every_step_holds_one_time_in_each_stratum(count, scheme):
     assert (np.sort(np.floor(times * count), axis=1) == np.arange(count)).all()
     assert np.allclose(np.diff(np.sort(times, axis=1), axis=1), 1 / count)
     assert len(np.unique(np.round(times[:, 0] * 1e9))) == 4  # each step has its own start
+
+
+class AtTheEnd(np.random.Generator):
+    """Draws the largest number below one."""
+
+    def random(self) -> float:  # type: ignore[override]
+        return float(np.nextafter(1.0, 0.0))
+
+
+def test_no_time_rounds_up_to_one():
+    times = noise._balanced_times(AtTheEnd(np.random.PCG64(0)), 16)
+    assert times.min() >= 0 and times.max() < 1
 
 
 @pytest.mark.parametrize("scheme", [1, 2])

@@ -119,6 +119,8 @@ def test_repeated_samples_do_not_shrink_the_error():
     parts = [getattr(once, name) for name in ("sample", "document", "tokens", "loss")]
     four_times = ValidationSums.collect(*(np.tile(part, 4) for part in parts))
     assert mean_loss(four_times) == mean_loss(once)
+    some_twice = ValidationSums.collect(*(np.append(part, part[:9]) for part in parts))
+    assert mean_loss(some_twice) == mean_loss(once)
     assert four_times.num_samples == once.num_samples == len(owner)
 
 
@@ -166,10 +168,23 @@ def test_halves_are_a_function_of_the_document_alone():
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 50_000, size) for size in rng.integers(1, 300, 4000)]
     halves = [half_of(fingerprint(tokens)) for tokens in documents]
-    assert halves == [half_of(fingerprint(tokens.astype(np.uint16).tolist())) for tokens in documents]
+    for kind in (np.uint16, np.int32, ">i8"):
+        assert halves == [half_of(fingerprint(tokens.astype(kind))) for tokens in documents]
+    assert halves == [half_of(fingerprint(tokens.tolist())) for tokens in documents]
     assert halves.count("selection") == pytest.approx(2000, abs=4 * math.sqrt(1000))
     assert half_of("a document") in ("selection", "report")
     assert [half_of(bytes([value])) for value in range(4)] == ["report", "report", "selection", "selection"], "for ever"
+
+
+def test_documents_of_a_sample_that_err_against_each_other_leave_the_error_of_documents():
+    """The products of their influences sum to less than nothing, and are left out."""
+    loss = np.array([30.0, 10.0, 28.0, 12.0])
+    exact, drawn = (ValidationSums.collect([0, 0, 1, 1], range(4), [10] * 4, loss, draws=draws) for draws in (0, 2))
+    assert mean_loss(drawn) == mean_loss(exact) and mean_loss(drawn).error > 0
+
+
+def test_one_document_that_holds_nearly_all_leaves_a_degree_of_freedom():
+    assert mean_loss(ValidationSums.collect([0, 1], [0, 1], [10_000, 1], [30_000.0, 2.0])).degrees == 1
 
 
 @pytest.mark.filterwarnings("error")

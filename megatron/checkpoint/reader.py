@@ -131,17 +131,16 @@ class CheckpointReader:
         flat = data.detach() if is_direct else torch.empty(data.numel())
         saved_size = self._tp_size(name, kind)
         for part in spec.rectangles(tp_rank, tp_size, first, first + data.numel(), saved_size=saved_size):
-            rank = part.rank if spec.dim is not None else 0
             runs = flat.as_strided(
                 (part.rows, part.width), (part.stride, 1), flat.storage_offset() + part.start - first
             )
             if part.rows > 1 and part.width == part.source_stride:  # all of the rows there
                 block = torch.empty(part.rows * part.width)
-                self._fill((kind, name, rank), part.source_start, block)
+                self._fill((kind, name, part.rank), part.source_start, block)
                 runs.copy_(block.view(runs.shape))
                 continue
             for row in range(part.rows):
-                self._fill((kind, name, rank), part.source_start + row * part.source_stride, runs[row])
+                self._fill((kind, name, part.rank), part.source_start + row * part.source_stride, runs[row])
         if not is_direct:
             data.copy_(flat)
 

@@ -194,9 +194,9 @@ def _first_usable(
         if reasons := reason or ", ".join(complaints_of(path)):
             skipped.append(f"{path.name} ({reasons})")
             continue
-        if not skipped and (path, "") == _named(load):  # later ones: somebody went back, or `latest` is damaged
+        if (path, "") == _named(load):  # later ones: somebody went back, or `latest` is damaged
             later = [tag for tag in tag_folders(load) if step_of(tag) > step_of(path)]
-            skipped = [f"{tag.name} (`{LATEST}` names {path.name})" for tag in later]
+            skipped += [f"{tag.name} (`{LATEST}` names {path.name})" for tag in later]
         return Selection(path, read_manifest(path), tuple(skipped))
     there = [tag.name for tag in tag_folders(load)][-4:]
     others = f" (there: {', '.join(there)})" if there else ""

@@ -57,7 +57,6 @@ def set_back(run_dir: Path, tag: Path) -> list[str]:
             path.rename(_free_name(run_dir / ABANDONED, path.name))
         if is_stale:
             replace_file(run_dir / LATEST, tag.name)
-        (run_dir / NEXT).unlink(missing_ok=True)
     except OSError as error:
         raise Failure(
             f"{error.filename or run_dir} could not be changed ({error.strerror or error})",
@@ -82,7 +81,7 @@ def remove_old_checkpoints(run_dir: Path, *, keep_last: int, keep: set[int | Non
     known = [(tag, manifest.get("run_id")) for tag, manifest in newest_first(run_dir) if manifest is not None]
     own = [tag for tag, run_id in known if run_id in (None, known[0][1])]  # format 1 had no run ids
     lines: list[str] = []
-    for tag in own[max(1, keep_last) :]:
+    for tag in own[keep_last:]:
         if step_of(tag) not in keep:
             with _errors_said(tag, lines):
                 delete_tag(tag)

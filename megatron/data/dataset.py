@@ -203,8 +203,8 @@ def build_dataset(
     if num_samples is not None:
         choices = blend_order(weights, num_samples)
         total = np.sum(weights, dtype=np.float64)  # Python's sum() rounds otherwise from 3.12 on; the order must not
-        shares = [math.ceil(num_samples * (weight / total) * _HEADROOM) for weight in weights]
-        needed = [max(1, *parts) for parts in zip(shares, np.bincount(choices, minlength=len(pairs)).tolist())]
+        # Never fewer than blend_order draws, which are below share + 1.
+        needed = [math.ceil(num_samples * (weight / total) * _HEADROOM) for weight in weights]
     datasets = [
         GPTDataset(prefix, samples, seq_length, seed, name, cache_path) for (_, prefix), samples in zip(pairs, needed)
     ]
@@ -251,6 +251,6 @@ def unique_tokens(parts: Iterable[IndexedDataset]) -> int:
 
 
 def text_bytes_per_token(prefix: str) -> float | None:
-    """Return the bytes of original text per token (EOD tokens count, with 0 bytes), or None when not recorded."""
+    """Return the bytes of original text per token (EOD tokens count, with 0 bytes), or None: not recorded, or no text."""
     meta = read_meta(prefix) or {}
-    return meta["text_bytes"] / meta["tokens"] if meta.get("tokens") and meta.get("text_bytes") is not None else None
+    return meta["text_bytes"] / meta["tokens"] if meta.get("tokens") and meta.get("text_bytes") else None

@@ -131,8 +131,8 @@ class MaskedBound:
         return ", ".join(parts + ["antithetic"] * self.antithetic)
 
     def max_draws(self, length: int) -> int | None:
-        """A single token is always masked alone by an exact count: one draw says all."""
-        return 1 if length == 1 and self.mask == "exact_count" else None
+        """No limit; a single token is enumerated (:func:`for_length`)."""
+        return None
 
     def draws(self, length: int, *, key: str, start: int, count: int) -> Draws:
         """See :class:`Estimator`; ``passes`` is 2 for antithetic draws, else 1."""
@@ -237,8 +237,8 @@ class RandomOrder:
     kind: ClassVar[str] = "bound"
 
     def max_draws(self, length: int) -> int | None:
-        """A single token has one order."""
-        return 1 if length == 1 else None
+        """No limit; a single token is enumerated (:func:`for_length`)."""
+        return None
 
     def draws(self, length: int, *, key: str, start: int, count: int) -> Draws:
         """See :class:`Estimator`; ``passes`` is ``length``."""

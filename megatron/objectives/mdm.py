@@ -309,7 +309,7 @@ class MaskedDiffusion:
         batch, seq_length = t.shape
         length = self.span(seq_length)
         pair, is_second = divmod(self.draw, 2)
-        if self.is_evaluation and 2 * pair + 1 < self.num_draws:
+        if 2 * pair + 1 < self.num_draws:
             t = 1 - t / 2 if is_second else t / 2
         counts = np.minimum(1 + np.floor(t[:, ::length] * length), length).astype(np.int64)
         is_masked = np.zeros((*counts.shape, length), dtype=bool)

@@ -169,7 +169,7 @@ class UniformDiffusion:
             share, weight = (float(of(Linear(), np.asarray(t))) for of in (mask_probability, bound_weight))
             return random.integers(self.vocab_size, size=length), random.random(length) < share, inner(share), weight
         pair, is_second = divmod(self.draw, 2)
-        if self.is_evaluation and 2 * pair + 1 < self.num_draws:  # two draws at t/2 and 1 − t/2 noise every position
+        if 2 * pair + 1 < self.num_draws:  # two draws at t/2 and 1 − t/2 noise every position
             t = 1 - t / 2 if is_second else t / 2
         random = noise.generator(self.seed + pair, noise.Purpose.NOISE, sample_id)
         return noise_by_count(random, t, length, vocab_size=self.vocab_size, is_second=bool(is_second))

@@ -35,7 +35,7 @@ def tag(tmp_path: Path) -> Path:
         Fragment("weight", name, rank, 2, first, spec.shard(FULL[name], rank, 2).reshape(-1)[first:last])
         for name, spec in SPECS.items()
         for rank in range(2)
-        for first, last in itertools.pairwise((0, 5, 6, 18))
+        for first, last in itertools.pairwise((0, 5, 10, 18))  # as text, 10 comes before 5
     ]
     state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
     return Saving(tmp_path, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
@@ -110,6 +110,17 @@ def test_keys_are_listed_by_the_kinds_that_a_fragment_has() -> None:
     assert sorted(ungrouped(grouped(keys))) == sorted(keys)
 
 
+def test_shards_that_no_split_makes_are_refused(tmp_path: Path) -> None:
+    config = parse(["--model", "7M", "--train-samples", "8", "--seq-length", "8"], objective="ar")
+    state = {"step": 1, "consumed_samples": 0, "optimizer_steps": 0, "config": config}
+    for size in (5, 16):
+        fragments = [Fragment("weight", "w", rank, size, 0, torch.zeros(36)) for rank in range(size)]
+        run_dir = tmp_path / str(size)
+        found = Saving(run_dir, fragments=fragments, specs=SPECS, state=state, context=ParallelContext()).publish()
+        with pytest.raises(UserError, match="has no weight of w"):
+            CheckpointReader(found).tensor("w")
+
+
 def test_kinds_that_this_version_does_not_know_are_left_alone(tmp_path: Path) -> None:
     """DESIGN names momentum and ema; a checkpoint that has them loads here."""
     tag = save(tmp_path, 7)
@@ -136,6 +147,9 @@ def test_what_is_not_there_is_named(tag: Path) -> None:
         found.tensor("v")
     with pytest.raises(UserError, match="has no exp_avg of w"):
         found.tensor("w", "exp_avg")
+    found.specs["w"] = ShardSpec((2**50, 3), 0, (2**50,))
+    with pytest.raises(UserError, match="weight of w has 36 of"):  # no memory is taken for what is not there
+        found.tensor("w")
     shard = tag / "shard-00000.safetensors"
     whole = shard.read_bytes()
     for damaged in (b"", b"?", b"\xff" * 8, whole[:60], (9).to_bytes(8, "little") + b"[" * 9, whole[:-4], None):

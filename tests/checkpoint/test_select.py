@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.files import LATEST, MANIFEST, NEXT, read_manifest, write_manifest
+from megatron.checkpoint.files import BEST, LATEST, MANIFEST, NEXT, complaints, read_manifest, write_manifest
 from megatron.checkpoint.select import Selection, agree_on_checkpoint, select
+from megatron.config.schema import AVERAGE, WEIGHT
 from megatron.errors import UserError
 from megatron.parallel.context import ParallelContext
 from tests.checkpoint.saved import save, value
@@ -43,6 +44,13 @@ def test_without_latest_newest_is_what_was_written_last(run_dir: Path) -> None:
     save(run_dir, 15)
     (run_dir / LATEST).unlink()
     assert value(select(run_dir)) == 15
+
+
+def test_what_cannot_be_dated_is_said_before_a_dated_one_is_taken(run_dir: Path) -> None:
+    (run_dir / LATEST).unlink()
+    (run_dir / "global_step10" / MANIFEST).write_text("?")
+    found = select(run_dir)
+    assert value(found) == 30 and [line.split(" (")[0] for line in found.skipped] == ["global_step10"]
 
 
 def test_checkpoints_of_format_1_go_by_their_step(run_dir: Path) -> None:
@@ -104,8 +112,11 @@ def test_fields_of_wrong_types_are_damage_even_where_the_checksum_is_right(
 def test_no_flip_of_a_bit_of_the_position_is_believed(run_dir: Path) -> None:
     """FAULTS A12: consumed_samples 120 became 40 and the run resumed with other data."""
     path = run_dir / "global_step30" / MANIFEST
-    path.write_text(path.read_text().replace('"consumed_samples": 240', '"consumed_samples": 140'))
-    assert "fails its own checksum" in select(run_dir).skipped[0]
+    whole = path.read_text()
+    for right, wrong in (('"consumed_samples": 240', '"consumed_samples": 140'), ('"format": 2', '"format": 1')):
+        assert right in whole
+        path.write_text(whole.replace(right, wrong))
+        assert "fails its own checksum" in select(run_dir).skipped[0]
 
 
 @pytest.mark.parametrize("text", ["global_step40", "", "../elsewhere", "global_step", "\udcff"])
@@ -138,6 +149,18 @@ def test_a_tag_that_is_asked_for_is_used_or_refused(run_dir: Path) -> None:
     (run_dir / LATEST).unlink()
     with pytest.raises(UserError, match="no file latest"):
         select(run_dir, "latest")
+
+
+def test_the_best_is_that_of_its_validation_with_the_weights_that_it_judged(run_dir: Path) -> None:
+    for more, weights in (({}, WEIGHT), ({"weights": AVERAGE}, AVERAGE)):
+        (run_dir / BEST).write_text(json.dumps({"step": 20, **more}))
+        found = select(run_dir, "best")
+        assert value(found) == 20 and found.weights == weights
+    assert select(run_dir).weights == WEIGHT
+    for text in ('{"step": 25}', "{}", "?"):
+        (run_dir / BEST).write_text(text)
+        with pytest.raises(UserError, match="keeps no checkpoint of its best validation"):
+            select(run_dir, "best")
 
 
 def test_a_deepspeed_checkpoint_is_called_by_its_name(tmp_path: Path) -> None:
@@ -173,8 +196,11 @@ BOARDS = {3: ([None] * 3, threading.Barrier(3))}
 
 def test_ranks_agree_on_the_answer_of_one_process(run_dir: Path) -> None:
     """Also on errors, and though every rank reads other files."""
-    shard = run_dir / "global_step30" / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    tag, first, second = run_dir / "global_step30", "shard-00000.safetensors", "shard-00001.safetensors"
+    manifest = read_manifest(tag)
+    write_manifest(tag, {**manifest, "files": dict.fromkeys((first, second), manifest["files"][first])})
+    (tag / second).write_bytes((tag / first).read_bytes()[:-1] + b"?")
+    assert [len(list(complaints(tag, part=part, parts=3))) for part in range(3)] == [0, 1, 0]
     (run_dir / "global_step20" / MANIFEST).write_text("?")
 
     def ask(load: Path, tag: str | None) -> list[object]:

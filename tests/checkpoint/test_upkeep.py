@@ -87,10 +87,24 @@ def test_old_checkpoints_go_by_branch_and_run(tmp_path: Path) -> None:
     assert [tag.name for tag in tag_folders(run_dir)][:3] == ["global_step80", "global_step60", "global_step50"]
 
 
+def test_what_latest_names_is_kept_though_others_were_written_later(run_dir: Path) -> None:
+    (run_dir / LATEST).write_text("global_step20")
+    remove_old_checkpoints(run_dir, keep_last=1, keep=set())
+    assert names(run_dir) == ["global_step20", LATEST]
+
+
 def test_checkpoints_from_before_run_ids_belong_to_the_run_that_continues_them(run_dir: Path) -> None:
     save(run_dir, 50, run_id="new")
     remove_old_checkpoints(run_dir, keep_last=2, keep=set())
     assert [tag.name for tag in tag_folders(run_dir)] == ["global_step50", "global_step40"]
+
+
+def test_of_a_link_to_a_checkpoint_the_link_alone_is_deleted(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "global_step10").rename(tmp_path / "global_step10")
+    (run_dir / "global_step10").symlink_to(tmp_path / "global_step10")
+    remove_old_checkpoints(run_dir, keep_last=1, keep=set())
+    assert names(run_dir) == ["global_step40", LATEST]
+    assert value(select(tmp_path / "global_step10")) == 10
 
 
 def test_what_cannot_be_deleted_is_said_and_no_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +114,7 @@ def test_what_cannot_be_deleted_is_said_and_no_error(run_dir: Path, monkeypatch:
     monkeypatch.setattr(shutil, "rmtree", refuse)
     lines = remove_old_checkpoints(run_dir, keep_last=2, keep=set())
     assert len(lines) == 2 and "Device or resource busy" in lines[0] and "global_step20" in lines[0]
+    assert [(run_dir / f"global_step{step}" / MANIFEST).exists() for step in (10, 20, 30)] == [False, False, True]
     assert value(select(run_dir)) == 40
 
 
@@ -129,6 +144,7 @@ def test_leftovers_of_kills_are_swept(run_dir: Path) -> None:
 def test_what_is_not_ours_stays(run_dir: Path) -> None:
     (run_dir / "global_step50.saving").mkdir()
     (run_dir / "global_step50.saving" / "thesis.tex").touch()
+    (run_dir / "global_step60.saving" / "shard-00001.safetensors").mkdir(parents=True)
     (run_dir / "global_step7").mkdir()
     (run_dir / "global_step7" / "mp_rank_00_model_states.pt").touch()
     (run_dir / "notes.tmp").touch()
@@ -136,7 +152,19 @@ def test_what_is_not_ours_stays(run_dir: Path) -> None:
     before = names(run_dir)
     lines = sweep_leftovers(run_dir)
     assert names(run_dir) == before
-    assert len(lines) == 2 and "it holds thesis.tex" in lines[0] and "mp_rank_00_model_states.pt" in lines[1]
+    assert len(lines) == 3 and "it holds shard-00001" in lines[0] and "it holds thesis.tex" in lines[1]
+    assert "mp_rank_00_model_states.pt" in lines[2]
+
+
+def test_a_save_whose_files_are_not_whole_is_not_completed(run_dir: Path) -> None:
+    saving = run_dir / "global_step50.saving"
+    shutil.copytree(run_dir / "global_step40", saving)
+    (saving / "shard-00000.safetensors").write_bytes(b"half")
+    (run_dir / NEXT).write_text("global_step50")
+    before = names(run_dir)
+    sweep_leftovers(run_dir)
+    assert names(run_dir) == [name for name in before if name not in (saving.name, NEXT)]
+    assert value(select(run_dir)) == 40
 
 
 def test_a_newest_checkpoint_that_lost_its_manifest_is_not_swept(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -54,6 +55,55 @@ def test_the_second_save_of_a_step_replaces_the_first(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [tag.name, "latest"]
 
 
+def test_what_a_name_promises_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def name_of(path: str | Path) -> str:
+        return re.sub(r"^\.(.*)\.[0-9]+\.[0-9a-f]{8}\.tmp$", r"\1", Path(path).name)  # a temporary one: what it becomes
+
+    def note_fsync(descriptor: int) -> None:
+        done.append(name_of(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        done.append(f"-> {target.name}")
+        replace(source, target)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        done.append(f"-> {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    save(tmp_path, 1.0)
+    tag, saving = "global_step5", "global_step5.saving"
+    assert done == ["shard-00000.safetensors", "manifest.json", "-> manifest.json", saving,
+                    "latest.next", "-> latest.next", tmp_path.name, f"-> {tag}", "-> latest"]  # fmt: skip
+
+
+def test_shards_that_an_interrupted_save_of_more_ranks_left_are_not_of_the_tag(tmp_path: Path) -> None:
+    scratch = tmp_path / "global_step5.saving"
+    scratch.mkdir()
+    (scratch / "shard-00001.safetensors").write_bytes(b"half")
+    tag = save(tmp_path, 1.0)
+    assert sorted(path.name for path in tag.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+
+
+def test_a_disk_that_takes_parts_of_a_block_gets_all_of_it() -> None:
+    class Slow:
+        taken = b""
+
+        def write(self, data: memoryview) -> int:
+            self.taken += bytes(data[:3])
+            return min(3, len(data))
+
+    file = Slow()
+    writer._write_all(file, memoryview(b"eleven bytes"))  # type: ignore[arg-type]
+    assert file.taken == b"eleven bytes"
+
+
 @pytest.mark.parametrize("refused", ["", ".saving"], ids=["old one out", "new one in"])
 def test_a_save_that_cannot_take_the_place_puts_the_old_one_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
@@ -100,6 +150,7 @@ IS_STORM = os.environ.get("STORM") == "1"
 def test_a_file_is_that_of_the_library_and_hashed_as_it_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {f"b/é{size}": torch.randn(size, 3).to(dtype) for size in (1, 7, 500_000)}
     tensors |= {"a/empty": torch.empty(0, dtype=dtype), "a/transposed": torch.randn(5, 4).to(dtype).t()}
+    tensors |= {"z/wider": torch.arange(3)}  # which comes first
     for metadata in (None, {"format": "pt"}):
         checksum = writer.save_file(tensors, tmp_path / "ours", metadata)
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -147,6 +198,14 @@ def test_a_save_beside_the_training_holds_what_was_there_when_it_began(
         assert (tag / shard).read_bytes() == (tmp_path / "waited" / tag.name / shard).read_bytes()
         manifests = [CheckpointReader(tmp_path / name / tag.name).manifest for name in ("waited", "beside")]
         assert {**manifests[0], "saved_at": 0, "sha256": 0} == {**manifests[1], "saved_at": 0, "sha256": 0}
+
+
+def test_host_memory_grows_with_what_is_saved() -> None:
+    """Of a run whose first save came before its moments."""
+    staging, data = Staging(), torch.arange(4.0)
+    for kinds in (["weight"], ["weight", "exp_avg"]):
+        copied, _ = staging.copy([Fragment(kind, "w", 0, 1, 0, data) for kind in kinds])
+        assert [part.tolist() for part in copied.values()] == [data.tolist()] * len(kinds)
 
 
 def save_beside_and_die(run_dir: Path, number: int) -> None:

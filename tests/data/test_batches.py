@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import resource_sharer
@@ -50,22 +51,33 @@ class Slow(Workers):
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "HUP"])
 def test_a_stop_of_the_whole_group_does_not_end_a_process_that_starts(name: str, tmp_path: Path) -> None:
-    workers = Slow(tmp_path)
-    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=workers), workers) as batches:
+    workers, begun = Slow(tmp_path), []
+
+    def stop() -> None:  # the trainer waits for those that start
         while len(pids := [path.name for path in tmp_path.iterdir()]) < 2:
             time.sleep(0.01)
+        begun.append(workers.have_begun)
         subprocess.run(["kill", f"-{name}", *pids], check=True)  # by another process than the trainer, as a launcher
-        assert [len(batch) for batch in batches] == [2, 2, 2, 2]
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with Batches(DataLoader(Numbers(), batch_size=2, num_workers=2, worker_init_fn=workers), workers) as batches:
+        thread.join()
+        assert [len(batch) for batch in batches] == [2, 2, 2, 2] and begun == [False]
 
 
-@pytest.mark.parametrize("seconds", [0, 1], ids=["while it works", "while it starts"])
-def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "make"),
+    [(0, "torch.tensor"), (0, "lambda index: time.sleep(3600)"), (1, "torch.tensor")],
+    ids=["while it waits", "while it works", "while it starts"],
+)
+def test_a_process_ends_with_a_trainer_that_is_killed(seconds: int, make: str, tmp_path: Path) -> None:
     """Also with one that was killed before the process could look who its trainer is."""
     program = f"""
-import os, sys, time, pathlib
+import os, sys, time, pathlib, torch
 from torch.utils.data import DataLoader
 from data.test_batches import Numbers
-from megatron.data.batches import Workers
+from megatron.data.batches import Batches, Workers
 
 class Starting(Workers):
     def __call__(self, worker):
@@ -73,7 +85,8 @@ class Starting(Workers):
         time.sleep({seconds})
         super().__call__(worker)
 
-loader = iter(DataLoader(Numbers(), num_workers=2, worker_init_fn=Starting()))
+workers = Starting()
+batches = Batches(DataLoader(Numbers({make}), num_workers=2, worker_init_fn=workers), workers)
 time.sleep(3600)
 """
     path = os.pathsep.join([str(REPO), str(REPO / "tests")])

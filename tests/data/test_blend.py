@@ -65,8 +65,9 @@ def test_proportions_hold_at_every_point() -> None:
 
 
 def test_more_than_256_data_sets() -> None:
-    order = blend_order([1.0] * 300, 900)
-    assert np.bincount(order, minlength=300).tolist() == [3] * 300
+    for count in (257, 300):
+        order = blend_order([1.0] * count, 3 * count)
+        assert np.bincount(order, minlength=count).tolist() == [3] * count
 
 
 def test_random_access() -> None:
@@ -147,6 +148,10 @@ def test_bytes_per_token_come_from_the_meta(make_data) -> None:
     Path(two + ".meta.json").write_text('{"tokens": 50, "text_bytes": 100}')
     mixed = build_dataset(["1", one, "3", two], num_samples=400, seq_length=8, seed=5, name="x")
     assert mixed.text_bytes_per_token == pytest.approx(0.25 * 4 + 0.75 * 2)
+    whole = build_dataset(["1", one, "3", two], num_samples=None, seq_length=8, seed=5, name="x")
+    assert whole.text_bytes_per_token == pytest.approx(3), "what is read, whatever the weights say"
+    Path(two + ".meta.json").write_text('{"tokens": 50, "text_bytes": 0}')
+    assert build_dataset([two], num_samples=4, seq_length=8, seed=5, name="x").text_bytes_per_token is None
 
 
 def test_data_path_files(tmp_path: Path) -> None:
@@ -164,6 +169,8 @@ def test_data_path_files(tmp_path: Path) -> None:
         (tmp_path / "paths").write_text(text)
         with pytest.raises(ValueError, match=rf"paths: {problem}; it must hold one line"):
             read_data_path_file(tmp_path / "paths")
+    (tmp_path / "paths").write_bytes(b"\xef\xbb\xbf0.3 a 0.7 b")  # as some editors write it
+    assert parse_blend(read_data_path_file(tmp_path / "paths")) == [(0.3, "a"), (0.7, "b")]
     with pytest.raises(ValueError, match=r"cannot read the data path file .*absent"):
         read_data_path_file(tmp_path / "absent")
 

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from megatron.data import identity
-from megatron.data.identity import check_apart, check_vocabulary, data_fingerprint, tokenizer_fingerprint, verify_data
+from megatron.data.identity import (
+    check_apart,
+    check_tokenizer,
+    check_vocabulary,
+    data_fingerprint,
+    selection_half,
+    tokenizer_fingerprint,
+    verify_data,
+)
 from megatron.data.indexed import DamagedData, IndexedDataset
 from megatron.data.prepare.bpe_training import train_bpe
 from megatron.data.prepare.preprocess import PreprocessOptions, preprocess
@@ -22,6 +30,7 @@ from megatron.data.prepare.subset import Selection, subset_indexed
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, Tokenizer, gpt2_bpe, hf_tokenizer, tokenizer_from_spec
 from megatron.errors import UserError
 from megatron.files import sha256_of
+from megatron.statistics import fingerprint, half_of
 
 TEXTS = ["one two three", "four five", "größer 第 six"]
 
@@ -82,6 +91,57 @@ def test_data_are_known_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (records[0]["documents"], records[0]["tokens"]) == (3, IndexedDataset(prefix).num_tokens)
     assert records[0]["idx_sha256"] == sha256_of(prefix + ".idx") != records[1]["idx_sha256"]
     assert json.loads(json.dumps(records)) == records
+
+
+class Vocabulary(NullTokenizer):
+    """A tokenizer of these tokens."""
+
+    def __init__(self, **ids: int) -> None:
+        super().__init__(len(ids))
+        self._ids = ids
+
+    def vocabulary(self) -> dict[str, int]:
+        return self._ids
+
+
+def test_tokens_that_stand_for_no_text_can_be_left_out() -> None:
+    plain, masked = Vocabulary(a=0, b=1), Vocabulary(a=0, b=1, mask=2)
+    assert tokenizer_fingerprint(masked, without={2}) == tokenizer_fingerprint(plain) != tokenizer_fingerprint(masked)
+
+
+def test_a_tokenizer_is_compared_by_what_is_known_of_the_recorded_one() -> None:
+    own = Vocabulary(a=0, b=1)
+    for known in ({}, {"vocab_size": 2}, {"vocab_size": 2, "fingerprint": tokenizer_fingerprint(own)}):
+        check_tokenizer(own, known)
+    for other in ({"vocab_size": 3}, {"vocab_size": 2, "fingerprint": "other"}):
+        with pytest.raises(UserError, match="is not the tokenizer of the run"):
+            check_tokenizer(own, other)
+
+
+def test_tokens_all_over_a_long_file_are_compared(make_data: Callable[..., str]) -> None:
+    prefix = make_data("x", [300_000])
+    (before,) = data_fingerprint([prefix])
+    for place in (0, 150_000, 299_999):
+        raw = bytearray(Path(f"{prefix}.bin").read_bytes())
+        raw[4 * place] ^= 1
+        Path(f"{prefix}.bin").write_bytes(raw)
+        (now,) = data_fingerprint([prefix])
+        assert now["idx_sha256"] == before["idx_sha256"] and now["bin_sample"] != before["bin_sample"]
+        before = now
+
+
+def test_halves_of_several_parts_stand_one_after_the_other(make_data: Callable[..., str]) -> None:
+    parts = [IndexedDataset(make_data(name, sizes)) for name, sizes in (("x", [3, 4, 5, 6, 7]), ("y", [9, 8, 2, 1]))]
+    documents = [part[index] for part in parts for index in range(len(part))]
+    assert selection_half(*parts).tolist() == [half_of(fingerprint(tokens)) == "selection" for tokens in documents]
+
+
+def test_where_fingerprints_are_known_they_decide_alone(tmp_path: Path, bpe: Tokenizer) -> None:
+    train, valid = encode(tmp_path, "train", bpe), encode(tmp_path, "valid", bpe)
+    path = Path(f"{valid}.meta.json")
+    meta = {**json.loads(path.read_text()), "eod_id": 1}  # as of a version that ended documents otherwise
+    path.write_text(json.dumps({name: value for name, value in meta.items() if name != "sha256"}))
+    check_vocabulary([train], [valid], vocab_size=270)
 
 
 def test_validation_data_of_another_tokenizer_are_refused(tmp_path: Path, bpe: Tokenizer) -> None:

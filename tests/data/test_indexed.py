@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data import indexed
 from megatron.data.indexed import DamagedData, IndexedDataset, read_meta
 from megatron.errors import UserError
 
@@ -47,6 +48,16 @@ def test_bin_of_wrong_length_gives_expected_and_found(make_data, change: int, fo
     with open(prefix + ".bin", "r+b") as file:
         file.truncate(400 + change)
     with pytest.raises(ValueError, match=rf"x\.bin has {found} bytes; its index says 400 bytes.*; copy"):
+        IndexedDataset(prefix)
+
+
+def test_an_index_ends_with_the_documents_or_a_mode_for_each(make_data) -> None:
+    prefix = make_data("x", [60, 40])
+    raw = Path(prefix + ".idx").read_bytes()
+    Path(prefix + ".idx").write_bytes(raw + bytes(2))  # as Megatron-Core writes some
+    assert len(IndexedDataset(prefix)) == 2
+    Path(prefix + ".idx").write_bytes(raw + bytes(3))
+    with pytest.raises(DamagedData, match="of another data set"):
         IndexedDataset(prefix)
 
 
@@ -133,10 +144,40 @@ def test_a_size_moved_to_its_neighbour_is_named(make_data) -> None:
         IndexedDataset(prefix)
 
 
-def test_a_document_list_out_of_order_is_refused(make_data) -> None:
+def test_a_range_beyond_a_document_is_no_range(make_data) -> None:
+    data = IndexedDataset(make_data("x", [3, 4, 5]))
+    assert data.get(1, 1, 3).tolist() == [4, 5, 6] and data.get(1, 4).tolist() == []
+    for offset, length in ((-1, 2), (0, 5), (2, -1), (5, None)):
+        with pytest.raises(IndexError, match="of document 1, which has 4 tokens"):
+            data.get(1, offset, length)
+
+
+def test_documents_are_checked_chunk_by_chunk(make_data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "_CHUNK", 2)
+    prefix = make_data("x", [3, 4, 5, 6, 7])
+    assert len(IndexedDataset(prefix)) == 5
+    raw = bytearray(Path(prefix + ".idx").read_bytes())
+    raw[34 + 20 + 24 : 34 + 20 + 32] = np.int64(40).tobytes()
+    Path(prefix + ".idx").write_bytes(raw)
+    with pytest.raises(DamagedData, match="document 3 of 6 tokens at byte 40"):
+        IndexedDataset(prefix)
+
+
+def test_a_negative_size_is_named_though_all_adds_up(make_data) -> None:
     prefix = make_data("x", [3, 4, 5])
     raw = bytearray(Path(prefix + ".idx").read_bytes())
-    raw[-16:-8] = np.int64(7).tobytes()
+    raw[34:46] = np.array([8, -2, 6], np.int32).tobytes()
+    raw[46:70] = np.array([0, 32, 24], np.int64).tobytes()
+    Path(prefix + ".idx").write_bytes(raw)
+    with pytest.raises(DamagedData, match="document 1 of -2 tokens"):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("documents", [[0, 1, 7, 3], [1, 1, 2, 3], [0, 2, 1, 3], [0, 1, 2, 2]])
+def test_a_document_list_out_of_order_is_refused(make_data, documents: list[int]) -> None:
+    prefix = make_data("x", [3, 4, 5])
+    raw = bytearray(Path(prefix + ".idx").read_bytes())
+    raw[-32:] = np.array(documents, np.int64).tobytes()
     Path(prefix + ".idx").write_bytes(raw)
     with pytest.raises(DamagedData, match=r"document list of .*x\.idx is out of order"):
         IndexedDataset(prefix)

@@ -95,6 +95,12 @@ def test_last_epoch_is_kept_apart_below_80_percent(num_samples: int, num_epochs:
     assert sorted(maps.document_order.tolist()) == sorted(list(range(20)) * num_epochs)
 
 
+@pytest.mark.parametrize(("from_last", "is_apart"), [(79, True), (80, False)])
+def test_the_share_of_the_last_epoch_is_80_percent(from_last: int, is_apart: bool) -> None:
+    plan = plan_order(tokens_per_epoch=1001, num_samples=100 + from_last, seq_length=10, seed=0)
+    assert plan.num_epochs == 2 and plan.separate_last_epoch == is_apart
+
+
 def test_one_epoch_is_read_once(make_data) -> None:
     prefix = make_data("x", [13, 50, 1, 40])
     dataset = GPTDataset(prefix, None, 10, 3)

@@ -99,6 +99,7 @@ def test_what_killed_builders_of_other_maps_left_is_swept(make_data, tmp_path: P
     assert not left[0].exists() and left[1].exists()  # a young one may be somebody's work
 
 
+@pytest.mark.filterwarnings("error")
 def test_without_locks_the_rename_alone_is_safe(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two builders at once: the second finds the finished folder when it renames, and uses it."""
     sizes = IndexedDataset(make_data("x", [30, 40, 50])).sizes
@@ -192,6 +193,25 @@ def test_a_cache_that_another_user_made_in_the_temporary_folder_is_not_used(
     with pytest.warns(UserWarning, match=r"tmp/c is not used: it belongs to user \d+, in a folder where everyone may"):
         data = GPTDataset(prefix, 20, 10, 1, cache_path=str(shared / "c"))
     assert str(tmp_path / "index-cache") in str(data.maps.sample_order.filename)  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cache_of_another_user_where_only_some_may_write_is_used(
+    make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a group's, beside its data; and one where everyone may make files but nobody may touch those of others."""
+    prefix = make_data("x", [30, 40, 50])
+    _, folder = cached(prefix, tmp_path / "c")
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    if owner == 0:
+        os.chown(tmp_path / "c", 12345, -1)  # root's own would be trusted
+    for mode in (0o775, 0o1777):
+        (tmp_path / "c").chmod(mode)
+        if mode == 0o1777:
+            monkeypatch.undo()
+        data = GPTDataset(prefix, 20, 10, 1, cache_path=str(tmp_path / "c"))
+        assert str(folder) in str(data.maps.sample_order.filename)  # type: ignore[attr-defined]
 
 
 def test_maps_made_under_an_open_umask_are_used_again(make_data, tmp_path: Path) -> None:

@@ -101,6 +101,26 @@ def test_the_loader_gives_what_is_asked_for(make_data: Callable[..., str], packi
     assert (left_out > 0) == (packing.eod_id is not None)
 
 
+def test_the_last_round_of_all_samples_is_filled_with_the_last_one(make_data: Callable[..., str]) -> None:
+    dataset = GPTDataset(make_data("d", SIZES), None, 16, seed=1)
+    share = Share(Axis(), 3, last_sample=len(dataset))
+    loader = build_loader(dataset, Autoregressive(), share, device=torch.device("cpu"), num_workers=0)
+    *_, (inputs, _) = loader
+    assert len(dataset) == 4 and inputs.sample_ids.tolist() == [3, 4, 5]
+    assert np.array_equal(inputs.input_ids.numpy(), np.stack([dataset[3][:-1]] * 3))
+
+
+@pytest.mark.parametrize("consumed", [0, 12])
+def test_ranks_share_the_stream_round_by_round(consumed: int) -> None:
+    """Micro-batch m of rank r begins at ``(m · dp + r) · micro`` behind what was consumed; the last round is filled up."""
+    ranks = [list(Share(Axis(rank, 3), 2, last_sample=40, first_sample=consumed)) for rank in range(3)]
+    for rank, micro_batches in enumerate(ranks):
+        first = [consumed + (number * 3 + rank) * 2 for number in range(-(-(40 - consumed) // 6))]
+        assert micro_batches == [[sample, sample + 1] for sample in first]
+    read = sorted(sample for own in ranks for micro_batch in own for sample in micro_batch)
+    assert read[: 40 - consumed] == list(range(consumed, 40)) and len(set(read)) == len(read)
+
+
 def flags(*words: object) -> DataConfig:
     shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "1", "--train-samples", "8"]
     return parse([*shape, *map(str, words)], objective="ar").data

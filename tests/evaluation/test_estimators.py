@@ -15,6 +15,7 @@ from megatron.evaluation.estimators import (
     MaskedBound,
     RandomOrder,
     for_length,
+    independent_standard_error,
     make_estimator,
     stratified_standard_error,
 )
@@ -172,6 +173,21 @@ def test_draw_shapes_and_counts() -> None:
     np.testing.assert_array_equal(np.bincount(sizes)[1:], np.full(8, 8))  # stratified m: each count equally often
 
 
+def test_errors_by_hand() -> None:
+    """Neighbours are those of the strata, whatever the order of the draws; the differences at both ends count twice."""
+    values, strata = np.array([5.0, 1.0, 2.0, 4.0]), np.array([0.9, 0.1, 0.3, 0.6])
+    assert stratified_standard_error(values, strata) == pytest.approx(math.sqrt((1 + 1 + 4 + 1 + 1) / 2) / 4)
+    assert stratified_standard_error(values[:2], strata[:2]) == pytest.approx(4 / 2)
+    assert independent_standard_error(values) == pytest.approx(math.sqrt((4 + 4 + 1 + 1) / 3) / 2)
+
+
+def test_antithetic_draws_run_over_half_of_the_times() -> None:
+    assert MaskedBound(antithetic=True).draws(7, key="q", start=0, count=64).strata.max() < 0.5
+    assert MaskedBound().draws(7, key="q", start=0, count=64).strata.max() > 0.9
+    mask, weight = MaskedBound()._mask(1.0, np.linspace(0, 0.9, 7))  # the other pass of a time of zero
+    assert mask.all() and weight == 1
+
+
 def test_stratified_error_ignores_the_trend() -> None:
     strata = np.linspace(0, 1, 64, endpoint=False)
     rng = np.random.default_rng(0)
@@ -185,8 +201,20 @@ def test_stratified_error_ignores_the_trend() -> None:
 def test_short_targets_are_enumerated() -> None:
     assert isinstance(for_length(MaskedBound(), 3, num_draws=7), EnumeratedBound)
     assert isinstance(for_length(MaskedBound(), 3, num_draws=6), MaskedBound)
+    assert isinstance(for_length(MaskedBound(antithetic=True), 3, num_draws=4), EnumeratedBound)
+    for estimator in (MaskedBound(), MaskedBound(mask="bernoulli"), RandomOrder()):
+        assert isinstance(for_length(estimator, 1, num_draws=1), EnumeratedBound)
     assert isinstance(for_length(RandomOrder(), 3, num_draws=3), EnumeratedBound)
     assert isinstance(for_length(LeftToRight(), 3, num_draws=99), LeftToRight)
+
+
+def test_names_choose_the_estimator() -> None:
+    chosen = {name: make_estimator(name).name for name in ESTIMATORS}
+    assert chosen == {
+        "exact-count": "exact-count, stratified", "exact-count-antithetic": "exact-count, stratified, antithetic",
+        "bernoulli": "bernoulli, stratified", "bernoulli-independent": "bernoulli, independent",
+        "left-to-right": "left-to-right chain rule", "random-order": "random-order chain rule",
+    }  # fmt: skip
 
 
 def test_errors_name_the_choices() -> None:

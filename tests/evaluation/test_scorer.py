@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.evaluation.adaptive import Question, RaceSettings, race, undecided
+from megatron.evaluation.adaptive import Question, RaceSettings, race, raced, undecided
 from megatron.evaluation.estimators import make_estimator
 from megatron.evaluation.requests import ResultCache, encode_pair, windows
 from megatron.evaluation.scorer import CausalScorer, MaskedScorer, Request
@@ -110,12 +110,23 @@ def test_a_pass_has_no_more_logits_than_fit_into_memory(monkeypatch) -> None:
     assert 0 < max(passes) <= 7
 
 
+class RememberingModel:
+    """A causal model whose logits depend on all that it saw."""
+
+    def __call__(self, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None) -> torch.Tensor:
+        seen = (input_ids * torch.arange(1, input_ids.shape[1] + 1)).cumsum(-1)
+        logits = torch.sin(seen[..., None] * torch.arange(1.0, 10.0))
+        return logits if positions is None else logits[positions]
+
+
 def test_over_long_contexts_lose_their_left_end() -> None:
     long = Request(tuple([1, 2] * 20), (3, 4, 5), "q")
     cut = Request(long.context[-11:], long.target, "q")
     estimator = make_estimator("exact-count")
     assert masked().score([long], estimator, num_draws=8) == masked().score([cut], estimator, num_draws=8)
-    causal = CausalScorer(CAUSAL, max_length=10)
+    causal = CausalScorer(RememberingModel(), max_length=10)
+    other = Request((8, *long.context[-7:]), long.target)  # whose first token is the last that is seen
+    assert causal.score([long])[0].value != causal.score([other])[0].value
     # Ten inputs: the last target is none of them, so eight context tokens fit beside three targets.
     assert causal.score([long])[0].value == causal.score([Request(long.context[-8:], long.target)])[0].value
 
@@ -201,6 +212,17 @@ def test_race_ranks_like_many_draws_and_stops_early() -> None:
     assert np.mean(draws) < 64
     assert min(draws) == 4
     assert max(draws) <= 128
+
+
+def test_a_race_keeps_to_its_budget_and_labels_what_it_drew() -> None:
+    twins = Question(tuple(Request((1,), (2, 3, 4, 5, 6), "q") for _ in range(2)))  # never decided
+    ((one, two),) = race(masked(), [twins], make_estimator("exact-count"), settings=RaceSettings(4, 6))
+    assert len(one.values) == len(two.values) == 6 and undecided(twins, [one, two], z=2.0) == {0, 1}
+    assert raced(one).kind == "ranking" and math.isnan(raced(one).standard_error)
+    short = Question(tuple(Request((1,), (token, 2), "q") for token in (3, 4)))
+    (tallies,) = race(masked(), [short], make_estimator("exact-count"), settings=RaceSettings(4, 6))
+    for tally in tallies:  # all masks
+        assert raced(tally).kind == "bound" and raced(tally).standard_error == 0
 
 
 def test_race_does_not_depend_on_other_questions() -> None:

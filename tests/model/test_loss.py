@@ -47,6 +47,13 @@ def test_token_losses_add_up_to_the_loss(output, targets):
     torch.testing.assert_close(losses.sum() / targets.num_tokens.sum(), loss.detach())
 
 
+def test_one_token_counts_as_one(output, targets):
+    one = Targets(targets.labels, torch.eye(3, 4) * torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([0]),
+                  torch.tensor([1.0, 0.0, 0.0]))  # fmt: skip
+    loss = KIND.reduce(output, one, ParallelContext())
+    assert loss.item() == pytest.approx(cross_entropy(output, targets)[0, 0].item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("num_tokens", [4.0, 0.0])
 def test_a_batch_with_nothing_in_the_loss(output, targets, num_tokens):
     """Also one whose tokens all end a document under --eod-mask-loss."""

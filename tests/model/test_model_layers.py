@@ -9,7 +9,7 @@ from plain_transformer import attention, causal, plain_logits, rms_norm, rotate_
 
 from megatron.config.schema import ModelConfig
 from megatron.config.shape import PRESETS, Shape, swiglu_width
-from megatron.model.arithmetic import parameters_for_compute
+from megatron.model.arithmetic import model_flops_per_token, parameters_for_compute
 from megatron.model.attention import RotaryEmbedding, SelfAttention, apply_rotary
 from megatron.model.batch import Inputs, Stream
 from megatron.model.block import MLP, Norm
@@ -117,6 +117,8 @@ def test_learned_positions_follow_their_tokens():
     direct = model.logits(Inputs(ids), Full())
     moved = model.logits(Inputs(ids.gather(1, order), order), Full())
     torch.testing.assert_close(moved, direct[:, order[0]], rtol=1e-4, atol=1e-4)
+    last = torch.full((1, 16), 16)  # of an order over seq + 1 tokens, which may come before others
+    assert model.logits(Inputs(ids, last), Full()).isfinite().all()
 
 
 def test_causal_logits_do_not_depend_on_later_tokens():
@@ -133,8 +135,10 @@ def test_recomputation_changes_nothing():
     ids = torch.randint(48, (2, 16))
     grads = []
     for recompute in (False, True):
-        model = GPTModel(make_config(), ParameterFactory(seed=5), recompute=recompute)
+        model, passes = GPTModel(make_config(), ParameterFactory(seed=5), recompute=recompute), []
+        model.layers[0].input_layernorm.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         F.cross_entropy(model.logits(Inputs(ids), Causal()).flatten(0, 1), ids.flatten()).backward()
+        assert len(passes) == 1 + recompute
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], msg=name)
@@ -179,6 +183,14 @@ def test_parameters_for_compute_are_the_matrices_that_there_are(more):
     parameters = GPTModel(shape, ParameterFactory.of_shapes()).named_parameters()
     matrices = sum(p.numel() for name, p in parameters if name.startswith("layers.") and p.dim() == 2)
     assert parameters_for_compute(shape, 100) == matrices + 3 * 6 * 96 + 100 * 96
+
+
+@pytest.mark.parametrize("changes", [{}, {"swiglu": False}, {"num_query_groups": 2}, {"kv_channels": 12}], ids=str)
+def test_flops_count_every_matrix_of_the_model(changes):
+    shape = make_config(**changes)
+    matrices = sum(p.numel() for p in GPTModel(shape, ParameterFactory()).parameters() if p.dim() == 2)
+    attention = 12 * 2 * 4 * shape.kv_channels * 16
+    assert model_flops_per_token(shape, mask=Full(), loss_fraction=1.0) == 6 * matrices + attention
 
 
 def test_published_sizes():

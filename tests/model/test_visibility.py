@@ -16,6 +16,7 @@ from megatron.model.attention import RotaryEmbedding
 from megatron.model.batch import Stream
 from megatron.model.block import TransformerBlock
 from megatron.model.mask import (
+    BlockCausal,
     BlockDiffusion,
     Causal,
     Full,
@@ -72,6 +73,9 @@ def test_a_mask_per_sample_is_causal_or_full():
 def test_block_diffusion_pair_by_pair(size):
     """Against the paper's three parts (arXiv 2503.09573): block-diagonal, offset block-causal, block-causal."""
     seq = 6
+    for mask in (BlockDiffusion(size), BlockDiffusion(size, causal=True)):
+        seen = visible_keys(mask, Stream(torch.zeros(1, 2 * seq, 1)))[0, 0]
+        assert keys_per_token(mask, seq) == pytest.approx(float(seen.sum()) / seq)
     seen = visible_keys(BlockDiffusion(size), Stream(torch.zeros(1, 2 * seq, 1)))[0, 0]
     for query in range(seq):
         for key in range(seq):
@@ -101,9 +105,9 @@ def test_segments_restrict_every_kind_pair_by_pair(kind):
 
 @pytest.mark.parametrize("kind", [Full(), Causal()], ids=str)
 def test_tiles_between_documents_are_skipped(kind):
-    """Documents of whole tiles: a sample computes its own tiles only."""
-    ids = torch.arange(4).repeat_interleave(TILE)
-    packed = Stream(torch.zeros(2, 4 * TILE, 1), segment_ids=torch.stack((ids, torch.zeros_like(ids))))
+    """Documents of whole tiles, the last one shorter: a sample computes its own tiles only."""
+    ids = torch.arange(4).repeat_interleave(TILE)[:-5]
+    packed = Stream(torch.zeros(2, 4 * TILE - 5, 1), segment_ids=torch.stack((ids, torch.zeros_like(ids))))
     blocks = visible_keys(WithinSegments(kind), packed, use_flex=True)
     assert isinstance(blocks, BlockMask)
     assert blocks.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1]
@@ -151,7 +155,7 @@ def test_blocks_and_dense_give_the_same_gradients(mask, length):
         assert (ours.float() - right).norm() / right.norm() < 0.02
 
 
-@pytest.mark.parametrize(("mask", "length"), MASKS, ids=str)
+@pytest.mark.parametrize(("mask", "length"), [*MASKS, (BlockDiffusion(4), 448), (BlockCausal(4), 200)], ids=str)
 def test_tiles_of_a_block_mask_cover_what_is_seen(mask, length):
     """The CUDA kernel skips tiles that are not listed and asks no rule in tiles that are listed as full."""
     dense, blocks = both_forms(mask, length)

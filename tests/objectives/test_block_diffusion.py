@@ -160,9 +160,11 @@ def test_predictions_see_neither_their_own_answer_nor_the_future():
 def test_evaluation_is_free_of_training_flags():
     tokens, ids = make_tokens(8), torch.arange(8)
     flags = ["--objective", "block_diffusion", "--block-size", "8"]
+    for estimator in ([], ["--valid-data-path", "x", "--valid-estimator", "bernoulli"]):
+        plain = prepare(make_objective(*flags, *estimator).for_eval(1, 2), tokens, ids)
+        for others in (["--noise-schedule", "cosine"], ["--independent-t"]):
+            assert_same_batch(prepare(make_objective(*flags, *estimator, *others).for_eval(1, 2), tokens, ids), plain)
     plain = prepare(make_objective(*flags).for_eval(1, 2), tokens, ids)
-    for others in (["--noise-schedule", "cosine"], ["--independent-t"]):
-        assert_same_batch(prepare(make_objective(*flags, *others).for_eval(1, 2), tokens, ids), plain)
     other = make_objective(*flags, seed=5, batch=4).for_eval(1, 2)
     assert_same_batch(prepare(other, tokens, ids), plain)
 

@@ -108,6 +108,14 @@ def test_two_draws_are_complementary(flags):
 
 
 @pytest.mark.parametrize("flags", DIFFUSION, ids=lambda flags: flags[1])
+def test_the_second_draw_of_a_time_of_zero_masks_every_token(monkeypatch, flags):
+    """1 − t/2 is 1 then, and no count above the length."""
+    monkeypatch.setattr(noise, "evaluation_times", lambda ids, **_: np.zeros(len(ids)))
+    is_masked, weights = make_objective(*flags).for_eval(1, 2).masks_and_weights(np.arange(3), 8)
+    assert is_masked[:, 0 if "--block-size" not in flags else slice(0, 8)].all() and (weights[is_masked] >= 1).all()
+
+
+@pytest.mark.parametrize("flags", DIFFUSION, ids=lambda flags: flags[1])
 def test_coins_are_still_there(flags):
     """``--valid-estimator bernoulli``: a coin a token at stratified times, also where training draws exact counts."""
     evaluated = make_objective(*flags, "--valid-data-path", "x", "--valid-estimator", "bernoulli").for_eval(1, 3)

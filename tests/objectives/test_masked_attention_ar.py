@@ -93,3 +93,8 @@ def test_evaluation_is_plain_ar():
     assert_same_batch(
         prepare(objective, make_tokens(2), torch.arange(2)), prepare(plain, make_tokens(2), torch.arange(2))
     )
+
+
+def test_without_a_ratio_it_is_refused():
+    with pytest.raises(ValueError, match="--randmask-ratio"):
+        make_objective("--objective", "masked_attention_ar", objective="ar")

@@ -122,6 +122,11 @@ def test_ar_ratio_with_no_masked_token_masks_nothing():
         assert not objective._mask(sample, 0.0, SEQ).any()  # not the whole row, as mask[-0:] would
 
 
+def test_times_are_independent_where_that_is_asked_for():
+    times = noise.diffusion_times(1234, np.arange(24), global_batch_size=8, scheme=2, stratified=False)
+    assert np.array_equal(make_objective("--independent-t").times(np.arange(24)), times)
+
+
 def test_low_noise_scales_t_in_the_first_iterations_only():
     plain, scaled = (
         make_objective(),
@@ -133,6 +138,9 @@ def test_low_noise_scales_t_in_the_first_iterations_only():
     assert np.allclose(after[:24], before[:24] * 0.25) and np.array_equal(after[24:], before[24:])
     with pytest.raises(UserError, match="--low-noise-iter would have no effect; it needs --low-noise-start"):
         make_objective("--low-noise-iter", "3")
+
+    default = make_objective("--low-noise-start")
+    assert (default.low_noise_samples, default.low_noise_ratio) == (1000 * 8, 0.5)
 
 
 TRAINING_FLAGS = [

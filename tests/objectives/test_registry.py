@@ -1,8 +1,12 @@
 """What holds for every objective of the registry, also for the next one."""
 
+import json
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from objective_helpers import (
@@ -16,6 +20,8 @@ from objective_helpers import (
     tiny_model,
 )
 
+from megatron.model.batch import Stream
+from megatron.model.visibility import visible_keys
 from megatron.objectives import OBJECTIVES, build_objective, needs_mask_token
 from megatron.objectives.base import BOUND, EXACT, NO_BOUND, CausalDecoding, is_exact
 from megatron.testing.checks import check_noise_is_of_the_sample
@@ -29,6 +35,9 @@ NEEDED = {
     "uniform_diffusion": ["--noise-vocab-size", "50"],
     "augmented_ar": ["--noise-vocab-size", "50"],
 }
+
+
+NOISE = json.loads((Path(__file__).parents[1] / "golden" / "noise.json").read_text())
 
 
 def flags_of(name: str) -> list[str]:
@@ -73,6 +82,30 @@ def test_noise_is_a_function_of_sample_ids(name):
         check_noise_is_of_the_sample(draw, range(24))
 
 
+def fingerprints(name: str) -> dict[str, list[float]]:
+    """Of batches of an objective, by kind of noise: a checksum of what the model reads and sees, and a moment of the
+    weights."""
+    one, two = (build_objective(make_config(*flags_of(name)), scheme=scheme) for scheme in (1, 2))
+    coins = make_objective(*flags_of(name), "--valid-data-path", "x", "--valid-estimator", "bernoulli")
+    views = {"training, scheme 1": one, "training, scheme 2": two, "draw 0 of 1": two.for_eval(),
+             "draw 1 of 2": two.for_eval(1, 2), "coins, draw 1 of 2": coins.for_eval(1, 2)}  # fmt: skip
+    tokens, found = torch.arange(24 * (SEQ + 1)).reshape(24, -1) * 7 % 50, {}
+    for kind, view in views.items():
+        inputs, targets = prepare(view, tokens, torch.arange(24))
+        seen = visible_keys(view.attention_mask, Stream(torch.zeros(*inputs.input_ids.shape, 1), *inputs[1:]))
+        read = [part for part in (inputs.input_ids, inputs.position_ids, seen) if isinstance(part, torch.Tensor)]
+        weights = targets.loss_weights.double().flatten().numpy()
+        checksum = zlib.crc32(b"".join(part.contiguous().numpy().tobytes() for part in read))
+        found[kind] = [checksum, float(weights @ np.arange(len(weights)))]
+    return found
+
+
+def test_noise_is_that_of_earlier_versions(name):
+    """Runs that were begun with them go on, and validations are compared with theirs."""
+    expected = {kind: [read, pytest.approx(moment, rel=1e-5)] for kind, (read, moment) in NOISE[name].items()}
+    assert fingerprints(name) == expected
+
+
 def test_evaluation_does_not_depend_on_seed_or_batch_size(name):
     tokens, ids = make_tokens(12), torch.arange(12)
     first, second = (make_objective(*flags_of(name), **o).for_eval(1, 4) for o in ({}, {"seed": 77, "batch": 5}))
@@ -80,6 +113,21 @@ def test_evaluation_does_not_depend_on_seed_or_batch_size(name):
     assert first.attention_mask == second.attention_mask
     again = first.for_eval(1, 4)  # evaluation settings of an evaluation objective are itself
     assert_same_batch(prepare(again, tokens, ids), prepare(first, tokens, ids))
+
+
+VARIANTS = [*([flags_of(name), f"--objective {name}"] for name in sorted(OBJECTIVES)),
+            [["--complementary-masks"], "complementary"],
+            [[*flags_of("block_diffusion"), "--block-ar-weight", "0.5"], "blocks and AR"],
+            [["--objective", "dual", "--dual-ar-share", "0.25"], "a quarter AR"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [flags for flags, _ in VARIANTS], ids=[called for _, called in VARIANTS])
+def test_flops_are_counted_of_the_tokens_in_the_loss(flags):
+    objective = make_objective(*flags, batch=64)
+    batch = prepare(objective, make_tokens(1280), torch.arange(1280))
+    share = batch.targets.positions.numel() / (1280 * SEQ)
+    assert objective.loss_fraction == pytest.approx(share, abs=0.1 if "augmented_ar" in flags else 0.02)
+    assert objective.num_views == len(batch.inputs.input_ids) / 1280
 
 
 def test_labels_are_honest(name):

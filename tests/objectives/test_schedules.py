@@ -45,6 +45,8 @@ def test_share_rate_and_mean_belong_together(schedule):
     nodes, weights = np.polynomial.legendre.leggauss(400)
     mean = (weights / 2 * schedule.share((nodes + 1) / 2)).sum()
     assert schedule.mean_share == pytest.approx(mean, abs=1e-5)
+    mean = (weights / 2 * mask_probability(schedule, (nodes + 1) / 2)).sum()
+    assert mean_mask_probability(schedule) == pytest.approx(mean, abs=1e-5)
     p = mask_probability(schedule, np.array([0.0, 1.0]))
     assert np.allclose(p, [MIN_MASK_PROB, 1.0])
 

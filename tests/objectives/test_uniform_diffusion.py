@@ -22,7 +22,7 @@ from megatron.errors import UserError
 from megatron.model.loss import HeadOutput
 from megatron.objectives import build_objective, with_vocabulary
 from megatron.objectives.base import BOUND, UniformDecoding
-from megatron.objectives.uniform_diffusion import UniformDiffusion, noise_by_count
+from megatron.objectives.uniform_diffusion import UniformDiffusion, inner, noise_by_count
 from megatron.parallel.context import ParallelContext
 from megatron.testing.checks import check_noise_is_of_the_sample
 from tests.evaluation import toy
@@ -66,6 +66,13 @@ def test_pairs_of_evaluation_noise_every_position() -> None:
         assert (first.is_noised & second.is_noised).sum(1).max() <= 1
     single = [replace(objective, num_draws=3, draw=2).noise(ids, SEQ).is_noised.sum(1)]
     assert single[0].max() > SEQ * 0.9 and single[0].min() < SEQ * 0.1, "the last of an odd number stands alone"
+
+
+def test_shares_at_the_ends_have_counts_and_odds() -> None:
+    _, is_noised, share, weight = noise_by_count(noise.generator(1, "x", 0), 1.0, 8, vocab_size=9)
+    assert is_noised.all() and weight == 9 / 8 and share < 1, "as of the second of two draws at t = 0"
+    odds = make().odds(np.array([inner(0.0), inner(1.0)])).astype(np.float32)
+    assert np.isfinite(odds).all() and (odds > 0).all()
 
 
 def test_token_weights_are_one_on_average_over_draws() -> None:

@@ -73,6 +73,12 @@ def test_initial_weights_do_not_depend_on_the_layout(spec):
     assert torch.equal(spec.combine(shards(2)), shards(1)[0])
 
 
+def test_initial_weights_differ_by_name_and_run():
+    drawn = [initial_shard(SPECS[0], name=name, std=1.0, seed=seed, tp_rank=0, tp_size=1).sum().item()
+             for name, seed in (("a", 1), ("b", 1), ("a", 2))]  # fmt: skip
+    assert len(set(drawn)) == 3
+
+
 def test_seeds_differ_by_name_and_run():
     seeds = {named_seed(seed, name) for seed in (1, 2, 12) for name in ("a", "b", "2:a")}
     assert len(seeds) == 9 and all(0 <= seed < 2**63 for seed in seeds)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron.commands.fit import PUBLISHED as PUBLISHED_NAMES
+from megatron.scaling import fit
 from megatron.scaling.fit import Fit, fit_law, load_fits, save_fits
 from megatron.scaling.laws import CHINCHILLA, DATA_CONSTRAINED, LAWS, U_SHAPED, Coefficients, Points, Reference
 from megatron.scaling.literature import (
@@ -25,6 +26,7 @@ from megatron.scaling.literature import (
     quokka_overfitting_epochs,
 )
 from megatron.scaling.predict import best_epochs, compute_optimal, critical_compute
+from megatron.scaling.solve import minimize
 
 U_SHAPED_THETA = (1.8, 400.0, 0.34, 1500.0, 0.35, 2.0, 0.9, 0.35, 0.45)
 
@@ -145,6 +147,27 @@ def test_runs_are_left_out_and_resampled_as_a_whole():
         interval = fit_law(CHINCHILLA, repeated, losses, groups=groups, num_bootstrap=100).interval("alpha")
         widths.append(math.log(interval.high / interval.low))
     assert widths[1] > 2 * widths[0]
+
+
+def test_every_run_is_left_out_once_and_the_largest_together(monkeypatch):
+    left_out = []
+
+    def note(problem, starts, log_loss, *, weights=1.0, **options):
+        if np.ndim(weights) == 2:
+            left_out.append(np.asarray(weights) == 0)
+        return minimize(problem, starts, log_loss, weights=weights, **options)
+
+    monkeypatch.setattr(fit, "minimize", note)
+    theta, points = DESIGNS["chinchilla"]
+    groups = np.arange(len(points)) // 2  # runs of two points
+    losses = exact(CHINCHILLA, theta, points) * np.exp(np.random.default_rng(0).normal(0, 0.01, len(points)))
+    fit_law(CHINCHILLA, points, losses, groups=groups.tolist(), num_bootstrap=8)
+    (masks,) = left_out
+    assert (masks[:5].sum(axis=0) == 1).all() and (masks[:, ::2] == masks[:, 1::2]).all()
+    compute = points.flops.reshape(-1, 2).max(axis=1)
+    assert compute[masks[5, ::2]].min() > compute[~masks[5, ::2]].max() and masks[5].mean() == pytest.approx(
+        0.2, abs=0.03
+    )
 
 
 def test_u_shaped_turns_where_the_formula_says():

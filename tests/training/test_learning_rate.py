@@ -10,8 +10,11 @@ import pytest
 from layouts.jobs import Run
 
 from megatron.config.schema import OptimizerConfig
+from megatron.errors import UserError
+from megatron.objectives import parse
 from megatron.training.optimizer import build_optimizer
-from megatron.training.schedule import learning_rate
+from megatron.training.plan import Layout, Schedule
+from megatron.training.schedule import learning_rate, plan_schedule
 
 W, N, LR, MIN = 100, 1000, 2e-4, 2e-5
 
@@ -100,3 +103,34 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
     decayed = {group["weight_decay"]: group["params"] for group in optimizer.param_groups}
     assert decayed[0.1] == parameters[:1] and decayed[0.0] == parameters[1:]
     assert optimizer.defaults["betas"] == (0.8, 0.999) and optimizer.defaults["eps"] == 1e-7
+
+
+def planned(*words: str, consumed: int = 0) -> Schedule:
+    """Of a run in global batches of 8 samples of 8 tokens, over 1,004 tokens."""
+    shape = ["--num-layers", "1", "--hidden-size", "64", "--num-attention-heads", "1", "--seq-length", "8"]
+    flags = parse([*shape, "--micro-batch-size", "8", *words], objective="ar")
+    before = {"consumed_samples": consumed} if consumed else {}
+    layout = Layout(1, 1, 1, 1, 8, 8, 1, "deepspeed")
+    return plan_schedule(flags, layout, unique_tokens=1004, before=before, branch=None)
+
+
+def test_lengths_are_counted_in_samples() -> None:
+    assert planned("--train-samples", "20").train_samples == planned("--train-samples", "20").order_samples == 20
+    assert planned("--train-iters", "3").train_samples == 24
+    assert planned("--train-epochs", "1").train_samples == 126  # 125.5, rounded
+    assert planned("--train-samples", "20").optimizer.lr_decay_samples == 20
+    fraction = planned("--train-samples", "20", "--lr-warmup-fraction", "0.1", "--lr-decay-samples", "10")
+    assert (fraction.optimizer.lr_warmup_samples, fraction.optimizer.lr_decay_samples) == (1, 10)
+
+
+def test_lengths_that_no_run_can_have_are_refused() -> None:
+    assert planned("--train-samples", "8", consumed=8).train_samples == 8  # a finished run
+    constant = ("--lr-decay-style", "constant", "--lr-warmup-samples", "20")
+    assert planned("--train-samples", "20", *constant).train_samples == 20
+    for words, consumed, message in (
+        (["--train-samples", "7"], 0, "7 training samples are less than one global batch of 8"),
+        (["--train-samples", "16"], 24, "has trained on 24 samples, this run is to end at 16"),
+        (["--train-samples", "20", "--lr-warmup-samples", "20"], 0, "leaves nothing of the 20 decay samples"),
+    ):
+        with pytest.raises(UserError, match=message):
+            planned(*words, consumed=consumed)

@@ -52,6 +52,11 @@ def test_the_iteration_is_torchs_in_bf16_and_the_polynomial_of_the_singular_valu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_without_a_gradient_has_no_direction(dtype: torch.dtype) -> None:
+    assert torch.equal(orthogonal(torch.zeros(3, 5), 5, dtype), torch.zeros(3, 5, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_iteration_runs_in_what_the_model_computes_in(dtype: torch.dtype) -> None:
     group = {"params": [torch.nn.Parameter(torch.zeros(2, 2, dtype=dtype))], "moments": ("momentum",)}
     assert MuonAdamW([group], replace(OptimizerConfig(), optimizer="muon")).dtype == dtype

@@ -19,6 +19,7 @@ from layouts.pool import Process, WorkerPool
 from megatron.checkpoint.reader import CheckpointReader
 from megatron.config import config_from_dict
 from megatron.runs.record import TrainRow, ValidRow, clear_run
+from megatron.runs.sums import load_sums
 from megatron.screen import format_seconds
 from megatron.training.reporting import MetricsLog, Screen
 
@@ -77,6 +78,7 @@ def test_files_have_the_agreed_fields(runs: Callable[..., Run], token_files: Pat
         assert (line["label"], line["num_samples"], line["num_mc"]) == (label, 8, 1)
         assert line["estimator"] == ("" if objective == "ar" else "exact-count-antithetic")
         assert line["bits_per_byte"] is None  # these tokens have no text
+        assert load_sums(run.run_dir / line["sums"]).draws == (objective == "mdm")  # an exact loss has no noise
 
 
 @pytest.mark.parametrize(

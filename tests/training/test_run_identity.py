@@ -17,6 +17,8 @@ import torch
 from layouts import jobs
 from layouts.pool import Process, WorkerPool
 
+from megatron.checkpoint.files import AVERAGED_FROM, read_manifest, write_manifest
+from megatron.checkpoint.select import select
 from megatron.data.dataset import GPTDataset
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare.writer import IndexedDatasetWriter
@@ -24,10 +26,12 @@ from megatron.errors import UserError
 from megatron.model.batch import Samples
 from megatron.objectives import parse
 from megatron.parallel.launch import Launch
+from megatron.randomness import named_seed
 from megatron.runs.reading import load_run
 from megatron.runs.record import RunRecord, ValidRow
 from megatron.runs.sums import load_sums
 from megatron.statistics import mean_loss
+from megatron.training.plan import Plan
 from megatron.training.resolve import resolve
 
 REPO = Path(__file__).parents[2]
@@ -101,6 +105,45 @@ def test_another_noise_scheme_is_no_part_of_a_run(tmp_path: Path) -> None:
     assert seeds("--save", str(tmp_path / "new"), "--finetune", "--noise-scheme", "2").scheme == 2
 
 
+def test_reloaded_without_its_seeds_a_run_draws_other_noise_from_then_on(
+    pools: Callable[[int], WorkerPool], tmp_path: Path
+) -> None:
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir, data = tmp_path / "old/gpt", tmp_path / "old"
+    expected = jobs.records(run_dir)
+
+    def argv(**more: Any) -> list[str]:
+        return jobs.flags(data, run_dir, load=run_dir, valid_data_path=data / "valid", **{**OLD_FLAGS, **more})
+
+    def seeds(*words: str) -> Any:
+        return resolve(parse([*argv(), *words], objective="ar"), Launch(), run_name="run").seeds
+
+    own, other = seeds(), seeds("--no-load-rng")
+    assert own.noise == own.run == other.run != other.noise == named_seed(own.run, "reloaded at 20")
+    assert pools(1).run(jobs.train, "ar", argv(no_load_rng=True))[0].status == 0, pools(1).output(0)
+    assert jobs.records(run_dir)[5]["loss"] == expected[5]["loss"]
+    assert jobs.records(run_dir)[6]["loss"] != expected[6]["loss"], "its dropout is another one"
+    assert read_manifest(run_dir / "global_step10")["noise_seed"] == other.noise == seeds().noise, "and stays it"
+
+
+def test_a_mean_of_checkpoints_is_started_from_and_not_continued(tmp_path: Path) -> None:
+    shutil.copytree(OLD, tmp_path / "old", ignore=shutil.ignore_patterns("index-cache"))
+    run_dir = tmp_path / "old/mdm"
+    tag = select(run_dir).tag
+    assert tag is not None
+    write_manifest(tag, {**read_manifest(tag), AVERAGED_FROM: ["global_step4", "global_step5"]})
+
+    def planned(save: Path, **more: Any) -> Plan:
+        options = OLD_FLAGS | {"eval_interval": None, "save_interval": None, "load": run_dir, **more}
+        return resolve(parse(jobs.flags(tmp_path / "old", save, **options), objective="mdm"), Launch(), run_name="run")
+
+    with pytest.raises(
+        UserError, match="is a mean of checkpoints; it belongs to no run; start from it with --finetune"
+    ):
+        planned(run_dir)
+    assert planned(tmp_path / "new", finetune=True).start.tag == tag
+
+
 @pytest.mark.parametrize(
     ("changes", "estimator", "changed"),
     [
@@ -137,7 +180,8 @@ def test_a_run_keeps_the_estimator_that_it_began_with(
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [("lr", 5e-3, "optimizer.lr 0.001 → 0.005"), ("weight_decay", 0.5, "optimizer.weight_decay"), ("seed", 7, "run.seed"),
-     ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
+     ("adam_beta2", 0.9, "optimizer.adam_beta2"), ("lr_decay_style", "linear", "optimizer.lr_decay_style"),
+     ("noise_schedule", "cosine", "objective.noise_schedule None → cosine"),
      ("seq_length", 16, "model.seq_length 32 → 16"), ("hidden_dropout", 0.2, "model.hidden_dropout"),
      ("reset_attention_mask", True, "data.reset_attention_mask False → True"),
      ("reset_position_ids", True, "data.reset_position_ids")],

@@ -82,6 +82,36 @@ def test_an_interval_goes_on_after_a_restart() -> None:
     assert [row.loss for row in drive((6.0, False), (7.0, False), log_interval=3, progress=progress)] == [3.0, 7.0]
 
 
+def test_epochs_of_other_data_are_kept() -> None:
+    manifest = {"step": 5, "consumed_samples": 40, "tokens": 1000, "unique_tokens": 500}
+    same = Progress.of(manifest, unique_tokens=500)
+    other = Progress.of(manifest, unique_tokens=250)
+    assert same.epoch(500) == other.epoch(250) == 2.0
+    for progress in (same, other):
+        progress.advance(samples=10, tokens=250)
+    assert (same.epoch(500), other.epoch(250)) == (2.5, 3.0)
+    resumed = Progress.of({**vars(other), "unique_tokens": 250}, unique_tokens=250)
+    assert resumed == other and resumed.epoch(250) == 3.0
+    first_version = {"step": 5, "consumed_samples": 40, "config": {"model": {"seq_length": 16}}}
+    assert Progress.of(first_version, unique_tokens=500).tokens == 640
+
+
+def test_rates_are_those_of_one_device_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    throughput = Throughput(
+        batch_size=8, seq_length=16, flops_per_token=1e12, num_devices=4, device=torch.device("cpu")
+    )
+    interval = Interval(Progress(), Screen(total_steps=9, first_step=0, enabled=False), throughput, max_skipped=1)
+    for _ in range(3):
+        interval.add(StepResult(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(False), 1e-3))
+        now[0] += 2.0
+        with interval.paused():
+            now[0] += 50.0
+    row = interval.row(Progress().position(unique_tokens=1, compute=1.0))
+    assert (row.seconds, row.step_seconds, row.tokens_per_second, row.tflops) == (6.0, 2.0, 64.0, 16.0)
+
+
 def test_losses_and_skips_of_the_unfinished_interval_travel_with_the_checkpoint() -> None:
     throughput = Throughput(batch_size=1, seq_length=1, flops_per_token=1.0, num_devices=1, device=torch.device("cpu"))
     progress = Progress()

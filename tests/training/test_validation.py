@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,16 @@ import pytest
 from layouts import jobs
 from layouts.pool import WorkerPool
 
+from megatron.config.schema import EXACT_COUNT
+from megatron.data.dataset import GPTDataset
+from megatron.data.loader import Packing
 from megatron.data.prepare.writer import IndexedDatasetWriter
+from megatron.objectives.ar import Autoregressive
+from megatron.objectives.mdm import MaskedDiffusion
 from megatron.training.stop import STOPPED_STATUS
+from megatron.training.validation import Validator
+
+MDM = MaskedDiffusion(mask_token_id=90, global_batch_size=8, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +143,46 @@ def test_validating_changes_nothing_in_the_run(validate: Callable, trained: Path
     after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     assert {path.parent.name for path in after.keys() - before.keys()} == {"evaluations"}
     assert {path: after[path] for path in before} == before
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> GPTDataset:
+    """Tokens that count upwards, in documents of several lengths: a sample holds parts of several."""
+    sizes = [5, 1, 12, 20, 3, 9, 7, 2]
+    with IndexedDatasetWriter(str(tmp_path / "counted"), np.int32) as writer:
+        writer.add_documents(np.arange(sum(sizes)), np.array(sizes))
+        writer.close(None)
+    return GPTDataset(str(tmp_path / "counted"), None, 8, seed=1)
+
+
+@pytest.mark.parametrize("has_eod", [False, True])
+@pytest.mark.parametrize(
+    "objective",
+    [Autoregressive(), MDM.for_eval(1, 2), replace(MDM, shifted=True).for_eval(0, 1)],
+    ids=["ar", "mdm", "shifted mdm"],
+)
+def test_each_loss_is_booked_to_the_document_of_its_label(dataset: GPTDataset, objective: Any, has_eod: bool) -> None:
+    """Every label costs its own id here, so that a sum says which labels are in it; the last sample is no sample of the set."""
+    validator, eod_id = Validator.__new__(Validator), int(dataset[2][3]) if has_eod else None
+    validator._dataset, validator._packing = dataset, Packing(eod_id=eod_id)
+    validator.plan = SimpleNamespace(settings=SimpleNamespace(run=SimpleNamespace(valid_estimator=EXACT_COUNT)))
+    indices = np.array([2, 0, len(dataset)])
+    tokens = np.stack([dataset[0 if index == len(dataset) else index] for index in indices])
+    shift = objective.decoding.shift
+    labels = tokens[:, shift : shift + 8]
+    weights = objective.token_weights(indices, 8)
+    expected: dict[tuple[int, int], list[float]] = {}
+    for row, index in enumerate(indices[:2].tolist()):
+        documents = dataset.pieces(index).documents
+        for place in range(8):
+            if tokens[row, place] != eod_id:
+                own = expected.setdefault((index, int(documents[place + shift])), [0, 0.0, 0.0])
+                own[0] += 1
+                own[1] += labels[row, place]
+                own[2] += weights[row, place] - 1
+    sample, document, counts, loss, excess = validator._sums(indices, labels.astype(float), objective)
+    found = {
+        (int(s), int(d)): [int(n), float(x), pytest.approx(float(e), abs=1e-6)]
+        for s, d, n, x, e in zip(sample, document, counts, loss, excess)
+    }
+    assert found == expected and len({document for _, document in expected}) > 2
