@@ -16,7 +16,7 @@ def run(name: str, *losses: float, **changes: Any) -> Any:
     """A run with a validation every twentieth of an epoch of 1,000 tokens."""
     rows = [SimpleNamespace(nll=loss, tokens=50 * step, epoch=0.05 * step) for step, loss in enumerate(losses, 1)]
     fields = {"source": "", "objective": "mdm", "is_likelihood": True, "is_evaluation": False, "label": "NLL bound",
-              "is_finished": True, "unique_tokens": 1000, "compute_parameters": 7.0}  # fmt: skip
+              "is_finished": True, "unique_tokens": 1000, "compute_parameters": 7.0, "averaged": ()}  # fmt: skip
     return SimpleNamespace(name=name, valid=tuple(rows), **{**fields, **changes})
 
 
