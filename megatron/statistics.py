@@ -193,6 +193,8 @@ def _clustered(influence: Array, weight: Array, cluster: Array) -> tuple[float, 
 
 def _pairs(sample: ArrayLike, document: ArrayLike) -> tuple[Array, Array, Array]:
     """The distinct (sample, document), int32 [2, pairs]; the pair of every entry; how many entries a pair has."""
-    entries = np.stack([np.ravel(sample), np.ravel(document)]).astype(np.int32)
-    pairs, index, counts = np.unique(entries, axis=1, return_inverse=True, return_counts=True)
-    return pairs, index.ravel(), counts
+    # One number a pair, in the order of pairs: numpy sorts numbers ten times as fast as columns.
+    numbers = np.ravel(sample).astype(np.int64) * 2**32 + np.ravel(document).astype(np.int32)
+    found, index, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    second = found.astype(np.int32)  # its last 32 bits
+    return np.stack([(found - second >> 32).astype(np.int32), second]), index.ravel(), counts
