@@ -86,9 +86,9 @@ def diffusion_times(
         return np.array([generator(seed, Purpose.TIMES, int(i)).random() for i in sample_ids])
     steps, places = np.divmod(sample_ids, global_batch_size)
     times = np.empty(len(sample_ids))
-    for step in np.unique(steps):
+    for step in set(steps.tolist()):
         own = steps == step
-        random = generator(seed, Purpose.TIMES, int(step))
+        random = generator(seed, Purpose.TIMES, step)
         if scheme == 1:
             times[own] = (random.random() + places[own] / global_batch_size) % 1.0
         else:

@@ -106,12 +106,12 @@ class ValidationSums:
     @property
     def num_documents(self) -> int:
         """Documents with a counted token."""
-        return len(np.unique(self.document))
+        return len(set(self.document.tolist()))  # np.unique without counts imports numpy.ma, a twentieth of a small run
 
     @property
     def num_samples(self) -> int:
         """Samples with a counted token."""
-        return len(np.unique(self.sample))
+        return len(set(self.sample.tolist()))
 
     def with_halves(self, in_selection: Array) -> ValidationSums:
         """The same sums that know their halves; ``in_selection`` is [documents] bool, by index of the document."""
@@ -193,6 +193,8 @@ def _clustered(influence: Array, weight: Array, cluster: Array) -> tuple[float, 
 
 def _pairs(sample: ArrayLike, document: ArrayLike) -> tuple[Array, Array, Array]:
     """The distinct (sample, document), int32 [2, pairs]; the pair of every entry; how many entries a pair has."""
-    entries = np.stack([np.ravel(sample), np.ravel(document)]).astype(np.int32)
-    pairs, index, counts = np.unique(entries, axis=1, return_inverse=True, return_counts=True)
-    return pairs, index.ravel(), counts
+    # One number a pair, in the order of pairs: numpy sorts numbers ten times as fast as columns.
+    numbers = np.ravel(sample).astype(np.int64) * 2**32 + np.ravel(document).astype(np.int32)
+    found, index, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    second = found.astype(np.int32)  # its last 32 bits
+    return np.stack([(found - second >> 32).astype(np.int32), second]), index.ravel(), counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+gc.disable()  # what is imported and collected stays; see pytest_collection_finish
 # Several processes share the cores, and one thread keeps sums in one order. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Under nohup, or in the background of a script, Ctrl-C and a closed terminal are ignored, which programs that are started would
@@ -59,6 +61,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("pools" if shares_pools else whole))
             kind[item] = "pools" if shares_pools else item.path.name
         items.sort(key=lambda item: LONG.index(kind[item]) if kind[item] in LONG else len(LONG))  # stable
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def _sample_digest(tokens: np.ndarray) -> str:
     """Return the SHA-256 of 64 pieces of 8,192 tokens each, evenly spaced (of all tokens where there are fewer)."""
     length, digest = 8192, hashlib.sha256()
     starts = np.linspace(0, max(0, len(tokens) - length), 64).astype(np.int64)
-    for start in np.unique(starts).tolist():
+    for start in sorted(set(starts.tolist())):
         digest.update(np.ascontiguousarray(tokens[start : start + length]).data)
     return digest.hexdigest()
 

@@ -243,9 +243,11 @@ class DiffusionSampler:
     ) -> Walk:
         """The start of a batch: ``masked`` [batch, seq] tokens are wanted; ``numbers`` of the random order of each row."""
         numbers = numbers if settings.order_number is None else [settings.order_number] * len(numbers)
+        different = list(dict.fromkeys(numbers))
         # On the CPU: a likelihood under a random order is that of the same order on every device.
-        orders = settings.sampling.generators(numbers, torch.device("cpu"), purpose="order")
-        uniforms = torch.stack([row_uniforms(stream, tokens.shape[1]) for stream in orders]).to(tokens.device)
+        orders = settings.sampling.generators(different, torch.device("cpu"), purpose="order")
+        drawn = {number: row_uniforms(stream, tokens.shape[1]) for number, stream in zip(different, orders)}
+        uniforms = torch.stack([drawn[number] for number in numbers]).to(tokens.device)
         return Walk(self.filling(), settings, tokens, ~masked, uniforms, streams)
 
     def filling(self) -> LogitsFn:

@@ -62,21 +62,26 @@ def minimize(
         residual, jacobian = problem.residuals(phi, observed)
         cost = _cost(residual, huber_delta, weight)
         for _ in range(iterations):
-            step = _step(residual, jacobian, damping, huber_delta=huber_delta, weights=weight[active])
+            step = _step(residual, jacobian, damping, huber_delta=huber_delta, weights=weight)
             trial = np.clip(phi + np.clip(step, -2.0, 2.0), lower, upper)
-            new_residual, new_jacobian = problem.residuals(trial, observed[active])
-            new_cost = _cost(new_residual, huber_delta, weight[active])
+            new_residual, new_jacobian = problem.residuals(trial, observed)
+            new_cost = _cost(new_residual, huber_delta, weight)
             better = new_cost < cost
             gain = np.where(better, (cost - new_cost) / np.maximum(cost, 1e-300), 1.0)
-            phi[better], cost[better] = trial[better], new_cost[better]
-            residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
+            if better.all():  # nothing to copy
+                phi, cost, residual, jacobian = trial, new_cost, new_residual, new_jacobian
+            else:
+                phi[better], cost[better] = trial[better], new_cost[better]
+                residual[better], jacobian[better] = new_residual[better], new_jacobian[better]
             damping = np.clip(np.where(better, damping / 4, damping * 5), 1e-9, 1e9)
             solution[active], final_cost[active] = phi, cost
             moving = (gain > 1e-8) & (damping < 1e6)
             if not moving.any():
                 break
-            active, phi, cost, damping = active[moving], phi[moving], cost[moving], damping[moving]
-            residual, jacobian = residual[moving], jacobian[moving]
+            if not moving.all():
+                active, phi, cost, damping = active[moving], phi[moving], cost[moving], damping[moving]
+                residual, jacobian = residual[moving], jacobian[moving]
+                observed, weight = observed[moving], weight[moving]
     return solution, final_cost
 
 

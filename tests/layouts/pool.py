@@ -235,7 +235,9 @@ def forget_process_groups() -> None:
 
 
 def prepare_process(log: str, environment: dict[str, str]) -> None:
-    """Settings of a forked process: output to a file, stacks on SIGUSR2, one thread."""
+    """Settings of a forked process: output to a file, stacks on SIGUSR2, one thread; no collection looks at what the server
+    imported, which would copy its memory."""
+    gc.freeze()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

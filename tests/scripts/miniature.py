@@ -6,6 +6,7 @@ seconds, output]}.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -30,6 +31,7 @@ def main() -> None:
         import_module(name)
 
     torch.set_num_threads(1)
+    gc.freeze()  # no collection of a child looks at all this, which would copy its memory
     results = {}
     for name, words, is_small, variables in json.loads(Path(sys.argv[1]).read_text()):
         output = Path("output.txt")

@@ -129,3 +129,30 @@ def test_a_full_disk_under_the_output_is_said() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: standard output: no space left on device; ")
     assert done.stderr.count("\n") == 1
+
+
+def test_no_time_goes_into_cycles_while_packages_are_imported_and_afterwards_it_is_as_ever() -> None:
+    """Looks of every kind before, and thereafter with the usual thresholds; a cycle from before is found like any other."""
+    program = """
+import gc
+from megatron.commands.running import run
+usual = gc.get_threshold()
+
+def main():
+    before = gc.get_stats()
+    packages, cycle = [[] for _ in range(280_000)], []
+    cycle.append(cycle)
+    number = id(cycle)
+    assert gc.get_stats() == before
+    del cycle
+    more = [[] for _ in range(40_000)]
+    assert gc.get_threshold() == usual and not gc.get_freeze_count()
+    assert gc.get_stats()[0]["collections"] > before[0]["collections"] + 5
+    assert any(id(each) == number for each in gc.get_objects())
+    gc.collect()
+    assert not any(id(each) == number for each in gc.get_objects())
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

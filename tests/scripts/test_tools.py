@@ -126,6 +126,13 @@ def test_a_fault_of_the_program_keeps_its_traceback(program: Path, tmp_path: Pat
     assert done.stderr.endswith("ValueError: a bug\n")
 
 
+def test_flags_of_an_evaluation_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    words = ["--load", "a", "--task_list", "boolq", "--log_samples"]
+    done = run(ROOT / "tools/evaluate_downstream.py", *words, cwd=tmp_path, options=["-X", "importtime"])
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 2 and "argparse" in imported and "torch" not in imported
+
+
 @pytest.mark.parametrize("program", TOOLS, ids=lambda path: path.stem)
 def test_without_the_environment_one_line_says_how_to_reach_it(program: Path, tmp_path: Path) -> None:
     """An interpreter that sees no installed package: any python3 of the system."""

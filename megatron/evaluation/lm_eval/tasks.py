@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.config.usage import suggestion
 from megatron.errors import Failure, UserError, require
-from megatron.evaluation.adaptive import Ranking
 from megatron.evaluation.names import PAPER_TASKS
+
+if TYPE_CHECKING:
+    from megatron.evaluation.adaptive import Ranking
 
 
 def parse_task_list(names: str) -> list[str]:
@@ -32,6 +34,8 @@ def ranking_of(task: Any) -> Ranking | None:
     per_character = "acc_norm" in metrics
     if per_character and getattr(task, "multiple_input", False):
         return None  # the lengths are those of texts that are not the continuations
+    from megatron.evaluation.adaptive import Ranking  # with torch, which a program wants after its flags
+
     return Ranking(per_character, delimiter=task.config.target_delimiter)
 
 
