@@ -34,7 +34,7 @@ from megatron.checkpoint.files import LATEST, NEXT, Fragment, grouped, write_man
 from megatron.config import config_to_dict
 from megatron.config.schema import Config
 from megatron.errors import Failure
-from megatron.files import replace_file, written_whole
+from megatron.files import make_folder, replace_file, written_whole
 from megatron.parallel.context import ParallelContext, Poll
 from megatron.parallel.sharding import ShardSpec
 
@@ -172,7 +172,8 @@ def _write_shard(scratch: Path, tensors: dict[str, torch.Tensor], context: Paral
     """Returns name, size, checksum and keys of the file, as the manifest lists it."""
     path = scratch / f"shard-{context.rank:05d}.safetensors"
     with written_whole(path):
-        scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(scratch.parent)
+        scratch.mkdir(exist_ok=True)
         checksum = save_file(tensors, path)
         return {path.name: {"bytes": path.stat().st_size, "sha256": checksum, "keys": grouped(tensors)}}
 

@@ -24,7 +24,6 @@ import select
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from io import TextIOWrapper
 from typing import NoReturn
 
@@ -77,17 +76,18 @@ def begin() -> None:
     atexit.register(gc.freeze)
     usual = gc.get_threshold()
     if "torch" not in sys.modules and 0 < usual[0] < IMPORTED:
-        gc.callbacks.append(partial(_as_usual, thresholds=usual))
+
+        def as_usual(_phase: str, info: dict[str, int]) -> None:
+            if info["generation"] == 0:
+                gc.callbacks.remove(as_usual)
+                gc.freeze()
+                gc.unfreeze()  # all of them among the old ones, which a look at the young ones leaves out
+                gc.set_threshold(*usual)
+
+        gc.callbacks.append(as_usual)
         gc.set_threshold(IMPORTED, *usual[1:])
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _as_usual(_phase: str, info: dict[str, int], *, thresholds: tuple[int, int, int]) -> None:
-    if info["generation"] == 0 and gc.get_threshold()[0] == IMPORTED:
-        gc.freeze()
-        gc.unfreeze()  # all of them among the old ones, which a look at the young ones leaves out
-        gc.set_threshold(*thresholds)
 
 
 def status_of(main: Callable[[], int | None]) -> int:

@@ -91,9 +91,8 @@ def gap_at(first: Run, one: Validation, second: Run, other: Validation) -> Gap:
 def summary_row(run: Run) -> dict[str, str]:
     """One row of the report's table; column names with units are the keys."""
     result, turn, speed = run.result, overfitting(run), run.tokens_per_second()
-    passes = (result.row.num_mc if result else 1) * (
-        2 if run.objective == "block_diffusion" else 1
-    )  # of [noised; clean]
+    copies = 2 if run.objective == "block_diffusion" else 1  # [noised; clean]
+    passes = copies * (result.row.num_mc if result else 1)
     state = "evaluation only" if run.is_evaluation else "" if run.is_finished else "unfinished"
     imported = f"imported: {run.source}" if run.source else ""
     notes = ", ".join(note for note in (run.origin, state, imported) if note)
@@ -191,9 +190,8 @@ def _gap(
         return Gap(paired.value, paired.error, reach(paired), f"paired over {paired.num_documents:,} documents")
     known = [row for row in (first, second) if math.isfinite(row.nll_se)]
     error = math.hypot(*(row.nll_se for row in known))
-    half = (
-        max(2.0, t_quantile(0.975, welch(*((row.nll_se**2, row.degrees) for row in known)))) * error if known else 0.0
-    )
+    quantile = t_quantile(0.975, welch(*((row.nll_se**2, row.degrees) for row in known))) if known else 0.0
+    half = max(2.0, quantile) * error
     if len(known) < 2:
         return Gap(value, math.nan, half, "whose error is not known")
     return Gap(value, error, half, "from two errors added, as if the runs were judged on different samples")

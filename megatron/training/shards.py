@@ -52,9 +52,9 @@ class Average:
         Args:
             skipped: [] bool on the device, whether the step left the weights as they were; then there is no update.
         """
-        share = (9 / (10 + self.num_updates)).clamp(min=1 - self.decay)  # 1 − d: fp32 has no d so near to 1
         skipped = skipped.to(self.num_updates.device)  # elsewhere only where the optimizer is in host memory
-        share.masked_fill_(skipped, 0.0)
+        # 1 − d itself: fp32 has no d so near to 1.
+        share = (9 / (10 + self.num_updates)).clamp(min=1 - self.decay).masked_fill(skipped, 0.0)
         torch._foreach_lerp_([*self._averages.values()], [*self._averages], [share] * len(self._averages))
         self.num_updates += ~skipped
 
