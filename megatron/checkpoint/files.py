@@ -28,6 +28,7 @@ AVERAGED_FROM = "averaged_from"  # field of the manifest of a mean of checkpoint
 AVERAGE_UPDATES = "average_updates"  # field of the manifest where there is an average: updates that it has seen
 _RULE, _FIX = "a manifest must be as it was written", "restore it, or choose another --load-tag"
 ABANDONED = "abandoned"  # folder of branches that a run has left
+VALIDATIONS = "validations"  # folder of the sums behind the validations of a run
 ORIGIN = "huggingface"  # folder of a run with the config.json and tokenizer from which it was imported
 
 

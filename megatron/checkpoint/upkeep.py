@@ -18,6 +18,7 @@ from megatron.checkpoint.files import (
     LATEST,
     MANIFEST,
     NEXT,
+    VALIDATIONS,
     complaints,
     delete_tag,
     name_in,
@@ -115,7 +116,7 @@ def sweep_leftovers(run_dir: Path) -> list[str]:
         if step_of(tag) < latest and not (tag / MANIFEST).exists():
             with _errors_said(tag, lines):
                 lines.append(_delete_if_own(tag, "a half-deleted checkpoint"))
-    for path in sorted(run_dir.glob("*.tmp")):
+    for path in sorted([*run_dir.glob("*.tmp"), *(run_dir / VALIDATIONS).glob("*.tmp")]):
         if OWN_TEMPORARY.fullmatch(path.name) and path.is_file():
             with _errors_said(path, lines):
                 path.unlink()

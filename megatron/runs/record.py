@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, delete_tag, tag_folders
+from megatron.checkpoint.files import ABANDONED, BEST, LATEST, MANIFEST, VALIDATIONS, delete_tag, tag_folders
 from megatron.config.schema import AVERAGE, BERNOULLI, WEIGHT
 from megatron.files import one_at_a_time, replace_file, written_whole
 from megatron.objectives.base import EXACT
@@ -28,7 +28,7 @@ from megatron.objectives.base import EXACT
 DIVERGED = "steps in a row had a NaN or infinite gradient"  # what a run that diverged says last, with their number
 RECORD, METRICS, STOPPED = "run.json", "metrics.jsonl", "stopped.json"
 RECORD_LOCK = ".run.json.lock"  # held for a moment by whoever changes run.json: the run itself, and branches of it
-VALIDATIONS, EVALUATIONS, GENERALISATION = "validations", "evaluations", "generalisation"
+EVALUATIONS, GENERALISATION = "evaluations", "generalisation"
 OVER_DOCUMENTS = "documents"  # `se_kind` of errors clustered by document (megatron/statistics.py)
 # Kinds of rows: of training, and of validations of the weights as trained and of their average (--ema-decay).
 TRAIN, VALID, VALID_AVERAGE = "train", "valid", "valid_ema"

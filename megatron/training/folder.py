@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from megatron.checkpoint.files import BEST
+from megatron.checkpoint.files import BEST, VALIDATIONS
 from megatron.checkpoint.upkeep import remove_old_checkpoints, set_back
 from megatron.checkpoint.writer import Saving
 from megatron.config import config_to_dict
@@ -23,7 +23,7 @@ from megatron.files import make_folder, replace_file, written_whole
 from megatron.model.arithmetic import total_parameters
 from megatron.parallel.context import ParallelContext
 from megatron.runs.provenance import now, this_attempt
-from megatron.runs.record import RECORD, STOPPED, VALIDATIONS, RunRecord, TrainRow, ValidRow
+from megatron.runs.record import RECORD, STOPPED, RunRecord, TrainRow, ValidRow
 from megatron.statistics import ValidationSums
 from megatron.training.engine import Engine
 from megatron.training.plan import Plan, Sources, Start

@@ -120,6 +120,8 @@ def test_what_cannot_be_deleted_is_said_and_no_error(run_dir: Path, monkeypatch:
 
 def test_leftovers_of_kills_are_swept(run_dir: Path) -> None:
     """FAULTS A14: each up to a full checkpoint, for ever."""
+    (run_dir / "validations").mkdir()
+    (run_dir / "validations" / "step6.npz").touch()
     kept = names(run_dir)
     for name in ("global_step50.saving", "global_step30.replaced"):
         shutil.copytree(run_dir / "global_step30", run_dir / name)
@@ -128,15 +130,17 @@ def test_leftovers_of_kills_are_swept(run_dir: Path) -> None:
     )
     (run_dir / "global_step5").mkdir()
     shutil.copy(run_dir / "global_step10" / "shard-00000.safetensors", run_dir / "global_step5")
-    for name in ("latest.tmp", ".run.json.123.0a1b2c3d.tmp", NEXT):
+    for name in ("latest.tmp", ".run.json.123.0a1b2c3d.tmp", NEXT, "validations/.step8.npz.123.0a1b2c3d.tmp"):
         (run_dir / name).write_text("global_step99")
     lines = sweep_leftovers(run_dir)
     assert names(run_dir) == kept
     assert [line.split(" (")[0] for line in lines] == [
         f"removed {run_dir / name}" for name in (
-            "global_step50.saving", "global_step30.replaced", "global_step5", ".run.json.123.0a1b2c3d.tmp", "latest.tmp"
+            "global_step50.saving", "global_step30.replaced", "global_step5", ".run.json.123.0a1b2c3d.tmp", "latest.tmp",
+            "validations/.step8.npz.123.0a1b2c3d.tmp",
         )
     ]  # fmt: skip
+    assert names(run_dir / "validations") == ["step6.npz"]
     assert sweep_leftovers(run_dir) == []
     assert sweep_leftovers(run_dir / "nothing") == []
 
